@@ -1,0 +1,196 @@
+"""The command `tubelet VERB`.
+
+Each room registers its verbs under the entry-point group `tubelet.verbs`. An entry point names the extra it needs, so a
+machine with only the trainer installed shows only the verbs it can run.
+
+    tubelet VERB [POSITIONAL ...] [CONFIG.yaml] [--field value] [--section.field=value] [--print-config]
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from packaging.requirements import Requirement
+
+from tubelet_store.config import Config, dump_yaml, load_config
+from tubelet_store.errors import TubeletError, nearest
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Verb(Generic[C]):
+    """One verb of the command line."""
+
+    name: str
+    summary: str
+    """One line for the list of verbs."""
+    config: type[C]
+    """Every field can be set from YAML and overridden with `--field value`."""
+    run: Callable[[C], int]
+    """Does the work; returns the exit status. Imports heavy libraries inside."""
+    positionals: tuple[str, ...] = ()
+    """Fields that may be given without their name, in order."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit status 0: done; 1: done, with findings; 2: a mistake to mend; 130: interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except TubeletError as error:
+        print(f"tubelet: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(
+            f"tubelet: error: No space left on the device{where}. Work done so far is kept: free some space, run again.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("tubelet: interrupted; run the same command again to continue.", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    available = {entry.name: entry for entry in entry_points(group="tubelet.verbs")}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview(available))
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"tubelet {version('tubelet')}")
+        return 0
+    name = arguments[0]
+    if name not in available:
+        raise TubeletError(f"Unknown verb '{name}'", nearest(name, available))
+    entry = available[name]
+    if missing := _missing_packages(entry):
+        extra = entry.extras[0]
+        raise TubeletError(
+            f"`tubelet {name}` needs {', '.join(missing)}, not installed here", f"Run: pip install 'tubelet[{extra}]'"
+        )
+    verb: Verb[Any] = entry.load()
+    return _run(verb, arguments[1:])
+
+
+def _run(verb: Verb[C], arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(_usage(verb))
+        return 0
+    print_config = "--print-config" in arguments
+    path, overrides = parse_arguments(verb, [a for a in arguments if a != "--print-config"])
+    config = load_config(verb.config, path, overrides)
+    if print_config:
+        print(dump_yaml(config), end="")
+        return 0
+    return verb.run(config)
+
+
+def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """Split `arguments` into the YAML file (if any) and the overrides by dotted field name.
+
+    Raises:
+        TubeletError: too many positionals, or an option without a value.
+    """
+    path: Path | None = None
+    overrides: dict[str, Any] = {}
+    free = list(verb.positionals)
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if word.startswith("--"):
+            field, equals, text = word[2:].partition("=")
+            field = field.replace("-", "_")
+            if not equals:
+                # A bare option is a switch: `--json` means `--json true`.
+                text = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
+            overrides[field] = _scalar(text)
+        elif word.endswith((".yaml", ".yml")) and path is None and "#" not in word:
+            path = Path(word)
+        elif free:
+            overrides[free.pop(0)] = word
+        else:
+            raise TubeletError(f"`tubelet {verb.name}` does not take '{word}'", f"See `tubelet {verb.name} --help`")
+    return path, overrides
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _missing_packages(entry: EntryPoint) -> list[str]:
+    """Distributions that the entry point's extra asks for and that are not installed."""
+    missing = []
+    for line in requires("tubelet") or []:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        for extra in entry.extras:
+            if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
+                continue
+            if requirement.name == "tubelet":
+                continue
+            try:
+                version(requirement.name)
+            except PackageNotFoundError:
+                missing.append(requirement.name)
+    return missing
+
+
+def _overview(available: dict[str, EntryPoint]) -> str:
+    lines = ["tubelet: cache what a frozen video backbone thinks, train sparse autoencoders on it.", "", "Verbs:"]
+    hidden = []
+    for name, entry in sorted(available.items()):
+        if _missing_packages(entry):
+            hidden.append(f"{name} (pip install 'tubelet[{entry.extras[0]}]')")
+            continue
+        verb: Verb[Any] = entry.load()
+        lines.append(f"  {name:<10} {verb.summary}")
+    if hidden:
+        lines += ["", "Not installed here: " + ", ".join(hidden)]
+    lines += ["", "`tubelet VERB --help` lists a verb's fields; `tubelet VERB --print-config` shows what would run."]
+    return "\n".join(lines)
+
+
+def _usage(verb: Verb[Any]) -> str:
+    words = " ".join(name.upper() for name in verb.positionals)
+    lines = [
+        f"usage: tubelet {verb.name} {words} [CONFIG.yaml] [--field value ...] [--print-config]".replace("  ", " "),
+        "",
+        verb.summary,
+        "",
+        "Fields:",
+    ]
+    lines += list(describe_fields(verb.config))
+    return "\n".join(lines)
+
+
+def describe_fields(model: type[Config], prefix: str = "") -> list[str]:
+    """One line per field of `model`, nested sections dotted: name, default, meaning."""
+    from tubelet_store.config import _models_in
+
+    lines = []
+    for name, info in model.model_fields.items():
+        label = f"{prefix}{info.alias or name}"
+        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+        sections = [m for m in _models_in(info.annotation) if issubclass(m, Config)]
+        meaning = (info.description or "").replace("\n", " ")
+        if not sections:
+            lines.append(f"  --{label}  ({default})  {meaning}")
+            continue
+        lines.append(f"  --{label}.…  {meaning}")
+        for section in sections:
+            lines += describe_fields(section, f"{label}.")
+    return lines

@@ -1,0 +1,118 @@
+"""The clip table: which videos a store holds, and what became of each.
+
+planned columns (before extraction) ──▶ plan.parquet
+planned + outcome columns (after)   ──▶ clips.parquet, one row per clip, in array order
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from tubelet_store.config import Config
+from tubelet_store.errors import TubeletError
+
+PLANNED = pa.schema(
+    [
+        pa.field("clip", pa.int64(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("label_name", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("view", pa.int16(), nullable=False),
+    ]
+)
+
+OUTCOME = pa.schema(
+    [
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("frame_indices", pa.list_(pa.int32())),
+        pa.field("timestamps_s", pa.list_(pa.float64())),
+        pa.field("fps", pa.float64()),
+        pa.field("video_frames", pa.int32()),
+        pa.field("padded_frames", pa.int16()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("crop", pa.list_(pa.float32())),
+        pa.field("decoder", pa.string()),
+        pa.field("truncated", pa.bool_()),
+        pa.field("corrupt_frames", pa.int32()),
+    ]
+)
+
+SHARD = pa.field("shard", pa.int32(), nullable=False)
+
+FINISHED = pa.schema([*PLANNED, *OUTCOME, SHARD])
+
+
+class ClipOutcome(Config):
+    """What became of one clip."""
+
+    status: Literal["ok", "failed"]
+    error: str | None = None
+    """`code: message` where the clip failed."""
+    frame_indices: tuple[int, ...] | None = None
+    """Frames used, in display order, counted from 0."""
+    timestamps_s: tuple[float, ...] | None = None
+    """Presentation time of each frame."""
+    fps: float | None = None
+    video_frames: int | None = None
+    """Frames in the whole video."""
+    padded_frames: int | None = Field(default=None, ge=0)
+    """Frames that repeat another because the video is too short."""
+    width: int | None = None
+    height: int | None = None
+    crop: tuple[float, float, float, float] | None = None
+    """Top, left, height, width of what the backbone saw, in source pixels."""
+    decoder: str | None = None
+    truncated: bool | None = None
+    """The stream ends well before its container says."""
+    corrupt_frames: int | None = None
+    """Frames the decoder flagged as damaged."""
+
+    @classmethod
+    def failure(cls, code: str, message: str) -> ClipOutcome:
+        """A clip that could not be stored."""
+        return cls(status="failed", error=f"{code}: {message}")
+
+
+def check_planned(table: pa.Table) -> pa.Table:
+    """`table` with exactly the planned columns.
+
+    Raises:
+        TubeletError: it is empty, or a column is missing or of another type.
+    """
+    if table.num_rows == 0:
+        raise TubeletError("The clip table is empty", "Check the data set's root, split and limit")
+    try:
+        return table.select(PLANNED.names).cast(PLANNED)
+    except (KeyError, pa.ArrowInvalid) as error:
+        raise TubeletError(f"The clip table does not fit: {error}", f"It needs {', '.join(PLANNED.names)}") from error
+
+
+def finished_table(planned: pa.Table, outcomes: Sequence[ClipOutcome], clips_per_shard: int) -> pa.Table:
+    """`planned` rows with their outcomes and shard numbers, in array order."""
+    rows = [outcome.model_dump() for outcome in outcomes]
+    columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in OUTCOME]
+    shards = pa.array([clip // clips_per_shard for clip in range(len(rows))], type=SHARD.type)
+    return pa.table([*planned.columns, *columns, shards], schema=FINISHED)
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """The table as Parquet bytes; equal tables give equal bytes."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes) -> pa.Table:
+    """Inverse of `to_parquet`. Without Arrow's thread pools: the tables are small, and start-up and exit stay quick."""
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)

@@ -1,0 +1,90 @@
+"""The durable record of one finished shard: what was written, what it held, and its moments.
+
+A shard exists for everybody else once its record does. The record is created last and never replaced, so of two writers of
+the same shard one wins, and a writer that dies leaves nothing that counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from tubelet_store.clips import ClipOutcome
+from tubelet_store.config import Config
+from tubelet_store.layout import COMMITS, commit_key, commit_moments_key
+from tubelet_store.moments import Moments
+from tubelet_store.objects import ObjectRoot
+from tubelet_store.plan import canonical_json
+
+
+class StoredObject(Config):
+    """One object, with what is needed to check it."""
+
+    key: str
+    size_bytes: int
+    sha256: str
+    """Hex digest of the whole object."""
+    crc32c: tuple[int, ...] = ()
+    """Checksum of each clip, in order; empty for objects that hold no clips."""
+
+
+class Commit(Config):
+    """Commit record of one shard."""
+
+    format_version: Literal[1] = 1
+    plan: str
+    """Digest of the plan the shard was written for."""
+    shard: int
+    objects: tuple[StoredObject, ...]
+    moments: StoredObject
+    clips: tuple[ClipOutcome, ...]
+    software: dict[str, str] = {}
+    """Versions that made the shard."""
+    seconds: dict[str, float] = {}
+    """Time spent per stage."""
+
+
+def read_commit(root: ObjectRoot, shard: int) -> Commit | None:
+    """The record of `shard`, None where it is not committed."""
+    try:
+        raw = root.read(commit_key(shard))
+    except FileNotFoundError:
+        return None
+    return Commit.model_validate_json(raw)
+
+
+def committed_shards(root: ObjectRoot) -> list[int]:
+    """Numbers of the shards that have a record, ascending."""
+    names = [key.removeprefix(f"{COMMITS}/") for key in root.keys(COMMITS)]
+    return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
+
+
+def write_commit(root: ObjectRoot, commit: Commit) -> bool:
+    """Create the record; False where another writer of the same shard was first."""
+    return root.create(commit_key(commit.shard), canonical_json(commit.model_dump(mode="json")))
+
+
+def write_commit_moments(root: ObjectRoot, shard: int, moments: dict[str, Moments]) -> StoredObject:
+    """Write the shard's moments, to be merged when the store is finished."""
+    flat: dict[str, NDArray[np.generic]] = {
+        f"{hook}/{name}": np.asarray(values, order="C")
+        for hook, of_hook in moments.items()
+        for name, values in of_hook.arrays().items()
+    }
+    data = safetensors.numpy.save(flat)
+    key = commit_moments_key(shard)
+    root.replace(key, data)
+    return StoredObject(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_commit_moments(root: ObjectRoot, shard: int) -> dict[str, Moments]:
+    """Moments of one committed shard, by hook."""
+    hooks: dict[str, dict[str, NDArray[np.generic]]] = {}
+    for name, values in safetensors.numpy.load(root.read(commit_moments_key(shard))).items():
+        hook, _, statistic = name.rpartition("/")
+        hooks.setdefault(hook, {})[statistic] = values
+    return {hook: Moments.from_arrays(arrays) for hook, arrays in hooks.items()}

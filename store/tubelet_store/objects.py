@@ -1,0 +1,275 @@
+"""Where the objects of a store lie: a local directory or any fsspec URL, behind one small interface.
+
+An object is written once. Locally it is written under `.tmp/`, synced, then renamed or linked into place, so a reader (or
+a power cut) sees the whole object or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from tubelet_store.errors import TubeletError
+
+SCRATCH = ".tmp"
+
+
+class ObjectRoot(ABC):
+    """The objects below one URL, by key ("activations/blocks.3/c/0/0/0/0")."""
+
+    url: str
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Bytes of the object, None where there is none."""
+
+    @abstractmethod
+    def keys(self, prefix: str = "") -> list[str]:
+        """Keys of the objects below `prefix` (a folder), sorted; scratch files are not objects."""
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes) -> None:
+        """Write the object whole, over an older one if there is one."""
+
+    @abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object unless it exists; False where it did."""
+
+    @abstractmethod
+    def publish(self, key: str, finished: Path) -> None:
+        """Move the finished scratch file to `key`."""
+
+    @abstractmethod
+    def exclusive(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock `name` among the writers of this root, where the root can lock; freed if its holder dies."""
+
+    @abstractmethod
+    def scratch(self) -> Path:
+        """A fresh local directory for unfinished files; the caller removes it."""
+
+    @abstractmethod
+    def discard_scratch(self) -> None:
+        """Remove what dead writers left unfinished. Only while nobody writes."""
+
+    @abstractmethod
+    def local_path(self, key: str) -> Path | None:
+        """Path to memory-map, None where the root is remote."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Room left, None where that cannot be known."""
+
+
+class LocalRoot(ObjectRoot):
+    """Objects as files below a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+        self.url = str(self.directory)
+
+    def read(self, key: str) -> bytes:
+        """See ObjectRoot."""
+        return (self.directory / key).read_bytes()
+
+    def size(self, key: str) -> int | None:
+        """See ObjectRoot."""
+        try:
+            return (self.directory / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """See ObjectRoot."""
+        found = []
+        for folder, below, names in os.walk(self.directory / prefix):
+            if SCRATCH in below:
+                below.remove(SCRATCH)
+            found += [(Path(folder) / name).relative_to(self.directory).as_posix() for name in names]
+        return sorted(found)
+
+    def replace(self, key: str, data: bytes) -> None:
+        """See ObjectRoot."""
+        with self._temporary(data) as temporary:
+            self._rename(temporary, key)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See ObjectRoot."""
+        target = self.directory / key
+        with self._temporary(data) as temporary:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            _sync_directory(target.parent)
+        return True
+
+    def publish(self, key: str, finished: Path) -> None:
+        """See ObjectRoot."""
+        self._rename(finished, key)
+
+    @contextlib.contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        """See ObjectRoot."""
+        folder = self.directory / SCRATCH
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def scratch(self) -> Path:
+        """See ObjectRoot."""
+        folder = self.directory / SCRATCH / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        return folder
+
+    def discard_scratch(self) -> None:
+        """See ObjectRoot."""
+        shutil.rmtree(self.directory / SCRATCH, ignore_errors=True)
+
+    def local_path(self, key: str) -> Path | None:
+        """See ObjectRoot."""
+        return self.directory / key
+
+    def free_bytes(self) -> int | None:
+        """See ObjectRoot."""
+        existing = self.directory
+        while not existing.exists():
+            existing = existing.parent
+        return shutil.disk_usage(existing).free
+
+    @contextlib.contextmanager
+    def _temporary(self, data: bytes) -> Iterator[Path]:
+        folder = self.scratch()
+        try:
+            path = folder / "object"
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _rename(self, finished: Path, key: str) -> None:
+        target = self.directory / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        finished.replace(target)
+        _sync_directory(target.parent)
+
+
+class RemoteRoot(ObjectRoot):
+    """Objects below an fsspec URL (`s3://bucket/prefix`, `memory://name`, ...).
+
+    The filesystem is built where it is used and never travels: its pickle would carry the credentials.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        # A listing cache would hide what other writers add.
+        self._fs, self._base = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+
+    def __reduce__(self) -> tuple[type[RemoteRoot], tuple[str]]:
+        return (RemoteRoot, (self.url,))
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{key}"
+
+    def read(self, key: str) -> bytes:
+        """See ObjectRoot."""
+        return bytes(self._fs.cat_file(self._path(key)))
+
+    def size(self, key: str) -> int | None:
+        """See ObjectRoot."""
+        try:
+            return int(self._fs.size(self._path(key)))
+        except FileNotFoundError:
+            return None
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """See ObjectRoot."""
+        try:
+            found = self._fs.find(self._path(prefix).rstrip("/"))
+        except FileNotFoundError:
+            return []
+        start = len(self._base) + 1
+        return sorted(path[start:] for path in found)
+
+    def replace(self, key: str, data: bytes) -> None:
+        """See ObjectRoot."""
+        self._fs.pipe_file(self._path(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See ObjectRoot."""
+        try:
+            self._fs.pipe_file(self._path(key), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def publish(self, key: str, finished: Path) -> None:
+        """See ObjectRoot."""
+        self._fs.put_file(str(finished), self._path(key))
+        finished.unlink()
+
+    def exclusive(self, name: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        """See ObjectRoot. Object storage has no locks; the commit record's create-only write decides there."""
+        return contextlib.nullcontext()
+
+    def scratch(self) -> Path:
+        """See ObjectRoot."""
+        return Path(tempfile.mkdtemp(prefix="tubelet-"))
+
+    def discard_scratch(self) -> None:
+        """See ObjectRoot."""
+
+    def local_path(self, key: str) -> Path | None:  # noqa: ARG002
+        """See ObjectRoot."""
+        return None
+
+    def free_bytes(self) -> int | None:
+        """See ObjectRoot."""
+        return None
+
+
+def open_root(url: str) -> ObjectRoot:
+    """The root for `url`: a path, `file://...` or any scheme fsspec knows.
+
+    Raises:
+        TubeletError: no filesystem is known (or installed) for the scheme.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return LocalRoot(Path(url).expanduser())
+    if scheme == "file":
+        return LocalRoot(Path(rest))
+    try:
+        return RemoteRoot(url)
+    except ImportError as error:
+        raise TubeletError(f"No filesystem for {url}: {error}", "Install the package it names") from error
+    except ValueError as error:
+        raise TubeletError(
+            f"No filesystem for {url}: {error}", "Use a path, s3://..., or another fsspec URL"
+        ) from error
+
+
+def _sync_directory(directory: Path) -> None:
+    # A rename is durable only once its directory is.
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

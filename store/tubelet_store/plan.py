@@ -1,0 +1,152 @@
+"""What a store will hold, decided before the first video is decoded.
+
+The plan is hashed. Two machines that plan the same extraction get the same digest, so it holds no path of a machine, no
+secret and no clock; where the videos lie, who ran it and with which versions is provenance, kept outside the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from pydantic import Field, JsonValue, model_validator
+
+from tubelet_store.config import Config
+from tubelet_store.errors import TubeletError
+
+DTypeName = Literal["float16", "bfloat16", "float32"]
+
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+
+
+class Grid(Config):
+    """Token grid of one clip: `time` latent steps of `height` x `width` patches."""
+
+    time: int = Field(gt=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+
+    @property
+    def space(self) -> int:
+        """Patches per time step."""
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per clip."""
+        return self.time * self.space
+
+
+class Hook(Config):
+    """A place in the backbone whose activations are stored."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")
+    """For example `blocks.3`: the residual stream after block 3 (0-based)."""
+    channels: int = Field(gt=0)
+
+
+class Plan(Config):
+    """Everything that decides the bytes of a store."""
+
+    format_version: Literal[1] = 1
+    dataset: dict[str, JsonValue]
+    """Kind, name and split of the data set."""
+    clip_table: str
+    """Digest of the clip table: which videos and views, in which order."""
+    clips: int = Field(gt=0)
+    clips_per_shard: int = Field(gt=0)
+    sampling: dict[str, JsonValue]
+    """Which frames make a clip, with the formula's name."""
+    preprocessing: dict[str, JsonValue]
+    backbone: dict[str, JsonValue]
+    """Family, id, revision, digest of the weights, precision."""
+    grid: Grid
+    hooks: tuple[Hook, ...] = Field(min_length=1)
+    special_tokens: tuple[str, ...] = ()
+    """Names of the tokens outside the grid (`cls`, `register.0`, ...), in order."""
+    special_time: int = Field(default=1, gt=0)
+    """Time steps of the special tokens: the grid's for a frame-wise backbone, 1 for a video backbone."""
+    dtype: DTypeName = "float16"
+
+    @model_validator(mode="after")
+    def _hooks_are_distinct(self) -> Plan:
+        names = [hook.name for hook in self.hooks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"hooks repeat: {names}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Identity of the plan: `sha256:` over its canonical JSON."""
+        return sha256_of_json(self.model_dump(mode="json"))
+
+    @property
+    def shards(self) -> int:
+        """Number of shards; the last may hold fewer clips."""
+        return math.ceil(self.clips / self.clips_per_shard)
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the stored activations."""
+        return NUMPY_DTYPES[self.dtype]
+
+    def shard_range(self, shard: int) -> range:
+        """Clip numbers that shard `shard` holds."""
+        if not 0 <= shard < self.shards:
+            raise IndexError(f"shard {shard} of {self.shards}")
+        start = shard * self.clips_per_shard
+        return range(start, min(start + self.clips_per_shard, self.clips))
+
+    def hook(self, name: str) -> Hook:
+        """The hook called `name`.
+
+        Raises:
+            TubeletError: the store has no such hook; lists the ones it has.
+        """
+        for hook in self.hooks:
+            if hook.name == name:
+                return hook
+        stored = ", ".join(h.name for h in self.hooks)
+        raise TubeletError(f"The store has no hook '{name}'", f"It holds: {stored}")
+
+    def clip_shape(self, hook: Hook) -> tuple[int, int, int]:
+        """Shape [time, space, channel] of one clip at `hook`."""
+        return (self.grid.time, self.grid.space, hook.channels)
+
+    def special_shape(self, hook: Hook) -> tuple[int, int, int]:
+        """Shape [time or 1, token, channel] of one clip's special tokens at `hook`."""
+        return (self.special_time, len(self.special_tokens), hook.channels)
+
+    def differences(self, other: Plan) -> list[str]:
+        """Fields in which `other` departs from this plan, as `field: here -> there` lines."""
+        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        absent = "(absent)"
+        return [
+            f"{field}: {mine.get(field, absent)} -> {theirs.get(field, absent)}"
+            for field in sorted(mine.keys() | theirs.keys())
+            if mine.get(field, absent) != theirs.get(field, absent)
+        ]
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no white space: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_of_json(value: Any) -> str:
+    """`sha256:<hex>` of the canonical JSON of `value`."""
+    return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _flatten(value: JsonValue, prefix: str = "") -> dict[str, JsonValue]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, below in value.items() for k, v in _flatten(below, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}

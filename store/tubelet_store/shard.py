@@ -1,0 +1,197 @@
+"""Writing one shard: clips go in one by one, in order; objects and record come out whole or not at all.
+
+    append(clip 0), append(clip 1), ... ─▶ scratch file per array ─▶ publish objects ─▶ moments ─▶ commit record (last)
+
+Memory stays at one clip. One writer owns the whole shard: partial-shard writes by several writers lose data silently, and
+there is no way to ask for one here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet_store.clips import ClipOutcome
+from tubelet_store.commit import Commit, StoredObject, read_commit, write_commit, write_commit_moments
+from tubelet_store.errors import TubeletError
+from tubelet_store.layout import ACTIVATIONS, SPECIAL, array_kinds, clip_shape, commit_key, encode_index, shard_key
+from tubelet_store.moments import Moments
+from tubelet_store.objects import ObjectRoot
+from tubelet_store.plan import Hook, Plan
+
+
+class ShardWriter:
+    """Writes shard `shard` of `plan` below `root`. Use as a context manager: leaving it removes the scratch files."""
+
+    def __init__(self, root: ObjectRoot, plan: Plan, shard: int) -> None:
+        self._root, self._plan, self._shard = root, plan, shard
+        self._range = plan.shard_range(shard)
+        self._outcomes: list[ClipOutcome] = []
+        self._moments = {hook.name: Moments.empty(hook.channels) for hook in plan.hooks}
+        self._scratch = root.scratch()
+        self._files = {
+            (kind, hook.name): _ObjectFile(self._scratch / f"{number}-{kind}", plan, kind, hook, shard)
+            for kind in array_kinds(plan)
+            for number, hook in enumerate(plan.hooks)
+        }
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def append(
+        self,
+        outcome: ClipOutcome,
+        activations: Mapping[str, NDArray[Any]] | None = None,
+        special_tokens: Mapping[str, NDArray[Any]] | None = None,
+    ) -> ClipOutcome:
+        """Add the next clip.
+
+        Args:
+            outcome: What is known of the clip; of a failed one the arrays are ignored and NaN is stored.
+            activations: Per hook [time, space, channel]; float32 or the store's dtype.
+            special_tokens: Per hook [time or 1, token, channel], where the plan has special tokens.
+
+        Returns:
+            The outcome as stored: a clip whose activations are not finite is failed, with code `nonfinite`.
+
+        Raises:
+            TubeletError: a value is too large for the store's dtype.
+            ValueError: more clips than the shard holds, or an array of the wrong shape.
+        """
+        if len(self._outcomes) == len(self._range):
+            raise ValueError(f"shard {self._shard} holds {len(self._range)} clips")
+        arrays = {ACTIVATIONS: activations or {}, SPECIAL: special_tokens or {}}
+        if outcome.status == "ok":
+            outcome = self._check_range(outcome, arrays)
+        for (kind, hook), file in self._files.items():
+            if outcome.status == "failed":
+                file.append_nan()
+                continue
+            stored = np.ascontiguousarray(arrays[kind][hook], dtype=self._plan.numpy_dtype)
+            file.append(stored)
+            if kind == ACTIVATIONS:
+                tokens_ND = stored.reshape(-1, stored.shape[-1])
+                self._moments[hook] = self._moments[hook].merge(Moments.of(tokens_ND))
+        self._outcomes.append(outcome)
+        return outcome
+
+    def commit(self, software: Mapping[str, str] | None = None, seconds: Mapping[str, float] | None = None) -> Commit:
+        """Publish the objects, then the record.
+
+        Returns:
+            The record that counts: this one, or that of another writer of the same shard who was first.
+
+        Raises:
+            ValueError: clips are missing.
+        """
+        if len(self._outcomes) != len(self._range):
+            raise ValueError(f"shard {self._shard} has {len(self._outcomes)} of {len(self._range)} clips")
+        objects = tuple(file.finish() for file in self._files.values())
+        # A scheduler may run the same shard twice at once; from here on one of the two goes first.
+        with self._root.exclusive(f"shard-{self._shard}"):
+            if (earlier := read_commit(self._root, self._shard)) is not None:
+                return earlier
+            for file in self._files.values():
+                self._root.publish(file.key, file.path)
+            commit = Commit(
+                plan=self._plan.digest,
+                shard=self._shard,
+                objects=objects,
+                moments=write_commit_moments(self._root, self._shard, self._moments),
+                clips=tuple(self._outcomes),
+                software=dict(software or {}),
+                seconds=dict(seconds or {}),
+            )
+            if write_commit(self._root, commit):
+                return commit
+        winner = read_commit(self._root, self._shard)
+        if winner is None or winner.objects != objects:
+            raise TubeletError(
+                f"Shard {self._shard} of {self._root.url} was written twice at once, with different bytes",
+                f"Delete its commit record {commit_key(self._shard)} and run the extraction again",
+            )
+        return winner
+
+    def _check_range(self, outcome: ClipOutcome, arrays: Mapping[str, Mapping[str, NDArray[Any]]]) -> ClipOutcome:
+        limit = float(ml_dtypes.finfo(self._plan.numpy_dtype).max)
+        for kind in array_kinds(self._plan):
+            for hook in self._plan.hooks:
+                values = arrays[kind][hook.name]
+                peak = float(np.max(np.abs(values), initial=0.0))
+                if np.isfinite(peak) and peak <= limit:
+                    continue
+                if not np.isfinite(peak):
+                    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+                    counted = Moments.empty(hook.channels, nonfinite=bad)
+                    self._moments[hook.name] = self._moments[hook.name].merge(counted)
+                    error = f"nonfinite: {bad} values of {kind}/{hook.name} are NaN or infinite"
+                    return outcome.model_copy(update={"status": "failed", "error": error})
+                clip = self._range[len(self._outcomes)]
+                raise TubeletError(
+                    f"Clip {clip}: a value of {kind}/{hook.name} is {peak:.4g}, beyond {self._plan.dtype}'s {limit:.4g}",
+                    "Set `dtype: bfloat16` (the same size, float32's range) and extract into a new store",
+                )
+        return outcome
+
+
+class _ObjectFile:
+    """A shard object in the making: bytes, digest and per-clip checksums grow clip by clip."""
+
+    def __init__(self, path: Path, plan: Plan, kind: str, hook: Hook, shard: int) -> None:
+        self.path = path
+        self.key = shard_key(kind, hook.name, shard)
+        self._shape = clip_shape(plan, kind, hook)
+        self._tail = encode_index(plan, kind, hook, shard)
+        self._nan = np.full(self._shape, np.nan, dtype=plan.numpy_dtype)
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._crc32c: list[int] = []
+        self._size_bytes = 0
+
+    def append(self, values: NDArray[Any]) -> None:
+        if values.shape != self._shape:
+            raise ValueError(f"{self.key}: clip of shape {values.shape}, expected {self._shape}")
+        # A view as bytes: ml_dtypes arrays do not speak the buffer protocol.
+        raw = values.view(np.uint8).reshape(-1)
+        self._crc32c.append(int(google_crc32c.value(raw.tobytes())))
+        self._write(raw.data)
+
+    def append_nan(self) -> None:
+        self.append(self._nan)
+
+    def finish(self) -> StoredObject:
+        self._write(memoryview(self._tail))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return StoredObject(
+            key=self.key,
+            size_bytes=self._size_bytes,
+            sha256=self._digest.hexdigest(),
+            crc32c=tuple(self._crc32c),
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, data: memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._size_bytes += len(data)
