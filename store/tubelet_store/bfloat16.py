@@ -7,7 +7,7 @@ NaN is written 0x7fc0, as the extension's text says.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -19,11 +19,11 @@ BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BFloat16(BaseFloat):  # type: ignore[type-arg]
+class BFloat16(BaseFloat):
     """bfloat16 for Zarr v3, held in memory as `ml_dtypes.bfloat16`."""
 
     dtype_cls = type(BFLOAT16)
-    _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"  # type: ignore[assignment]
+    _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"
     _zarr_v2_names: ClassVar[tuple[str, ...]] = ("bfloat16",)
     # ml_dtypes knows native order only; every platform we support is little endian.
     endianness: Literal["little"] = "little"
@@ -34,7 +34,7 @@ class BFloat16(BaseFloat):  # type: ignore[type-arg]
         return 2
 
     @classmethod
-    def _check_native_dtype(cls, dtype: Any) -> Any:
+    def _check_native_dtype(cls, dtype: np.dtype[Any]) -> TypeGuard[Any]:
         return dtype == BFLOAT16
 
     @classmethod

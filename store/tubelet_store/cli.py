@@ -32,8 +32,9 @@ class Verb(Generic[C]):
     name: str
     summary: str
     """One line for the list of verbs."""
-    config: type[C]
-    """Every field can be set from YAML and overridden with `--field value`."""
+    config: Callable[[], type[C]]
+    """Gives the model of its settings (a call, so that listing the verbs imports no heavy library). Every field can be
+    set from YAML and overridden with `--field value`."""
     run: Callable[[C], int]
     """Does the work; returns the exit status. Imports heavy libraries inside."""
     positionals: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         print(
-            f"tubelet: error: No space left on the device{where}. Work done so far is kept: free some space, run again.",
+            f"tubelet: error: No space left on the device{where}. Work done is kept: free some space, run again.",
             file=sys.stderr,
         )
         return 2
@@ -89,7 +90,7 @@ def _run(verb: Verb[C], arguments: list[str]) -> int:
         return 0
     print_config = "--print-config" in arguments
     path, overrides = parse_arguments(verb, [a for a in arguments if a != "--print-config"])
-    config = load_config(verb.config, path, overrides)
+    config = load_config(verb.config(), path, overrides)
     if print_config:
         print(dump_yaml(config), end="")
         return 0
@@ -173,7 +174,7 @@ def _usage(verb: Verb[Any]) -> str:
         "",
         "Fields:",
     ]
-    lines += list(describe_fields(verb.config))
+    lines += list(describe_fields(verb.config()))
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """The durable record of one finished shard: what was written, what it held, and its moments.
 
-A shard exists for everybody else once its record does. The record is created last and never replaced, so of two writers of
-the same shard one wins, and a writer that dies leaves nothing that counts.
+A shard exists for everybody else once its record does. The record is created last and never replaced, so of two writers
+of the same shard one wins, and a writer that dies leaves nothing that counts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from pydantic import Field
 
 from tubelet_store.clips import ClipOutcome
 from tubelet_store.config import Config
@@ -42,9 +43,9 @@ class Commit(Config):
     objects: tuple[StoredObject, ...]
     moments: StoredObject
     clips: tuple[ClipOutcome, ...]
-    software: dict[str, str] = {}
+    software: dict[str, str] = Field(default_factory=dict)
     """Versions that made the shard."""
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field(default_factory=dict)
     """Time spent per stage."""
 
 
@@ -59,7 +60,7 @@ def read_commit(root: ObjectRoot, shard: int) -> Commit | None:
 
 def committed_shards(root: ObjectRoot) -> list[int]:
     """Numbers of the shards that have a record, ascending."""
-    names = [key.removeprefix(f"{COMMITS}/") for key in root.keys(COMMITS)]
+    names = [key.removeprefix(f"{COMMITS}/") for key in root.list_keys(COMMITS)]
     return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
 
 

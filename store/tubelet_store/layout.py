@@ -162,10 +162,18 @@ def _write_array(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
 
 
 def read_moments(documents: dict[str, bytes], hook: str) -> Moments:
-    """Inverse of `moments_documents` for one hook."""
+    """Inverse of `moments_documents` for one hook.
+
+    Raises:
+        ValueError: a value is missing (zarr would read zeros in its place).
+    """
     buffers: dict[str, Buffer] = {key: CpuBuffer.from_bytes(data) for key, data in documents.items()}
     group = zarr.open_group(MemoryStore(buffers), path=f"{MOMENTS}/{hook}", mode="r")
-    return Moments.from_arrays({name: np.asarray(group[name][...]) for name in group.array_keys()})
+    arrays = dict(group.arrays())
+    for name, array in arrays.items():
+        if (chunk := "/".join([MOMENTS, hook, name, "c", *["0"] * array.ndim])) not in documents:
+            raise ValueError(f"{chunk} is missing")
+    return Moments.from_arrays({name: np.asarray(array[...]) for name, array in arrays.items()})
 
 
 def missing_objects(plan: Plan, shards: Iterable[int], present: set[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The manifest: one row per object that makes up a finished store, and the digest that is the store's identity.
 
-The commit records, the planned table and the group document are not in it: they say how the store came to be, not what it
-holds. The plan's digest is, so what is measured and what it means are identified together.
+The commit records, the planned table and the group document are not in it: they say how the store came to be, not what
+it holds. The plan's digest is, so what is measured and what it means are identified together.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     per shard: count, mean, second moment about the mean ──Chan──▶ whole store, in shard order
 
-Merging uses the pairwise update of Chan, Golub & LeVeque (1979) in float64: the result does not depend on how the tokens
-were cut, up to rounding, and merging in shard order makes it bitwise repeatable. Norms are counted in fixed logarithmic
-bins, so their quantiles merge exactly too.
+Merging uses the pairwise update of Chan, Golub & LeVeque (1979) in float64: the result does not depend on how the
+tokens were cut, up to rounding, and merging in shard order makes it bitwise repeatable. Norms are counted in fixed
+logarithmic bins, so their quantiles merge exactly too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Above this width the full covariance (8 d^2 bytes a shard) is no longer small beside the shard; keep its diagonal only.
+# Above this width the full covariance (8 d^2 bytes a shard) is no longer small beside the shard: its diagonal is kept.
 COVARIANCE_MAX_CHANNELS = 1024
 
 # Norm bins: 32 an octave from 2^-16 to 2^20, so a quantile is known to 2.2 %.
@@ -126,7 +126,7 @@ class Moments:
         """L2 norm below which a fraction `level` of the tokens lies, to one bin (2.2 %). NaN without tokens."""
         if self.count == 0:
             return float("nan")
-        reached = np.searchsorted(np.cumsum(self.norm_histogram), level * self.count)
+        reached = np.searchsorted(np.cumsum(self.norm_histogram), max(level * self.count, 1))
         return float(_bin_centre(min(int(reached), NORM_BINS - 1)))
 
     def arrays(self) -> dict[str, NDArray[Any]]:

@@ -1,7 +1,7 @@
 """Where the objects of a store lie: a local directory or any fsspec URL, behind one small interface.
 
-An object is written once. Locally it is written under `.tmp/`, synced, then renamed or linked into place, so a reader (or
-a power cut) sees the whole object or none.
+An object is written once. Locally it is written under `.tmp/`, synced, then renamed or linked into place, so a reader
+(or a power cut) sees the whole object or none.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import fsspec
 from tubelet_store.errors import TubeletError
 
 SCRATCH = ".tmp"
+_OWNER = "owner.lock"
 
 
 class ObjectRoot(ABC):
@@ -37,7 +38,7 @@ class ObjectRoot(ABC):
         """Bytes of the object, None where there is none."""
 
     @abstractmethod
-    def keys(self, prefix: str = "") -> list[str]:
+    def list_keys(self, prefix: str = "") -> list[str]:
         """Keys of the objects below `prefix` (a folder), sorted; scratch files are not objects."""
 
     @abstractmethod
@@ -57,12 +58,12 @@ class ObjectRoot(ABC):
         """Hold the lock `name` among the writers of this root, where the root can lock; freed if its holder dies."""
 
     @abstractmethod
-    def scratch(self) -> Path:
-        """A fresh local directory for unfinished files; the caller removes it."""
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
+        """A fresh local directory for unfinished files, removed on leaving."""
 
     @abstractmethod
     def discard_scratch(self) -> None:
-        """Remove what dead writers left unfinished. Only while nobody writes."""
+        """Remove what dead writers left unfinished; living writers keep theirs."""
 
     @abstractmethod
     def local_path(self, key: str) -> Path | None:
@@ -91,7 +92,7 @@ class LocalRoot(ObjectRoot):
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
         found = []
         for folder, below, names in os.walk(self.directory / prefix):
@@ -126,19 +127,31 @@ class LocalRoot(ObjectRoot):
         """See ObjectRoot."""
         folder = self.directory / SCRATCH
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with _locked(folder / f"{name}.lock"):
             yield
 
-    def scratch(self) -> Path:
-        """See ObjectRoot."""
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """See ObjectRoot. A lock held inside tells that the owner lives."""
         folder = self.directory / SCRATCH / uuid.uuid4().hex
         folder.mkdir(parents=True)
-        return folder
+        try:
+            with _locked(folder / _OWNER):
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def discard_scratch(self) -> None:
         """See ObjectRoot."""
-        shutil.rmtree(self.directory / SCRATCH, ignore_errors=True)
+        scratch = self.directory / SCRATCH
+        for lock in [*scratch.glob(f"*/{_OWNER}"), *scratch.glob("*.lock")]:
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(lock, wait=False):
+                if lock.name == _OWNER:
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+                else:
+                    lock.unlink()
+        with contextlib.suppress(OSError):
+            scratch.rmdir()
 
     def local_path(self, key: str) -> Path | None:
         """See ObjectRoot."""
@@ -153,16 +166,13 @@ class LocalRoot(ObjectRoot):
 
     @contextlib.contextmanager
     def _temporary(self, data: bytes) -> Iterator[Path]:
-        folder = self.scratch()
-        try:
+        with self.scratch() as folder:
             path = folder / "object"
             with path.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             yield path
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _rename(self, finished: Path, key: str) -> None:
         target = self.directory / key
@@ -199,7 +209,7 @@ class RemoteRoot(ObjectRoot):
         except FileNotFoundError:
             return None
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
         try:
             found = self._fs.find(self._path(prefix).rstrip("/"))
@@ -229,9 +239,11 @@ class RemoteRoot(ObjectRoot):
         """See ObjectRoot. Object storage has no locks; the commit record's create-only write decides there."""
         return contextlib.nullcontext()
 
-    def scratch(self) -> Path:
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
         """See ObjectRoot."""
-        return Path(tempfile.mkdtemp(prefix="tubelet-"))
+        with tempfile.TemporaryDirectory(prefix="tubelet-") as folder:
+            yield Path(folder)
 
     def discard_scratch(self) -> None:
         """See ObjectRoot."""
@@ -264,6 +276,14 @@ def open_root(url: str) -> ObjectRoot:
         raise TubeletError(
             f"No filesystem for {url}: {error}", "Use a path, s3://..., or another fsspec URL"
         ) from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    # The kernel frees the lock when its holder dies, by kill -9 too.
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 def _sync_directory(directory: Path) -> None:

@@ -5,14 +5,15 @@ open_store(url) ─▶ Store ─▶ shard_map(hook, i): the file itself, as an a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tubelet_store.clips import finished_table, from_parquet
+from tubelet_store.clips import FINISHED, finished_table, from_parquet
 from tubelet_store.commit import Commit, committed_shards, read_commit, read_commit_moments
 from tubelet_store.errors import TubeletError
 from tubelet_store.layout import (
@@ -34,6 +35,11 @@ from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot, open_root
 from tubelet_store.plan import Plan
 from tubelet_store.state import StoreState, read_state
+
+T = TypeVar("T")
+
+# What Arrow, zarr, pydantic and NumPy raise over bytes that are not what was written.
+_DAMAGE = (pa.ArrowException, LookupError, NotImplementedError, OSError, TypeError, ValueError)
 
 
 class Store:
@@ -69,11 +75,11 @@ class Store:
     @cached_property
     def _table(self) -> pa.Table:
         if self.complete:
-            return from_parquet(self.root.read(CLIPS))
+            return self._parsed(CLIPS, self._finished_table)
         planned = from_parquet(self.root.read(PLAN_TABLE))
         rows = [clip for shard in self.committed for clip in self.plan.shard_range(shard)]
         outcomes = [outcome for shard in self.committed for outcome in self.commit(shard).clips]
-        finished = finished_table(planned.take(rows), outcomes, self.plan.clips_per_shard)
+        finished = finished_table(planned.take(pa.array(rows, pa.int64())), outcomes, self.plan.clips_per_shard)
         shards = [clip // self.plan.clips_per_shard for clip in rows]
         return finished.set_column(
             finished.num_columns - 1, finished.schema.field("shard"), pa.array(shards, pa.int32())
@@ -90,6 +96,26 @@ class Store:
         status = np.asarray(table["status"].to_pylist(), dtype=object)
         mask[table["clip"].to_numpy()] = status == "ok"
         return mask
+
+    def _finished_table(self, data: bytes) -> pa.Table:
+        table = from_parquet(data)
+        if table.num_rows != self.plan.clips:
+            raise ValueError(f"{table.num_rows} rows for {self.plan.clips} clips")
+        return table.select(FINISHED.names)
+
+    def _parsed(self, key: str, parse: Callable[[bytes], T]) -> T:
+        try:
+            data = self.root.read(key)
+        except FileNotFoundError as error:
+            raise TubeletError(f"{self.url}/{key} is missing", "Copy the store again from its source") from error
+        try:
+            return parse(data)
+        except _DAMAGE as error:
+            raise self._damaged(key, error) from error
+
+    def _damaged(self, key: str, error: Exception) -> TubeletError:
+        detail = " ".join(str(error).split())
+        return TubeletError(f"{self.url}/{key} is damaged: {detail}", "Copy it again from the store's source")
 
     def shard_range(self, shard: int) -> range:
         """Clip numbers in `shard`."""
@@ -112,12 +138,7 @@ class Store:
         Raises:
             TubeletError: it is missing, or it is not the one the store was completed with.
         """
-        try:
-            manifest = Manifest.from_parquet(self.root.read(MANIFEST), self.plan.digest)
-        except FileNotFoundError as error:
-            raise TubeletError(f"{self.url}/{MANIFEST} is missing", "Copy the store again from its source") from error
-        except pa.ArrowInvalid as error:
-            raise TubeletError(f"{self.url}/{MANIFEST} is damaged: {error}", "Copy it again from its source") from error
+        manifest = self._parsed(MANIFEST, lambda data: Manifest.from_parquet(data, self.plan.digest))
         if manifest.identity != self.state.identity:
             raise TubeletError(
                 f"{self.url}/{MANIFEST} has identity {manifest.identity}, the store says {self.state.identity}",
@@ -129,8 +150,12 @@ class Store:
         """Moments of all stored tokens at `hook`, in float64."""
         self.plan.hook(hook)
         if self.complete:
-            keys = [key for key in self.root.keys(MOMENTS)]
-            return read_moments({key: self.root.read(key) for key in keys}, hook)
+            folder = f"{MOMENTS}/{hook}"
+            documents = {key: self.root.read(key) for key in self.root.list_keys(folder)}
+            try:
+                return read_moments(documents, hook)
+            except _DAMAGE as error:
+                raise self._damaged(folder, error) from error
         merged = Moments.empty(self.plan.hook(hook).channels)
         for shard in self.committed:
             merged = merged.merge(read_commit_moments(self.root, shard)[hook])

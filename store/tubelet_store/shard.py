@@ -2,15 +2,15 @@
 
     append(clip 0), append(clip 1), ... ─▶ scratch file per array ─▶ publish objects ─▶ moments ─▶ commit record (last)
 
-Memory stays at one clip. One writer owns the whole shard: partial-shard writes by several writers lose data silently, and
-there is no way to ask for one here.
+Memory stays at one clip. One writer owns the whole shard: partial-shard writes by several writers lose data silently,
+and there is no way to ask for one here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -38,9 +38,10 @@ class ShardWriter:
         self._range = plan.shard_range(shard)
         self._outcomes: list[ClipOutcome] = []
         self._moments = {hook.name: Moments.empty(hook.channels) for hook in plan.hooks}
-        self._scratch = root.scratch()
+        self._resources = contextlib.ExitStack()
+        scratch = self._resources.enter_context(root.scratch())
         self._files = {
-            (kind, hook.name): _ObjectFile(self._scratch / f"{number}-{kind}", plan, kind, hook, shard)
+            (kind, hook.name): _ObjectFile(scratch / f"{number}-{kind}", plan, kind, hook, shard)
             for kind in array_kinds(plan)
             for number, hook in enumerate(plan.hooks)
         }
@@ -53,7 +54,7 @@ class ShardWriter:
     ) -> None:
         for file in self._files.values():
             file.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._resources.close()
 
     def append(
         self,
@@ -145,7 +146,7 @@ class ShardWriter:
                     return outcome.model_copy(update={"status": "failed", "error": error})
                 clip = self._range[len(self._outcomes)]
                 raise TubeletError(
-                    f"Clip {clip}: a value of {kind}/{hook.name} is {peak:.4g}, beyond {self._plan.dtype}'s {limit:.4g}",
+                    f"Clip {clip}: a value of {kind}/{hook.name} is {peak:.4g}, {self._plan.dtype} ends at {limit:.4g}",
                     "Set `dtype: bfloat16` (the same size, float32's range) and extract into a new store",
                 )
         return outcome

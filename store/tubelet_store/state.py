@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from tubelet_store.config import Config
 from tubelet_store.errors import TubeletError
@@ -27,7 +27,7 @@ class StoreState(Config):
     """Digest of the manifest, once complete: what `catalog.yaml` calls the store by."""
     clips_failed: int | None = None
     """Clips stored as NaN, once complete."""
-    provenance: dict[str, JsonValue] = {}
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
     """Who made it, where and with what: informative, in no digest."""
 
     @property

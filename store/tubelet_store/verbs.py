@@ -70,15 +70,14 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("grid", f"{grid['time']} time x {grid['height']} height x {grid['width']} width, {summary['dtype']}"),
         ("size", human_bytes(summary["size_bytes"])),
     ]
-    for hook in summary["hooks"]:
-        lines.append(
-            (
-                "hook",
-                f"{hook['name']}: {hook['channels']} channels, {hook['tokens']} tokens, norm {hook['norm_mean']:.3g} "
-                f"(99 %: {hook['norm_99']:.3g}), largest {hook['absmax']:.3g} in channel {hook['absmax_channel']}",
-            )
+    return lines + [
+        (
+            "hook",
+            f"{hook['name']}: {hook['channels']} channels, {hook['tokens']} tokens, norm {hook['norm_mean']:.3g} "
+            f"(99 %: {hook['norm_99']:.3g}), largest {hook['absmax']:.3g} in channel {hook['absmax_channel']}",
         )
-    return lines
+        for hook in summary["hooks"]
+    ]
 
 
 def _verify(config: VerifyConfig) -> int:
@@ -112,7 +111,7 @@ def _verify(config: VerifyConfig) -> int:
     return 0
 
 
-INFO = Verb("info", "Show what a store holds and which clips failed.", InfoConfig, _info, ("store",))
+INFO = Verb("info", "Show what a store holds and which clips failed.", lambda: InfoConfig, _info, ("store",))
 VERIFY = Verb(
-    "verify", "Check every byte of a store; name damaged objects and clips.", VerifyConfig, _verify, ("store",)
+    "verify", "Check every byte of a store; name damaged objects and clips.", lambda: VerifyConfig, _verify, ("store",)
 )

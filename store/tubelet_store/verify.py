@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import google_crc32c
 
 from tubelet_store.commit import StoredObject
+from tubelet_store.errors import TubeletError
 from tubelet_store.layout import ACTIVATIONS, COMMITS, GROUP, MANIFEST, PLAN_TABLE, SPECIAL, array_kinds, clip_bytes
 from tubelet_store.layout import shard_key as key_of_shard
 from tubelet_store.reader import Store
@@ -51,7 +53,7 @@ def expected_objects(store: Store) -> list[StoredObject]:
 def orphans(store: Store) -> list[str]:
     """Objects that belong to nothing: left by dead writers, or put there by somebody else."""
     known = {stored.key for stored in expected_objects(store)} | {GROUP, PLAN_TABLE, MANIFEST}
-    return [key for key in store.root.keys() if key not in known and not key.startswith(f"{COMMITS}/")]
+    return [key for key in store.root.list_keys() if key not in known and not key.startswith(f"{COMMITS}/")]
 
 
 class _ObjectCheck:
@@ -66,8 +68,11 @@ class _ObjectCheck:
             for hook in plan.hooks
             for shard in store.committed
         }
-        table = store.clips()
-        self._videos = dict(zip(table["clip"].to_pylist(), table["video_id"].to_pylist(), strict=True))
+        self._videos: dict[int, str] = {}
+        # Where the clip table is damaged it is a finding like any other, and clips are named by number alone.
+        with contextlib.suppress(TubeletError):
+            table = store.clips()
+            self._videos = dict(zip(table["clip"].to_pylist(), table["video_id"].to_pylist(), strict=True))
 
     def __call__(self, stored: StoredObject) -> list[Finding]:
         found = self._store.root.size(stored.key)

@@ -38,6 +38,7 @@ class StoreWriter:
         self._root = root
         self.state = state
         self.plan = state.plan
+        self.url = root.url
 
     @classmethod
     def begin(cls, url: str, plan: Plan, clips: pa.Table, provenance: Mapping[str, Any]) -> StoreWriter:
@@ -58,7 +59,7 @@ class StoreWriter:
             raise ValueError(f"plan of {plan.clips} clips, table of {table.num_rows}")
         state = read_state(root)
         if state is None:
-            if root.keys():
+            if root.list_keys():
                 raise TubeletError(
                     f"{url} is not empty and not a Tubelet store", "Choose a new path, or empty this one"
                 )
@@ -102,12 +103,16 @@ class StoreWriter:
         done = set(committed_shards(self._root))
         return [shard for shard in range(self.plan.shards) if shard not in done]
 
+    def committed(self, shard: int) -> Commit | None:
+        """The commit record of `shard`, None while it is pending."""
+        return read_commit(self._root, shard)
+
     def shard(self, shard: int) -> ShardWriter:
         """A writer for the whole of shard `shard`."""
         return ShardWriter(self._root, self.plan, shard)
 
     def discard_scratch(self) -> None:
-        """Remove what killed writers left behind. Only while no writer works on this store."""
+        """Remove what killed writers left behind; living ones keep theirs."""
         self._root.discard_scratch()
 
     def free_bytes(self) -> int | None:

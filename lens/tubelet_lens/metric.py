@@ -1,0 +1,62 @@
+"""The shape of a metric: it sees every window once, then says what it found.
+
+    metric = Reconstruction(setting)
+    for window in windows(...): metric.add(window)
+    metric.section()
+
+One file per metric. A metric that needs labels or captions looks up `window.clips` in `setting.store.clips()`; one that
+trains something (a probe, a map) gathers pooled codes in `add` and fits in `section`. To add one, write the file and put
+its class into `evaluate.METRICS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tubelet_store import Store
+
+from tubelet_lens.section import Section
+from tubelet_lens.timing import LatentTime
+from tubelet_lens.windows import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a metric may know before the first window."""
+
+    store: Store
+    hook: str
+    clips: NDArray[np.int64]
+    """Clips that will be streamed, ascending."""
+    latents: int
+    time: LatentTime
+    lags: int
+    """Largest distance in latent steps."""
+    null_draws: int
+    """Draws of the shuffled-time null."""
+    seed: int
+    device: torch.device
+
+    @property
+    def channels(self) -> int:
+        """Width D of the raw activations."""
+        return self.store.plan.hook(self.hook).channels
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all clips together."""
+        return len(self.clips) * self.store.plan.grid.tokens
+
+
+class Metric(Protocol):
+    """A statistic of (SAE, store), accumulated in float64."""
+
+    def add(self, window: Window) -> None:
+        """Take in one window."""
+
+    def section(self) -> Section:
+        """The figures over everything added."""

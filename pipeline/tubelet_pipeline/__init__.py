@@ -1,0 +1,1 @@
+"""Videos to activation stores: clip tables, frames, backbones, shards, on a Dask cluster."""

@@ -1,0 +1,243 @@
+"""A checkpoint on disk or on the hub, found and loaded, or refused with a reason.
+
+    id ──local folder, or hub snapshot at one commit──▶ folder ──safetensors only──▶ model in eval mode
+
+Only safetensors are read: nothing is unpickled. Weights that the checkpoint lacks are never replaced by random ones in
+silence, which is what `from_pretrained` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+
+from tubelet_store.errors import TubeletError
+
+# 5.6 to 5.17 load VideoMAE without its query and value biases (transformers PR 48675).
+OLDEST_TRANSFORMERS = "5.18"
+
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+HUB_PATTERNS = (
+    CONFIG_FILE,
+    "*processor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# Says nothing about the numbers a model computes, or says it elsewhere (precision).
+_VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of transformers.
+
+    Args:
+        name: Hub id, or the local folder's own name: never a path, so that it may be hashed and published.
+        folder: Where the files are on this machine.
+        revision: Commit of the hub repository; None for a local folder.
+        fields: Content of config.json.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    fields: dict[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        """What config.json calls the architecture."""
+        return str(self.fields.get("model_type"))
+
+    @property
+    def config_digest(self) -> str:
+        """Digest of config.json without what does not bear on the numbers."""
+        kept = {name: value for name, value in self.fields.items() if name not in _VOLATILE_FIELDS}
+        return "sha256:" + hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def require_transformers() -> None:
+    """Refuse versions of transformers that load wrong weights.
+
+    Raises:
+        TubeletError: the installed transformers is older than 5.18.
+    """
+    installed = version("transformers")
+    if Version(installed) < Version(OLDEST_TRANSFORMERS):
+        raise TubeletError(
+            f"transformers {installed} is too old: 5.6 to 5.17 lose VideoMAE's query and value biases in loading",
+            f"pip install 'transformers>={OLDEST_TRANSFORMERS}'",
+        )
+
+
+def find_checkpoint(id: str, revision: str | None) -> Checkpoint:
+    """The checkpoint `id`: a local folder where there is one, else a hub repository (fetched into the hub's cache).
+
+    Raises:
+        TubeletError: neither exists, the hub cannot be reached, or the files are not a checkpoint in safetensors.
+    """
+    local = Path(id).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise TubeletError(
+                f"'{id}' is a local folder and has no revision '{revision}'", "Remove revision, or give a hub id"
+            )
+        return _read_checkpoint(local.resolve().name, local, None)
+    if not HUB_ID.fullmatch(id):
+        raise TubeletError(f"There is no folder '{id}'", "Check the path; a hub id has the form 'owner/model'")
+    folder = _fetch(id, revision)
+    # The hub's cache names a snapshot's folder by its commit.
+    return _read_checkpoint(id, folder, folder.name if COMMIT.fullmatch(folder.name) else revision)
+
+
+def _fetch(id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"'{id}'" if revision is None else f"'{id}' at revision '{revision}'"
+    try:
+        return Path(snapshot_download(id, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except GatedRepoError as error:
+        raise TubeletError(
+            f"The hub gives {what} only to those who accepted its terms",
+            f"Accept them on https://huggingface.co/{id}, then run `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise TubeletError(f"The hub's '{id}' has no revision '{revision}'", "Give a branch, tag or commit") from error
+    except RepositoryNotFoundError as error:
+        raise TubeletError(
+            f"There is neither a folder nor a public hub model {what}",
+            "Check the spelling; for a private model run `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise TubeletError(
+            f"There is no folder {what}, and the hub cannot be reached for a model of that name",
+            f"Check the spelling and the network, or fetch it where there is one (`hf download {id}`) and copy it here",
+        ) from error
+
+
+def _read_checkpoint(name: str, folder: Path, revision: str | None) -> Checkpoint:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise TubeletError(f"'{name}' has no {CONFIG_FILE}", "Give a checkpoint in the layout of transformers")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TubeletError(f"{CONFIG_FILE} of '{name}' is not JSON: {error}", "Fetch the file again") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise TubeletError(f"{CONFIG_FILE} of '{name}' states no model_type", "Give a checkpoint of transformers")
+    if not any((folder / file).is_file() for file in WEIGHT_FILES):
+        raise TubeletError(
+            f"'{name}' holds no {WEIGHT_FILES[0]}; weights in pickle files (.bin, .pt) are not read",
+            "Convert them once, if you trust them: "
+            f"`AutoModel.from_pretrained('{name}').save_pretrained('NEW_FOLDER')`, and copy {CONFIG_FILE}'s "
+            "neighbour preprocessor_config.json along",
+        )
+    return Checkpoint(name, folder, revision, fields)
+
+
+def load_model(
+    checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, device: torch.device, unneeded: tuple[str, ...]
+) -> Any:
+    """The model of `checkpoint` as transformers' class `architecture`, in eval mode, without gradients, on `device`.
+
+    Args:
+        checkpoint: Found by `find_checkpoint`.
+        architecture: Class name in transformers. Heads and decoders that it lacks are left behind.
+        dtype: Number format of the weights, whatever the file holds.
+        device: Where to put it.
+        unneeded: Beginnings of parameter names that no hook depends on; only these may be missing.
+
+    Raises:
+        TubeletError: weights are missing or do not fit the configuration, or a file is damaged.
+    """
+    import transformers
+
+    with quiet_transformers():
+        try:
+            model, info = getattr(transformers, architecture).from_pretrained(
+                checkpoint.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+        except Exception as error:  # safetensors, huggingface_hub and transformers each raise their own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TubeletError(
+                f"'{checkpoint.name}' does not load as {architecture}: {reason}",
+                "Fetch its files again; the weights may be damaged or belong to another config.json",
+            ) from error
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(unneeded))
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise TubeletError(
+            f"'{checkpoint.name}' lacks {len(missing)} of the weights of {architecture}: {shown}",
+            "Random numbers would stand in for them. Use a complete checkpoint; if query and value biases are named, "
+            f"transformers 5.6 to 5.17 lost them in saving or loading: use >={OLDEST_TRANSFORMERS}",
+        )
+    model.requires_grad_(False)
+    return model.eval().to(device)
+
+
+def digest_of_weights(model: nn.Module, unneeded: tuple[str, ...]) -> str:
+    """sha256 over name, dtype, shape and bytes of every tensor the hooks depend on, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(unneeded):
+            continue
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return "sha256:" + digest.hexdigest()
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` becomes CUDA where there is one.
+
+    Raises:
+        TubeletError: the name is no device, or this machine does not have it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TubeletError(f"Device '{device}' cannot be used here: {reason}", "Set device: auto or cpu") from error
+    return resolved
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bar and load report off the terminal; what matters of them is raised instead."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

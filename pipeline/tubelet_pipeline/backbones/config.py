@@ -1,0 +1,25 @@
+"""Which backbone to run, and how."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tubelet_pipeline.preprocess import Preprocessing
+from tubelet_store.config import Config
+
+
+class BackboneConfig(Config):
+    """A frozen vision backbone from the Hugging Face hub or from a local folder."""
+
+    id: str
+    """Hub id (`MCG-NJU/videomae-base`) or local folder that holds config.json and model.safetensors."""
+    revision: str | None = None
+    """Commit of the hub repository. None: the newest; the commit that was loaded is recorded in the store."""
+    family: str | None = None
+    """Family of the architecture. None: by the checkpoint's `model_type`."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of weights and activations in the forward pass."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one, else CPU), `cpu`, `cuda`, `cuda:1`, ..."""
+    preprocessing: Preprocessing | None = None
+    """How frames become pixels. None: as the checkpoint's own processor file says."""

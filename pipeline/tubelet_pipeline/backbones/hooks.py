@@ -1,0 +1,75 @@
+"""Reading a model's inside: which modules to listen to, and listening.
+
+Activations are taken from forward hooks on the blocks. `output_hidden_states` is not used: its last entry is before the
+final norm in some versions of transformers and after it in others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from tubelet_store.errors import TubeletError
+
+
+def find_blocks(trunk: nn.Module, layers: int) -> nn.ModuleList:
+    """The transformer blocks of `trunk`: its only `nn.ModuleList` of length `layers`.
+
+    Raises:
+        TubeletError: there is no such list, or more than one.
+    """
+    lists = {name: m for name, m in trunk.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers}
+    if len(lists) != 1:
+        found = ", ".join(lists) or "none"
+        raise TubeletError(
+            f"{type(trunk).__name__} should have one list of {layers} blocks; found {found}",
+            "This version of transformers arranges the model in another way; install one that is supported",
+        )
+    return next(iter(lists.values()))
+
+
+class _AllCaptured(Exception):
+    """Not an error: ends a forward pass that has nothing more to give."""
+
+
+def capture(modules: Mapping[str, nn.Module], forward: Callable[[], object]) -> dict[str, torch.Tensor]:
+    """Outputs of `modules` during `forward()`, which is abandoned as soon as all of them have spoken.
+
+    What comes before the last wanted module is computed exactly as in a full pass. Of a module that returns a tuple the
+    first element is taken. Not for several threads on one model.
+
+    Args:
+        modules: Modules by hook name, each called at most once per pass.
+        forward: Runs the model once, without gradients.
+
+    Returns:
+        The output tensor of each module, by hook name.
+
+    Raises:
+        RuntimeError: a module was not called.
+    """
+    captured: dict[str, torch.Tensor] = {}
+
+    def listener(name: str) -> Callable[[nn.Module, object, object], None]:
+        def listen(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"hook {name} gave a {type(tensor).__name__}, not a tensor")
+            captured[name] = tensor
+            if len(captured) == len(modules):
+                raise _AllCaptured
+
+        return listen
+
+    handles = [module.register_forward_hook(listener(name)) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            forward()
+    except _AllCaptured:
+        return captured
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise RuntimeError(f"never called in the forward pass: {sorted(set(modules) - set(captured))}")

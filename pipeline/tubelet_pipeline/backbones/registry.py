@@ -1,0 +1,60 @@
+"""Which families there are, and loading one of them."""
+
+from __future__ import annotations
+
+from tubelet_pipeline.backbones.base import Backbone
+from tubelet_pipeline.backbones.checkpoint import find_checkpoint, require_transformers
+from tubelet_pipeline.backbones.clip import CLIP
+from tubelet_pipeline.backbones.config import BackboneConfig
+from tubelet_pipeline.backbones.dinov2 import DINOv2, DINOv2WithRegisters
+from tubelet_pipeline.backbones.dinov3 import DINOv3
+from tubelet_pipeline.backbones.siglip import SigLIP, SigLIP2
+from tubelet_pipeline.backbones.timesformer import TimeSformer
+from tubelet_pipeline.backbones.videomae import VideoMAE
+from tubelet_pipeline.backbones.vivit import ViViT
+from tubelet_pipeline.backbones.vjepa2 import VJEPA2
+from tubelet_store.errors import TubeletError, nearest
+
+_CLASSES: tuple[type[Backbone], ...] = (
+    VideoMAE,
+    VJEPA2,
+    TimeSformer,
+    ViViT,
+    DINOv2,
+    DINOv2WithRegisters,
+    DINOv3,
+    CLIP,
+    SigLIP,
+    SigLIP2,
+)
+
+FAMILIES: dict[str, type[Backbone]] = {cls.family: cls for cls in _CLASSES}
+
+
+def load_backbone(config: BackboneConfig, frames: int | None = None) -> Backbone:
+    """Find, load and check the backbone that `config` names.
+
+    Args:
+        config: Which checkpoint, in which precision, on which device.
+        frames: Frames per clip; None: what the checkpoint was made for (frame-wise families: 16).
+
+    Raises:
+        TubeletError: no such checkpoint, unknown family, weights missing, wrong number of frames, transformers too old.
+    """
+    require_transformers()
+    if config.family is not None and config.family not in FAMILIES:
+        raise TubeletError(f"Unknown backbone family '{config.family}'", nearest(config.family, FAMILIES))
+    checkpoint = find_checkpoint(config.id, config.revision)
+    by_type = {model_type: cls for cls in FAMILIES.values() for model_type in cls.model_types}
+    cls = by_type.get(checkpoint.model_type)
+    if cls is None:
+        raise TubeletError(
+            f"'{checkpoint.name}' is a '{checkpoint.model_type}', which is no family known here",
+            f"Known: {', '.join(sorted(FAMILIES))}",
+        )
+    if config.family is not None and config.family != cls.family:
+        raise TubeletError(
+            f"'{checkpoint.name}' belongs to the family '{cls.family}', not '{config.family}'",
+            f"Set family: {cls.family}, or leave it out",
+        )
+    return cls(checkpoint, config, frames)

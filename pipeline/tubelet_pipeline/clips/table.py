@@ -1,0 +1,108 @@
+"""The clip table: one row per clip to extract, in the order the store keeps for ever.
+
+A video gives one clip per temporal view; its clips are neighbours. Paths are relative to the data set's root, so that
+the same data set at two places gives the same table, and the same digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from tubelet_pipeline.clips import folder, kinetics, ssv2
+from tubelet_pipeline.clips.dataset import Folder, Kinetics, Ssv2
+from tubelet_pipeline.sampling import DenseSampling, UniformSampling
+from tubelet_store.errors import TubeletError
+
+SCHEMA = pa.schema(
+    [
+        pa.field("clip", pa.int64(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("label_name", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("view", pa.int16(), nullable=False),
+    ]
+)
+_MISSING = b"tubelet.missing_videos"
+
+
+@dataclass(frozen=True)
+class MissingVideos:
+    """Videos that the annotations name and the listing of the root does not hold. They fail as `missing` when decoded.
+
+    Attributes:
+        count: Videos, not clips.
+        examples: Paths of the first three.
+    """
+
+    count: int
+    examples: tuple[str, ...]
+
+
+def build_clip_table(dataset: Ssv2 | Kinetics | Folder, sampling: DenseSampling | UniformSampling) -> pa.Table:
+    """Clips of `dataset`, `sampling.clips` temporal views per video, as a table of `SCHEMA`.
+
+    Videos that are annotated but not there keep their rows; `missing_videos` tells how many there are.
+
+    Raises:
+        TubeletError: the data set cannot be read as its `kind` says, or holds no video.
+    """
+    if isinstance(dataset, Ssv2):
+        videos, root = ssv2.list_videos(dataset)
+    elif isinstance(dataset, Kinetics):
+        videos, root = kinetics.list_videos(dataset)
+    else:
+        videos, root = folder.list_videos(dataset)
+    if not videos:
+        raise TubeletError(f"The annotations of {dataset.root} name no video of this split", "Check dataset.split")
+    known = set(root.videos)
+    # Paths outside the root were not listed; they are met when decoded.
+    absent = [video.uri for video in videos if video.uri not in known and not _is_outside(video.uri)]
+    if absent:
+        logging.getLogger(__name__).warning(
+            "%d of %d annotated videos are not under %s (first: %s)", len(absent), len(videos), root.url, absent[0]
+        )
+    views = sampling.clips
+    repeated = pa.table(
+        {
+            "video_id": [video.video_id for video in videos],
+            "uri": [video.uri for video in videos],
+            "label": [video.label for video in videos],
+            "label_name": [video.label_name for video in videos],
+            "caption": [video.caption for video in videos],
+            "split": [video.split for video in videos],
+        },
+        schema=pa.schema([SCHEMA.field(name) for name in SCHEMA.names if name not in ("clip", "view")]),
+    ).take(np.repeat(np.arange(len(videos)), views))
+    columns = {name: repeated[name] for name in repeated.column_names}
+    columns["clip"] = pa.array(np.arange(len(videos) * views, dtype=np.int64))
+    columns["view"] = pa.array(np.tile(np.arange(views, dtype=np.int16), len(videos)))
+    table = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    return table.replace_schema_metadata({_MISSING: json.dumps({"count": len(absent), "examples": absent[:3]})})
+
+
+def missing_videos(table: pa.Table) -> MissingVideos:
+    """What `build_clip_table` did not find."""
+    found = json.loads(table.schema.metadata[_MISSING])
+    return MissingVideos(found["count"], tuple(found["examples"]))
+
+
+def table_digest(table: pa.Table) -> str:
+    """ "sha256:…" over order, video ids, paths, labels and views: equal wherever the data set lies."""
+    digest = hashlib.sha256()
+    names = ("clip", "video_id", "uri", "label", "view")
+    for row in zip(*(table[name].to_pylist() for name in names), strict=True):
+        digest.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _is_outside(uri: str) -> bool:
+    return uri.startswith("/") or "://" in uri

@@ -1,0 +1,6 @@
+"""Video files to exact frames, each decoded in a child process that can be killed.
+
+    DecodeRequest ─▶ pool (threads) ─▶ child process: source ─▶ probe ─▶ policy ─▶ pyav | decord ─▶ memfd ─▶ DecodedClip
+
+This file imports nothing: a child imports only what it decodes with, and starts fast.
+"""

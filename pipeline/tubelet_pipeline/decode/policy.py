@@ -1,0 +1,42 @@
+"""Which decoder reads a file.
+
+auto    PyAV, for it is at least as fast as decord on every class of file in `benchmarks/results/decode.txt` (exact
+        seeks, a newer FFmpeg), and it alone tells damaged frames.
+pyav    PyAV, whatever a later benchmark says.
+decord  decord on the files it numbers rightly (`VideoIndex.hazard is None`), PyAV on the others and where it gives up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tubelet_pipeline.decode import pyav_backend
+from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.decode.probe import probe
+from tubelet_pipeline.decode.pyav_backend import Allocate, Choose
+
+
+def decode(path: str, backend: str, choose: Choose, allocate: Allocate, announce: Callable[[str], None]) -> DecodedClip:
+    """Decode the frames `choose(number of frames)` of `path`.
+
+    Args:
+        path: Local file.
+        backend: As in `DecodeConfig`.
+        choose: Frames of the clip, given the frames of the video.
+        allocate: Gives the uint8 array of a shape [T, H, W, 3] to decode into.
+        announce: Told the decoder's name before it starts, so that whoever finds this process dead knows which it was.
+
+    Raises:
+        DecodeFailure: any code but `missing`, `fetch_failed`, `timeout`, `crash`.
+    """
+    index = probe(path)
+    if backend == "decord" and index.hazard is None:
+        from tubelet_pipeline.decode import decord_backend  # optional: no wheel for every platform
+
+        announce("decord")
+        try:
+            return decord_backend.decode(path, index, choose, allocate)
+        except DecodeFailure:
+            pass
+    announce("pyav")
+    return pyav_backend.decode(path, index, choose, allocate)

@@ -1,0 +1,161 @@
+"""Clips in order out of several decode processes, a bounded number ahead of the reader.
+
+    requests ─▶ queue ─▶ keeper thread + its child process (x processes) ─▶ futures in order ─▶ reader
+
+A clip that kills or stalls its process costs that clip. Works in daemonic processes and from any thread.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+
+from tubelet_pipeline.decode.child_process import ChildProcess
+from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.sampling import DenseSampling, UniformSampling
+from tubelet_store.errors import TubeletError
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """One clip to decode.
+
+    Attributes:
+        uri: Local path, or any URL fsspec reads.
+        sampling: Which frames.
+        view: Temporal view, in range(sampling.clips).
+    """
+
+    uri: str
+    sampling: DenseSampling | UniformSampling
+    view: int = 0
+
+
+Result = DecodedClip | DecodeFailure
+_Task = tuple[DecodeRequest, "Future[Result]"]
+
+
+class DecodePool:
+    """Decode processes, each kept by a thread of its own that starts it, feeds it and buries it.
+
+    Args:
+        config: Decoder, number of processes, limits.
+
+    Raises:
+        TubeletError: the platform or the installation lacks what decoding needs.
+    """
+
+    def __init__(self, config: DecodeConfig) -> None:
+        if sys.platform != "linux":
+            raise TubeletError(f"Decoding needs Linux; this is {sys.platform}", "Run extraction in a Linux container")
+        for library in ["av", *(["decord"] if config.backend == "decord" else [])]:
+            if importlib.util.find_spec(library) is None:
+                raise TubeletError(
+                    f"Decoding with backend '{config.backend}' needs the package {library}, which is not installed",
+                    "pip install 'tubelet[pipeline]', or set decode.backend=pyav where decord has no wheel",
+                )
+        self.config = config
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._children = [ChildProcess(config) for _ in range(config.processes)]
+        # Daemon threads: a worker that ends without closing the pool does not wait; the kernel kills the children.
+        self._keepers = [
+            threading.Thread(target=self._keep, args=(child,), name=f"decode-{i}", daemon=True)
+            for i, child in enumerate(self._children)
+        ]
+        for keeper in self._keepers:
+            keeper.start()
+
+    def map_ordered(self, requests: Iterable[DecodeRequest], prefetch: int) -> Iterator[Result]:
+        """Results in the order of `requests`, which is read lazily.
+
+        At most `prefetch` decoded clips exist at a time, the one just yielded included. A bad clip is yielded as its
+        `DecodeFailure`, not raised.
+
+        Raises:
+            TubeletError: no decode process can be started.
+        """
+        if prefetch < 1:
+            raise ValueError(f"prefetch is {prefetch}; at least 1 clip must be in flight")
+        waiting: deque[Future[Result]] = deque()
+        source = iter(requests)
+        try:
+            exhausted = False
+            while not exhausted or waiting:
+                while not exhausted and len(waiting) < prefetch:
+                    request = next(source, None)
+                    exhausted = request is None
+                    if request is not None:
+                        waiting.append(self._submit(request))
+                if waiting:
+                    yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def close(self) -> None:
+        """Kill the processes and wait for their threads; clips under way are given up."""
+        self._closed.set()
+        for _ in self._keepers:
+            self._tasks.put(None)
+        for keeper, child in zip(self._keepers, self._children, strict=True):
+            # A keeper may have started its child anew since the last kill.
+            while keeper.is_alive():
+                child.kill()
+                keeper.join(0.05)
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, request: DecodeRequest) -> Future[Result]:
+        if self._closed.is_set():
+            raise RuntimeError("This decode pool is closed")
+        future: Future[Result] = Future()
+        self._tasks.put((request, future))
+        return future
+
+    def _keep(self, child: ChildProcess) -> None:
+        try:
+            while (task := self._tasks.get()) is not None:
+                request, future = task
+                if self._closed.is_set():
+                    future.cancel()
+                elif future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(self._decode(child, request))
+                    except Exception as error:
+                        future.set_exception(error)
+                del task, future  # the idle thread must not hold the last clip
+        finally:
+            child.close()
+
+    def _decode(self, child: ChildProcess, request: DecodeRequest) -> Result:
+        line = {
+            "uri": request.uri,
+            "backend": self.config.backend,
+            "sampling": request.sampling.model_dump(mode="json"),
+            "view": request.view,
+        }
+        try:
+            return child.decode(line)
+        except DecodeFailure as failure:
+            if child.using != "decord" or self._closed.is_set():
+                return failure
+        # decord took the process with it. PyAV, in a fresh one, has the last word.
+        try:
+            return child.decode({**line, "backend": "pyav"})
+        except DecodeFailure as failure:
+            return failure

@@ -1,0 +1,148 @@
+"""One demux pass over a video: how many frames, when each is shown, and whether decord would number them rightly.
+
+Nothing is decoded. The pass costs 2-8 % of decoding a ten-second clip.
+
+Where decord 0.6.0 is exact. It numbers key frames in decode order but sorts timestamps, counts packets that are never
+shown, and seeks by these numbers. So it is right where both orders agree and every packet is one shown frame: mp4 or
+Matroska, every timestamp present and unique, no packet hidden by an edit list, no picture that follows a key frame in
+the file and precedes it on screen (open GOP). Codecs and pixel formats: those that give the same pixels as FFmpeg 8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import av
+import numpy as np
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from tubelet_pipeline.decode.clip import DecodeFailure
+
+av.logging.set_level(av.logging.PANIC)
+
+_DECORD_CONTAINERS = {"mov", "matroska"}
+_DECORD_CODECS = {"h264", "vp8", "vp9", "mpeg4"}
+_DECORD_PIXELS = {"yuv420p", "yuvj420p", "yuv444p"}  # 10 bits come out differently
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """A video's best stream, in display order.
+
+    Attributes:
+        frames: Number of frames a full decode shows.
+        pts: int64 [frames] ascending, in units of `time_base_s`; None where timestamps do not name frames.
+        keys: int64, ascending: timestamps of key frames.
+        time_base_s: Seconds per unit of `pts`.
+        fps: Average frame rate; NaN where unknown.
+        duration_s: What the stream says, else the container; NaN where neither does.
+        container, codec: FFmpeg's short names.
+        hazard: Why decord must not be trusted with this file; None: it is exact here.
+    """
+
+    frames: int
+    pts: NDArray[np.int64] | None
+    keys: NDArray[np.int64]
+    time_base_s: float
+    fps: float
+    duration_s: float
+    container: str
+    codec: str
+    hazard: str | None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the last frame ends more than max(0.5 s, two frames) before `duration_s`.
+
+        Half a second, because containers without a duration per stream count their audio, which may run on a little.
+        """
+        if self.pts is None or not self.frames or np.isnan(self.duration_s):
+            return False
+        frame_s = 1 / self.fps if self.fps > 0 else 0.0
+        shown_s = float(self.pts[-1] - self.pts[0]) * self.time_base_s + frame_s
+        return self.duration_s - shown_s > max(0.5, 2 * frame_s)
+
+    def without_timestamps(self, frames: int) -> VideoIndex:
+        """The index after decoding showed `frames` frames and timestamps that do not fit."""
+        return replace(self, frames=frames, pts=None, hazard=self.hazard or "timestamps")
+
+
+def probe(path: str) -> VideoIndex:
+    """Index of the best video stream in `path`.
+
+    Raises:
+        DecodeFailure: `open_failed`, `no_video_stream`, `no_frames`.
+    """
+    try:
+        with av.open(path) as container:
+            stream = container.streams.best("video")
+            if not isinstance(stream, VideoStream):
+                raise DecodeFailure("no_video_stream", f"{path} holds no video")
+            return _index(container, stream)
+    except av.FFmpegError as error:
+        raise DecodeFailure("open_failed", f"{type(error).__name__}: {error.strerror}") from error
+
+
+def _index(container: av.container.InputContainer, stream: VideoStream) -> VideoIndex:
+    codec = stream.codec_context.codec.canonical_name
+    pts: list[int | None] = []
+    keys: list[int] = []
+    hidden = leading = damaged = False
+    starts_with_key = None
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        if starts_with_key is None:
+            starts_with_key = packet.is_keyframe
+        damaged |= packet.is_corrupt
+        if packet.pts is not None:
+            if packet.is_keyframe:
+                leading |= bool(keys) and packet.pts < keys[-1]
+                keys.append(packet.pts)
+            else:
+                leading |= bool(keys) and packet.pts < keys[-1]
+        if packet.is_discard or (codec == "vp8" and not _vp8_is_shown(packet)):
+            hidden = True
+            continue
+        pts.append(packet.pts)
+    if not pts:
+        raise DecodeFailure("no_frames", "the video stream holds no frame")
+    known = [p for p in pts if p is not None]
+    trusted = len(known) == len(pts) and len(set(known)) == len(known)
+    name = container.format.name.split(",")[0]
+    hazards = {
+        name if name == "avi" else f"container {name}": name not in _DECORD_CONTAINERS,
+        codec: codec not in _DECORD_CODECS,
+        f"pixels {stream.codec_context.pix_fmt}": stream.codec_context.pix_fmt not in _DECORD_PIXELS,
+        "several video streams": len(container.streams.video) > 1,
+        "timestamps": not trusted,
+        "hidden packets": hidden,
+        "open-gop": leading,
+        "no leading key frame": not starts_with_key,
+        "damaged packets": damaged,
+        "packet count": stream.frames not in (0, len(pts)),
+    }
+    time_base_s = float(stream.time_base) if stream.time_base else 1.0
+    rate = stream.average_rate or stream.guessed_rate
+    duration_s = float("nan")
+    if stream.duration is not None:
+        duration_s = stream.duration * time_base_s
+    elif container.duration is not None:
+        duration_s = container.duration / av.time_base
+    return VideoIndex(
+        frames=len(pts),
+        pts=np.sort(np.array(known, np.int64)) if trusted else None,
+        keys=np.unique(np.array(keys, np.int64)),
+        time_base_s=time_base_s,
+        fps=float(rate) if rate else float("nan"),
+        duration_s=duration_s,
+        container=name,
+        codec=codec,
+        hazard=next((hazard for hazard, present in hazards.items() if present), None),
+    )
+
+
+def _vp8_is_shown(packet: av.Packet) -> bool:
+    """The show_frame bit (RFC 6386, 9.1): VP8 stores its hidden reference frames as packets of their own."""
+    return bool(memoryview(packet)[0] & 0x10)

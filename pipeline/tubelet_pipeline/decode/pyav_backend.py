@@ -1,0 +1,197 @@
+"""Exact frames by PyAV: the index says which timestamp is wanted, key frames say where to enter, decoding goes forward.
+
+A seek is taken only where it skips work (a later key frame stands before the wanted frame). Whatever does not fit the
+index - a timestamp that never comes, a wanted frame damaged by a seek - ends in the slow and certain way: decode from
+the first frame and count.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.decode.probe import VideoIndex
+from tubelet_pipeline.frames import FrameChoice
+
+Choose = Callable[[int], FrameChoice]
+Allocate = Callable[[tuple[int, int, int, int]], NDArray[np.uint8]]
+
+DECODER = f"pyav {av.__version__} (libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))})"
+
+
+class _Disagreement(Exception):
+    """The decoded stream does not fit its index."""
+
+
+class _Picture:
+    """Frames of the clip as they arrive, in the caller's memory."""
+
+    def __init__(self, choice: FrameChoice, allocate: Allocate) -> None:
+        self.indices = choice.indices
+        self.allocate = allocate
+        self.frames: NDArray[np.uint8] | None = None
+        # One for all frames: each reformatter starts threads of its own, by default as many as the machine has cores.
+        self.to_rgb = VideoReformatter()
+        self.pts: list[int | None] = [None] * len(choice.indices)
+
+    def put(self, index: int, frame: av.VideoFrame) -> None:
+        rgb_HWC = np.asarray(self.to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray(), np.uint8)
+        picture = upright(rgb_HWC, frame.side_data.get("DISPLAYMATRIX"))
+        if self.frames is None:
+            self.frames = self.allocate((len(self.indices), *picture.shape))
+        if picture.shape != self.frames.shape[1:]:
+            was, now = self.frames.shape[1:3], picture.shape[:2]
+            raise DecodeFailure("resolution_change", f"{was[1]}x{was[0]} becomes {now[1]}x{now[0]} at frame {index}")
+        slots = np.flatnonzero(self.indices == index)
+        self.frames[slots] = picture
+        for slot in slots:
+            self.pts[slot] = frame.pts
+
+
+def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> DecodedClip:
+    """Decode the frames `choose(number of frames)` of `path` into the array `allocate([T, H, W, 3])` gives.
+
+    Raises:
+        DecodeFailure: `no_frames`, `decode_failed`, `memory`, `resolution_change`, and what `allocate` raises.
+    """
+    if index.pts is not None:
+        choice = choose(index.frames)
+        picture = _Picture(choice, allocate)
+        try:
+            corrupt = _by_timestamp(path, index, index.pts, picture)
+            return _clip(index, choice, picture, corrupt)
+        except _Disagreement:
+            pass
+    frames = sum(1 for _ in _decoded(path, index.frames))
+    if not frames:
+        raise DecodeFailure("no_frames", f"none of {index.frames} packets gives a frame")
+    lost = max(0, index.frames - frames)
+    choice = choose(frames)
+    picture = _Picture(choice, allocate)
+    corrupt = _by_counting(path, frames, picture)
+    return _clip(index.without_timestamps(frames), choice, picture, corrupt + lost)
+
+
+def _clip(index: VideoIndex, choice: FrameChoice, picture: _Picture, corrupt: int) -> DecodedClip:
+    assert picture.frames is not None  # every choice has at least one frame
+    seconds = [np.nan if pts is None else pts * index.time_base_s for pts in picture.pts]
+    _, height, width, _ = picture.frames.shape
+    return DecodedClip(
+        frames=picture.frames,
+        frame_indices=choice.indices,
+        timestamps_s=np.array(seconds, np.float64),
+        fps=index.fps,
+        video_frames=index.frames,
+        padded_frames=choice.padded,
+        width=width,
+        height=height,
+        decoder=DECODER,
+        truncated=index.truncated,
+        corrupt_frames=corrupt,
+    )
+
+
+def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], picture: _Picture) -> int:
+    """Fill `picture` by matching timestamps; number of damaged frames on the way."""
+    corrupt = 0
+    with av.open(path) as container:
+        stream = _single_threaded(container)
+        frames = _forward(container, stream, index.frames)
+        first = at = entered = int(pts[0])
+        keys = index.keys.tolist()
+        for number in np.unique(picture.indices).tolist():
+            target = int(pts[number])
+            before = bisect_right(keys, target)
+            key = keys[before - 1] if before else first
+            if key > at:
+                container.seek(key, stream=stream, backward=True)
+                frames = _forward(container, stream, index.frames)
+                entered = key
+            for frame in frames:
+                if frame.pts is None:
+                    raise _Disagreement
+                corrupt += bool(frame.is_corrupt and frame.pts >= entered)
+                if frame.pts >= target:
+                    break
+            else:
+                raise _Disagreement
+            # After a seek, damage may be the seek's own: pictures before the first clean one.
+            if frame.pts != target or (frame.is_corrupt and entered > first):
+                raise _Disagreement
+            at = target
+            picture.put(number, frame)
+    return corrupt
+
+
+def _by_counting(path: str, frames: int, picture: _Picture) -> int:
+    """Fill `picture` by position in a full decode; number of damaged frames on the way."""
+    wanted = set(picture.indices.tolist())
+    last = max(wanted)
+    corrupt = 0
+    for number, frame in enumerate(_decoded(path, frames)):
+        corrupt += frame.is_corrupt
+        if number in wanted:
+            picture.put(number, frame)
+        if number == last:
+            break
+    return corrupt
+
+
+def _decoded(path: str, expected: int) -> Iterator[av.VideoFrame]:
+    with av.open(path) as container:
+        yield from _forward(container, _single_threaded(container), expected)
+
+
+def _single_threaded(container: av.container.InputContainer) -> VideoStream:
+    stream = container.streams.best("video")
+    assert isinstance(stream, VideoStream)  # the probe saw it
+    # The pool runs one process per core; frame threads would also change which damaged frames are flagged.
+    stream.codec_context.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _forward(container: av.container.InputContainer, stream: VideoStream, expected: int) -> Iterator[av.VideoFrame]:
+    given = 0
+    try:
+        for frame in container.decode(stream):
+            yield frame
+            given += 1
+    except av.FFmpegError as error:
+        code = "memory" if error.errno == errno.ENOMEM else "decode_failed"
+        raise DecodeFailure(
+            code, f"{type(error).__name__} after {given} frames in sequence (the video has {expected})"
+        ) from error
+
+
+def upright(picture: NDArray[np.uint8], display_matrix: Any) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] `picture` as a player shows it, after the quarter turns and mirrors of its display matrix.
+
+    Args:
+        picture: uint8 [H, W, 3].
+        display_matrix: Buffer of nine int32 (a b u; c d v; x y w), which sends the point (p, q) to
+            (a p + c q, b p + d q); None: nothing is turned.
+    """
+    if display_matrix is None:
+        return picture
+    matrix = np.frombuffer(display_matrix, np.int32, 9).reshape(3, 3)
+    (a, b), (c, d) = matrix[:2, :2].tolist()
+    if abs(a) >= abs(b):
+        across, down = a, d
+    else:
+        picture = picture.transpose(1, 0, 2)
+        across, down = c, b
+    turned = picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+    upright_HWC = np.empty(turned.shape, np.uint8)
+    for channel in range(3):  # five times faster than moving three bytes at a time
+        upright_HWC[..., channel] = turned[..., channel]
+    return upright_HWC

@@ -1,0 +1,39 @@
+"""What `tubelet extract` is told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tubelet_pipeline.backbones.config import BackboneConfig
+from tubelet_pipeline.clips import DatasetConfig
+from tubelet_pipeline.cluster import ClusterConfig
+from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.sampling import Sampling
+from tubelet_store.config import Config
+
+
+class ExtractConfig(Config):
+    """One extraction: which videos, which frames, which activations, where to."""
+
+    dataset: DatasetConfig
+    """Videos and labels."""
+    sampling: Sampling
+    """Frames that make a clip."""
+    backbone: BackboneConfig
+    """The frozen model."""
+    hooks: tuple[str, ...] = Field(min_length=1)
+    """Places whose activations are stored, all from one forward pass: `blocks.3`, `blocks.-1`, `final_norm`, ..."""
+    store: str
+    """Where the store goes: a path or an fsspec URL. An unfinished one with the same plan is continued."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of the stored activations. float16 is finer, bfloat16 takes larger values; both take two bytes."""
+    clips_per_shard: int | None = Field(default=None, ge=1)
+    """Clips in one shard, the unit of work and of loss. None: up to 256 MiB a hook, and 64 shards or more if clips allow."""
+    batch_size: int = Field(default=8, ge=1)
+    """Clips in one forward pass."""
+    decode: DecodeConfig = DecodeConfig()
+    """Decoder and its limits."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers."""

@@ -1,0 +1,56 @@
+"""Which frames a clip takes from a video: two formulas in integer arithmetic, alone in a file that imports only numpy.
+
+Decode children choose frames themselves (only they know how many a video holds), and must start fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class FrameChoice:
+    """Frames of one clip.
+
+    Attributes:
+        indices: int64 [frames], display order, in range(video_frames), never decreasing.
+        padded: How many of them are there only because the video is too short.
+    """
+
+    indices: NDArray[np.int64]
+    padded: int
+
+
+def dense_frames(video_frames: int, *, frames: int, stride: int, clips: int, view: int) -> FrameChoice:
+    """`frames` frames, `stride` apart: `min(start + i * stride, n - 1)`.
+
+    The span is `frames * stride`. One view stands in the middle, `start = max(0, (n - span) // 2)`; of several, view v
+    starts at `v * max(0, n - span) // (clips - 1)`. Indices past the end repeat the last frame; `padded` counts them.
+    """
+    _check(video_frames, clips, view)
+    slack = max(0, video_frames - frames * stride)
+    start = slack // 2 if clips == 1 else view * slack // (clips - 1)
+    wanted = start + stride * np.arange(frames, dtype=np.int64)
+    return FrameChoice(np.minimum(wanted, video_frames - 1), int((wanted >= video_frames).sum()))
+
+
+def uniform_frames(video_frames: int, *, frames: int, clips: int, view: int) -> FrameChoice:
+    """One frame from each of `frames` equal bins: `floor((i + (v + 1/2) / V) * n / T)`.
+
+    One view takes the bin centres (TSN's test sampling). A video with fewer frames than bins repeats frames; `padded`
+    counts the indices that equal their predecessor.
+    """
+    _check(video_frames, clips, view)
+    bins = np.arange(frames, dtype=np.int64)
+    indices = (2 * clips * bins + 2 * view + 1) * video_frames // (2 * clips * frames)
+    return FrameChoice(indices, int((indices[1:] == indices[:-1]).sum()))
+
+
+def _check(video_frames: int, clips: int, view: int) -> None:
+    if video_frames < 1:
+        raise ValueError(f"A video of {video_frames} frames has none to choose")
+    if not 0 <= view < clips:
+        raise ValueError(f"View {view} is not one of the {clips} views")

@@ -1,0 +1,74 @@
+"""Frame sampling as configuration: a rule plus a video's length gives the same frames on every machine, for ever.
+
+    DenseSampling    frames `stride` apart, as VideoMAE on Kinetics (16 x 4)
+    UniformSampling  one frame from each of T equal parts, as TSN on SSv2
+
+The formulas stand in `tubelet_pipeline.frames`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tubelet_pipeline.frames import FrameChoice, dense_frames, uniform_frames
+from tubelet_store.config import Config
+
+
+class DenseSampling(Config):
+    """Consecutive frames at a fixed stride."""
+
+    kind: Literal["dense"] = "dense"
+    frames: int = Field(ge=1)
+    """Frames per clip."""
+    stride: int = Field(default=1, ge=1)
+    """Distance between two sampled frames, in frames of the video."""
+    clips: int = Field(default=1, ge=1)
+    """Temporal views per video: one stands in the middle, several are spread from the first frame to the last."""
+
+
+class UniformSampling(Config):
+    """One frame from each of equal parts of the whole video."""
+
+    kind: Literal["uniform"] = "uniform"
+    frames: int = Field(ge=1)
+    """Frames per clip = parts the video is cut into."""
+    clips: int = Field(default=1, ge=1)
+    """Temporal views per video: view v of V takes the frame at (v + 1/2) / V of each part."""
+
+
+Sampling = Annotated[DenseSampling | UniformSampling, Field(discriminator="kind")]
+
+
+def choose_frames(sampling: DenseSampling | UniformSampling, video_frames: int, view: int) -> FrameChoice:
+    """Frames of temporal view `view` of a video with `video_frames` frames.
+
+    Raises:
+        ValueError: the video has no frames, or `view` is not in range(sampling.clips).
+    """
+    if isinstance(sampling, DenseSampling):
+        return dense_frames(
+            video_frames, frames=sampling.frames, stride=sampling.stride, clips=sampling.clips, view=view
+        )
+    return uniform_frames(video_frames, frames=sampling.frames, clips=sampling.clips, view=view)
+
+
+_FORMULAS = {
+    "dense": {
+        "formula": "dense-v1",
+        "index": "min(start + i * stride, n - 1)",
+        "start": "clips == 1: max(0, n - frames * stride) // 2, else view * max(0, n - frames * stride) // (clips - 1)",
+        "padded": "indices past the last frame, which repeat it",
+    },
+    "uniform": {
+        "formula": "uniform-v1",
+        "index": "(2 * clips * i + 2 * view + 1) * n // (2 * clips * frames)",
+        "padded": "indices equal to their predecessor",
+    },
+}
+
+
+def describe(sampling: DenseSampling | UniformSampling) -> dict[str, Any]:
+    """What a store records: the fields of `sampling` and the named formula (n = frames of the video)."""
+    return {**sampling.model_dump(mode="json"), **_FORMULAS[sampling.kind]}

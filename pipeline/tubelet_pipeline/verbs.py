@@ -1,0 +1,32 @@
+"""Verbs of the pipeline: `tubelet videos`, `tubelet extract`. Heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tubelet_pipeline.verbs_videos import VIDEOS
+from tubelet_store.cli import Verb
+
+if TYPE_CHECKING:
+    from tubelet_pipeline.extract_config import ExtractConfig
+
+__all__ = ["EXTRACT", "VIDEOS"]
+
+
+def _extract_config() -> type[ExtractConfig]:
+    from tubelet_pipeline.extract_config import ExtractConfig
+
+    return ExtractConfig
+
+
+def _extract(config: ExtractConfig) -> int:
+    from tubelet_pipeline.extract import extract
+    from tubelet_pipeline.progress import ExtractProgress, print_summary
+
+    with ExtractProgress() as progress:
+        summary = extract(config, progress)
+    print_summary(summary)
+    return 0 if summary.clips["ok"] else 1
+
+
+EXTRACT = Verb("extract", "Decode videos, run a frozen backbone, store its activations.", _extract_config, _extract)

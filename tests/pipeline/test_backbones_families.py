@@ -1,0 +1,212 @@
+"""The laws of every family, on tiny models with random weights: layout, hooks against the model's own outputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tubelet_pipeline.backbones import FAMILIES, Backbone, BackboneConfig, load_backbone
+from tubelet_pipeline.backbones.tiny import save_random, write_processor
+from tubelet_pipeline.preprocess import Preprocessing
+from tubelet_store.errors import TubeletError
+
+WIDTH, LAYERS = 32, 3
+COMMON = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+IMAGE = COMMON | {"image_size": 32, "patch_size": 8}
+WIDE = {"intermediate_size": 64}
+TEXT = COMMON | WIDE | {"vocab_size": 99}
+
+# Family: class and settings of the checkpoint, frames asked for, T', special tokens, final norm.
+CASES: dict[str, tuple[str, dict[str, Any], int | None, int, int, bool]] = {
+    "videomae": ("VideoMAEModel", IMAGE | WIDE | {"num_frames": 8, "use_mean_pooling": False}, None, 4, 0, True),
+    "vjepa2": (
+        "VJEPA2Model",
+        # As many predictor blocks as encoder blocks: the encoder's must be found all the same. Rotary positions in
+        # three directions need heads of 12 channels.
+        {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": LAYERS, "patch_size": 8, "crop_size": 32}
+        | {"frames_per_clip": 8, "mlp_ratio": 2.0, "pred_hidden_size": 48, "pred_num_attention_heads": 4}
+        | {"pred_num_hidden_layers": LAYERS, "pred_mlp_ratio": 2.0},
+        6,
+        3,
+        0,
+        True,
+    ),
+    "timesformer": ("TimesformerModel", IMAGE | WIDE | {"num_frames": 4}, None, 4, 1, True),
+    "timesformer-joint": (
+        "TimesformerModel",
+        IMAGE | WIDE | {"num_frames": 4, "attention_type": "joint_space_time"},
+        4,
+        4,
+        1,
+        True,
+    ),
+    "vivit": (
+        "VivitModel",
+        COMMON | WIDE | {"image_size": 32, "num_frames": 8, "tubelet_size": [2, 8, 8]},
+        None,
+        4,
+        1,
+        True,
+    ),
+    "dinov2": ("Dinov2Model", IMAGE, 3, 3, 1, True),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", IMAGE | {"num_register_tokens": 4}, 3, 3, 5, True),
+    "dinov3": ("DINOv3ViTModel", IMAGE | WIDE | {"num_register_tokens": 4}, 3, 3, 5, True),
+    "clip": ("CLIPVisionModel", IMAGE | WIDE, 3, 3, 1, False),
+    "clip-whole": ("CLIPModel", {"vision_config": IMAGE | WIDE, "text_config": TEXT}, 3, 3, 1, False),
+    "siglip": ("SiglipVisionModel", IMAGE | WIDE, 3, 3, 0, True),
+    "siglip-whole": ("SiglipModel", {"vision_config": IMAGE | WIDE, "text_config": TEXT}, 3, 3, 0, True),
+    "siglip2": ("Siglip2VisionModel", COMMON | WIDE | {"patch_size": 8, "num_patches": 16}, 3, 3, 0, True),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(scope="module")
+def backbone_of(root: Path) -> Callable[[str], Backbone]:
+    loaded: dict[str, Backbone] = {}
+
+    def get(case: str) -> Backbone:
+        if case not in loaded:
+            import transformers
+
+            name, settings, frames, *_ = CASES[case]
+            architecture = getattr(transformers, name)
+            save_random(architecture, architecture.config_class(**settings), root / case, seed=3)
+            write_processor(root / case, "x", shortest_edge=32, crop=32, resample=2)
+            loaded[case] = load_backbone(BackboneConfig(id=str(root / case), device="cpu"), frames)
+        return loaded[case]
+
+    return get
+
+
+def pixels_for(backbone: Backbone, clips: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(clips, backbone.frames, 3, *backbone.preprocessing.size, generator=generator)
+
+
+def test_every_family_is_tried() -> None:
+    assert {case.partition("-")[0] for case in CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes(backbone_of: Callable[[str], Backbone], case: str) -> None:
+    backbone = backbone_of(case)
+    _, _, _, time, special, norm = CASES[case]
+    assert backbone.family == case.partition("-")[0]
+    assert (backbone.grid.time, backbone.grid.height, backbone.grid.width) == (time, 4, 4)
+    assert len(backbone.special_tokens) == special
+    assert ("final_norm" in backbone.hook_names) == norm
+    for hook, captured in backbone.activations(pixels_for(backbone), backbone.hook_names).items():
+        assert captured.tokens.shape == (2, time, 16, backbone.channels(hook))
+        if special:
+            assert captured.special is not None
+            assert captured.special.shape == (2, backbone.special_time, special, backbone.channels(hook))
+        else:
+            assert captured.special is None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_changing_one_cell_changes_its_token_most(backbone_of: Callable[[str], Backbone], case: str) -> None:
+    backbone = backbone_of(case)
+    step = backbone.frames // backbone.grid.time
+    base = pixels_for(backbone, 1)
+    before = backbone.activations(base, ["blocks.0"])["blocks.0"].tokens
+    for time, row, column in [(0, 0, 0), (1, 0, 2), (2, 3, 1), (1, 2, 3)]:
+        changed = base.clone()
+        changed[:, time * step : (time + 1) * step, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] += 4.0
+        after = backbone.activations(changed, ["blocks.0"])["blocks.0"].tokens
+        assert divmod(int((after - before).norm(dim=-1)[0].argmax()), 16) == (time, row * 4 + column)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hooks_are_the_models_own_states(backbone_of: Callable[[str], Backbone], case: str) -> None:
+    backbone = backbone_of(case)
+    pixels = pixels_for(backbone)
+    plain = type(backbone.model).forward
+    outputs: list[Any] = []
+    original = backbone.model.forward
+    backbone.model.forward = lambda *args, **kwargs: outputs.append(
+        plain(backbone.model, *args, **kwargs, output_hidden_states=True)
+    )
+    try:
+        with torch.no_grad():
+            backbone.forward(pixels)
+    finally:
+        backbone.model.forward = original
+    states, last = outputs[0].hidden_states, outputs[0].last_hidden_state
+    got = backbone.activations(pixels, backbone.hook_names)
+    assert len(states) == LAYERS + 1
+    for block in range(LAYERS):
+        assert torch.equal(got[f"blocks.{block}"].tokens, backbone.arrange(states[block + 1]).tokens)
+    assert torch.equal(got["final_norm" if CASES[case][-1] else "blocks.2"].tokens, backbone.arrange(last).tokens)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("timesformer")])
+def test_a_block_adds_its_attention_and_its_mlp(backbone_of: Callable[[str], Backbone], case: str) -> None:
+    backbone = backbone_of(case)
+    got = backbone.activations(pixels_for(backbone), backbone.hook_names)
+    total = got["blocks.0"].tokens + got["blocks.1.attn"].tokens + got["blocks.1.mlp"].tokens
+    torch.testing.assert_close(total, got["blocks.1"].tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_description_is_json_and_names_the_family(backbone_of: Callable[[str], Backbone], case: str) -> None:
+    backbone = backbone_of(case)
+    described = json.loads(json.dumps(backbone.describe()))
+    assert described["family"] == backbone.family
+    assert described["layers"] == LAYERS
+    assert described["id"] == case
+
+
+def test_the_vision_tower_alone_equals_that_of_the_whole_model(backbone_of: Callable[[str], Backbone]) -> None:
+    import transformers
+
+    for case, name in (("clip-whole", "CLIPModel"), ("siglip-whole", "SiglipModel")):
+        backbone = backbone_of(case)
+        whole = getattr(transformers, name).from_pretrained(backbone.checkpoint.folder).eval()
+        pixels = pixels_for(backbone, 1)
+        with torch.no_grad():
+            want = whole.vision_model(pixel_values=pixels[0]).last_hidden_state
+        hook = "final_norm" if "final_norm" in backbone.hook_names else "blocks.-1"
+        assert torch.equal(backbone.activations(pixels, [hook])[hook].tokens, backbone.arrange(want).tokens)
+
+
+def test_vjepa2_takes_any_whole_number_of_tubelets(backbone_of: Callable[[str], Backbone], root: Path) -> None:
+    backbone_of("vjepa2")
+    config = BackboneConfig(id=str(root / "vjepa2"), device="cpu")
+    assert load_backbone(config).frames == 8
+    with pytest.raises(TubeletError, match=r"multiple of 2 frames per clip, not 7\. Set sampling\.frames: 6"):
+        load_backbone(config, 7)
+
+
+def test_siglip2_patches_are_those_of_its_processor(backbone_of: Callable[[str], Backbone], root: Path) -> None:
+    from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
+
+    backbone_of("siglip2")
+    tall = Preprocessing(resize_to=(64, 16))
+    backbone = load_backbone(BackboneConfig(id=str(root / "siglip2"), device="cpu", preprocessing=tall), 1)
+    pixels = pixels_for(backbone, 1)
+    patches = torch.as_tensor(np.asarray(convert_image_to_patches(pixels[0, 0].numpy(), 8)))[None]
+    with torch.no_grad():
+        want = backbone.model(patches, torch.ones(1, 16, dtype=torch.int64), torch.tensor([[8, 2]])).last_hidden_state
+    assert torch.equal(backbone.activations(pixels, ["final_norm"])["final_norm"].tokens, want[None])
+
+
+def test_timesformer_that_folds_time_into_the_batch_is_refused(root: Path) -> None:
+    import transformers
+
+    settings = IMAGE | WIDE | {"num_frames": 4, "attention_type": "space_only"}
+    folder = root / "space-only"
+    save_random(transformers.TimesformerModel, transformers.TimesformerConfig(**settings), folder, seed=3)
+    write_processor(folder, "x", shortest_edge=32, crop=32, resample=2)
+    with pytest.raises(TubeletError, match="attends over space only"):
+        load_backbone(BackboneConfig(id=str(folder), device="cpu"))

@@ -1,0 +1,42 @@
+"""What learns from a store: the loader, sparse autoencoders, objectives, training.
+
+    sae = tubelet_trainer.load_sae("runs/a")
+    values, indices = sae.encode_sparse(tokens)    # raw tokens [N, D] -> k active latents each
+
+Names are imported when first used: the command line reads configurations without loading torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tubelet_trainer.config import TrainConfig
+    from tubelet_trainer.sae.export import load_record, load_sae
+    from tubelet_trainer.sae.model import SAE
+    from tubelet_trainer.source import Source
+    from tubelet_trainer.split import held_out
+    from tubelet_trainer.train import train
+    from tubelet_trainer.windows import Windows
+
+__all__ = ["SAE", "Source", "TrainConfig", "Windows", "held_out", "load_record", "load_sae", "train"]
+
+_HOMES = {
+    "SAE": "sae.model",
+    "Source": "source",
+    "TrainConfig": "config",
+    "Windows": "windows",
+    "held_out": "split",
+    "load_record": "sae.export",
+    "load_sae": "sae.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        # The function and its module share a name; importing the module binds it here, so give the function.
+        return import_module("tubelet_trainer.train").train
+    if name in _HOMES:
+        return getattr(import_module(f"tubelet_trainer.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'tubelet_trainer' has no attribute '{name}'")

@@ -1,0 +1,104 @@
+"""Configuration of `tubelet train`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tubelet_store.config import Config
+from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig
+from tubelet_trainer.split import HoldoutConfig
+
+
+class OptimiserConfig(Config):
+    """Adam, its learning-rate schedule, gradient clipping."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; none: 2e-4 / sqrt(F / 16384) for F latents (dictionary_learning, after Gao et al. 2024)."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Adam's first moment decay."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Adam's second moment decay."""
+    eps: float = Field(default=6.25e-10, gt=0)
+    """Adam's epsilon (Gao et al. 2024)."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """Steps of linear warm-up, at most a tenth of the run."""
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Last part of the run, in which the rate falls linearly to 0."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+
+    def peak_lr(self, latents: int) -> float:
+        """Learning rate after warm-up for a dictionary of `latents`."""
+        return self.lr if self.lr is not None else 2e-4 / math.sqrt(latents / 2**14)
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """Share of the peak rate used in step `step` (from 0) of `steps`."""
+        warmup = min(self.warmup_steps, steps // 10)
+        decay = max(1, round(self.decay_fraction * steps)) if self.decay_fraction else 0
+        rise = (step + 1) / (warmup + 1)
+        fall = (steps - step) / (decay + 1) if decay else 1.0
+        return min(1.0, rise, fall)
+
+
+class TrainConfig(Config):
+    """One training run: a store, an SAE, a folder for what comes out."""
+
+    store: str
+    """Path of the activation store."""
+    out: Path
+    """Folder of the run; a run found there is continued."""
+    hook: str | None = None
+    """Whose activations to learn; none: the store's only hook."""
+    seed: int = 0
+    """Chooses the order of the tokens."""
+    steps: int | None = Field(default=None, ge=1)
+    """Length of the run in batches; give at most one of steps, tokens, epochs."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Length of the run in tokens."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Length of the run in passes over the training tokens; 1 if no length is given."""
+    batch_tokens: int = Field(default=4096, ge=2)
+    """Tokens per step."""
+    window_tokens: int = Field(default=262_144, ge=1)
+    """Tokens shuffled together; two windows are held in memory."""
+    block_patches: int | None = Field(default=None, ge=1)
+    """Patches copied together, a divisor of the grid's; none: a row of the grid, or the whole grid of small clips."""
+    holdout: HoldoutConfig = HoldoutConfig()
+    """Videos kept for evaluation."""
+    sae: AnySAEConfig = TopKConfig()
+    """The sparse autoencoder."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    """How it is optimised."""
+    log_every: int = Field(default=50, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = Field(default=1000, ge=1)
+    """Steps between evaluations on held-out videos; there is one at the end in any case."""
+    eval_tokens: int = Field(default=65_536, ge=2)
+    """Most held-out tokens per evaluation, the same each time."""
+    checkpoint_every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; there is one at the end in any case."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    resume: bool = True
+    """Continue a run found in `out`; false: refuse a folder that holds one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: CUDA if there is one."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(given)}, not both")
+        return self
+
+    def total_tokens(self, tokens_per_epoch: int) -> int:
+        """Length of the run in tokens."""
+        if self.tokens is not None:
+            return self.tokens
+        if self.steps is not None:
+            return self.steps * self.batch_tokens
+        return (self.epochs or 1) * tokens_per_epoch

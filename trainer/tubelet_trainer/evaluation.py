@@ -1,0 +1,48 @@
+"""Reconstruction and sparsity of an SAE on held-out tokens, streamed, accumulated in float64.
+
+FVU = sum ||x - x^||^2 / sum ||x - mean||^2 with the *vector* mean of the evaluated tokens, the denominator being
+sum ||x||^2 - ||sum x||^2 / N. In normalised space, where x is nearly centred, that difference loses no digits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.windows import Windows
+
+
+@torch.no_grad()
+def evaluate(sae: SAE, windows: Windows) -> dict[str, float]:
+    """`fvu`, `l0`, `dead` (share of latents that never fired over these tokens) and `tokens`.
+
+    Args:
+        sae: On the windows' device. Left in the mode it was in.
+        windows: Served from their first batch to their last.
+    """
+    training = sae.training
+    sae.eval()
+    windows.step = 0
+    error = square = torch.zeros((), dtype=torch.float64, device=windows.device)
+    total_D = torch.zeros(sae.channels, dtype=torch.float64, device=windows.device)
+    active = torch.zeros((), dtype=torch.int64, device=windows.device)
+    fired_F = torch.zeros(sae.latents, dtype=torch.bool, device=windows.device)
+    for batch in windows:
+        x_BD = sae.normalisation(batch.tokens)
+        pre_BF = sae.pre_activations(x_BD)
+        codes = sae.choose(x_BD, pre_BF, sae.sparsifier(pre_BF))
+        x64_BD = x_BD.double()
+        error = error + (x64_BD - sae.reconstruct(codes).double()).square().sum()
+        square = square + x64_BD.square().sum()
+        total_D += x64_BD.sum(dim=0)
+        active += (codes.values > 0).sum()
+        fired_F[codes.indices[codes.values > 0]] = True
+    sae.train(training)
+    tokens = windows.total_tokens
+    spread = square - total_D.square().sum() / tokens
+    return {
+        "fvu": float(error / spread),
+        "l0": float(active) / tokens,
+        "dead": 1 - float(fired_F.double().mean()),
+        "tokens": tokens,
+    }

@@ -1,0 +1,45 @@
+"""metrics.jsonl: one JSON object per line, appended as training goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tubelet_trainer.files import replace_file
+
+
+class MetricsLog:
+    """Append to the log at `path`.
+
+    Args:
+        path: The file.
+        step: Steps already done. Lines after it belong to a run that was killed, and are dropped: they come again.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in _lines(path) if line["step"] <= step]
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = path.open("a")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append a line; it is in the file when this returns."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of the log; a kill may have cut the last one short."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines

@@ -1,0 +1,153 @@
+"""What training minimises: a sum of terms, each of which reports its own metrics.
+
+    tokens ─▶ Forward (pre-activations, codes, reconstruction) ─▶ term, term, ... ─▶ sum of losses, union of metrics
+
+A term is a callable that reads a `Forward` and gives a `Term`: the weighted loss and named metrics (0-dimensional tensors,
+detached, still on the device). Losses are divided by the variance of the whole data set, a constant: a weight means the same
+for every backbone and batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tubelet_trainer.sae.model import SAE, Codes
+from tubelet_trainer.sae.sparse import decode
+from tubelet_trainer.sae.sparsifiers import Choice
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One batch seen through one SAE, in normalised space."""
+
+    sae: SAE
+    x_BD: Tensor
+    pre_BF: Tensor
+    """Pre-activations; no gradient."""
+    codes: Codes
+    recon_BD: Tensor
+    dead_F: Tensor
+    """bool: latents that have not fired for long."""
+
+    @classmethod
+    def of(cls, sae: SAE, x_raw_BD: Tensor, dead_F: Tensor) -> Forward:
+        """Run `sae` on raw tokens."""
+        x_BD = sae.normalisation(x_raw_BD)
+        pre_BF = sae.pre_activations(x_BD)
+        codes = sae.choose(x_BD, pre_BF, sae.sparsifier(pre_BF))
+        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the loss."""
+
+    loss: Tensor
+    """0-dimensional, weighted."""
+    metrics: Mapping[str, Tensor]
+
+
+class TermFunction(Protocol):
+    """Anything that makes a `Term` of a `Forward`."""
+
+    def __call__(self, forward: Forward) -> Term:
+        """The term's loss and metrics on one batch."""
+        ...
+
+
+class Reconstruction:
+    """mean_b ||x_b - x^_b||^2 / variance.
+
+    Args:
+        variance: Mean squared distance of the data set's normalised tokens from their mean.
+    """
+
+    def __init__(self, variance: float) -> None:
+        self.variance = variance
+
+    def __call__(self, forward: Forward) -> Term:
+        """Metrics: `fvu` (of the batch, about the batch's mean), `l0`."""
+        error = (forward.x_BD - forward.recon_BD).square().sum()
+        with torch.no_grad():
+            spread = (forward.x_BD - forward.x_BD.mean(dim=0)).square().sum()
+            l0 = (forward.codes.values > 0).sum() / len(forward.x_BD)
+        loss = error / (len(forward.x_BD) * self.variance)
+        return Term(loss, {"reconstruction": loss.detach(), "fvu": (error / spread).detach(), "l0": l0})
+
+
+class AuxK:
+    """Dead latents learn what the living ones leave over (Gao et al. 2024, appendix A.2).
+
+    The k largest pre-activations among dead latents, through ReLU, are decoded without b_dec and compared with the detached
+    residual e = x - x^:  coef ||e - e^||^2 / ||e - mean(e)||^2, and 0 where that is not a number.
+
+    Args:
+        k: Dead latents per token.
+        coef: Weight.
+    """
+
+    def __init__(self, k: int, coef: float) -> None:
+        self.k = k
+        self.coef = coef
+
+    def __call__(self, forward: Forward) -> Term:
+        """Metrics: `dead` (share of latents), `auxk` (unweighted)."""
+        dead_share = forward.dead_F.float().mean()
+        width = min(self.k, int(forward.dead_F.sum()))
+        if width == 0:
+            zero = forward.x_BD.new_zeros(())
+            return Term(zero, {"dead": dead_share, "auxk": zero})
+        sae = forward.sae
+        top = forward.pre_BF.masked_fill(~forward.dead_F, -torch.inf).topk(width, dim=1, sorted=False)
+        codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(top.indices, top.values > 0))
+        residual_BD = (forward.x_BD - forward.recon_BD).detach()
+        modelled_BD = decode(codes.values, codes.indices, sae.W_dec)
+        spread = (residual_BD - residual_BD.mean(dim=0)).square().sum()
+        ratio = ((residual_BD - modelled_BD).square().sum() / spread).nan_to_num(0.0, posinf=0.0)
+        return Term(self.coef * ratio, {"dead": dead_share, "auxk": ratio.detach()})
+
+
+class Objective:
+    """A sum of terms."""
+
+    def __init__(self, terms: Sequence[TermFunction]) -> None:
+        self.terms = tuple(terms)
+
+    def __call__(self, forward: Forward) -> Term:
+        """Sum of the losses; all metrics, and `loss`."""
+        parts = [term(forward) for term in self.terms]
+        loss = torch.stack([part.loss for part in parts]).sum()
+        metrics = {name: value for part in parts for name, value in part.metrics.items()}
+        return Term(loss, {"loss": loss.detach(), **metrics})
+
+
+class FiringClock:
+    """Tokens since each latent last fired.
+
+    Args:
+        latents: F.
+        dead_after_tokens: Beyond this a latent is dead.
+        device: Where the SAE is.
+    """
+
+    def __init__(self, latents: int, dead_after_tokens: int, device: torch.device) -> None:
+        self.silent_tokens_F = torch.zeros(latents, dtype=torch.int64, device=device)
+        self.dead_after_tokens = dead_after_tokens
+
+    @property
+    def dead_F(self) -> Tensor:
+        """bool [F]"""
+        return self.silent_tokens_F > self.dead_after_tokens
+
+    def update(self, codes: Codes) -> None:
+        """Count one batch."""
+        self.silent_tokens_F += len(codes.values)
+        fired = torch.zeros_like(self.silent_tokens_F).scatter_add_(
+            0, codes.indices.flatten(), (codes.values > 0).flatten().long()
+        )
+        self.silent_tokens_F.masked_fill_(fired > 0, 0)

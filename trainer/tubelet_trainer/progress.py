@@ -1,0 +1,45 @@
+"""What a person sees while training: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ProgressReport:
+    """Shows step, tokens per second and the newest metrics, on stderr."""
+
+    def __init__(self, steps: int, step: int) -> None:
+        self._steps = steps
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=steps, completed=step)
+
+    def __enter__(self) -> ProgressReport:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def metrics(self, step: int, tokens_per_s: float, fvu: float, l0: float, dead: float) -> None:
+        """Show the metrics of a training step."""
+        text = f"{tokens_per_s:,.0f} tokens/s  FVU {fvu:.4f}  L0 {l0:.1f}  dead {dead:.1%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            self.note(f"step {step}/{self._steps}  {text}")
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,4 @@
+"""Sparse autoencoders: recipe (`config`), parts (`sparsifiers`, `sparse`, `normalisation`), `model`, and `export`.
+
+Nothing is imported here, so that the command line can read recipes without loading torch.
+"""

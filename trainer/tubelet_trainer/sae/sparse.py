@@ -1,0 +1,96 @@
+"""Products with sparse codes, in value and gradient, without ever forming the dense code.
+
+A batch of codes has K entries per token: `values` [N, K] at latents `indices` [N, K]. Both products below are sums of few
+rows, which `embedding_bag` computes; the weight gradients are the same sums with the roles of tokens and latents swapped.
+
+    decode:  out_n = sum_k values_nk W[indices_nk]                       (rows of the decoder)
+    select:  pre_nk = W[indices_nk] . x_n + bias[indices_nk]             (the pre-activations that were kept)
+
+Measured with N 1024, F 6144, D 768, one CPU thread, forward and backward of `decode`: K 32 18 ms, K 64 43 ms, K 256 126 ms,
+K 512 231 ms; dense 380 to 480 ms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+# From the measurement above the dense product wins when a token keeps more than about one latent in six.
+_DENSE_FROM = 6
+
+
+def densify(values_NK: Tensor, indices_NK: Tensor, latents: int) -> Tensor:
+    """Dense codes [N, F]. Indices of one token must be distinct, unless their values are 0."""
+    return values_NK.new_zeros(len(values_NK), latents).scatter_add(1, indices_NK, values_NK)
+
+
+def decode_dense(values_NK: Tensor, indices_NK: Tensor, weight_FD: Tensor) -> Tensor:
+    """Reference of `decode`: [N, D] through the dense code."""
+    return densify(values_NK, indices_NK, len(weight_FD)) @ weight_FD
+
+
+def decode_sparse(values_NK: Tensor, indices_NK: Tensor, weight_FD: Tensor) -> Tensor:
+    """`decode_dense` without the dense code."""
+    return nnf.embedding_bag(indices_NK, weight_FD, per_sample_weights=values_NK, mode="sum")
+
+
+def decode(values_NK: Tensor, indices_NK: Tensor, weight_FD: Tensor) -> Tensor:
+    """sum_k values_nk W[indices_nk], [N, D], by whichever way is faster."""
+    if _DENSE_FROM * indices_NK.shape[1] > len(weight_FD):
+        return decode_dense(values_NK, indices_NK, weight_FD)
+    return decode_sparse(values_NK, indices_NK, weight_FD)
+
+
+def select(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, pre_NF: Tensor, indices_NK: Tensor) -> Tensor:
+    """Pre-activations of the chosen latents, [N, K], differentiable in x, weight and bias.
+
+    Args:
+        x_ND: Encoder inputs.
+        weight_FD: Encoder rows.
+        bias_F: Encoder bias.
+        pre_NF: x weight^T + bias, computed without gradient: the choice was made from it, and its values are used.
+        indices_NK: Chosen latents.
+    """
+    out: Tensor = _Select.apply(x_ND, weight_FD, bias_F, pre_NF, indices_NK)
+    return out
+
+
+class _Select(torch.autograd.Function):
+    """The dense gradient of `gather(x W^T + b)` is zero outside the gathered entries: compute only those."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, pre_NF: Tensor, indices_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_FD, indices_NK)
+        return pre_NF.gather(1, indices_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        x_ND, weight_FD, indices_NK = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = decode(grad_NK, indices_NK, weight_FD) if needs_x else None
+        grad_weight = _outer_sum(grad_NK, indices_NK, x_ND, len(weight_FD)) if needs_weight else None
+        grad_bias = None
+        if needs_bias:
+            flat = grad_NK.new_zeros(len(weight_FD))
+            grad_bias = flat.index_add_(0, indices_NK.flatten(), grad_NK.flatten())
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _outer_sum(values_NK: Tensor, indices_NK: Tensor, rows_ND: Tensor, latents: int) -> Tensor:
+    """sum_n values_nk rows_n, collected per latent indices_nk: [F, D]."""
+    if _DENSE_FROM * indices_NK.shape[1] > latents:
+        return densify(values_NK, indices_NK, latents).T @ rows_ND
+    flat = indices_NK.flatten()
+    # Stable, so that each latent's sum runs over tokens in their order: repeatable bit by bit.
+    by_latent = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=latents)
+    return nnf.embedding_bag(
+        by_latent // indices_NK.shape[1],
+        rows_ND,
+        offsets=counts.cumsum(0) - counts,
+        per_sample_weights=values_NK.flatten()[by_latent],
+        mode="sum",
+    )
