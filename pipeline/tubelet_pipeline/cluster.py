@@ -20,7 +20,7 @@ class ClusterConfig(Config):
     """Workers of the extraction."""
 
     scheduler: str | None = None
-    """Address of a running scheduler (tcp://host:8786). None: $DASK_SCHEDULER_ADDRESS, else a cluster of our own here."""
+    """Address of a running scheduler (tcp://host:8786). None: $DASK_SCHEDULER_ADDRESS, else a local cluster."""
     workers: int = Field(default=max(1, (os.cpu_count() or 1) // 2), ge=1)
     """Worker processes of the local cluster; one shard each at a time."""
     threads: int = Field(default=2, ge=1)

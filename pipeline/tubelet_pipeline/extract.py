@@ -1,7 +1,7 @@
 """The extraction's driver: plan, begin or continue the store, hand out shards, finish.
 
 A bounded number of shard tasks is in flight, and each leaves a durable record, so the driver itself may die at any
-time: the same command again does what is missing. Whether the job is complete is read from the store, never from memory.
+time: the same command again does what is missing. Whether a job is complete is read from the store, not from memory.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class ExtractConfig(Config):
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the stored activations. float16 is finer, bfloat16 takes larger values; both take two bytes."""
     clips_per_shard: int | None = Field(default=None, ge=1)
-    """Clips in one shard, the unit of work and of loss. None: up to 256 MiB a hook, and 64 shards or more if clips allow."""
+    """Clips in one shard, the unit of work and of loss. None: 256 MiB a hook, less where that makes few shards."""
     batch_size: int = Field(default=8, ge=1)
     """Clips in one forward pass."""
     decode: DecodeConfig = DecodeConfig()

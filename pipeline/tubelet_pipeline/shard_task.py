@@ -151,7 +151,9 @@ def _forward(runtime: _Runtime, batch: list[DecodedClip | DecodeFailure]) -> Ite
     pixels: list[torch.Tensor] = []
     for clip in batch:
         if isinstance(clip, DecodeFailure):
-            outcomes.append(ClipOutcome.failure(clip.code, clip.message))
+            # The clip table is the same wherever the data set lies.
+            message = clip.message.replace(resolve_uri(runtime.job.dataset_root, ""), "")
+            outcomes.append(ClipOutcome.failure(clip.code, message))
             continue
         clip_pixels, crop = backbone.preprocess(clip.frames)
         pixels.append(clip_pixels)

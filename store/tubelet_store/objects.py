@@ -190,7 +190,8 @@ class RemoteRoot(ObjectRoot):
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         # A listing cache would hide what other writers add.
-        self._fs, self._base = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        with _reaching(self.url):
+            self._fs, self._base = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
 
     def __reduce__(self) -> tuple[type[RemoteRoot], tuple[str]]:
         return (RemoteRoot, (self.url,))
@@ -200,19 +201,22 @@ class RemoteRoot(ObjectRoot):
 
     def read(self, key: str) -> bytes:
         """See ObjectRoot."""
-        return bytes(self._fs.cat_file(self._path(key)))
+        with _reaching(self.url):
+            return bytes(self._fs.cat_file(self._path(key)))
 
     def size(self, key: str) -> int | None:
         """See ObjectRoot."""
         try:
-            return int(self._fs.size(self._path(key)))
+            with _reaching(self.url):
+                return int(self._fs.size(self._path(key)))
         except FileNotFoundError:
             return None
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
         try:
-            found = self._fs.find(self._path(prefix).rstrip("/"))
+            with _reaching(self.url):
+                found = self._fs.find(self._path(prefix).rstrip("/"))
         except FileNotFoundError:
             return []
         start = len(self._base) + 1
@@ -220,19 +224,22 @@ class RemoteRoot(ObjectRoot):
 
     def replace(self, key: str, data: bytes) -> None:
         """See ObjectRoot."""
-        self._fs.pipe_file(self._path(key), data)
+        with _reaching(self.url, writing=True):
+            self._fs.pipe_file(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
         """See ObjectRoot."""
         try:
-            self._fs.pipe_file(self._path(key), data, mode="create")
+            with _reaching(self.url, writing=True):
+                self._fs.pipe_file(self._path(key), data, mode="create")
         except FileExistsError:
             return False
         return True
 
     def publish(self, key: str, finished: Path) -> None:
         """See ObjectRoot."""
-        self._fs.put_file(str(finished), self._path(key))
+        with _reaching(self.url, writing=True):
+            self._fs.put_file(str(finished), self._path(key))
         finished.unlink()
 
     def exclusive(self, name: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
@@ -261,13 +268,15 @@ def open_root(url: str) -> ObjectRoot:
     """The root for `url`: a path, `file://...` or any scheme fsspec knows.
 
     Raises:
-        TubeletError: no filesystem is known (or installed) for the scheme.
+        TubeletError: no filesystem is known (or installed) for the scheme, or the URL names no bucket or folder.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalRoot(Path(url).expanduser())
     if scheme == "file":
         return LocalRoot(Path(rest))
+    if not rest.strip("/"):
+        raise TubeletError(f"{url} names no bucket", f"Write {scheme}://BUCKET/NAME.zarr")
     try:
         return RemoteRoot(url)
     except ImportError as error:
@@ -275,6 +284,28 @@ def open_root(url: str) -> ObjectRoot:
     except ValueError as error:
         raise TubeletError(
             f"No filesystem for {url}: {error}", "Use a path, s3://..., or another fsspec URL"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reaching(url: str, writing: bool = False) -> Iterator[None]:
+    """Turn what a remote filesystem raises into one line; FileNotFoundError and FileExistsError mean keys, and pass."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if not writing:
+            raise
+        raise TubeletError(f"{url} cannot be written: {error}", "Create the bucket, or check its name") from error
+    except PermissionError as error:
+        raise TubeletError(
+            f"No access to {url}: {error}", "Check the credentials (environment, profile or role) and their rights"
+        ) from error
+    except Exception as error:
+        # Named by module: what clients raise when no request got through, without importing them here.
+        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+            raise
+        raise TubeletError(
+            f"{url} cannot be reached: {error}", "Check the endpoint, the network and the credentials"
         ) from error
 
 

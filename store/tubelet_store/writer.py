@@ -59,12 +59,13 @@ class StoreWriter:
             raise ValueError(f"plan of {plan.clips} clips, table of {table.num_rows}")
         state = read_state(root)
         if state is None:
-            if root.list_keys():
+            documents = metadata_documents(plan, {})
+            # A killed `begin` of the same plan leaves some of these; anything else is somebody's.
+            if set(root.list_keys()) - {PLAN_TABLE, *documents}:
                 raise TubeletError(
                     f"{url} is not empty and not a Tubelet store", "Choose a new path, or empty this one"
                 )
             state = StoreState(plan=plan, plan_digest=plan.digest, provenance=dict(provenance))
-            documents = metadata_documents(plan, {})
             documents[GROUP] = state_document(state)
             root.replace(PLAN_TABLE, to_parquet(table))
             # The group document comes last: where it stands, the store was begun.

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+
 from tubelet_pipeline.sampling import DenseSampling, Sampling, UniformSampling, choose_frames, describe
 
 samplings = st.one_of(

@@ -10,8 +10,8 @@ import pytest
 import tensorstore
 import xarray
 import zarr
-from stores import make_plan, make_store
 
+from stores import make_plan, make_store
 from tubelet_store import Store
 
 FAILED, ZERO = 2, 5

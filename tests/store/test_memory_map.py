@@ -10,8 +10,8 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
-from stores import make_plan, make_store, planned_table
 
+from stores import make_plan, make_store, planned_table
 from tubelet_store import StoreWriter, TubeletError, open_store
 
 OBJECT = "activations/blocks.1/c/0/0/0/0"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import make_plan, make_store
 
+from stores import make_plan, make_store
 from tubelet_store import Moments, moments
 from tubelet_store.layout import moments_documents, read_moments
 

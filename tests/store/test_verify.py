@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import make_plan, make_store, planned_table
 
+from stores import make_plan, make_store, planned_table
 from tubelet_store import ClipOutcome, StoreWriter, TubeletError, open_store
 from tubelet_store.cli import main
 from tubelet_store.verify import Finding, expected_objects, orphans, verify

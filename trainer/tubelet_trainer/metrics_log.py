@@ -20,10 +20,13 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         kept = [line for line in _lines(path) if line["step"] <= step]
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._written = {(line.get("kind"), line["step"]) for line in kept}
         self._file = path.open("a")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append a line; it is in the file when this returns."""
+        """Append a line, unless the log has it from before a kill; it is in the file when this returns."""
+        if (kind, step) in self._written:
+            return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
 

@@ -2,9 +2,9 @@
 
     tokens ─▶ Forward (pre-activations, codes, reconstruction) ─▶ term, term, ... ─▶ sum of losses, union of metrics
 
-A term is a callable that reads a `Forward` and gives a `Term`: the weighted loss and named metrics (0-dimensional tensors,
-detached, still on the device). Losses are divided by the variance of the whole data set, a constant: a weight means the same
-for every backbone and batch.
+A term is a callable that reads a `Forward` and gives a `Term`: the weighted loss and named metrics (0-dimensional
+tensors, detached, still on the device). Losses are divided by the variance of the whole data set, a constant: a
+weight means the same for every backbone and batch.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Reconstruction:
 class AuxK:
     """Dead latents learn what the living ones leave over (Gao et al. 2024, appendix A.2).
 
-    The k largest pre-activations among dead latents, through ReLU, are decoded without b_dec and compared with the detached
-    residual e = x - x^:  coef ||e - e^||^2 / ||e - mean(e)||^2, and 0 where that is not a number.
+    The k largest pre-activations among dead latents, through ReLU, are decoded without b_dec and compared with the
+    detached residual e = x - x^:  coef ||e - e^||^2 / ||e - mean(e)||^2, and 0 where that is not a number.
 
     Args:
         k: Dead latents per token.

@@ -2,10 +2,10 @@
 
     position ──▶ (left, right) on an a x b grid ──▶ keyed rounds ──▶ cycle walk until < n ──▶ id
 
-A Feistel network over a grid of mixed radix (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", method 3) is
-a bijection for any a and b. With a = ceil(sqrt(n)) and b = ceil(n / a) the grid holds fewer than n + a points, so walking
-on from the few points outside [0, n) hardly ever happens. Integers only: the order is the same on every machine and
-device, and position i costs the same whether or not i - 1 was asked for.
+A Feistel network over a grid of mixed radix (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", method 3)
+is a bijection for any a and b. With a = ceil(sqrt(n)) and b = ceil(n / a) the grid holds fewer than n + a points, so
+walking on from the few points outside [0, n) hardly ever happens. Integers only: the order is the same on every
+machine and device, and position i costs the same whether or not i - 1 was asked for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One place of one store, cut into blocks: what the loader copies from.
 
 A *block* is a group of neighbouring patches of one clip through all its time steps. In the file it is `time` runs of
-`patches` x channels values, so gathering blocks is copying a few long runs, and the neighbours of a token in space and time
-lie at fixed distances from it.
+`patches` x channels values, so gathering blocks is copying a few long runs, and the neighbours of a token in space
+and time lie at fixed distances from it.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Source:
             clip = int(clips[block])
             shard = clip // self.store.plan.clips_per_shard
             raise TubeletError(
-                f"{self.store.url}: clip {clip} (shard {shard}, hook {self.hook}) is marked ok but holds a non-finite value"
-                f" at time {time}, patch {int(groups[block]) * self.block_patches + patch}, channel {channel}",
+                f"{self.store.url}: clip {clip} (shard {shard}, hook {self.hook}) is marked ok but holds a non-finite"
+                f" value at time {time}, patch {int(groups[block]) * self.block_patches + patch}, channel {channel}",
                 "Run `tubelet verify` on the store; if the file is intact, extract that shard again",
             )
 

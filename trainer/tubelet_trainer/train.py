@@ -1,6 +1,6 @@
 """The training loop.
 
-    store ─▶ Windows ─▶ batch ─▶ Objective ─▶ gradient ─▶ project, clip, Adam, unit-norm decoder ─▶ metrics, checkpoints ─▶ export
+    store ─▶ Windows ─▶ batch ─▶ Objective ─▶ gradient ─▶ project, clip, Adam, unit norm ─▶ metrics, checkpoints
 
 What a run leaves in its folder:
 
@@ -9,7 +9,8 @@ What a run leaves in its folder:
     checkpoints/                       see `checkpoint`
     sae.safetensors, sae.json          the trained SAE with its normalisation and provenance; written at the end
 
-Killed at any point, the same command continues to the same weights: bit for bit on the CPU with the same number of threads.
+Killed at any point, the same command continues to the same weights: bit for bit on the CPU with the same number of
+threads.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
@@ -50,8 +52,16 @@ _DEAD_AFTER_SHARE = 10
 
 # Fields that change what is shown or kept, or where it lies, not what is learnt. The store is compared by identity.
 _FREE_FIELDS = (
-    "store", "out", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "resume", "device",
-)  # fmt: skip
+    "store",
+    "out",
+    "log_every",
+    "eval_every",
+    "eval_tokens",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "device",
+)
 
 
 class Run:
@@ -71,31 +81,17 @@ class Run:
         self.store = store
         source = Source(store, config.hook, config.block_patches)
         self.hook = source.hook
-        out = np.zeros(store.plan.clips, dtype=bool)
-        table = store.clips()
-        out[table["clip"].to_numpy()] = held_out(table["video_id"].to_pylist(), config.holdout)
-        ok = store.ok()
-        if not (ok & ~out).any():
-            raise TubeletError(
-                f"{store.url}: no clip is left to train on ({int(ok.sum())} of {store.plan.clips} hold activations, "
-                f"{int((ok & out).sum())} of those are held out)",
-                "Lower holdout.fraction, or extract more clips",
-            )
-        loader: dict[str, Any] = {
-            "batch_tokens": config.batch_tokens,
-            "window_tokens": config.window_tokens,
-            "device": device,
-        }
-        whole = Windows(source, np.flatnonzero(~out), seed=config.seed, **loader)
-        total = config.total_tokens(whole.tokens_per_epoch)
-        self.windows = Windows(source, np.flatnonzero(~out), seed=config.seed, total_tokens=total, **loader)
+        training, heldout = self._split()
+        loader: dict[str, Any] = {"batch_tokens": config.batch_tokens, "device": device}
+        total = config.total_tokens(len(training) * store.plan.grid.tokens)
+        self.windows = Windows(
+            source, training, window_tokens=config.window_tokens, total_tokens=total, seed=config.seed, **loader
+        )
         self.heldout: Windows | None = None
-        if (ok & out).any():
-            # Of a whole pass over the held-out tokens, the first ones: the order's seed is fixed, so always the same.
-            every = Windows(source, np.flatnonzero(out), seed=0, **loader)
-            loader["window_tokens"] = min(config.window_tokens, config.eval_tokens)
-            tokens = min(config.eval_tokens, every.tokens_per_epoch)
-            self.heldout = Windows(source, np.flatnonzero(out), seed=0, total_tokens=tokens, **loader)
+        if len(heldout):
+            # The first tokens of a shuffled pass over all held-out ones; its seed is fixed, so always the same tokens.
+            tokens = min(config.eval_tokens, len(heldout) * store.plan.grid.tokens)
+            self.heldout = Windows(source, heldout, window_tokens=tokens, total_tokens=tokens, **loader)
         normalisation = Normalisation.from_moments(store.moments(self.hook))
         self.sae = SAE(config.sae, normalisation).to(device)
         self.clock = FiringClock(self.sae.latents, self._dead_after(total), device)
@@ -106,6 +102,19 @@ class Run:
         options = config.optimiser
         betas = (options.beta1, options.beta2)
         self._optimiser = torch.optim.Adam(self.sae.parameters(), lr=self._peak_lr, betas=betas, eps=options.eps)
+
+    def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Clips to train on and clips held out, without those that failed."""
+        table, ok = self.store.clips(), self.store.ok()
+        out = np.zeros(self.store.plan.clips, dtype=bool)
+        out[table["clip"].to_numpy()] = held_out(table["video_id"].to_pylist(), self.config.holdout)
+        if not (ok & ~out).any():
+            raise TubeletError(
+                f"{self.store.url}: no clip is left to train on ({int(ok.sum())} of {len(ok)} hold activations, "
+                f"{int((ok & out).sum())} of those are held out)",
+                "Lower holdout.fraction, or extract more clips",
+            )
+        return np.flatnonzero(ok & ~out), np.flatnonzero(ok & out)
 
     def _dead_after(self, total_tokens: int) -> int:
         chosen = self.config.sae.dead_after_tokens
@@ -118,11 +127,12 @@ class Run:
 
     def learn(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
         """Step number `step` (from 0): learn from `batch`; its metrics, on the device, with `grad_norm`."""
-        self._optimiser.param_groups[0]["lr"] = self._peak_lr * self.config.optimiser.lr_factor(step, self.windows.steps)
+        factor = self.config.optimiser.lr_factor(step, self.windows.steps)
+        self._optimiser.param_groups[0]["lr"] = self._peak_lr * factor
         forward = Forward.of(self.sae, batch.tokens, self.clock.dead_F)
         total: Term = self.objective(forward)
         self._optimiser.zero_grad(set_to_none=True)
-        total.loss.backward()  # type: ignore[no-untyped-call]
+        total.loss.backward()
         self.sae.project_decoder_gradient()
         norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.optimiser.grad_clip)
         self._optimiser.step()
@@ -212,7 +222,9 @@ def train(config: TrainConfig) -> Path:
     folder = config.out / "checkpoints"
     found = load_latest(folder)
     if found is not None and not config.resume:
-        raise TubeletError(f"{config.out} already holds a run", "Choose another --out, or let it continue with --resume true")
+        raise TubeletError(
+            f"{config.out} already holds a run", "Choose another --out, or let it continue with --resume true"
+        )
     if found is not None:
         run.restore(found)
     done = run.windows.step
@@ -286,9 +298,11 @@ def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> Non
     windows = run.windows
     plan = run.store.plan
     held = 0 if run.heldout is None else len(run.heldout.clips)
+    failed = plan.clips - len(windows.clips) - held
     report.note(
-        f"{run.hook}: {len(windows.clips)} clips to train on, {held} held out, {plan.clips - len(windows.clips) - held} failed;"
-        f" {windows.total_tokens:,} tokens in {windows.steps} steps; {run.sae.latents} latents of {run.sae.channels} channels"
+        f"{run.hook}: {len(windows.clips)} clips to train on, {held} held out, {failed} failed; "
+        f"{windows.total_tokens:,} tokens in {windows.steps} steps; "
+        f"{run.sae.latents} latents for {run.sae.channels} channels"
     )
     if found is None:
         return
@@ -312,7 +326,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise TubeletError("device is 'cuda', but torch finds no GPU here", "Use --device cpu, or install torch for CUDA")
+        raise TubeletError(
+            "device is 'cuda', but torch finds no GPU here", "Use --device cpu, or install torch for CUDA"
+        )
     return torch.device(name)
 
 

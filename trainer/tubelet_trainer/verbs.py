@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tubelet_store.cli import Verb
-from tubelet_trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from tubelet_trainer.config import TrainConfig
+
+
+def _config() -> type[TrainConfig]:
+    from tubelet_trainer.config import TrainConfig
+
+    return TrainConfig
 
 
 def _run(config: TrainConfig) -> int:
@@ -13,4 +23,4 @@ def _run(config: TrainConfig) -> int:
     return 0
 
 
-TRAIN = Verb("train", "Train a sparse autoencoder on an activation store.", TrainConfig, _run, positionals=("store",))
+TRAIN = Verb("train", "Train a sparse autoencoder on an activation store.", _config, _run, positionals=("store",))

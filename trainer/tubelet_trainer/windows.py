@@ -4,14 +4,14 @@
                                                                        window w+1 is staged while w is consumed
     window on the device ──permutation(seed, epoch, window)──▶ rows ──slices──▶ batches [B, D]
 
-The host only copies long runs; the random gather happens on the device, where memory is fast. What it costs: two windows
-of memory, and batches mix only the blocks of one window. Many small blocks make a window nearly as good as the whole
-store (see `Source`).
+The host only copies long runs; the random gather happens on the device, where memory is fast. What it costs: two
+windows of memory, and batches mix only the blocks of one window. Many small blocks make a window nearly as good as
+the whole store (see `Source`).
 
-The tokens of all epochs form one endless stream; batch i is its tokens [i B, (i + 1) B). So a batch may begin in one window
-and end in the next, or in the next epoch: its size is constant, and every epoch sees every token exactly once. Only the
-last batch of the whole run is short, if the run does not end on a multiple of B. The position in the stream is all the
-state there is: resuming at step k costs one window, and gives the tail of the uninterrupted run.
+The tokens of all epochs form one endless stream; batch i is its tokens [i B, (i + 1) B). So a batch may begin in one
+window and end in the next, or in the next epoch: its size is constant, and every epoch sees every token exactly once.
+Only the last batch of the whole run is short, if the run does not end on a multiple of B. The position in the stream
+is all the state there is: resuming at step k costs one window, and gives the tail of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Batch:
     tokens: Tensor
     """[B, D] float32, as stored (not normalised)."""
     positions: Tensor
-    """[B] int64: (clip x time steps + time) x patches + patch, so any two tokens' distance in space and time is arithmetic."""
+    """[B] int64: (clip x time steps + time) x patches + patch; distance in space and time is arithmetic."""
     grid: Grid
 
     @property

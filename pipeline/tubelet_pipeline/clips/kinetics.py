@@ -18,7 +18,7 @@ from tubelet_pipeline.clips.video import Video
 from tubelet_store.errors import TubeletError, nearest
 
 _ALIASES = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
-_LIST_ROW = re.compile(r"(?P<path>.*\S)(?:\s+|\s*,\s*)(?P<label>-?\d+)")
+_LIST_ROW = re.compile(r"(?P<path>.*[^\s,])[\s,]+(?P<label>-?\d+)")
 
 
 def list_videos(config: Kinetics) -> tuple[list[Video], Root]:

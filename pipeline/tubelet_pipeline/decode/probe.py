@@ -60,7 +60,9 @@ class VideoIndex:
         if self.pts is None or not self.frames or np.isnan(self.duration_s):
             return False
         frame_s = 1 / self.fps if self.fps > 0 else 0.0
-        shown_s = float(self.pts[-1] - self.pts[0]) * self.time_base_s + frame_s
+        # Matroska's duration runs from time zero, that of the others from the first frame.
+        begin = 0 if self.container == "matroska" else self.pts[0]
+        shown_s = float(self.pts[-1] - begin) * self.time_base_s + frame_s
         return self.duration_s - shown_s > max(0.5, 2 * frame_s)
 
     def without_timestamps(self, frames: int) -> VideoIndex:

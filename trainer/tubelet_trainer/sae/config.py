@@ -45,7 +45,7 @@ class TopKConfig(SAEConfig):
 
 
 class BatchTopKConfig(SAEConfig):
-    """Keep the B k largest of a whole batch in training, all above a learned threshold afterwards (Bussmann et al. 2024)."""
+    """Keep the B k largest of a training batch; afterwards all above a learned threshold (Bussmann et al. 2024)."""
 
     kind: Literal["batchtopk"] = "batchtopk"
     threshold_momentum: float = Field(default=0.01, gt=0, le=1)

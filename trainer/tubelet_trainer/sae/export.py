@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -31,7 +31,7 @@ class SAERecord(Config):
     format_version: Literal[1] = 1
     channels: int
     config: AnySAEConfig
-    provenance: dict[str, JsonValue] = {}
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
     """What it was trained on: store identity, hook, order, held-out share and seed, tokens, final metrics, versions."""
 
 
@@ -79,5 +79,7 @@ def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
         sae.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise TubeletError(f"{path} does not hold the SAE that {RECORD} describes: {reason}", "Copy both again") from error
+        raise TubeletError(
+            f"{path} does not hold the SAE that {RECORD} describes: {reason}", "Copy both again"
+        ) from error
     return sae.to(device).eval()

@@ -1,6 +1,6 @@
 """The sparse autoencoder: encoder x sparsifier x decoder, inside a normalisation.
 
-    x ──normalise──▶ x_n ──W_enc (x_n - b_dec) + b_enc──▶ pre [F] ──sparsifier──▶ code [F] ──code W_dec + b_dec──▶ x_n^ ──▶ x^
+    x ──normalise──▶ x_n ──W_enc (x_n - b_dec) + b_enc──▶ pre ──sparsifier──▶ code ──code W_dec + b_dec──▶ x_n^ ──▶ x^
 
 Public methods take and give raw tokens. Training works in normalised space, through `pre_activations`, `choose` and
 `reconstruct`. Codes are held as K (value, latent) pairs per token; a dense code exists only where one is asked for.
@@ -46,7 +46,9 @@ class SAE(nn.Module):
         self.channels = len(normalisation.mean)
         self.latents = config.latents_for(self.channels)
         if config.k > self.latents:
-            raise TubeletError(f"sae.k {config.k} exceeds the {self.latents} latents", "Lower sae.k or raise sae.expansion")
+            raise TubeletError(
+                f"sae.k {config.k} exceeds the {self.latents} latents", "Lower sae.k or raise sae.expansion"
+            )
         generator = torch.Generator().manual_seed(config.seed)
         rows_FD = nnf.normalize(torch.randn(self.latents, self.channels, generator=generator), dim=1)
         # The encoder starts as the decoder's transpose (Gao et al. 2024, appendix A.1), in storage of its own.
@@ -100,7 +102,8 @@ class SAE(nn.Module):
     def project_decoder_gradient(self) -> None:
         """Remove from the decoder's gradient what is parallel to its rows; before the optimiser's step.
 
-        The rows are brought back to unit norm after the step; the parallel part would only disturb the optimiser's moments.
+        The rows are brought back to unit norm after the step; the parallel part would only disturb the optimiser's
+        moments.
         """
         if self.W_dec.grad is not None:
             along_F1 = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
@@ -113,7 +116,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> SAE:
-        """The same SAE with the normalisation folded into its weights: same codes, same reconstruction, identity outside.
+        """The same SAE with the normalisation folded into its weights: same codes, same reconstruction.
 
         With x_n = (x - m) / s:  W_enc' = W_enc / s,  b_dec' = s b_dec + m,  W_dec' = s W_dec,  b_enc' = b_enc.
         Decoder rows then have norm s.

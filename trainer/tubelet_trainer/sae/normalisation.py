@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,9 @@ class Normalisation(nn.Module):
     def from_moments(cls, moments: Moments) -> Normalisation:
         """scale = sqrt(total variance / D): normalised tokens have mean squared norm D, exactly.
 
-        saev scales the mean *norm* to sqrt(D), estimated from a sample; the root of the mean squared norm follows from the
-        moments of all tokens without another pass, and makes the variance that losses are divided by equal to D. [RECON]
+        saev scales the mean *norm* to sqrt(D), estimated from a sample; the root of the mean squared norm follows
+        from the moments of all tokens without another pass, and makes the variance that losses are divided by equal
+        to D. [RECON]
 
         Raises:
             TubeletError: the tokens do not vary, or are not finite.
@@ -56,4 +56,4 @@ class Normalisation(nn.Module):
 
     def inverse(self, normalised_ND: Tensor) -> Tensor:
         """Raw tokens [N, D]."""
-        return cast(Tensor, normalised_ND * self.scale + self.mean)
+        return normalised_ND * self.scale + self.mean

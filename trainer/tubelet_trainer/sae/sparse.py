@@ -1,13 +1,14 @@
 """Products with sparse codes, in value and gradient, without ever forming the dense code.
 
-A batch of codes has K entries per token: `values` [N, K] at latents `indices` [N, K]. Both products below are sums of few
-rows, which `embedding_bag` computes; the weight gradients are the same sums with the roles of tokens and latents swapped.
+A batch of codes has K entries per token: `values` [N, K] at latents `indices` [N, K]. Both products below are sums of
+few rows, which `embedding_bag` computes; the weight gradients are the same sums with the roles of tokens and latents
+swapped.
 
     decode:  out_n = sum_k values_nk W[indices_nk]                       (rows of the decoder)
     select:  pre_nk = W[indices_nk] . x_n + bias[indices_nk]             (the pre-activations that were kept)
 
-Measured with N 1024, F 6144, D 768, one CPU thread, forward and backward of `decode`: K 32 18 ms, K 64 43 ms, K 256 126 ms,
-K 512 231 ms; dense 380 to 480 ms.
+Measured with N 1024, F 6144, D 768, one CPU thread, forward and backward of `decode`: K 32 18 ms, K 64 43 ms, K 256
+126 ms, K 512 231 ms; dense 380 to 480 ms.
 """
 
 from __future__ import annotations
@@ -62,12 +63,14 @@ class _Select(torch.autograd.Function):
     """The dense gradient of `gather(x W^T + b)` is zero outside the gathered entries: compute only those."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, pre_NF: Tensor, indices_NK: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_FD: Tensor, _bias_F: Tensor, pre_NF: Tensor, indices_NK: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x_ND, weight_FD, indices_NK)
         return pre_NF.gather(1, indices_NK)
 
     @staticmethod
-    def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x_ND, weight_FD, indices_NK = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = decode(grad_NK, indices_NK, weight_FD) if needs_x else None

@@ -2,8 +2,8 @@
 
     pre-activations [N, F] ──sparsifier──▶ indices [N, K] and keep [N, K]
 
-A sparsifier chooses, it does not compute values: the model takes the chosen pre-activations (with their gradient) and sets
-those not kept to 0. So every sparsifier has the same sparse path, on every device.
+A sparsifier chooses, it does not compute values: the model takes the chosen pre-activations (with their gradient) and
+sets those not kept to 0. So every sparsifier has the same sparse path, on every device.
 """
 
 from __future__ import annotations

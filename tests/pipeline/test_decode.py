@@ -1,0 +1,172 @@
+"""Decoders in this process: the right frames, the right account of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+import barcode
+from tubelet_pipeline.decode import decord_backend, pyav_backend
+from tubelet_pipeline.decode.clip import DecodeFailure
+from tubelet_pipeline.decode.policy import decode
+from tubelet_pipeline.decode.probe import probe
+from tubelet_pipeline.decode.source import local_path
+from tubelet_pipeline.frames import FrameChoice, dense_frames, uniform_frames
+
+CHOICES = {
+    "uniform": lambda n: uniform_frames(n, frames=8, clips=1, view=0),
+    "dense": lambda n: dense_frames(n, frames=8, stride=2, clips=2, view=1),
+    "every": lambda n: FrameChoice(np.arange(n), 0),
+    "last": lambda n: FrameChoice(np.array([n - 1]), 0),
+}
+DECORD_IS_EXACT = {
+    "h264", "h264_no_b", "vp9", "vp9_alt_ref", "vp8", "mkv", "vfr", "vfr_webm", "one_frame", "five_frames",
+    "odd_size", "rotated", "late_start", "late_start_mkv", "long_gop", "fragmented",
+}  # fmt: skip
+
+
+def allocate(shape):
+    return np.zeros(shape, np.uint8)
+
+
+def read_indices(name: str, frames) -> list[int]:
+    turns = -barcode.CLIPS[name].rotation // 90
+    return [barcode.read_index(np.rot90(frame, turns)) for frame in frames]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("backend", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize("name", barcode.CLIPS)
+def test_every_backend_gives_the_frames_asked_for(barcode_clips, name, backend, choice):
+    used = []
+    clip = decode(str(barcode_clips[name]), backend, CHOICES[choice], allocate, used.append)
+    expected = CHOICES[choice](barcode.CLIPS[name].frames)
+    assert clip.video_frames == barcode.CLIPS[name].frames
+    assert clip.frame_indices.tolist() == expected.indices.tolist()
+    assert read_indices(name, clip.frames) == expected.indices.tolist()
+    assert clip.padded_frames == expected.padded
+    assert used == ["decord" if backend == "decord" and name in DECORD_IS_EXACT else "pyav"]
+    assert clip.decoder.startswith(used[0])
+
+
+@pytest.mark.parametrize("name", barcode.CLIPS)
+def test_timestamps_are_the_container_s(barcode_clips, name):
+    spec = barcode.CLIPS[name]
+    clip = decode(str(barcode_clips[name]), "pyav", CHOICES["every"], allocate, lambda _: None)
+    if np.isnan(clip.timestamps_s).all():
+        assert clip.decoder.startswith("pyav")
+        assert barcode_clips[name].suffix == ".avi"
+        return
+    # Matroska counts milliseconds.
+    assert np.allclose(clip.timestamps_s - clip.timestamps_s[0], spec.timestamps_s(), atol=1.1e-3)
+    assert not clip.truncated
+    assert clip.corrupt_frames == 0
+
+
+@pytest.mark.parametrize("name", sorted(DECORD_IS_EXACT))
+def test_decord_and_pyav_agree_to_the_bit(barcode_clips, name):
+    path = str(barcode_clips[name])
+    ours, theirs = (
+        module.decode(path, probe(path), CHOICES["every"], allocate) for module in (pyav_backend, decord_backend)
+    )
+    assert np.array_equal(ours.frames, theirs.frames)
+    assert np.array_equal(ours.timestamps_s, theirs.timestamps_s)
+
+
+@pytest.mark.parametrize("name", sorted(set(barcode.CLIPS) - DECORD_IS_EXACT))
+def test_decord_refuses_what_it_may_get_wrong(barcode_clips, name):
+    path = str(barcode_clips[name])
+    with pytest.raises(DecodeFailure, match="inexact"):
+        decord_backend.decode(path, probe(path), CHOICES["uniform"], allocate)
+
+
+@pytest.mark.parametrize(
+    ("name", "hazard"),
+    [("h264_open_gop", "open-gop"), ("hevc", "hevc"), ("edit_list", "hidden packets"), ("mpeg4_b_avi", "avi"),
+     ("vp8_alt_ref", "hidden packets"), ("ten_bit", "pixels yuv420p10le"), ("av1", "av1")],
+)  # fmt: skip
+def test_the_probe_says_why(barcode_clips, name, hazard):
+    assert probe(str(barcode_clips[name])).hazard == hazard
+
+
+def test_far_frames_are_reached_by_a_seek_and_not_by_decoding_all(barcode_clips, monkeypatch):
+    decoded = []
+    forward = pyav_backend._forward
+
+    def counted(*arguments):
+        for frame in forward(*arguments):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(pyav_backend, "_forward", counted)
+    clip = decode(str(barcode_clips["h264"]), "pyav", CHOICES["last"], allocate, lambda _: None)
+    assert barcode.read_index(clip.frames[0]) == 39
+    assert len(decoded) <= 12, "one group of pictures at most"
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_pictures_stand_upright(tmp_path, rotation):
+    path = barcode.make_clip(tmp_path / "turned.mp4", barcode.ClipSpec(".mp4", frames=3, rotation=rotation))
+    clip = decode(str(path), "pyav", CHOICES["every"], allocate, lambda _: None)
+    assert [barcode.read_index(np.rot90(frame, -rotation // 90)) for frame in clip.frames] == [0, 1, 2]
+    assert (clip.width, clip.height) == ((128, 96) if rotation % 180 == 0 else (96, 128))
+    assert clip.frames.flags.c_contiguous
+
+
+def test_a_mirrored_display_matrix_mirrors():
+    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    one = 1 << 16
+    across = np.array([-one, 0, 0, 0, one, 0, 0, 0, 1 << 30], np.int32)
+    diagonal = np.array([0, one, 0, one, 0, 0, 0, 0, 1 << 30], np.int32)
+    assert np.array_equal(pyav_backend.upright(picture, across), picture[:, ::-1])
+    assert np.array_equal(pyav_backend.upright(picture, diagonal), picture.transpose(1, 0, 2))
+
+
+def test_a_matroska_file_cut_short_is_marked_truncated(barcode_clips, tmp_path):
+    whole = barcode_clips["mkv"].read_bytes()
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole[: len(whole) // 2])
+    clip = decode(str(cut), "pyav", lambda n: FrameChoice(np.arange(n // 2), 0), allocate, lambda _: None)
+    assert clip.truncated
+    assert clip.video_frames < 40
+    assert read_indices("mkv", clip.frames) == clip.frame_indices.tolist()
+
+
+def test_damage_is_counted(barcode_clips, tmp_path):
+    # The first group's key frame stays whole; bytes of a later packet do not.
+    whole = bytearray(barcode_clips["h264_no_b"].read_bytes())
+    with av.open(str(barcode_clips["h264_no_b"])) as container:
+        packet = next(p for i, p in enumerate(container.demux(video=0)) if i == 3)
+        begin, size = packet.pos, packet.size
+    assert begin is not None
+    whole[begin + size // 2 : begin + size] = b"\xa5" * (size - size // 2)
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(whole)
+    clip = decode(str(damaged), "pyav", CHOICES["last"], allocate, lambda _: None)
+    assert clip.corrupt_frames == 0, "not on the way to the last frame"
+    clip = decode(str(damaged), "pyav", lambda n: FrameChoice(np.array([5]), 0), allocate, lambda _: None)
+    assert clip.corrupt_frames
+    assert clip.corrupt_frames > 0
+
+
+def test_a_changing_picture_size_is_a_failure(tmp_path):
+    path = tmp_path / "resized.ts"
+    with open(path, "wb") as file:
+        for width in (128, 160):
+            spec = barcode.ClipSpec(".ts", "mpeg2video", width=width, frames=12, start_tick=0 if width == 128 else 12)
+            file.write(barcode.make_clip(tmp_path / f"{width}.ts", spec).read_bytes())
+    with pytest.raises(DecodeFailure, match="resolution_change"):
+        decode(str(path), "auto", CHOICES["every"], allocate, lambda _: None)
+
+
+def test_a_url_is_read_whole_into_a_path(barcode_clips):
+    with local_path(f"local://{barcode_clips['h264']}") as path:
+        assert path.startswith("/proc/self/fd/")
+        assert Path(path).read_bytes() == barcode_clips["h264"].read_bytes()
+    with pytest.raises(DecodeFailure, match="missing"), local_path("local:///nowhere/at/all.mp4"):
+        pass
+    with pytest.raises(DecodeFailure, match="fetch_failed"), local_path("nosuchprotocol://x/y.mp4"):
+        pass

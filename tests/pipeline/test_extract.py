@@ -1,0 +1,181 @@
+"""Extraction as a user runs it: killed, resumed, given wrong settings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import zarr
+
+from processes import run_tubelet, start_tubelet
+from tubelet_pipeline.backbones import BackboneConfig, load_backbone
+from tubelet_store import TubeletError, open_store
+from tubelet_store.cli import main
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every byte of a finished store that its identity covers, manifest included."""
+    files = {path.relative_to(store).as_posix(): path for path in store.rglob("*") if path.is_file()}
+    return {
+        key: path.read_bytes() for key, path in files.items() if key != "zarr.json" and not key.startswith("commits/")
+    }
+
+
+def commits(store: Path) -> int:
+    return len(list((store / "commits").glob("*.json")))
+
+
+def wait_for_commits(store: Path, count: int, process: object) -> None:
+    deadline = time.monotonic() + 120
+    while commits(store) < count:
+        assert time.monotonic() < deadline, f"only {commits(store)} commits"
+        time.sleep(0.01)
+
+
+def workers_of(pid: int) -> Iterator[psutil.Process]:
+    """Dask worker processes below `pid`: those that hold decode children."""
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if any("tubelet_pipeline.decode" in " ".join(child.cmdline()) for child in process.children()):
+                yield process
+        except psutil.Error:
+            continue
+
+
+def test_killed_jobs_and_workers_leave_the_store_an_undisturbed_run_writes(
+    job: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store.zarr"
+
+    # The whole job, with its workers, as a node that loses power.
+    process = start_tubelet("extract", str(job))
+    wait_for_commits(store, 1, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    for survivor in [p for p in psutil.process_iter(["cmdline"]) if str(job) in " ".join(p.info["cmdline"] or [])]:
+        survivor.kill()
+    process.communicate()
+    first = commits(store)
+    assert 1 <= first < 9
+    with pytest.raises(TubeletError, match="unfinished"):
+        open_store(str(store))
+
+    # The driver alone, workers left behind.
+    process = start_tubelet("extract", str(job))
+    wait_for_commits(store, first + 2, process)
+    process.kill()
+    process.communicate()
+
+    # Both workers, one after the other; the job itself goes on.
+    process = start_tubelet("extract", str(job))
+    killed = set()
+    deadline = time.monotonic() + 60
+    while len(killed) < 2 and time.monotonic() < deadline and process.poll() is None:
+        for worker in workers_of(process.pid):
+            if worker.pid not in killed:
+                worker.kill()
+                killed.add(worker.pid)
+                break
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert killed
+    assert "stored      25 of 26 clips" in out
+
+    assert content(store) == content(undisturbed)
+    assert open_store(str(store)).identity == open_store(str(undisturbed)).identity
+    assert not (store / ".tmp").exists()
+
+    status, out, err = run_tubelet("extract", str(job))
+    assert status == 0, err
+    assert "nothing was missing" in out
+
+
+def test_stored_values_are_the_backbones_on_the_stored_frames(undisturbed: Path, videos: Path, backbone: Path) -> None:
+    import av
+
+    store = open_store(str(undisturbed))
+    model = load_backbone(BackboneConfig(id=str(backbone)), frames=8)
+    row = store.clips().to_pylist()[7]
+    with av.open(str(videos / row["uri"])) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert row["video_frames"] == len(frames)
+    chosen = np.ascontiguousarray(np.stack([frames[i] for i in row["frame_indices"]]))
+    pixels, crop = model.preprocess(chosen)
+    assert tuple(row["crop"]) == (crop.top, crop.left, crop.height, crop.width)
+    with torch.no_grad():
+        expected = model.activations(pixels[None], ["blocks.0", "blocks.1"])
+    group = zarr.open_group(str(undisturbed), mode="r")
+    for hook, captured in expected.items():
+        stored = np.asarray(group[f"activations/{hook}"][7])
+        # float16 keeps 11 bits; the batch the clip was computed in may differ from this one.
+        np.testing.assert_allclose(stored, captured.tokens[0].numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_broken_video_is_a_row_of_nan_with_its_reason(undisturbed: Path, videos: Path) -> None:
+    store = open_store(str(undisturbed))
+    failed = [row for row in store.clips().to_pylist() if row["status"] == "failed"]
+    assert len(failed) == 1
+    assert failed[0]["error"].split(":")[0] in ("open_failed", "decode_failed", "no_frames")
+    assert str(videos) not in failed[0]["error"]
+    shard, place = divmod(failed[0]["clip"], store.plan.clips_per_shard)
+    assert np.isnan(store.shard_map("blocks.1", shard)[place]).all()
+    assert store.moments("blocks.1").count == 25 * store.plan.grid.tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--hooks", "[blocks.7]"], ["no hook 'blocks.7'", "blocks.0 to blocks.1"]),
+        (["--backbone.idd", "x"], ["'backbone.idd'", "Did you mean 'id'?"]),
+        (["--sampling.strid", "2"], ["'sampling.strid'", "Did you mean 'stride'?"]),
+        (["--sampling.frames", "5"], ["takes 8 frames", "sampling.frames: 8"]),
+        (["--dataset.root", "/nowhere"], ["/nowhere", "dataset.root"]),
+        (["--dataset.split", "trian"], ["trian", "train"]),
+        (["--backbone.id", "/nowhere"], ["/nowhere"]),
+        (["--dtype", "float12"], ["dtype", "bfloat16"]),
+        (["--cluster.scheduler", "tcp://127.0.0.1:9"], ["No Dask scheduler answers at tcp://127.0.0.1:9"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_remedy(
+    job: Path,
+    arguments: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tubelet_pipeline.cluster._CONNECT_TIMEOUT_S", 1)
+    assert main(["extract", str(job), *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tubelet: error:")]
+    for word in words:
+        assert word in line
+
+
+def test_another_plan_for_the_same_store_is_refused_with_the_difference(
+    job: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(undisturbed)
+    assert main(["extract", str(job), "--store", str(undisturbed), "--sampling.stride", "1"]) == 2
+    assert "sampling.stride: 2 -> 1" in capsys.readouterr().err
+    assert content(undisturbed) == before
+
+
+def test_an_empty_folder_is_named(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["extract", str(job), "--dataset", f"{{kind: folder, root: {tmp_path / 'empty'}}}"]) == 2
+    assert f"No video files under {tmp_path / 'empty'}" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_refused_before_anything_runs(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tubelet_store.objects.LocalRoot.free_bytes", lambda self: 1000)
+    assert main(["extract", str(job)]) == 2
+    assert "are free at" in capsys.readouterr().err
+    assert commits(tmp_path / "store.zarr") == 0
