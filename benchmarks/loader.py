@@ -2,9 +2,9 @@
 
     python benchmarks/loader.py [--out benchmarks/results/loader.txt]
 
-Every speed is a ratio to one thread copying the same bytes from memory to memory, measured in the same run right before, so
-that the table means something on another machine. Data: a store of about 0.6 GB in a temporary folder, in the page cache.
-A GPU is not used: shuffling, which a GPU would do, is on the CPU here, and its row is marked.
+Every speed is a ratio to one thread copying the same bytes from memory to memory, measured in the same run right
+before, so that the table means something on another machine. Data: a store of about 0.6 GB in a temporary folder, in
+the page cache. A GPU is not used: shuffling, which a GPU would do, is on the CPU here, and its row is marked.
 
 Mixing of a batch of 4096: how many clips it has tokens of, and the entropy of its clips relative to independent draws.
 """

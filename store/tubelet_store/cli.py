@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 
 from tubelet_store.config import Config, dump_yaml, load_config
 from tubelet_store.errors import TubeletError, nearest
+from tubelet_store.fields import REQUIRED, fields_of
 
 C = TypeVar("C", bound=Config)
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit status 0: done; 1: done, with findings; 2: a mistake to mend; 130: interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        return run(arguments)
     except TubeletError as error:
         print(f"tubelet: error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _dispatch(arguments: list[str]) -> int:
+def run(arguments: list[str]) -> int:
+    """Run one verb and return its exit status; a mistake is raised, not printed."""
     available = {entry.name: entry for entry in entry_points(group="tubelet.verbs")}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview(available))
@@ -134,20 +136,23 @@ def _scalar(text: str) -> Any:
 
 def _missing_packages(entry: EntryPoint) -> list[str]:
     """Distributions that the entry point's extra asks for and that are not installed."""
-    missing = []
-    for line in requires("tubelet") or []:
-        requirement = Requirement(line)
-        marker = requirement.marker
-        for extra in entry.extras:
+    missing: dict[str, None] = {}
+    requirements = [Requirement(line) for line in requires("tubelet") or []]
+    extras = list(entry.extras)
+    # The list grows while it is walked: `all` asks for tubelet's other extras.
+    for extra in extras:
+        for requirement in requirements:
+            marker = requirement.marker
             if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
                 continue
             if requirement.name == "tubelet":
+                extras += sorted(requirement.extras - set(extras))
                 continue
             try:
                 version(requirement.name)
             except PackageNotFoundError:
-                missing.append(requirement.name)
-    return missing
+                missing[requirement.name] = None
+    return list(missing)
 
 
 def _overview(available: dict[str, EntryPoint]) -> str:
@@ -178,20 +183,12 @@ def _usage(verb: Verb[Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_fields(model: type[Config], prefix: str = "") -> list[str]:
-    """One line per field of `model`, nested sections dotted: name, default, meaning."""
-    from tubelet_store.config import _models_in
-
+def describe_fields(model: type[Config]) -> list[str]:
+    """One line per field of `model`, sections unfolded: name, default, the kinds that have it, meaning."""
     lines = []
-    for name, info in model.model_fields.items():
-        label = f"{prefix}{info.alias or name}"
-        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
-        sections = [m for m in _models_in(info.annotation) if issubclass(m, Config)]
-        meaning = (info.description or "").replace("\n", " ")
-        if not sections:
-            lines.append(f"  --{label}  ({default})  {meaning}")
-            continue
-        lines.append(f"  --{label}.…  {meaning}")
-        for section in sections:
-            lines += describe_fields(section, f"{label}.")
+    for field in fields_of(model):
+        default = f"default {field.default}" if field.default and field.default != REQUIRED else field.default
+        notes = [default, " | ".join(field.values), f"{' or '.join(field.kinds)} only" if field.kinds else ""]
+        shown = f"  ({'; '.join(note for note in notes if note)})" if any(notes) else ""
+        lines.append(f"  --{field.path}{'.…' if field.is_section else ''}{shown}  {field.meaning}".rstrip())
     return lines

@@ -72,7 +72,8 @@ def validate(model: type[C], tree: dict[str, Any], origin: str) -> C:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        # A misspelt required field is both unknown and missing: its spelling is what to say.
+        fault = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
         # pydantic puts the tag of a discriminated union into the path; users never write it.
         path, owner = _walk(model, fault["loc"])
         field = ".".join(path)
@@ -83,7 +84,10 @@ def validate(model: type[C], tree: dict[str, Any], origin: str) -> C:
             raise TubeletError(f"Field '{field}' is missing", f"Set it in the YAML file or with --{field}") from error
         message = fault["msg"].removeprefix("Value error, ")
         raise TubeletError(
-            f"Field '{field}' in {origin} does not fit: {message} (given: {fault['input']!r})",
+            # A fault between fields has no path of its own.
+            f"Field '{field}' in {origin} does not fit: {message} (given: {fault['input']!r})"
+            if field
+            else f"The fields in {origin} do not fit together: {message}",
             "See --print-config for every field",
         ) from error
 
@@ -119,7 +123,7 @@ def _walk(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str]
             for m in holders
             for name, info in m.model_fields.items()
             if part in (name, info.alias)
-            for child in _models_in(info.annotation)
+            for child in models_in(info.annotation)
         ]
         here = below or here
     return path, owners
@@ -130,9 +134,10 @@ def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(kind.annotation) if kind is not None else ()
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Models that an annotation names, inside unions and containers too, in order."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict) or get_origin(annotation) is not None:
-        return [m for arg in get_args(annotation) for m in _models_in(arg)]
+        return [m for arg in get_args(annotation) for m in models_in(arg)]
     return []

@@ -129,6 +129,7 @@ class StoreWriter:
             TubeletError: a shard has no record, or a recorded object is missing or of another size.
         """
         if self.state.complete:
+            self._root.discard_scratch()
             return self.state
         commits = [self._commit(shard) for shard in range(self.plan.shards)]
         objects = [stored for commit in commits for stored in commit.objects]

@@ -77,7 +77,8 @@ def test_views_of_a_video_are_neighbours(tmp_path):
 def test_kinetics_path_lists_split_from_the_right(tmp_path, separator):
     touch(tmp_path, "val/arm wrestling/a b_000001_000011.mp4", "val/riding a bike/c_000002_000012.mp4")
     (tmp_path / "val.csv").write_text(
-        f"{tmp_path}/val/riding a bike/c_000002_000012.mp4{separator}1\nval/arm wrestling/a b_000001_000011.mp4{separator}0\n"
+        f"{tmp_path}/val/riding a bike/c_000002_000012.mp4{separator}1\n"
+        f"val/arm wrestling/a b_000001_000011.mp4{separator}0\n"
     )
     table = build_clip_table(Kinetics(root=str(tmp_path)), ONE)
     assert rows(table, "video_id", "uri", "label", "label_name", "split") == [

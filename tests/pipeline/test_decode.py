@@ -85,11 +85,35 @@ def test_decord_refuses_what_it_may_get_wrong(barcode_clips, name):
 
 @pytest.mark.parametrize(
     ("name", "hazard"),
-    [("h264_open_gop", "open-gop"), ("hevc", "hevc"), ("edit_list", "hidden packets"), ("mpeg4_b_avi", "avi"),
-     ("vp8_alt_ref", "hidden packets"), ("ten_bit", "pixels yuv420p10le"), ("av1", "av1")],
-)  # fmt: skip
+    [
+        ("h264_open_gop", "open-gop"),
+        ("hevc", "hevc"),
+        ("edit_list", "hidden packets"),
+        ("mpeg4_b_avi", "avi"),
+        ("ten_bit", "pixels yuv420p10le"),
+        ("av1", "av1"),
+    ],
+)
 def test_the_probe_says_why(barcode_clips, name, hazard):
     assert probe(str(barcode_clips[name])).hazard == hazard
+
+
+def test_a_vp8_frame_that_is_never_shown_is_not_counted(barcode_clips, tmp_path):
+    path = tmp_path / "hidden.webm"
+    with av.open(str(barcode_clips["vp8"])) as shown, av.open(str(path), "w") as hidden:
+        stream = hidden.add_stream_from_template(shown.streams.video[0])
+        for number, packet in enumerate(p for p in shown.demux(video=0) if p.size):
+            content = bytearray(bytes(packet))
+            if number == 5:
+                content[0] &= ~0x10  # show_frame
+            copy = av.Packet(bytes(content))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            hidden.mux(copy)
+    clip = decode(str(path), "decord", CHOICES["every"], allocate, lambda _: None)
+    assert clip.video_frames == 39
+    assert clip.decoder.startswith("pyav")
+    assert read_indices("vp8", clip.frames) == [i for i in range(40) if i != 5]
 
 
 def test_far_frames_are_reached_by_a_seek_and_not_by_decoding_all(barcode_clips, monkeypatch):
@@ -147,7 +171,7 @@ def test_damage_is_counted(barcode_clips, tmp_path):
     damaged.write_bytes(whole)
     clip = decode(str(damaged), "pyav", CHOICES["last"], allocate, lambda _: None)
     assert clip.corrupt_frames == 0, "not on the way to the last frame"
-    clip = decode(str(damaged), "pyav", lambda n: FrameChoice(np.array([5]), 0), allocate, lambda _: None)
+    clip = decode(str(damaged), "pyav", lambda _: FrameChoice(np.array([5]), 0), allocate, lambda _: None)
     assert clip.corrupt_frames
     assert clip.corrupt_frames > 0
 

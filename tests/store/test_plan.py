@@ -53,7 +53,11 @@ def test_every_field_changes_the_digest_and_is_named_as_the_difference(field):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=5), below, max_size=3),
     max_leaves=8,
 )
@@ -67,10 +71,14 @@ def test_the_digest_ignores_key_order_and_survives_json(sampling):
     assert Plan.model_validate_json(json.dumps(plan.model_dump(mode="json"))).digest == plan.digest
 
 
-@pytest.mark.parametrize("environment", [{"LC_ALL": "C", "PYTHONHASHSEED": "1"}, {"LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Tokyo"}])
+@pytest.mark.parametrize(
+    "environment", [{"LC_ALL": "C", "PYTHONHASHSEED": "1"}, {"LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Tokyo"}]
+)
 def test_the_digest_is_the_same_on_every_machine(tmp_path, environment):
     plan = BASE.model_copy(update={"dataset": {"kind": "folder", "name": "Übung 測試", "ratio": 0.1}})
-    program = "import sys; from tubelet_store import Plan; print(Plan.model_validate_json(sys.stdin.buffer.read()).digest)"
+    program = (
+        "import sys; from tubelet_store import Plan; print(Plan.model_validate_json(sys.stdin.buffer.read()).digest)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program],
         input=plan.model_dump_json().encode(),

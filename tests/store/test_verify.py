@@ -102,7 +102,12 @@ def test_a_missing_object_is_found(path, key):
 
 @pytest.mark.parametrize(
     "key",
-    ["clips.parquet", "moments/blocks.1/covariance/c/0/0", "moments/blocks.1/count/c", "activations/blocks.1/zarr.json"],
+    [
+        "clips.parquet",
+        "moments/blocks.1/covariance/c/0/0",
+        "moments/blocks.1/count/c",
+        "activations/blocks.1/zarr.json",
+    ],
 )
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(fraction=st.floats(0, 0.999))

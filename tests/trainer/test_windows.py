@@ -111,6 +111,24 @@ def test_the_second_window_and_the_second_epoch_are_new(store):
     assert positions[0].tolist() != positions[len(ALL) // 60].tolist()
 
 
+def test_each_epoch_and_seed_puts_other_tokens_together(store):
+    loader = windows(store, batch=120, window=120, total=2 * len(ALL))
+    positions = served(loader)[0]
+    first_windows = [positions[0], served(windows(store, batch=120, window=120, seed=1))[0][0]]
+    first_windows.append(torch.cat(positions)[len(ALL) : len(ALL) + 120])
+    sets = [frozenset(window.tolist()) for window in first_windows]
+    assert len(set(sets)) == 3
+
+
+def test_each_epoch_and_window_has_its_own_order_inside(store):
+    whole = torch.cat(served(windows(store, window=len(ALL), total=2 * len(ALL)))[0])
+    assert not torch.equal(whole[: len(ALL)], whole[len(ALL) :])
+    thirds = torch.cat(served(windows(store, window=len(ALL) // 3))[0]).split(len(ALL) // 3)
+    # The row of a token within its window is its rank among the window's positions, up to the order of its block.
+    rows = {tuple(third.argsort().argsort().tolist()) for third in thirds}
+    assert len(rows) == 3
+
+
 def test_seeds_give_other_orders_and_the_same_seed_the_same(store):
     one, same, other = (served(windows(store, seed=seed))[0] for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
@@ -137,7 +155,8 @@ def test_all_dtypes_come_out_as_the_stored_value_in_float32(tmp_path, dtype):
     source = Source(store)
     stored = np.concatenate([np.asarray(store.shard_map("h", s)) for s in range(store.plan.shards)])
     flat = torch.from_numpy(stored.astype(np.float32).reshape(-1, 4))
-    for batch in Windows(source, np.arange(6), batch_tokens=50, window_tokens=130):
+    # A list: a batch keeps its tokens when later ones are served.
+    for batch in list(Windows(source, np.arange(6), batch_tokens=50, window_tokens=130)):
         assert batch.tokens.dtype == torch.float32
         assert torch.equal(batch.tokens, flat[batch.positions])
 
@@ -153,6 +172,18 @@ def test_a_nonfinite_token_is_refused_and_named(tmp_path, dtype, value):
     with pytest.raises(TubeletError, match=r"clip 4 \(shard 1, hook h\).*time 2, patch 7, channel 3"):
         list(loader)
     assert not [thread for thread in threading.enumerate() if thread.name == "tubelet-stager"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_largest_finite_values_are_served(tmp_path, dtype):
+    store = make_store(
+        tmp_path / "s.zarr", make_plan(clips=6, clips_per_shard=3, dtype=dtype, hooks={"h": 4}, grid=GRID)
+    )
+    largest = float(torch.finfo(getattr(torch, dtype)).max)
+    damage(store, clip=1, token=0, channel=0, value=largest)
+    damage(store, clip=1, token=0, channel=1, value=-largest)
+    batches = list(Windows(Source(store, "h", 5), np.arange(6), batch_tokens=64, window_tokens=100))
+    assert max(float(batch.tokens.max()) for batch in batches) == largest
 
 
 def damage(store, clip, token, channel, value):
@@ -185,7 +216,7 @@ def test_wrong_choices_are_named(store, tmp_path):
     with pytest.raises(TubeletError, match=r"Choose one of \[1, 3, 5, 15\]"):
         Source(store, "h", 4)
     several = make_store(tmp_path / "two.zarr", make_plan(hooks={"blocks.1": 4, "blocks.3": 4}))
-    with pytest.raises(TubeletError, match="Did you mean 'blocks.3'"):
+    with pytest.raises(TubeletError, match=r"Did you mean 'blocks\.3'"):
         Source(several, "block.3")
     with pytest.raises(TubeletError, match="--hook"):
         Source(several)

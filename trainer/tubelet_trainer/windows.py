@@ -145,6 +145,7 @@ class Windows:
         self.step = 0
         """Number of the next batch."""
         self._slots: list[_Slot] = []
+        self._batch: Tensor | None = None
 
     @property
     def epoch(self) -> int:
@@ -193,19 +194,24 @@ class Windows:
             TubeletError: a token is not finite, or a shard cannot be read.
         """
         start = self.step * self.batch_tokens
-        parts: list[tuple[Tensor, Tensor]] = []
-        missing = min(self.batch_tokens, self.total_tokens - start)
+        wanted = min(self.batch_tokens, self.total_tokens - start)
+        filled = 0
+        scratch_BD = self._scratch()
+        positions_B = torch.empty(self.batch_tokens, dtype=torch.int64, device=self.device)
         for window, rows in self._serve(start):
             while len(rows):
-                now, rows = rows[:missing], rows[missing:]
-                parts.append(self._gather(window, now))
-                missing -= len(now)
-                if missing:
+                now, rows = rows[: wanted - filled], rows[wanted - filled :]
+                part = slice(filled, filled + len(now))
+                torch.index_select(window.tokens, 0, now, out=scratch_BD[part])
+                positions_B[part] = self._positions(window, now)
+                filled = part.stop
+                if filled < wanted:
                     continue
-                batch = self._join(parts)
-                parts = []
+                # Copies: the scratch is filled again while the consumer may still hold this batch.
+                tokens = scratch_BD[:filled].to(torch.float32, copy=True)
+                batch = Batch(tokens, positions_B[:filled].clone(), self.source.grid)
                 self.step += 1
-                missing = min(self.batch_tokens, self.total_tokens - self.step * self.batch_tokens)
+                wanted, filled = min(self.batch_tokens, self.total_tokens - self.step * self.batch_tokens), 0
                 yield batch
 
     def _serve(self, start: int) -> Iterator[tuple[_Window, Tensor]]:
@@ -284,16 +290,19 @@ class Windows:
             first_position=clips * grid.tokens + groups * source.block_patches,
         )
 
-    def _gather(self, window: _Window, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (in the store's dtype) and positions at `rows`, as new tensors."""
+    def _positions(self, window: _Window, rows: Tensor) -> Tensor:
+        """Positions (see `Batch.positions`) of the tokens at `rows`."""
         patches, space = self.source.block_patches, self.source.grid.space
         inside = rows % self.source.block_tokens
         first = window.first_position[rows // self.source.block_tokens]
-        return window.tokens.index_select(0, rows), first + inside // patches * space + inside % patches
+        return first + inside // patches * space + inside % patches
 
-    def _join(self, parts: list[tuple[Tensor, Tensor]]) -> Batch:
-        tokens, positions = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
-        return Batch(tokens=tokens.float(), positions=positions, grid=self.source.grid)
+    def _scratch(self) -> Tensor:
+        """[B, D] in the store's dtype, allocated on first use and kept."""
+        if self._batch is None:
+            shape = (self.batch_tokens, self.source.channels)
+            self._batch = torch.empty(shape, dtype=_TORCH_DTYPES[self.source.store.plan.dtype], device=self.device)
+        return self._batch
 
     def _memory(self) -> list[_Slot]:
         """The two slots, allocated on first use and kept."""

@@ -7,6 +7,7 @@ A clip that kills or stalls its process costs that clip. Works in daemonic proce
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import queue
 import sys
@@ -65,6 +66,7 @@ class DecodePool:
         self.config = config
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._closed = threading.Event()
+        self._closing = threading.Lock()
         self._children = [ChildProcess(config) for _ in range(config.processes)]
         # Daemon threads: a worker that ends without closing the pool does not wait; the kernel kills the children.
         self._keepers = [
@@ -82,6 +84,7 @@ class DecodePool:
 
         Raises:
             TubeletError: no decode process can be started.
+            RuntimeError: the pool is closed, or closes meanwhile.
         """
         if prefetch < 1:
             raise ValueError(f"prefetch is {prefetch}; at least 1 clip must be in flight")
@@ -103,9 +106,10 @@ class DecodePool:
 
     def close(self) -> None:
         """Kill the processes and wait for their threads; clips under way are given up."""
-        self._closed.set()
-        for _ in self._keepers:
-            self._tasks.put(None)
+        with self._closing:  # no task may come to stand behind the last None
+            self._closed.set()
+            for _ in self._keepers:
+                self._tasks.put(None)
         for keeper, child in zip(self._keepers, self._children, strict=True):
             # A keeper may have started its child anew since the last kill.
             while keeper.is_alive():
@@ -121,18 +125,21 @@ class DecodePool:
         self.close()
 
     def _submit(self, request: DecodeRequest) -> Future[Result]:
-        if self._closed.is_set():
-            raise RuntimeError("This decode pool is closed")
         future: Future[Result] = Future()
-        self._tasks.put((request, future))
+        with self._closing:
+            if self._closed.is_set():
+                raise _closed_error()
+            self._tasks.put((request, future))
         return future
 
     def _keep(self, child: ChildProcess) -> None:
         try:
+            with contextlib.suppress(TubeletError):  # the first clip meets it again, and tells its reader
+                child.start()
             while (task := self._tasks.get()) is not None:
                 request, future = task
                 if self._closed.is_set():
-                    future.cancel()
+                    future.set_exception(_closed_error())
                 elif future.set_running_or_notify_cancel():
                     try:
                         future.set_result(self._decode(child, request))
@@ -159,3 +166,7 @@ class DecodePool:
             return child.decode({**line, "backend": "pyav"})
         except DecodeFailure as failure:
             return failure
+
+
+def _closed_error() -> RuntimeError:
+    return RuntimeError("This decode pool is closed")

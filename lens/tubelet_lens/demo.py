@@ -1,0 +1,81 @@
+"""`tubelet demo`: the whole path on a data set that it renders, by the verbs and settings files a real job would use.
+
+    videos ─▶ extract (train, validation) ─▶ train ─▶ evaluate ─▶ table, report
+
+A step that an earlier run finished is not done again: that is how the verbs themselves behave.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+from tubelet_store import cli
+from tubelet_store.config import Config
+from tubelet_store.errors import TubeletError
+
+
+class DemoConfig(Config):
+    """Size of the demo."""
+
+    out: Path = Path("demo")
+    """Folder for videos, stores, run and report."""
+    videos: int = Field(default=320, ge=32)
+    """Videos to render; three tenths of them are kept for evaluation."""
+    epochs: int = Field(default=40, ge=1)
+    """Passes over the training activations."""
+
+
+def demo(config: DemoConfig) -> None:
+    """Run every step below `config.out`, printing each command.
+
+    Raises:
+        TubeletError: a step failed.
+    """
+    from tubelet_pipeline.demo_backbones import demo_backbone
+
+    out = config.out
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    _step("Render and encode videos", "videos", str(out / "ssv2"), "--videos", str(config.videos))
+    for split in ("train", "validation"):
+        settings = {
+            "dataset": {"kind": "ssv2", "root": str(out / "ssv2"), "split": split},
+            # All of a video's 48 frames, every third.
+            "sampling": {"kind": "dense", "frames": 16, "stride": 3},
+            "backbone": {"id": str(demo_backbone("videomae-tiny"))},
+            "hooks": [_HOOK],
+            "store": str(out / f"{split}.zarr"),
+        }
+        _step(f"Decode and extract: {split}", "extract", _settings_file(out, f"extract-{split}", settings))
+    settings = {
+        "store": str(out / "train.zarr"),
+        "out": str(out / "run"),
+        "hook": _HOOK,
+        "epochs": config.epochs,
+        "batch_tokens": 1024,
+        "sae": {"kind": "topk", "expansion": 8, "k": 16},
+    }
+    _step("Train a sparse autoencoder", "train", _settings_file(out, "train", settings))
+    report = out / "report"
+    _step("Evaluate it", "evaluate", str(out / "run"), str(out / "validation.zarr"), "--out", str(report))
+    print(f"\nThe demo took {time.perf_counter() - began:.0f} s. Open {report / 'report.html'}")
+
+
+# The last block but one: the last is closest to the pre-training's pixels.
+_HOOK = "blocks.2"
+
+
+def _settings_file(out: Path, name: str, settings: dict[str, Any]) -> str:
+    path = out / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return str(path)
+
+
+def _step(title: str, *command: str) -> None:
+    print(f"\n{title}\n$ tubelet {' '.join(command)}", flush=True)
+    if status := cli.run(list(command)):
+        raise TubeletError(f"`tubelet {' '.join(command)}` ended with status {status}", "See what it printed above")

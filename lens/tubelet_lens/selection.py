@@ -1,0 +1,41 @@
+"""Which clips are evaluated: those that hold activations, of one side of the trainer's split, at most so many."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tubelet_store import Store, TubeletError
+from tubelet_trainer import held_out
+from tubelet_trainer.split import HoldoutConfig
+
+
+def choose_clips(
+    store: Store, split: Literal["held_out", "train", "all"], holdout: HoldoutConfig, limit: int | None
+) -> NDArray[np.int64]:
+    """Numbers of the clips to evaluate, ascending.
+
+    Args:
+        store: The store.
+        split: Side of the split, by video.
+        holdout: The trainer's split.
+        limit: Most clips; they are evenly spaced, because neighbours in a store often share a class.
+
+    Raises:
+        TubeletError: no clip is left.
+    """
+    table = store.clips()
+    out = np.zeros(store.plan.clips, dtype=bool)
+    out[table["clip"].to_numpy()] = held_out(table["video_id"].to_pylist(), holdout)
+    wanted = {"held_out": out, "train": ~out, "all": np.ones_like(out)}[split]
+    clips = np.flatnonzero(store.ok() & wanted)
+    if not len(clips):
+        raise TubeletError(
+            f"{store.url}: no clip to evaluate: {int(wanted.sum())} are in split '{split}' (held-out share "
+            f"{holdout.fraction}), none of those holds activations",
+            "Choose another --split, or train with a larger holdout.fraction",
+        )
+    if limit is not None and limit < len(clips):
+        clips = clips[np.arange(limit) * len(clips) // limit]
+    return clips

@@ -1,0 +1,1 @@
+"""How the demo backbones were made; run once by the authors, and by whoever doubts the result."""

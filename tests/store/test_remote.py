@@ -1,0 +1,205 @@
+"""A store on object storage is a store: written, finished, opened and verified there, by a server that speaks S3."""
+
+from __future__ import annotations
+
+import pickle
+import urllib.request
+import uuid
+from collections.abc import Iterator
+
+import boto3
+import numpy as np
+import pytest
+import s3fs
+import scripted
+import zarr
+from moto.server import ThreadedMotoServer
+
+from tubelet_store import StoreWriter, TubeletError, open_store
+from tubelet_store.cli import main
+from tubelet_store.objects import LocalRoot, ObjectRoot, RemoteRoot, open_root
+from tubelet_store.verify import orphans, verify
+
+SECRET = "a-secret-that-must-not-travel"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def credentials(endpoint, monkeypatch, tmp_path) -> Iterator[str]:
+    """Environment of a process that may use the server; gives its endpoint."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield endpoint
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(credentials) -> str:
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture(params=["memory", "s3"])
+def url(request) -> str:
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}/s.zarr"
+    return f"s3://{request.getfixturevalue('bucket')}/deep/s.zarr"
+
+
+def test_a_remote_store_is_the_same_objects_as_a_local_one(url, tmp_path):
+    scripted.write_all(url)
+    scripted.write_all(str(tmp_path / "local"))
+    remote, local = open_root(url), LocalRoot(tmp_path / "local")
+    assert remote.list_keys() == local.list_keys()
+    for key in local.list_keys():
+        if key != "zarr.json":
+            assert remote.read(key) == local.read(key), key
+            assert remote.size(key) == local.size(key)
+
+
+def test_it_opens_and_verifies_and_resumes(url):
+    writer = scripted.begin(url)
+    scripted.write_shard(writer, 1)
+    with pytest.raises(TubeletError, match="1 of 3 shards"):
+        open_store(url)
+    assert scripted.begin(url).pending() == [0, 2]
+    scripted.write_all(url)
+    store = open_store(url)
+    assert store.complete
+    assert [finding for _, found in verify(store) for finding in found] == []
+    assert orphans(store) == []
+    assert store.moments("blocks.1").count == 8 * scripted.PLAN.grid.tokens
+    assert store.clips().num_rows == 10
+    with pytest.raises(TubeletError, match="remote and cannot be memory-mapped"):
+        store.shard_map("blocks.1", 0)
+    store.root.replace("activations/blocks.1/c/0/0/0/0", b"short")
+    assert [finding.problem for _, found in verify(store) for finding in found][0].startswith("5 bytes instead of")
+
+
+def test_the_first_writer_of_a_shard_wins(url):
+    writer = scripted.begin(url)
+    scripted.write_shard(writer, 0)
+    before = writer.committed(0)
+    scripted.write_shard(writer, 0)
+    assert writer.committed(0) == before
+
+
+def test_zarr_python_reads_it_over_s3(bucket, credentials):
+    url = f"s3://{bucket}/s.zarr"
+    scripted.write_all(url)
+    array = zarr.open_group(url, mode="r")["activations/blocks.1"]
+    assert np.isnan(array[scripted.FAILED].astype(np.float32)).all()
+    assert np.isfinite(array[0].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("kind", ["local", "memory", "s3"])
+def test_every_root_keeps_the_same_promises(kind, tmp_path, request):
+    if kind == "s3":
+        url = f"s3://{request.getfixturevalue('bucket')}/x"
+    else:
+        url = str(tmp_path / "x") if kind == "local" else f"memory://{uuid.uuid4().hex}"
+    root: ObjectRoot = open_root(url)
+    assert root.list_keys() == root.list_keys("a") == []
+    assert root.size("a/b") is None
+    with pytest.raises(FileNotFoundError):
+        root.read("a/b")
+    assert root.create("a/b", b"one")
+    assert not root.create("a/b", b"two")
+    assert root.read("a/b") == b"one"
+    root.replace("a/b", b"three")
+    root.replace("ab/c", b"")
+    assert root.read("a/b") == b"three"
+    assert root.size("a/b") == 5
+    assert root.list_keys() == ["a/b", "ab/c"]
+    assert root.list_keys("a") == ["a/b"]
+    with root.scratch() as folder:
+        (folder / "object").write_bytes(b"four")
+        root.publish("a/d", folder / "object")
+        assert root.list_keys("a") == ["a/b", "a/d"]
+    assert not folder.exists()
+    assert root.read("a/d") == b"four"
+
+
+def test_what_travels_to_a_worker_holds_no_credentials(bucket):
+    root = open_root(f"s3://{bucket}/x")
+    root.replace("a", b"1")
+    travelled = pickle.dumps(root)
+    assert SECRET.encode() not in travelled
+    assert b"AKIAEXAMPLE" not in travelled
+    arrived = pickle.loads(travelled)
+    assert isinstance(arrived, RemoteRoot)
+    assert arrived.read("a") == b"1"
+
+
+class TestClearErrors:
+    """One line with a remedy, no traceback, no secret."""
+
+    def refused(self, capsys, url: str, *words: str) -> None:
+        for attempt in (
+            lambda: StoreWriter.begin(url, scripted.PLAN, scripted.planned_table(10), {}),
+            lambda: open_store(url),
+        ):
+            with pytest.raises(TubeletError) as caught:
+                attempt()
+            message = str(caught.value)
+            assert "\n" not in message
+            assert SECRET not in message
+            assert any(word in message for word in words), message
+        assert main(["verify", url]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+    @pytest.mark.parametrize("url", ["s3://", "s3:///", "memory://"])
+    def test_no_bucket(self, capsys, url):
+        self.refused(capsys, url, "names no bucket")
+
+    def test_no_such_bucket(self, capsys, credentials):
+        self.refused(capsys, "s3://no-such-bucket/s.zarr", "Create the bucket", "No store at")
+
+    def test_no_credentials(self, capsys, credentials, monkeypatch):
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        self.refused(capsys, "s3://some-bucket/s.zarr", "credentials")
+
+    def test_wrong_credentials(self, capsys, bucket, endpoint):
+        self.enforce_auth(endpoint, "0")
+        try:
+            self.refused(capsys, f"s3://{bucket}/s.zarr", "No access to")
+        finally:
+            self.enforce_auth(endpoint, "inf")
+
+    def enforce_auth(self, endpoint: str, after: str) -> None:
+        headers = {"Content-Type": "text/plain"}
+        request = urllib.request.Request(f"{endpoint}/moto-api/reset-auth", data=after.encode(), headers=headers)
+        with urllib.request.urlopen(request) as answer:
+            assert isinstance(answer.read(), bytes)
+
+    def test_no_server(self, capsys, credentials, monkeypatch):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        with pytest.raises(TubeletError, match="cannot be reached"):
+            open_store("s3://some-bucket/s.zarr")
+
+    def test_an_unknown_scheme(self, capsys):
+        self.refused(capsys, "nonsense://bucket/s.zarr", "No filesystem for")
+
+
+def test_a_damaged_download_is_no_store(bucket):
+    root = open_root(f"s3://{bucket}/s.zarr")
+    root.replace("zarr.json", b"{")
+    with pytest.raises(TubeletError, match="without Tubelet's attributes"):
+        open_store(root.url)
