@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [FOLDER] > benchmarks/results/decode.txt
 
-CPU time of one process per clip, demux pass included where the decoder uses it, best of five in turn. CPU and not
+CPU time of one process per clip, demux pass included where the decoder uses it, best of three in turn. CPU and not
 wall time, because an extraction keeps every core busy with decode processes and decord runs a thread of its own. Clips
 are rendered; video files in FOLDER are measured beside them.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from barcode import ClipSpec, make_clip
+from barcode import ClipSpec, make_clip  # type: ignore[import-not-found]
 from tubelet_pipeline.clips.root import VIDEO_SUFFIXES
 from tubelet_pipeline.decode import decord_backend, policy, pyav_backend
 from tubelet_pipeline.decode.child import FrameMemory
@@ -27,7 +27,7 @@ from tubelet_pipeline.decode.probe import probe
 from tubelet_pipeline.decode.pyav_backend import Choose
 from tubelet_pipeline.frames import dense_frames, uniform_frames
 
-REPEATS = 5
+REPEATS = 3
 FAST = {"preset": "veryfast"}
 RENDERED = {
     "k400 340x256 300f gop 250": ClipSpec(".mp4", frames=300, width=340, height=256, gop=250, options=FAST),
@@ -76,6 +76,7 @@ def main() -> None:
     """Print one line per file and sampling."""
     print(f"{pyav_backend.DECODER}; {decord_backend.DECODER}; Python {platform.python_version()}; CPU ms per clip")
     print(f"{'file':<34}{'sampling':<12}{'PyAV seq':>9}{'auto':>9}{'decord':>9}{'auto/seq':>10}{'auto/decord':>13}")
+    gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         files = {
             name: make_clip(Path(folder) / f"{i}{spec.suffix}", spec) for i, (name, spec) in enumerate(RENDERED.items())

@@ -245,13 +245,14 @@ def measure(store: Store) -> list[Row]:
     ]
 
 
-def table(rows: list[Row], gigabytes_per_s: float) -> str:
+def table(rows: list[Row], gigabytes_per_s: float, load: float) -> str:
     """The table as text."""
     data = f"{CLIPS} clips of {GRID.tokens} tokens x {CHANNELS} float16, batches of {BATCH}, warm page cache"
     machine = (
         f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
     )
-    lines = [f"{data}; {machine}; memcpy {gigabytes_per_s:.1f} GB/s", ""]
+    # Other work on the machine slows threads and page faults more than a single copy: it belongs beside the figures.
+    lines = [data, f"{machine}; memcpy {gigabytes_per_s:.1f} GB/s; load average {load:.1f}", ""]
     lines.append(f"{'':<64}{'x memcpy':>10}{'clips':>8}{'entropy':>9}")
     for row in rows:
         clips = "" if row.clips is None else f"{row.clips:.0f}"
@@ -274,7 +275,8 @@ def run() -> None:
     with tempfile.TemporaryDirectory(prefix="tubelet-bench-") as folder:
         store = make_store(Path(folder) / "store.zarr")
         speed = 1e-9 * (1 << 28) / statistics.median(memcpy_seconds(1 << 28) for _ in range(5))
-        text = table(measure(store), speed)
+        load = os.getloadavg()[0]
+        text = table(measure(store), speed, load)
     print(text, end="")
     if out is not None:
         out.write_text(text)

@@ -1,1 +1,13 @@
+"""What looks at a trained SAE: metrics with nulls beside them, one JSON file, one HTML report.
 
+    from tubelet_lens.evaluate import evaluate
+    evaluation = evaluate(EvaluateConfig(run="runs/a", store="demo/videomae.zarr"))
+    evaluation.figure("reconstruction.fvu").value
+
+A metric is one file (see `metric`). Nothing heavy is imported here: the command line reads configurations without torch.
+"""
+
+from tubelet_lens.config import EvaluateConfig
+from tubelet_lens.evaluation import Evaluation, read_evaluation
+
+__all__ = ["EvaluateConfig", "Evaluation", "read_evaluation"]

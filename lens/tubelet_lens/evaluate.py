@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from pydantic import JsonValue
 from rich.progress import Progress
 from tubelet_store import Store, open_store
@@ -68,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         sae={"run": trained.folder.name, "latents": trained.coder.latents, "recipe": trained.recipe}
         | {"provenance": trained.provenance},
         store=_describe(store, trained.hook),
-        software=_software(),
+        software={**software(), "numpy": np.__version__, "device": device.type},
         sections=(*sections, training) if training is not None else sections,
     )
 
@@ -134,7 +133,3 @@ def _describe(store: Store, hook: str) -> dict[str, JsonValue]:
         "sampling": plan.sampling,
         "preprocessing": plan.preprocessing,
     }
-
-
-def _software() -> dict[str, JsonValue]:
-    return {**software(), "numpy": np.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}

@@ -23,7 +23,7 @@ def _run(config: EvaluateConfig) -> int:
 EVALUATE = Verb(
     "evaluate",
     "Measure a trained SAE on a store: one JSON file, one HTML report.",
-    EvaluateConfig,
+    lambda: EvaluateConfig,
     _run,
     positionals=("run", "store"),
 )

@@ -44,12 +44,11 @@ def _fields(model: type[Config], instance: Any, prefix: str) -> list[Field]:
         meaning = " ".join((info.description or "").split())
         required = info.is_required() and not isinstance(instance, model)
         default = None if required else _default(model, instance, name)
-        text = REQUIRED if required else _as_yaml(default)
+        text = REQUIRED if required else "" if isinstance(default, Config) else _as_yaml(default)
         sections = [m for m in models_in(info.annotation) if issubclass(m, Config)]
         if not sections:
             found.append(Field(path, text, meaning, _literals(info.annotation)))
             continue
-        text = "" if isinstance(default, Config) else text
         found.append(Field(path, text, meaning, is_section=True))
         found += _merged([(section, _fields(section, default, f"{path}.")) for section in sections], default)
     return found
@@ -67,7 +66,7 @@ def _merged(variants: list[tuple[type[Config], list[Field]]], default: Any) -> l
                 holders.setdefault(field, []).append(kinds[model])
     first = variants[0][1]
     tag = next(field for field in first if field.path.endswith(".kind"))
-    text = default.kind if isinstance(default, Config) else REQUIRED
+    text = kinds.get(type(default), REQUIRED)
     meaning = tag.meaning or "Which of the kinds; they have fields of their own."
     merged = [replace(tag, default=text, values=tuple(kinds.values()), meaning=meaning)]
     common = [field for field, having in holders.items() if len(having) == len(variants)]

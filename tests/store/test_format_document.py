@@ -13,8 +13,8 @@ import google_crc32c
 import numpy as np
 import pytest
 import scripted
-from stores import make_plan, make_store
 
+from stores import make_plan, make_store
 from tubelet_store import Grid, Hook, Moments, Plan, open_store
 from tubelet_store.clips import FINISHED, OUTCOME, PLANNED, ClipOutcome, from_parquet
 from tubelet_store.commit import Commit, StoredObject

@@ -10,8 +10,8 @@ from importlib.metadata import EntryPoint, PackageNotFoundError
 
 import pytest
 import scripted
-from stores import make_store
 
+from stores import make_store
 from tubelet_store import StoreWriter, TubeletError, cli
 from tubelet_store.cli import Verb, main, parse_arguments
 from tubelet_store.config import Config

@@ -99,7 +99,7 @@ class _Window:
 
 
 class Windows:
-    """Shuffled batches over some clips of a source, with an exact position.
+    """Shuffled batches over some clips of a source, with an exact position. Iterate one at a time: its memory is shared.
 
     Args:
         source: Where the tokens lie.

@@ -22,6 +22,7 @@ from tubelet_pipeline.synthetic.config import VideosConfig
 from tubelet_pipeline.synthetic.encode import VP9_WEBM, encode
 from tubelet_pipeline.synthetic.render import render
 from tubelet_pipeline.synthetic.scene import scene_at
+from tubelet_store.errors import TubeletError
 
 SEED = 20_000
 """Of the generator; the demo's is 0. Scenes of different seeds have nothing in common but the generator."""
@@ -59,3 +60,16 @@ def _decoded(chosen: list[int], seed: int) -> Iterator[NDArray[np.uint8]]:
             with av.open(str(path)) as container:
                 decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
             yield shrink(decoded)[0].numpy().astype(np.uint8)
+
+
+def open_corpus(videos: int, cache: Path | None) -> NDArray[np.uint8]:
+    """`render_corpus(videos)`, kept in the file `cache` (.npy) between runs if one is named."""
+    if cache is not None and cache.is_file():
+        kept: NDArray[np.uint8] = np.load(cache, allow_pickle=False)
+        if len(kept) != len(indices(videos)):
+            raise TubeletError(f"{cache} holds {len(kept)} videos, not {len(indices(videos))}", "Delete it")
+        return kept
+    corpus = render_corpus(videos)
+    if cache is not None:
+        np.save(cache, corpus)
+    return corpus

@@ -1,0 +1,24 @@
+"""Backbones that come with the package, so that the demo needs no network: each folder has its model card.
+
+They were trained on videos of the demo's own generator (of another seed) by `tubelet_pipeline.pretrain`, and know
+nothing of the world.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tubelet_store.errors import TubeletError, nearest
+
+NAMES = ("videomae-tiny", "dinov2-tiny")
+
+
+def demo_backbone(name: str) -> Path:
+    """Folder of the checkpoint `name`, for `BackboneConfig(id=str(...))`.
+
+    Raises:
+        TubeletError: there is no such demo backbone.
+    """
+    if name not in NAMES:
+        raise TubeletError(f"There is no demo backbone '{name}'", nearest(name, NAMES))
+    return Path(__file__).parent / name
