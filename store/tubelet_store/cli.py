@@ -16,7 +16,6 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, r
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import yaml
 from packaging.requirements import Requirement
 
 from tubelet_store.config import Config, dump_yaml, load_config
@@ -99,14 +98,14 @@ def _run(verb: Verb[C], arguments: list[str]) -> int:
     return verb.run(config)
 
 
-def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
-    """Split `arguments` into the YAML file (if any) and the overrides by dotted field name.
+def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None, dict[str, str]]:
+    """Split `arguments` into the YAML file (if any) and the overriding texts by dotted field name.
 
     Raises:
         TubeletError: too many positionals, or an option without a value.
     """
     path: Path | None = None
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, str] = {}
     free = list(verb.positionals)
     queue = list(arguments)
     while queue:
@@ -117,7 +116,7 @@ def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None,
             if not equals:
                 # A bare option is a switch: `--json` means `--json true`.
                 text = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-            overrides[field] = _scalar(text)
+            overrides[field] = text
         elif word.endswith((".yaml", ".yml")) and path is None and "#" not in word:
             path = Path(word)
         elif free:
@@ -125,13 +124,6 @@ def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None,
         else:
             raise TubeletError(f"`tubelet {verb.name}` does not take '{word}'", f"See `tubelet {verb.name} --help`")
     return path, overrides
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _missing_packages(entry: EntryPoint) -> list[str]:

@@ -8,6 +8,7 @@ A field that does not exist is an error that names the nearest one that does.
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -28,15 +29,18 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load_config(model: type[C], path: Path | None, overrides: dict[str, Any]) -> C:
-    """Read `path` (YAML; none: start empty), apply dotted `overrides`, validate as `model`.
+def load_config(model: type[C], path: Path | None, overrides: Mapping[str, str]) -> C:
+    """Read `path` (YAML; none: start empty), apply dotted `overrides` (texts, read as YAML), validate as `model`.
 
     Raises:
         TubeletError: the file is missing or is not a YAML mapping, a field is unknown, missing or of the wrong type.
     """
     tree = read_yaml_mapping(path) if path is not None else {}
-    for dotted, value in overrides.items():
-        set_dotted(tree, dotted, value)
+    for dotted, text in overrides.items():
+        set_dotted(tree, dotted, _scalar(text))
+    # `--name 007` and `--name no` are a number and a truth value in YAML; a text field means the letters.
+    for dotted in _texts_wanted(model, tree) & overrides.keys():
+        set_dotted(tree, dotted, overrides[dotted])
     return validate(model, tree, str(path) if path is not None else "the command line")
 
 
@@ -95,6 +99,22 @@ def validate(model: type[C], tree: dict[str, Any], origin: str) -> C:
 def dump_yaml(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _texts_wanted(model: type[Config], tree: dict[str, Any]) -> set[str]:
+    try:
+        model.model_validate(tree)
+    except ValidationError as error:
+        faults = [fault for fault in error.errors(include_url=False) if fault["type"] in ("string_type", "path_type")]
+        return {".".join(_walk(model, fault["loc"])[0]) for fault in faults}
+    return set()
 
 
 def _field_names(model: type[BaseModel]) -> list[str]:

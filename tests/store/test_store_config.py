@@ -58,20 +58,20 @@ def refused(tree: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"name": "a", "dta": 1}, ["Unknown field 'dta'", "Did you mean 'data'?"]),
-        ({"name": "a", "data.stide": 1}, ["Unknown field 'data.stide'", "Did you mean 'stride'?"]),
-        ({"name": "a", "sparsifier.kind": "relu", "sparsifier.ll1": 1}, ["'sparsifier.ll1'", "Did you mean 'l1'?"]),
-        ({"name": "a", "sparsifier.kind": "relu", "sparsifier.k": 1}, ["Unknown field 'sparsifier.k'"]),
-        ({"name": "a", "qqq": 1}, ["Unknown field 'qqq'", "Valid: data, first, hooks"]),
+        ({"name": "a", "dta": "1"}, ["Unknown field 'dta'", "Did you mean 'data'?"]),
+        ({"name": "a", "data.stide": "1"}, ["Unknown field 'data.stide'", "Did you mean 'stride'?"]),
+        ({"name": "a", "sparsifier.kind": "relu", "sparsifier.ll1": "1"}, ["'sparsifier.ll1'", "Did you mean 'l1'?"]),
+        ({"name": "a", "sparsifier.kind": "relu", "sparsifier.k": "1"}, ["Unknown field 'sparsifier.k'"]),
+        ({"name": "a", "qqq": "1"}, ["Unknown field 'qqq'", "Valid: data, first, hooks"]),
         ({}, ["Field 'name' is missing", "--name"]),
         ({"name": "a", "data.stride": "many"}, ["'data.stride'", "integer", "'many'"]),
-        ({"name": "a", "data.stride": 0}, ["'data.stride'", "greater than or equal to 1"]),
+        ({"name": "a", "data.stride": "0"}, ["'data.stride'", "greater than or equal to 1"]),
         ({"name": "a", "sparsifier.kind": "top"}, ["'sparsifier'", "'topk', 'relu'"]),
         ({"name": "a", "sparsifier.kind": "topk", "sparsifier.k": "x"}, ["Field 'sparsifier.k'"]),
-        ({"name": "a", "hooks": [{"stride": 0}]}, ["'hooks.0.stride'"]),
-        ({"name": "a", "first": 11}, ["do not fit together", "first lies after last"]),
-        ({"name": "a", "first": float("nan")}, ["'first'"]),
-        ({"name": "a", "name.inner": 1}, ["'name' in 'name.inner' is a value, not a section"]),
+        ({"name": "a", "hooks": "[{stride: 0}]"}, ["'hooks.0.stride'"]),
+        ({"name": "a", "first": "11"}, ["do not fit together", "first lies after last"]),
+        ({"name": "a", "first": ".nan"}, ["'first'"]),
+        ({"name": "a", "name.inner": "1"}, ["'name' in 'name.inner' is a value, not a section"]),
     ],
 )
 def test_a_fault_names_its_field_and_the_remedy(overrides, words):
@@ -83,9 +83,14 @@ def test_a_fault_names_its_field_and_the_remedy(overrides, words):
 def test_overrides_go_over_the_file_field_by_field(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("name: a\ndata:\n  store: here\n  stride: 2\nsparsifier:\n  kind: relu\n")
-    job = load_config(Job, path, {"data.stride": 3, "sparsifier.l1": 2})
+    job = load_config(Job, path, {"data.stride": "3", "sparsifier.l1": "2"})
     assert job.data == Data(store="here", stride=3)
     assert job.sparsifier == Relu(l1=2.0)
+
+
+@pytest.mark.parametrize("text", ["007", "no", "1e3", "2026-11-21", "[a"])
+def test_a_text_field_takes_the_letters_that_were_typed(text):
+    assert load_config(Job, None, {"name": text, "data.store": text}).model_dump()["name"] == text
 
 
 def test_what_is_printed_reads_back(tmp_path):

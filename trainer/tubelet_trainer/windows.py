@@ -99,7 +99,7 @@ class _Window:
 
 
 class Windows:
-    """Shuffled batches over some clips of a source, with an exact position. Iterate one at a time: its memory is shared.
+    """Shuffled batches over some clips of a source, with an exact position. One iteration at a time.
 
     Args:
         source: Where the tokens lie.
