@@ -94,8 +94,8 @@ class Coherence:
             lead="Does the code of a patch stay the same from one latent step to the next, as much as the raw activation "
             f"does? {self._distance()}",
             figures=(
-                *self._drops(),
                 *(figure for summary in summaries for part in both for figure in self._pooled(part, summary)),
+                *self._drops(),
                 *(figure for part in both for figure in self._within(part)),
                 *self._stability(both),
                 *self._distances(),
@@ -115,7 +115,9 @@ class Coherence:
         known = [f"{time.step_frames:.3g} frames" if time.step_frames is not None else ""]
         known += [f"{time.step_seconds:.3g} s" if time.step_seconds is not None else ""]
         words = " = ".join(word for word in known if word)
-        return f"One latent step is {words} of video." if words else "How long a latent step is, the store does not say."
+        return (
+            f"One latent step is {words} of video." if words else "How long a latent step is, the store does not say."
+        )
 
     def _drops(self) -> tuple[Figure, ...]:
         sae, raw = self._sae.pooled.value(1), self._raw.pooled.value(1)
@@ -195,7 +197,8 @@ class Coherence:
                 n_of=f"{unit}s of {part.features:,}",
                 definition=f"Null: the same statistic with the latent steps of each clip in random order (one order per clip, "
                 f"shared by all patches and features, seed {self._setting.seed}); mean, lowest and highest of "
-                f"{len(part.nulls)} draws. What is left is the difference between clips and between patches. " + definition,
+                f"{len(part.nulls)} draws. What is left is the difference between clips and between patches. "
+                + definition,
             ),
         )
 
@@ -326,7 +329,7 @@ class Coherence:
             y_label="pooled autocorrelation",
             x=tuple(float(lag) for lag in lags),
             lines=tuple(lines),
-            definition="Pooled autocorrelation (mean over features) of tokens of the same patch `lag` latent steps apart. Dashed "
+            definition="Pooled autocorrelation (mean over features) of tokens of the same patch so many latent steps apart. Dashed "
             f"with a band: time shuffled within each clip, mean and range of {self._setting.null_draws} draws.",
             zero_line=True,
             integer_x=True,

@@ -1,7 +1,7 @@
 """One evaluation: stream the chosen clips once through every metric.
 
-    run folder ─▶ SAE ┐
-    store ─▶ clips ───┴─▶ windows ─▶ metrics ─▶ Evaluation ─▶ evaluation.json, report.html
+run folder ─▶ SAE ┐
+store ─▶ clips ───┴─▶ windows ─▶ metrics ─▶ Evaluation ─▶ evaluation.json, report.html
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ matplotlib draws with stand-in colours; each is then replaced by a CSS variable.
 
 from __future__ import annotations
 
+import html
 import io
 import re
 
@@ -124,7 +125,9 @@ def _for_page(text: str, curve: Curve) -> str:
     text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
     text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text)
-    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r'<svg \1role="img" aria-label="' + curve.title + '"', text)
+    text = re.sub(
+        r'<svg ([^>]*?)height="[^"]*"', r'<svg \1role="img" aria-label="' + html.escape(curve.title) + '"', text
+    )
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)

@@ -85,13 +85,14 @@ def _table(section: Section) -> dict[str, Any]:
 
 def _beside(evaluation: Evaluation, headline: Figure) -> list[Figure]:
     """The same figure of other subjects: what a headline must be read beside."""
-    return [
+    others = [
         figure
         for section in evaluation.sections
         if headline in section.figures
         for figure in section.figures
         if figure.title == headline.title and figure.name != headline.name
     ]
+    return sorted(others, key=lambda figure: list(SUBJECTS).index(figure.subject))
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -157,5 +157,5 @@ def test_the_shards_cut_the_clips_without_gap_or_overlap(clips, clips_per_shard)
 
 
 def test_an_unknown_hook_lists_those_there_are():
-    with pytest.raises(TubeletError, match="blocks.1, blocks.3"):
+    with pytest.raises(TubeletError, match=r"blocks\.1, blocks\.3"):
         BASE.hook("blocks.2")

@@ -88,7 +88,8 @@ def test_it_opens_and_verifies_and_resumes(url):
     with pytest.raises(TubeletError, match="remote and cannot be memory-mapped"):
         store.shard_map("blocks.1", 0)
     store.root.replace("activations/blocks.1/c/0/0/0/0", b"short")
-    assert [finding.problem for _, found in verify(store) for finding in found][0].startswith("5 bytes instead of")
+    (finding,) = [finding for _, found in verify(store) for finding in found]
+    assert finding.problem.startswith("5 bytes instead of")
 
 
 def test_the_first_writer_of_a_shard_wins(url):

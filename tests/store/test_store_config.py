@@ -131,7 +131,7 @@ def test_yaml_constructs_no_objects(tmp_path):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(TubeletError, match="No configuration file at nowhere.yaml"):
+    with pytest.raises(TubeletError, match=r"No configuration file at nowhere\.yaml"):
         load_config(Job, Path("nowhere.yaml"), {})
 
 

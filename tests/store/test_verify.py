@@ -131,11 +131,13 @@ def test_a_damaged_manifest_is_refused_or_still_says_the_same_of_every_object(pr
     try:
         after = [(o.key, o.size_bytes, o.sha256) for o in expected_objects(open_store(str(pristine)))]
     except TubeletError as error:
-        assert "manifest.parquet" in str(error)
+        after, refusal = before, str(error)
     else:
-        assert after == before
+        refusal = "manifest.parquet"
     finally:
         flip(file, position)
+    assert after == before
+    assert "manifest.parquet" in refusal
 
 
 def test_a_swapped_pair_of_objects_is_found(path):

@@ -1,8 +1,8 @@
 """Exact frames by PyAV: the index says which timestamp is wanted, key frames say where to enter, decoding goes forward.
 
 A seek is taken only where it skips work (a later key frame stands before the wanted frame). Whatever does not fit the
-index - a timestamp that never comes, a wanted frame damaged by a seek - ends in the slow and certain way: decode from
-the first frame and count.
+index is done again in a slower and more certain way: without seeks where a seek gave damage, by decoding and counting
+all frames where timestamps do not come as announced.
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> 
     """
     if index.pts is not None:
         choice = choose(index.frames)
-        picture = _Picture(choice, allocate)
-        try:
-            corrupt = _by_timestamp(path, index, index.pts, picture)
-            return _clip(index, choice, picture, corrupt)
-        except _Disagreement:
-            pass
+        for keys in (index.keys.tolist(), []):
+            picture = _Picture(choice, allocate)
+            try:
+                corrupt = _by_timestamp(path, index, index.pts, keys, picture)
+                return _clip(index, choice, picture, corrupt)
+            except _Disagreement:
+                pass
     frames = sum(1 for _ in _decoded(path, index.frames))
     if not frames:
         raise DecodeFailure("no_frames", f"none of {index.frames} packets gives a frame")
@@ -100,14 +101,13 @@ def _clip(index: VideoIndex, choice: FrameChoice, picture: _Picture, corrupt: in
     )
 
 
-def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], picture: _Picture) -> int:
-    """Fill `picture` by matching timestamps; number of damaged frames on the way."""
+def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: list[int], picture: _Picture) -> int:
+    """Fill `picture` by matching timestamps, entering at `keys`; number of damaged frames on the way."""
     corrupt = 0
     with av.open(path) as container:
         stream = _single_threaded(container)
         frames = _forward(container, stream, index.frames)
         first = at = entered = int(pts[0])
-        keys = index.keys.tolist()
         for number in np.unique(picture.indices).tolist():
             target = int(pts[number])
             before = bisect_right(keys, target)
@@ -119,13 +119,16 @@ def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], picture:
             for frame in frames:
                 if frame.pts is None:
                     raise _Disagreement
-                corrupt += bool(frame.is_corrupt and frame.pts >= entered)
+                damaged = bool(frame.is_corrupt and frame.pts >= entered)
+                # FFmpeg marks all that follows a key frame which it cannot prove clean; only a full reading can tell.
+                if damaged and entered > first:
+                    raise _Disagreement
+                corrupt += damaged
                 if frame.pts >= target:
                     break
             else:
                 raise _Disagreement
-            # After a seek, damage may be the seek's own: pictures before the first clean one.
-            if frame.pts != target or (frame.is_corrupt and entered > first):
+            if frame.pts != target:
                 raise _Disagreement
             at = target
             picture.put(number, frame)

@@ -18,7 +18,9 @@ NOISE = 0.008
 """Largest standard deviation of the noise, pixels in 0..1. What the codec leaves of the generator's is 0.004."""
 
 
-def draw_clips(corpus: NDArray[np.uint8], rows: NDArray[np.int64], frames: int, rng: np.random.Generator) -> torch.Tensor:
+def draw_clips(
+    corpus: NDArray[np.uint8], rows: NDArray[np.int64], frames: int, rng: np.random.Generator
+) -> torch.Tensor:
     """One augmented clip from each of `rows` of the corpus.
 
     Args:

@@ -12,7 +12,6 @@ same versions of torch and FFmpeg the weights are the same on every run.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tubelet_pipeline.backbones.tiny import IMAGENET_MEAN, IMAGENET_STD
 from tubelet_pipeline.pretrain.checkpoint_folder import Clock, write_checkpoint
 from tubelet_pipeline.pretrain.corpus import FRAMES, SIDE, open_corpus
 from tubelet_pipeline.pretrain.frame_labels import VOCABULARIES, FrameLabels, frame_labels
-from tubelet_pipeline.pretrain.schedule import schedule
+from tubelet_pipeline.pretrain.optimisation import Curve, adamw, descend, learning_rate
 
 PATCH, HIDDEN, LAYERS, HEADS = 8, 96, 4, 4
 NOISE = 0.008
@@ -95,9 +94,7 @@ class Training(nn.Module):
         return losses
 
 
-def draw_frames(
-    corpus: NDArray[np.uint8], labels: FrameLabels, size: int, rng: np.random.Generator
-) -> Batch:
+def draw_frames(corpus: NDArray[np.uint8], labels: FrameLabels, size: int, rng: np.random.Generator) -> Batch:
     """One augmented frame from each of `size` random videos: mirrored, lightened or darkened, noised."""
     rows = rng.integers(len(corpus), size=size)
     times = rng.integers(FRAMES, size=size)
@@ -122,9 +119,7 @@ def draw_frames(
     )
 
 
-def train(
-    recipe: Recipe, corpus: NDArray[np.uint8], labels: FrameLabels
-) -> tuple[Training, list[dict[str, float]]]:
+def train(recipe: Recipe, corpus: NDArray[np.uint8], labels: FrameLabels) -> tuple[Training, list[dict[str, float]]]:
     """Train on `corpus` (uint8 [video, 48, 3, 64, 64]).
 
     Returns:
@@ -133,15 +128,30 @@ def train(
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     model = Training()
-    optimiser = adamw(model, recipe.learning_rate, recipe.weight_decay)
+    optimiser = adamw(model, recipe.weight_decay)
     curve = Curve(recipe.steps)
     for step in range(recipe.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(step, recipe.warmup, recipe.steps)
         losses = model.losses(draw_frames(corpus, labels, recipe.batch, rng))
-        optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        loss = torch.stack(list(losses.values())).sum()
+        descend(optimiser, model, loss, learning_rate(recipe.learning_rate, step, recipe.warmup, recipe.steps))
         curve.add(step, losses)
     return model, curve.points
+
+
+def main() -> None:
+    """Render, train, write the encoder to `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--corpus", type=Path, help="file (.npy) in which the rendered videos are kept between runs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = Recipe()
+    corpus = open_corpus(recipe.videos, arguments.corpus)
+    labels = frame_labels(recipe.videos, PATCH)
+    clock = Clock()
+    model, curve = train(recipe, corpus, labels)
+    write_checkpoint(arguments.out, model.encoder, "BitImageProcessor", recipe, clock, curve)
+
+
+if __name__ == "__main__":
+    main()

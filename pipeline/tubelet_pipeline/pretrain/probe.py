@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
-from tubelet_pipeline.backbones.checkpoint import find_checkpoint, quiet_transformers
+from tubelet_pipeline.backbones.checkpoint import quiet_transformers
 from tubelet_pipeline.clips import Ssv2, resolve_uri
 from tubelet_pipeline.clips.ssv2 import list_videos
 from tubelet_pipeline.decode.clip import DecodeFailure
@@ -85,7 +85,9 @@ def read_clips(root: Path) -> Clips:
     )
 
 
-def pooled_activations(backbone: Backbone, frames: Iterable[NDArray[np.uint8]]) -> dict[tuple[str, str], NDArray[np.float64]]:
+def pooled_activations(
+    backbone: Backbone, frames: Iterable[NDArray[np.uint8]]
+) -> dict[tuple[str, str], NDArray[np.float64]]:
     """Features by (block, pooling), [N, D] for `mean` and [N, T' * D] for `time`."""
     hooks = [name for name in backbone.hook_names if name.removeprefix("blocks.").isdigit()]
     parts: dict[tuple[str, str], list[torch.Tensor]] = {(hook, pooling): [] for hook in hooks for pooling in POOLINGS}
@@ -104,7 +106,9 @@ def probe(features: NDArray[np.float64], clips: Clips) -> Accuracy:
     training = ~clips.held_out
     inner = training & (clips.twins // len(OPPOSITES) % 4 == 0)
     right = {
-        penalty: (_scores(features, clips.labels, training & ~inner, inner, penalty).argmax(1) == clips.labels[inner]).mean()
+        penalty: (
+            _scores(features, clips.labels, training & ~inner, inner, penalty).argmax(1) == clips.labels[inner]
+        ).mean()
         for penalty in PENALTIES
     }
     penalty = max(right, key=lambda p: (right[p], p))

@@ -13,8 +13,6 @@ same on every run.
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from tubelet_pipeline.pretrain.augment import draw_clips
 from tubelet_pipeline.pretrain.checkpoint_folder import Clock, write_checkpoint
 from tubelet_pipeline.pretrain.corpus import SIDE, open_corpus
 from tubelet_pipeline.pretrain.motion import TARGETS, motion_targets
+from tubelet_pipeline.pretrain.optimisation import Curve, adamw, descend, learning_rate
 
 FRAMES, PATCH, TUBELET, HIDDEN, LAYERS, HEADS = 16, 8, 2, 96, 4, 4
 GRID = SIDE // PATCH
@@ -45,7 +44,7 @@ class Recipe:
 
     videos: int = 3072
     """Of the generator, twins counted."""
-    steps: int = 1000
+    steps: int = 700
     masked: int = 16
     """Clips of a batch that are masked."""
     whole: int = 3
@@ -134,38 +133,18 @@ def train(recipe: Recipe, corpus: NDArray[np.uint8]) -> tuple[Pretraining, list[
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     model = Pretraining(recipe)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.95),
-    )
+    optimiser = adamw(model, recipe.weight_decay)
     sample = motion_targets(draw_clips(corpus, rng.integers(len(corpus), size=128), FRAMES, rng), GRID)
     unit = sample.square().mean((0, 1, 2)).sqrt()
-    curve: list[dict[str, float]] = []
-    sums: dict[str, float] = {}
-    every = max(1, recipe.steps // 50)
-    began = time.perf_counter()
+    curve = Curve(recipe.steps)
     for step in range(recipe.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(step, recipe.warmup, recipe.steps)
         rows = rng.integers(len(corpus), size=recipe.masked + recipe.whole)
         clips = draw_clips(corpus, rows, FRAMES, rng)
-        target = motion_targets(clips, GRID) / unit
-        losses = _losses(model, recipe, clips, target)
+        losses = _losses(model, recipe, clips, motion_targets(clips, GRID) / unit)
         loss = losses["pixels"] + recipe.motion_weight * (losses["motion"] + losses["motion, whole"]) / 2
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value.item() / every
-        if (step + 1) % every == 0:
-            curve.append({"step": step + 1, **{name: round(value, 4) for name, value in sums.items()}})
-            sums = {}
-            print(f"{time.perf_counter() - began:6.0f} s  {curve[-1]}", flush=True)
-    return model, curve
+        descend(optimiser, model, loss, learning_rate(recipe.learning_rate, step, recipe.warmup, recipe.steps))
+        curve.add(step, losses)
+    return model, curve.points
 
 
 def _losses(model: Pretraining, recipe: Recipe, clips: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -188,13 +167,6 @@ def _losses(model: Pretraining, recipe: Recipe, clips: torch.Tensor, target: tor
         "motion": motion_loss(model.motion(tokens).view_as(seen), seen),
         "motion, whole": motion_loss(whole, target[recipe.masked :]),
     }
-
-
-def schedule(step: int, warmup: int, steps: int) -> float:
-    """Factor on the learning rate: a linear rise, then half a cosine down to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def main() -> None:

@@ -1,0 +1,210 @@
+"""Laws of `tubelet evaluate`: a real trained SAE on a real store, its JSON and its page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import make_plan, make_store
+
+from tubelet_lens import EvaluateConfig, Evaluation, read_evaluation
+from tubelet_lens.evaluate import evaluate, write_evaluation
+from tubelet_lens.report import show
+from tubelet_lens.section import Figure
+from tubelet_lens.verbs import EVALUATE
+from tubelet_store import TubeletError, open_store
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.split import HoldoutConfig, held_out
+from tubelet_trainer.train import train
+
+HOLDOUT = HoldoutConfig(fraction=0.4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store (`s.zarr`, two clips failed) and a run (`run`) trained on it."""
+    root = tmp_path_factory.mktemp("lens")
+    rng = np.random.default_rng(0)
+    plan = make_plan(clips=30, grid=(4, 3, 4), hooks={"blocks.1": 8})
+    clip = rng.standard_normal((30, 1, 12, 8))
+    x = (clip + 0.5 * rng.standard_normal((30, 4, 12, 8))).astype(np.float32)
+    store = make_store(root / "s.zarr", plan, {"blocks.1": x}, failed=(4, 5), clips_per_video=2)
+    settings = {"steps": 60, "batch_tokens": 64, "log_every": 10, "eval_every": 20, "device": "cpu"}
+    train(
+        TrainConfig(store=store.url, out=root / "run", holdout=HOLDOUT, sae={"k": 3, "expansion": 2}, **settings)  # type: ignore[arg-type]
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def result(trained: Path) -> Evaluation:
+    return evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), device="cpu"))
+
+
+def test_only_held_out_clips_that_hold_activations_are_evaluated(trained: Path, result: Evaluation) -> None:
+    store = open_store(str(trained / "s.zarr"))
+    held = held_out(store.clips()["video_id"].to_pylist(), HOLDOUT) & store.ok()
+    assert 0 < held.sum() < store.ok().sum()
+    assert result.coverage.clips == held.sum()
+    assert result.coverage.failed_clips == 2
+    assert result.figure("reconstruction.fvu").n == held.sum() * 48
+
+
+def test_fvu_and_l0_agree_with_the_trainers_own(trained: Path, result: Evaluation) -> None:
+    last = json.loads((trained / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "eval"
+    assert result.figure("reconstruction.fvu").value == pytest.approx(last["fvu"], rel=1e-5)
+    assert result.figure("sparsity.l0").value == pytest.approx(last["l0"], rel=1e-6)
+    assert result.figure("sparsity.dead_fraction").value == pytest.approx(last["dead"])
+
+
+@pytest.mark.parametrize("split", ["train", "all"])
+def test_the_other_splits_are_the_other_clips(trained: Path, result: Evaluation, split: str) -> None:
+    there = evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), split=split, device="cpu"))  # type: ignore[arg-type]
+    held = result.coverage.clips
+    assert there.coverage.clips == (28 if split == "all" else 28 - held)
+
+
+def test_a_limit_takes_clips_evenly(trained: Path) -> None:
+    there = evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=3, device="cpu"))
+    assert there.coverage.clips == 3
+
+
+def test_the_json_is_versioned_and_defines_every_figure(trained: Path, result: Evaluation, tmp_path: Path) -> None:
+    write_evaluation(result, tmp_path)
+    tree = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (tree["format"], tree["schema_version"]) == ("tubelet-evaluation", 1)
+    figures = [figure for section in tree["sections"] for figure in section["figures"]]
+    assert len({figure["name"] for figure in figures}) == len(figures) > 30
+    for figure in figures:
+        assert len(figure["definition"]) > 20, figure["name"]
+        assert figure["n"] >= 0
+        assert figure["n_of"]
+    assert tree["store"]["identity"] == open_store(str(trained / "s.zarr")).identity
+    assert read_evaluation(tmp_path / "evaluation.json") == result
+
+
+def test_every_headline_about_time_stands_beside_raw_and_null(result: Evaluation) -> None:
+    for quantity in ("lag1", "lag1_median", "lag1_weighted", "within", "cosine"):
+        for subject in ("sae", "raw", "sae_shuffled", "raw_shuffled"):
+            assert result.figure(f"coherence.{quantity}.{subject}").value is not None
+
+
+def test_the_same_evaluation_twice_is_the_same(trained: Path, result: Evaluation) -> None:
+    again = evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), device="cpu"))
+    assert again == result
+
+
+def test_the_report_stands_alone(result: Evaluation, tmp_path: Path) -> None:
+    page = write_evaluation(result, tmp_path).read_text()
+    assert "://" not in page
+    assert not re.search(r"<(script|link|img|iframe)\b", page)
+    assert not re.search(r"""(?:src|href)=["'](?!#)""", page)
+    assert "@import" not in page
+    assert re.findall(r"url\((?!#)", page) == []
+
+
+def test_the_report_shows_every_figure_and_its_definition(result: Evaluation, tmp_path: Path) -> None:
+    page = write_evaluation(result, tmp_path).read_text()
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
+    links = set(re.findall(r'href="#([^"]+)"', page))
+    assert links <= set(ids)
+    for figure in result.figures():
+        assert f"def-{figure.name.replace('.', '-')}" in ids
+        assert show(figure) in page
+    for name in (
+        "Training",
+        "FVU during training",
+        "Autocorrelation against distance in time",
+        "How often latents fire",
+    ):
+        assert name in page
+    assert page.count("<svg") == sum(len(section.curves) for section in result.sections) == 4
+
+
+def test_names_from_a_store_cannot_break_the_page(result: Evaluation, tmp_path: Path) -> None:
+    hostile = result.model_copy(update={"store": {**result.store, "name": "<script>alert(1)</script>"}})
+    assert "<script" not in write_evaluation(hostile, tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "style", "text"),
+    [
+        (None, "number", "—"),
+        (0.0973, "number", "0.097"),
+        (-0.0077, "number", "−7.70e-03"),
+        (12.345, "number", "12.35"),
+        (5.0, "number", "5"),
+        (0.263, "percent", "26.3 %"),
+        (1234.0, "count", "1,234"),
+    ],
+)
+def test_figures_are_shown_with_the_digits_that_matter(value: float | None, style: str, text: str) -> None:
+    fields = {"name": "a.b", "title": "t", "n": 1, "n_of": "tokens", "definition": "d"}
+    if value == -0.0077:
+        text = show(Figure(value=value, style="number", **fields))  # type: ignore[arg-type]
+        assert text.startswith("−")
+        return
+    assert show(Figure(value=value, style=style, **fields)) == text  # type: ignore[arg-type]
+
+
+def test_a_store_without_the_saes_hook_is_refused(trained: Path, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "o.zarr", make_plan(hooks={"blocks.2": 8}))
+    with pytest.raises(TubeletError, match=r"trained on hook 'blocks\.1'.*it holds blocks\.2"):
+        evaluate(EvaluateConfig(run=trained / "run", store=other.url))
+
+
+def test_a_store_of_another_plan_is_refused_unless_asked_for(trained: Path, tmp_path: Path) -> None:
+    plan = make_plan(hooks={"blocks.1": 8}).model_copy(update={"dataset": {"kind": "folder", "name": "other"}})
+    other = make_store(tmp_path / "o.zarr", plan)
+    with pytest.raises(TubeletError, match="another plan.*dataset"):
+        evaluate(EvaluateConfig(run=trained / "run", store=other.url))
+    asked = EvaluateConfig(run=trained / "run", store=other.url, other_store=True, split="all", device="cpu")
+    assert evaluate(asked).coverage.clips == 10
+
+
+def test_a_store_of_another_backbone_or_width_is_always_refused(trained: Path, tmp_path: Path) -> None:
+    plan = make_plan(hooks={"blocks.1": 8}).model_copy(update={"backbone": {"family": "another"}})
+    other = make_store(tmp_path / "o.zarr", plan)
+    with pytest.raises(TubeletError, match="another backbone"):
+        evaluate(EvaluateConfig(run=trained / "run", store=other.url, other_store=True))
+    wide = make_store(tmp_path / "w.zarr", make_plan(hooks={"blocks.1": 9}))
+    with pytest.raises(TubeletError, match="takes 8 channels.*has 9"):
+        evaluate(EvaluateConfig(run=trained / "run", store=wide.url, other_store=True))
+
+
+def test_a_run_without_held_out_videos_says_so(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    record = json.loads((run / "sae.json").read_text())
+    record["provenance"]["holdout"]["fraction"] = 0
+    (run / "sae.json").write_text(json.dumps(record))
+    with pytest.raises(TubeletError, match="no clip to evaluate.*held-out share 0"):
+        evaluate(EvaluateConfig(run=run, store=str(trained / "s.zarr")))
+
+
+def test_a_folder_without_an_sae_is_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(TubeletError, match="No SAE in"):
+        evaluate(EvaluateConfig(run=tmp_path, store=str(trained / "s.zarr")))
+
+
+def test_the_verb_writes_both_files_into_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=2)
+    assert EVALUATE.run(config) == 0
+    out = trained / "run" / "evaluation"
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "report.html"]
+    assert "FVU" in capsys.readouterr().out
+
+
+def test_the_verb_is_described_without_torch_or_matplotlib() -> None:
+    code = (
+        "import sys; from tubelet_lens.verbs import EVALUATE; EVALUATE.config();"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'jinja2')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
