@@ -4,7 +4,8 @@
     evaluation = evaluate(EvaluateConfig(run="runs/a", store="demo/videomae.zarr"))
     evaluation.figure("reconstruction.fvu").value
 
-A metric is one file (see `metric`). Nothing heavy is imported here: the command line reads configurations without torch.
+A metric is one file (see `metric`). Nothing heavy is imported here: the command line reads
+configurations without torch.
 """
 
 from tubelet_lens.config import EvaluateConfig

@@ -4,7 +4,7 @@
     within series   per (clip, patch, feature) about its own mean, then averaged: biased by -1/T
 
 Both are sums over pairs, accumulated in float64 and exact however the clips are cut into windows. Two estimators, never
-mixed: the pooled one counts differences between clips as coherence (the same object is still there), the other does not.
+mixed: the pooled one counts differences between clips as coherence (the same object is still there), the other not.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class PooledAutocorrelation:
 class WithinAutocorrelation:
     """Mean lag-1 autocorrelation about each series' own mean (science note 1.4 b), over clips without invalid steps.
 
-    `rho = sum_t (z_t - zbar)(z_{t+1} - zbar) / sum_t (z_t - zbar)^2`. In random order of time its expectation is exactly
-    -1/T whatever the values, which is the bias to subtract before two values of T are compared.
+    `rho = sum_t (z_t - zbar)(z_{t+1} - zbar) / sum_t (z_t - zbar)^2`. In random order of time its expectation is
+    exactly -1/T whatever the values, which is the bias to subtract before two values of T are compared.
     """
 
     def __init__(self) -> None:

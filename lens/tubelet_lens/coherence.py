@@ -91,7 +91,8 @@ class Coherence:
         return Section(
             name="coherence",
             title=title,
-            lead="Does the code of a patch stay the same from one latent step to the next, as much as the raw activation "
+            lead="Does the code of a patch stay the same from one latent step to the next, as much as the raw "
+            "activation "
             f"does? {self._distance()}",
             figures=(
                 *(figure for summary in summaries for part in both for figure in self._pooled(part, summary)),
@@ -102,10 +103,12 @@ class Coherence:
             ),
             curves=(self._curve(),),
             notes=(
-                "A dictionary with a few always-on latents scores high whatever it says about the video: read these figures "
+                "A dictionary with a few always-on latents scores high whatever it says about the video: read "
+                "these figures "
                 "beside FVU, L0, dead latents and the density histogram.",
                 "Two backbones are comparable only at an equal distance in time, and at the same sampling of frames.",
-                "Differences between clips and between patches count as coherence: the shuffled columns say how much of a "
+                "Differences between clips and between patches count as coherence: the shuffled columns say "
+                "how much of a "
                 "figure they make up.",
             ),
         )
@@ -131,7 +134,8 @@ class Coherence:
                 name="coherence.drop",
                 title="Drop in coherence, raw to SAE",
                 value=_drop(raw.mean, sae.mean),
-                definition="(raw - SAE) / raw of the pooled lag-1 autocorrelation (means over features). Positive: the code is "
+                definition="(raw - SAE) / raw of the pooled lag-1 autocorrelation (means over features). "
+                "Positive: the code is "
                 "less coherent than what it encodes; negative: more. Undefined where raw is not above 0.",
                 headline=True,
                 **shared,
@@ -147,7 +151,8 @@ class Coherence:
                 name="coherence.drop_above_null",
                 title="Drop above the null",
                 value=above,
-                definition="(R - C) / R with R = raw - shuffled raw and C = SAE - shuffled SAE: the drop in the part of "
+                definition="(R - C) / R with R = raw - shuffled raw and C = SAE - shuffled SAE: the drop in "
+                "the part of "
                 "coherence that depends on the order of time. Undefined where R is not above 0.",
                 **shared,
             ),
@@ -162,8 +167,10 @@ class Coherence:
             "weighted_mean": f"mean over the {unit}s, weighted by the number of tokens on which each is active,",
         }[summary]
         definition = (
-            f"Per {unit}: Pearson correlation over all pairs of tokens one latent step apart (same clip, same patch), pooled "
-            f"over clips, steps and patches ({value.pairs:,} pairs); then the {how} for which it is defined, that is which "
+            f"Per {unit}: Pearson correlation over all pairs of tokens one latent step apart (same clip, same "
+            "patch), pooled "
+            f"over clips, steps and patches ({value.pairs:,} pairs); then the {how} for which it is defined, "
+            "that is which "
             f"vary over the pairs. {_PAIRS}"
         )
         draws = [figure for null in part.null_values(1) if (figure := _of(null, summary)) is not None]
@@ -195,7 +202,8 @@ class Coherence:
                 high=max(draws, default=None),
                 n=null_features,
                 n_of=f"{unit}s of {part.features:,}",
-                definition=f"Null: the same statistic with the latent steps of each clip in random order (one order per clip, "
+                definition=f"Null: the same statistic with the latent steps of each clip in random order (one "
+                "order per clip, "
                 f"shared by all patches and features, seed {self._setting.seed}); mean, lowest and highest of "
                 f"{len(part.nulls)} draws. What is left is the difference between clips and between patches. "
                 + definition,
@@ -213,9 +221,12 @@ class Coherence:
                 value=within.mean,
                 n=within.defined,
                 n_of=f"series that vary, of {within.active:,} active",
-                definition="Mean over series (clip, patch, feature) of sum (z_t - z̄)(z_t+1 - z̄) / sum (z_t - z̄)², each about "
-                f"its own mean. Biased: shuffled time gives -1/{self._steps} = {bias:.3f} on average, so figures of different "
-                "numbers of steps are not comparable. Series that never change are undefined and left out, the perfectly "
+                definition="Mean over series (clip, patch, feature) of sum (z_t - z̄)(z_t+1 - z̄) / sum (z_t - "
+                "z̄)², each about "
+                f"its own mean. Biased: shuffled time gives -1/{self._steps} = {bias:.3f} on average, so "
+                "figures of different "
+                "numbers of steps are not comparable. Series that never change are undefined and left out, the "
+                "perfectly "
                 "coherent ones among them. Clips with repeated frames are left out.",
                 better="high",
             ),
@@ -226,14 +237,16 @@ class Coherence:
                 value=bias if within.defined else None,
                 n=within.defined,
                 n_of="series that vary",
-                definition=f"Null, exact: the expectation over all orders of time is -1/T = -1/{self._steps} for any values.",
+                definition=f"Null, exact: the expectation over all orders of time is -1/T = -1/{self._steps} "
+                "for any values.",
             ),
         )
 
     def _stability(self, both: Iterable[_Temporal]) -> tuple[Figure, ...]:
         null = "Null: the same with the steps of each clip in random order (one draw). "
         cosine = (
-            "Mean over pairs of tokens one latent step apart of the cosine of their vectors, no mean subtracted; pairs with a "
+            "Mean over pairs of tokens one latent step apart of the cosine of their vectors, no mean "
+            "subtracted; pairs with a "
             f"zero vector are left out. {_PAIRS}"
         )
         figures = []
@@ -266,7 +279,8 @@ class Coherence:
                     value=seen.jaccard,
                     n=seen.jaccard_pairs,
                     n_of="pairs of tokens",
-                    definition=f"{prefix}Mean over pairs one latent step apart of |A ∩ B| / |A ∪ B|, where A and B are the sets "
+                    definition=f"{prefix}Mean over pairs one latent step apart of |A ∩ B| / |A ∪ B|, where A "
+                    "and B are the sets "
                     f"of active latents; pairs in which both are empty are left out. {_PAIRS}",
                     better="high" if not prefix else "neither",
                 ),
@@ -277,7 +291,8 @@ class Coherence:
                     value=seen.flip_rate,
                     n=seen.flip_pairs,
                     n_of="pairs of tokens",
-                    definition=f"{prefix}Mean over pairs one latent step apart of 1 - |A ∩ B| / |A|: the share of a token's "
+                    definition=f"{prefix}Mean over pairs one latent step apart of 1 - |A and B| / |A|: the share "
+                    "of a token's "
                     f"active latents that are off one step later; |A| = k for a TopK code. {_PAIRS}",
                     style="percent",
                     better="low" if not prefix else "neither",
@@ -329,7 +344,8 @@ class Coherence:
             y_label="pooled autocorrelation",
             x=tuple(float(lag) for lag in lags),
             lines=tuple(lines),
-            definition="Pooled autocorrelation (mean over features) of tokens of the same patch so many latent steps apart. Dashed "
+            definition="Pooled autocorrelation (mean over features) of tokens of the same patch so many latent "
+            "steps apart. Dashed "
             f"with a band: time shuffled within each clip, mean and range of {self._setting.null_draws} draws.",
             zero_line=True,
             integer_x=True,

@@ -7,14 +7,11 @@ store ─▶ clips ───┴─▶ windows ─▶ metrics ─▶ Evaluation �
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from pydantic import JsonValue
 from rich.progress import Progress
-from tubelet_store import Store, open_store
-from tubelet_trainer.train import choose_device, software
 
 from tubelet_lens.codes import SparseCoder
 from tubelet_lens.coherence import Coherence
@@ -30,6 +27,8 @@ from tubelet_lens.subject import check_store, load_trained
 from tubelet_lens.timing import latent_time
 from tubelet_lens.training import training_section
 from tubelet_lens.windows import clip_bytes, windows
+from tubelet_store import Store, open_store
+from tubelet_trainer.train import choose_device, software
 
 METRICS: tuple[Callable[[Setting], Metric], ...] = (Reconstruction, Coherence, Sparsity)
 """What is measured, in the report's order."""

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import JsonValue
+
+from tubelet_lens.section import Figure, Section
 from tubelet_store import TubeletError
 from tubelet_store.config import Config, validate
 from tubelet_store.errors import nearest
-
-from tubelet_lens.section import Figure, Section
-
-SCHEMA_VERSION = 1
 
 
 class Coverage(Config):
@@ -37,7 +35,7 @@ class Evaluation(Config):
     """Every figure of one SAE on one store, with its definition and where it comes from."""
 
     format: Literal["tubelet-evaluation"] = "tubelet-evaluation"
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     """Raised when a reader of older files would misread a newer one; new figures do not raise it."""
     coverage: Coverage
     config: dict[str, JsonValue]

@@ -17,11 +17,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tubelet_store import Store
 
 from tubelet_lens.section import Section
 from tubelet_lens.timing import LatentTime
 from tubelet_lens.windows import Window
+from tubelet_store import Store
 
 
 @dataclass(frozen=True, eq=False)

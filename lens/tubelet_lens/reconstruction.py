@@ -62,8 +62,10 @@ class Reconstruction:
                     value=fvu,
                     n=self._tokens,
                     n_of="tokens",
-                    definition="sum ||x - x̂||² / sum ||x - x̄||² over all evaluated tokens, where x̄ is the mean vector of "
-                    "those tokens. 0: perfect; 1: no better than always answering the mean; undefined if x is constant.",
+                    definition="sum ||x - x̂||² / sum ||x - x̄||² over all evaluated tokens, where x̄ is the "
+                    "mean vector of "
+                    "those tokens. 0: perfect; 1: no better than always answering the mean; undefined if x is "
+                    "constant.",
                     better="low",
                     headline=True,
                 ),
@@ -82,8 +84,10 @@ class Reconstruction:
                     value=ratio(self._sample_fvu, self._samples),
                     n=self._samples,
                     n_of="tokens",
-                    definition="Mean over tokens of ||x - x̂||² / ||x - c||², where c is the mean vector of the whole store. "
-                    "Every token counts the same here, so tokens near the mean weigh more than in the FVU: never compare "
+                    definition="Mean over tokens of ||x - x̂||² / ||x - c||², where c is the mean vector of "
+                    "the whole store. "
+                    "Every token counts the same here, so tokens near the mean weigh more than in the FVU: "
+                    "never compare "
                     "the two. Tokens equal to c are left out.",
                     better="low",
                 ),
@@ -93,7 +97,8 @@ class Reconstruction:
                     value=ratio(self._cosine, self._tokens),
                     n=self._tokens,
                     n_of="tokens",
-                    definition="Mean over tokens of x·x̂ / (||x|| ||x̂||), without subtracting a mean: a large common mean "
+                    definition="Mean over tokens of x·x̂ / (||x|| ||x̂||), without subtracting a mean: a large "
+                    "common mean "
                     "raises it. A zero vector counts as 0.",
                     better="high",
                 ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+
 from tubelet_store.config import Config
 
 Subject = Literal["sae", "raw", "sae_shuffled", "raw_shuffled"]

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tubelet_store import Store, TubeletError
 from tubelet_trainer import held_out
 from tubelet_trainer.split import HoldoutConfig

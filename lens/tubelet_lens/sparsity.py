@@ -63,7 +63,8 @@ class Sparsity:
                     value=ratio(float((by_L0 * np.arange(len(by_L0))).sum()), tokens),
                     n=tokens,
                     n_of="tokens",
-                    definition="Mean over tokens of the number of latents whose code is not exactly 0. It can lie below a "
+                    definition="Mean over tokens of the number of latents whose code is not exactly 0. It can "
+                    "lie below a "
                     "TopK's k where fewer than k latents are positive.",
                     headline=True,
                 ),
@@ -74,7 +75,8 @@ class Sparsity:
                     value=ratio(dead, latents),
                     n=latents,
                     n_of="latents",
-                    definition=f"Fraction of latents that fired on none of the {tokens:,} evaluated tokens. Fewer tokens "
+                    definition=f"Fraction of latents that fired on none of the {tokens:,} evaluated tokens. "
+                    "Fewer tokens "
                     "find more latents dead: compare only at equal numbers of tokens.",
                     style="percent",
                     better="low",
@@ -96,7 +98,8 @@ class Sparsity:
                     value=always_on,
                     n=latents,
                     n_of="latents",
-                    definition=f"Number of latents with density above {_ALWAYS_ON}. A few always-on latents make any code "
+                    definition=f"Number of latents with density above {_ALWAYS_ON}. A few always-on latents "
+                    "make any code "
                     "look coherent through time: read temporal coherence beside this.",
                     style="count",
                     better="low",
@@ -133,6 +136,7 @@ def _density_histogram(alive_density: NDArray[np.float64], tokens: int, dead: in
         y_label="latents",
         x=tuple(float(edge) for edge in edges),
         lines=(Line(label="latents", y=tuple(float(count) for count in counts)),),
-        definition="Histogram of log10(density) over alive latents; density = fraction of evaluated tokens on which a latent "
+        definition="Histogram of log10(density) over alive latents; density = fraction of evaluated tokens on "
+        "which a latent "
         f"fires. The left end is one token of {tokens:,}. The {dead:,} dead latents are not shown.",
     )

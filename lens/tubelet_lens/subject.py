@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tubelet_lens.codes import SparseCoder
 from tubelet_store import Store, TubeletError
 from tubelet_trainer import load_record, load_sae
 from tubelet_trainer.split import HoldoutConfig
-
-from tubelet_lens.codes import SparseCoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +55,8 @@ def check_store(sae: TrainedSae, store: Store, other_store: bool) -> None:
     """Refuse a store whose activations are not what `sae` was trained on.
 
     Raises:
-        TubeletError: the store lacks the SAE's hook, its width or backbone differ, or its plan differs and `other_store`
-            is false.
+        TubeletError: the store lacks the SAE's hook, its width or backbone differ, or its plan differs and
+            `other_store` is false.
     """
     hooks = {hook.name: hook.channels for hook in store.plan.hooks}
     if sae.hook not in hooks:

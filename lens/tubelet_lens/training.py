@@ -10,11 +10,20 @@ from typing import Any
 from tubelet_lens.section import Curve, Line, Section
 
 _CURVES = (
-    ("fvu", "FVU during training", "FVU", "Fraction of variance unexplained, of training batches and of held-out tokens."),
-    ("dead", "Dead latents during training", "share of latents", "Training: share of latents silent for longer than the "
-     "run's dead-after window. Held-out: share that fired on none of the held-out tokens of that evaluation. The two count "
-     "different things."),
-)  # fmt: skip
+    (
+        "fvu",
+        "FVU during training",
+        "FVU",
+        "Fraction of variance unexplained, of training batches and of held-out tokens.",
+    ),
+    (
+        "dead",
+        "Dead latents during training",
+        "share of latents",
+        "Training: share of latents silent for longer than the run's dead-after window. Held-out: share that fired on none "
+        "of the held-out tokens of that evaluation. The two count different things.",
+    ),
+)
 _KINDS = (("train", "training"), ("eval", "held-out"))
 
 # More points than pixels only make the file larger.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tubelet_store.cli import Verb
-
 from tubelet_lens.config import EvaluateConfig
+from tubelet_store.cli import Verb
 
 
 def _run(config: EvaluateConfig) -> int:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tubelet_store import Store, TubeletError
 
 from tubelet_lens.codes import SparseCoder
+from tubelet_store import Store, TubeletError
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ of the same shard one wins, and a writer that dies leaves nothing that counts.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Literal
 
 import numpy as np
@@ -16,16 +17,22 @@ from pydantic import Field
 
 from tubelet_store.clips import ClipOutcome
 from tubelet_store.config import Config
+from tubelet_store.errors import TubeletError
 from tubelet_store.layout import COMMITS, commit_key, commit_moments_key
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot
 from tubelet_store.plan import canonical_json
 
+# A key stays inside its store wherever that is copied: no empty segment, none that begins with a dot.
+KEY_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"
+
+_RECORD = re.compile(r"(\d{6,})\.json")
+
 
 class StoredObject(Config):
     """One object, with what is needed to check it."""
 
-    key: str
+    key: str = Field(pattern=KEY_PATTERN)
     size_bytes: int
     sha256: str
     """Hex digest of the whole object."""
@@ -50,18 +57,32 @@ class Commit(Config):
 
 
 def read_commit(root: ObjectRoot, shard: int) -> Commit | None:
-    """The record of `shard`, None where it is not committed."""
+    """The record of `shard`, None where it is not committed.
+
+    Raises:
+        TubeletError: the record is damaged.
+    """
     try:
         raw = root.read(commit_key(shard))
     except FileNotFoundError:
         return None
-    return Commit.model_validate_json(raw)
+    try:
+        commit = Commit.model_validate_json(raw)
+        if commit.shard != shard:
+            raise ValueError(f"it is the record of shard {commit.shard}")
+    except ValueError as error:
+        detail = " ".join(str(error).split())
+        raise TubeletError(
+            f"{root.url}/{commit_key(shard)} is damaged: {detail[:200]}",
+            "Copy it again from the store's source; while extracting, delete it and run again",
+        ) from error
+    return commit
 
 
 def committed_shards(root: ObjectRoot) -> list[int]:
     """Numbers of the shards that have a record, ascending."""
-    names = [key.removeprefix(f"{COMMITS}/") for key in root.list_keys(COMMITS)]
-    return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
+    names = [_RECORD.fullmatch(key.removeprefix(f"{COMMITS}/")) for key in root.list_keys(COMMITS)]
+    return sorted(int(name[1]) for name in names if name)
 
 
 def write_commit(root: ObjectRoot, commit: Commit) -> bool:
@@ -82,10 +103,24 @@ def write_commit_moments(root: ObjectRoot, shard: int, moments: dict[str, Moment
     return StoredObject(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def read_commit_moments(root: ObjectRoot, shard: int) -> dict[str, Moments]:
-    """Moments of one committed shard, by hook."""
+def read_commit_moments(root: ObjectRoot, commit: Commit) -> dict[str, Moments]:
+    """Moments of a committed shard, by hook.
+
+    Raises:
+        TubeletError: they are missing, or not what the record says.
+    """
+    key = commit_moments_key(commit.shard)
+    try:
+        data = root.read(key)
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != commit.moments.sha256:
+        raise TubeletError(
+            f"{root.url}/{key} is {'damaged' if data else 'missing'}",
+            f"Copy it again from the store's source; while extracting, delete {commit_key(commit.shard)} and run again",
+        )
     hooks: dict[str, dict[str, NDArray[np.generic]]] = {}
-    for name, values in safetensors.numpy.load(root.read(commit_moments_key(shard))).items():
+    for name, values in safetensors.numpy.load(data).items():
         hook, _, statistic = name.rpartition("/")
         hooks.setdefault(hook, {})[statistic] = values
     return {hook: Moments.from_arrays(arrays) for hook, arrays in hooks.items()}

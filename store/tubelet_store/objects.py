@@ -11,17 +11,22 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
 from tubelet_store.errors import TubeletError
+from tubelet_store.transport import PerProcess, open_transport
 
 SCRATCH = ".tmp"
 _OWNER = "owner.lock"
+# What S3's own guidance calls a typical range request.
+_CHUNK_BYTES = 8 << 20
 
 
 class ObjectRoot(ABC):
@@ -34,8 +39,20 @@ class ObjectRoot(ABC):
         """The whole object. Raises FileNotFoundError."""
 
     @abstractmethod
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """The object in pieces of at most 8 MiB. Raises FileNotFoundError."""
+
+    @abstractmethod
     def size(self, key: str) -> int | None:
         """Bytes of the object, None where there is none."""
+
+    @abstractmethod
+    def age_s(self, key: str) -> float | None:
+        """Seconds since the object was written, None where that cannot be known."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; where there is none, nothing happens."""
 
     @abstractmethod
     def list_keys(self, prefix: str = "") -> list[str]:
@@ -85,12 +102,33 @@ class LocalRoot(ObjectRoot):
         """See ObjectRoot."""
         return (self.directory / key).read_bytes()
 
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """See ObjectRoot."""
+        with (self.directory / key).open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+
     def size(self, key: str) -> int | None:
         """See ObjectRoot."""
         try:
             return (self.directory / key).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def age_s(self, key: str) -> float | None:
+        """See ObjectRoot."""
+        try:
+            return time.time() - (self.directory / key).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def delete(self, key: str) -> None:
+        """See ObjectRoot. Folders that it leaves empty go too."""
+        path = self.directory / key
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            while (path := path.parent) != self.directory:
+                path.rmdir()
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
@@ -184,43 +222,39 @@ class LocalRoot(ObjectRoot):
 class RemoteRoot(ObjectRoot):
     """Objects below an fsspec URL (`s3://bucket/prefix`, `memory://name`, ...).
 
-    The filesystem is built where it is used and never travels: its pickle would carry the credentials.
+    Reads go through a `Transport`, writes through fsspec. Clients are built where they are used and never travel: their
+    pickles would carry the credentials.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         # A listing cache would hide what other writers add.
+        self._files = PerProcess(lambda: fsspec.core.url_to_fs(self.url, use_listings_cache=False))
         with _reaching(self.url):
-            self._fs, self._base = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            _, self._base = self._files()
+        self._transport = open_transport(self.url)
 
     def __reduce__(self) -> tuple[type[RemoteRoot], tuple[str]]:
         return (RemoteRoot, (self.url,))
+
+    @property
+    def _fs(self) -> Any:
+        return self._files()[0]
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}"
 
     def read(self, key: str) -> bytes:
         """See ObjectRoot."""
-        with _reaching(self.url):
-            return bytes(self._fs.cat_file(self._path(key)))
+        return self._transport.read(key)
 
     def size(self, key: str) -> int | None:
         """See ObjectRoot."""
-        try:
-            with _reaching(self.url):
-                return int(self._fs.size(self._path(key)))
-        except FileNotFoundError:
-            return None
+        return self._transport.size(key)
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
-        try:
-            with _reaching(self.url):
-                found = self._fs.find(self._path(prefix).rstrip("/"))
-        except FileNotFoundError:
-            return []
-        start = len(self._base) + 1
-        return sorted(path[start:] for path in found)
+        return self._transport.list_keys(prefix)
 
     def replace(self, key: str, data: bytes) -> None:
         """See ObjectRoot."""

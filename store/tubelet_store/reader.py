@@ -158,7 +158,7 @@ class Store:
                 raise self._damaged(folder, error) from error
         merged = Moments.empty(self.plan.hook(hook).channels)
         for shard in self.committed:
-            merged = merged.merge(read_commit_moments(self.root, shard)[hook])
+            merged = merged.merge(read_commit_moments(self.root, self.commit(shard))[hook])
         return merged
 
     def shard_map(self, hook: str, shard: int, kind: str = ACTIVATIONS) -> NDArray[Any]:

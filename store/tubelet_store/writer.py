@@ -126,7 +126,8 @@ class StoreWriter:
         Calling it again gives the same bytes.
 
         Raises:
-            TubeletError: a shard has no record, or a recorded object is missing or of another size.
+            TubeletError: a shard has no record, a recorded object is missing or of another size, or the moments of a
+                shard are damaged.
         """
         if self.state.complete:
             self._root.discard_scratch()
@@ -141,7 +142,7 @@ class StoreWriter:
                 )
         outcomes = [outcome for commit in commits for outcome in commit.clips]
         table = finished_table(self.planned_clips(), outcomes, self.plan.clips_per_shard)
-        documents = {CLIPS: to_parquet(table), **moments_documents(self._merged_moments())}
+        documents = {CLIPS: to_parquet(table), **moments_documents(self._merged_moments(commits))}
         for key, data in documents.items():
             self._root.replace(key, data)
         for key in metadata_documents(self.plan, {}):
@@ -168,10 +169,10 @@ class StoreWriter:
             )
         return commit
 
-    def _merged_moments(self) -> dict[str, Moments]:
+    def _merged_moments(self, commits: list[Commit]) -> dict[str, Moments]:
         merged = {hook.name: Moments.empty(hook.channels) for hook in self.plan.hooks}
-        for shard in range(self.plan.shards):
-            for hook, moments in read_commit_moments(self._root, shard).items():
+        for commit in commits:
+            for hook, moments in read_commit_moments(self._root, commit).items():
                 merged[hook] = merged[hook].merge(moments)
         return merged
 

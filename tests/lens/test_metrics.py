@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import make_plan, make_store
 from torch import Tensor
 
+from stores import make_plan, make_store, planned_table
 from tubelet_lens.autocorrelation import PooledAutocorrelation, WithinAutocorrelation
 from tubelet_lens.evaluate import measure
 from tubelet_lens.metric import Setting
@@ -18,7 +18,7 @@ from tubelet_lens.series import active_series, shuffled_steps
 from tubelet_lens.stability import StepStability
 from tubelet_lens.timing import LatentTime, latent_time
 from tubelet_lens.windows import windows
-from tubelet_store import ClipOutcome, Store, StoreWriter, TubeletError
+from tubelet_store import ClipOutcome, Store, StoreWriter, TubeletError, open_store
 
 HOOK = "blocks.1"
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_pooled_autocorrelation_is_pearson_over_all_pairs() -> None:
 
 
 def test_shuffled_time_leaves_the_between_clip_part(tmp_path: Path) -> None:
-    """z = u + w with u constant in a clip and w an AR(1): what is left is (var u + var w * mean of phi^|s-t|) / var z."""
+    """z = u + w with u constant in a clip and w an AR(1): left is (var u + var w * mean of phi^|s-t|) / var z."""
     rng = np.random.default_rng(3)
     clips, steps, phi = 500, 6, 0.9
     w = np.empty((clips, steps, 8, 3))
@@ -188,8 +188,6 @@ def padded_store(path: Path, indices: list[list[int]], padded: list[int], x: np.
     steps, space, channels = x.shape[1:]
     plan = make_plan(clips=len(x), clips_per_shard=3, grid=(steps, 1, space), hooks={HOOK: channels}, dtype="float32")
     plan = plan.model_copy(update={"sampling": {"kind": kind}})
-    from stores import planned_table
-
     writer = StoreWriter.begin(str(path), plan, planned_table(len(x)), {})
     for shard in writer.pending():
         with writer.shard(shard) as shard_writer:
@@ -200,8 +198,6 @@ def padded_store(path: Path, indices: list[list[int]], padded: list[int], x: np.
                 shard_writer.append(outcome, {HOOK: x[clip].astype(np.float32)}, None)
             shard_writer.commit()
     writer.finish()
-    from tubelet_store import open_store
-
     return open_store(str(path))
 
 
@@ -317,7 +313,7 @@ def test_a_damaged_clip_is_named(tmp_path: Path) -> None:
     everything = np.arange(4)  # as if clip 2 were called ok
     time = LatentTime(np.ones((4, 2), dtype=bool), None, None)
     stream = windows(store, HOOK, Identity(4), everything, time.valid_CT, clips_per_window=4, device=CPU)
-    with pytest.raises(TubeletError, match="clip 2 at blocks.1"):
+    with pytest.raises(TubeletError, match=r"clip 2 at blocks\.1"):
         list(stream)
 
 

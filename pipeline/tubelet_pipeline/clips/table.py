@@ -17,20 +17,9 @@ import pyarrow as pa
 from tubelet_pipeline.clips import folder, kinetics, ssv2
 from tubelet_pipeline.clips.dataset import Folder, Kinetics, Ssv2
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
+from tubelet_store.clips import PLANNED
 from tubelet_store.errors import TubeletError
 
-SCHEMA = pa.schema(
-    [
-        pa.field("clip", pa.int64(), nullable=False),
-        pa.field("video_id", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("label", pa.int32()),
-        pa.field("label_name", pa.string()),
-        pa.field("caption", pa.string()),
-        pa.field("split", pa.string()),
-        pa.field("view", pa.int16(), nullable=False),
-    ]
-)
 _MISSING = b"tubelet.missing_videos"
 
 
@@ -48,7 +37,7 @@ class MissingVideos:
 
 
 def build_clip_table(dataset: Ssv2 | Kinetics | Folder, sampling: DenseSampling | UniformSampling) -> pa.Table:
-    """Clips of `dataset`, `sampling.clips` temporal views per video, as a table of `SCHEMA`.
+    """Clips of `dataset`, `sampling.clips` temporal views per video, with the store's planned columns.
 
     Videos that are annotated but not there keep their rows; `missing_videos` tells how many there are.
 
@@ -80,12 +69,12 @@ def build_clip_table(dataset: Ssv2 | Kinetics | Folder, sampling: DenseSampling 
             "caption": [video.caption for video in videos],
             "split": [video.split for video in videos],
         },
-        schema=pa.schema([SCHEMA.field(name) for name in SCHEMA.names if name not in ("clip", "view")]),
+        schema=pa.schema([PLANNED.field(name) for name in PLANNED.names if name not in ("clip", "view")]),
     ).take(np.repeat(np.arange(len(videos)), views))
     columns = {name: repeated[name] for name in repeated.column_names}
     columns["clip"] = pa.array(np.arange(len(videos) * views, dtype=np.int64))
     columns["view"] = pa.array(np.tile(np.arange(views, dtype=np.int16), len(videos)))
-    table = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    table = pa.table({name: columns[name] for name in PLANNED.names}, schema=PLANNED)
     return table.replace_schema_metadata({_MISSING: json.dumps({"count": len(absent), "examples": absent[:3]})})
 
 

@@ -65,7 +65,8 @@ def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> 
     """
     if index.pts is not None:
         choice = choose(index.frames)
-        for keys in (index.keys.tolist(), []):
+        seeking: list[int] = index.keys.tolist()
+        for keys in (seeking, []):
             picture = _Picture(choice, allocate)
             try:
                 corrupt = _by_timestamp(path, index, index.pts, keys, picture)

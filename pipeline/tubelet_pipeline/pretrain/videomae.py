@@ -33,9 +33,8 @@ from tubelet_pipeline.pretrain.optimisation import Curve, adamw, descend, learni
 FRAMES, PATCH, TUBELET, HIDDEN, LAYERS, HEADS = 16, 8, 2, 96, 4, 4
 GRID = SIDE // PATCH
 TIME = FRAMES // TUBELET
-PIXEL_FLOOR = 0.05
-"""Added (squared) to a patch's variance before its pixels are divided by the deviation. VideoMAE's 1e-6 would make the
-camera noise on plain backgrounds, which nobody can predict, most of the loss. Pixels in 0..1."""
+SPREAD_FLOOR = 0.05
+"""Added to a clip's standard deviation before its pixels are divided by it. Pixels in 0..1."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class Recipe:
 
     videos: int = 3072
     """Of the generator, twins counted."""
-    steps: int = 700
-    masked: int = 16
+    steps: int = 1200
+    masked: int = 12
     """Clips of a batch that are masked."""
-    whole: int = 3
+    whole: int = 4
     """Clips of a batch of which nothing is hidden."""
     visible: int = 12
     """Places of the 64 that are not hidden: in all time steps the same, hence tubes."""
@@ -58,7 +57,7 @@ class Recipe:
     learning_rate: float = 2e-3
     warmup: int = 60
     weight_decay: float = 0.05
-    motion_weight: float = 1.0
+    motion_weight: float = 2.0
     seed: int = 0
 
 
@@ -104,24 +103,28 @@ class Pretraining(nn.Module):
 
 
 def pixel_targets(clips: torch.Tensor) -> torch.Tensor:
-    """Pixels of every tubelet, normalised per tubelet and colour, in the order of VideoMAE's decoder: [B, N, 384]."""
+    """Pixels of every tubelet in the order of VideoMAE's decoder, [B, N, 384].
+
+    Normalised per clip, not per tubelet as VideoMAE's are: what a tubelet's own normalisation leaves of these plain
+    pictures is fine texture that cannot be guessed. Measured: in 350 steps that loss fell from 0.353 to 0.345.
+    """
     b = len(clips)
-    cut = clips.view(b, TIME, TUBELET, 3, GRID, PATCH, GRID, PATCH).permute(0, 1, 4, 6, 2, 5, 7, 3)
-    cut = cut.reshape(b, TIME * GRID * GRID, TUBELET * PATCH * PATCH, 3)
-    deviation = (cut.var(2, keepdim=True) + PIXEL_FLOOR**2).sqrt()
-    return ((cut - cut.mean(2, keepdim=True)) / deviation).flatten(2)
+    spread = clips.std((1, 2, 3, 4), keepdim=True) + SPREAD_FLOOR
+    normal = (clips - clips.mean((1, 3, 4), keepdim=True)) / spread
+    cut = normal.view(b, TIME, TUBELET, 3, GRID, PATCH, GRID, PATCH).permute(0, 1, 4, 6, 2, 5, 7, 3)
+    return cut.reshape(b, TIME * GRID * GRID, TUBELET * PATCH * PATCH * 3)
 
 
-def motion_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def motion_loss(predicted: torch.Tensor, target: torch.Tensor, power_of_means: float) -> torch.Tensor:
     """Squared error of single tokens, and of the means over space at each time step, each relative to the targets'.
 
     Args:
         predicted: [B, T', S, 6].
         target: The same, in units of the root mean square of each column.
+        power_of_means: Mean square of `target`'s means over space.
     """
     error = predicted - target
-    means = target.mean(2)
-    return error.square().mean() + error.mean(2).square().sum() / means.square().sum().clamp_min(1e-6)
+    return error.square().mean() + error.mean(2).square().mean() / power_of_means
 
 
 def train(recipe: Recipe, corpus: NDArray[np.uint8]) -> tuple[Pretraining, list[dict[str, float]]]:
@@ -136,18 +139,21 @@ def train(recipe: Recipe, corpus: NDArray[np.uint8]) -> tuple[Pretraining, list[
     optimiser = adamw(model, recipe.weight_decay)
     sample = motion_targets(draw_clips(corpus, rng.integers(len(corpus), size=128), FRAMES, rng), GRID)
     unit = sample.square().mean((0, 1, 2)).sqrt()
+    power_of_means = float((sample / unit).mean(2).square().mean())
     curve = Curve(recipe.steps)
     for step in range(recipe.steps):
         rows = rng.integers(len(corpus), size=recipe.masked + recipe.whole)
         clips = draw_clips(corpus, rows, FRAMES, rng)
-        losses = _losses(model, recipe, clips, motion_targets(clips, GRID) / unit)
+        losses = _losses(model, recipe, clips, motion_targets(clips, GRID) / unit, power_of_means)
         loss = losses["pixels"] + recipe.motion_weight * (losses["motion"] + losses["motion, whole"]) / 2
         descend(optimiser, model, loss, learning_rate(recipe.learning_rate, step, recipe.warmup, recipe.steps))
         curve.add(step, losses)
     return model, curve.points
 
 
-def _losses(model: Pretraining, recipe: Recipe, clips: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+def _losses(
+    model: Pretraining, recipe: Recipe, clips: torch.Tensor, target: torch.Tensor, power_of_means: float
+) -> dict[str, torch.Tensor]:
     masked = clips[: recipe.masked]
     places = torch.rand(len(masked), GRID * GRID).argsort(1)[:, : recipe.visible].sort(1).values
     hidden = torch.ones(len(masked), GRID * GRID, dtype=torch.bool).scatter_(1, places, False)
@@ -164,8 +170,8 @@ def _losses(model: Pretraining, recipe: Recipe, clips: torch.Tensor, target: tor
     whole = model.motion(model.encode(clips[recipe.masked :], None)).view(-1, TIME, GRID * GRID, len(TARGETS))
     return {
         "pixels": F.mse_loss(pixels, truth),
-        "motion": motion_loss(model.motion(tokens).view_as(seen), seen),
-        "motion, whole": motion_loss(whole, target[recipe.masked :]),
+        "motion": motion_loss(model.motion(tokens).view_as(seen), seen, power_of_means),
+        "motion, whole": motion_loss(whole, target[recipe.masked :], power_of_means),
     }
 
 
