@@ -17,9 +17,6 @@ from tubelet_store.fields import REQUIRED, Field, fields_of
 PAGES = Path(__file__).parent / "verbs"
 _TABLE = re.compile(r"(<!-- fields:(\w+) -->\n).*?(<!-- /fields -->)", re.DOTALL)
 
-# Defaults that the machine decides, said in words.
-_COMPUTED = {("extract", "cluster.workers"): "half the cores"}
-
 
 def load_verb(name: str) -> Verb[Any]:
     """The verb called `name`."""
@@ -29,7 +26,7 @@ def load_verb(name: str) -> Verb[Any]:
 
 def table(name: str) -> str:
     """Markdown table of the settings of verb `name`."""
-    rows = [_row(name, field) for field in fields_of(load_verb(name).config())]
+    rows = [_row(field) for field in fields_of(load_verb(name).config())]
     return "\n".join(["| field | default | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
@@ -38,7 +35,7 @@ def refresh(page: str) -> str:
     return _TABLE.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[3]}", page)
 
 
-def _row(verb: str, field: Field) -> str:
+def _row(field: Field) -> str:
     meaning = field.meaning
     if field.values:
         meaning += f" One of {', '.join(f'`{value}`' for value in field.values)}."
@@ -46,16 +43,10 @@ def _row(verb: str, field: Field) -> str:
         meaning = f"({' or '.join(field.kinds)}) {meaning}"
     if field.is_section:
         meaning = f"**{meaning.removesuffix('.')}**"
-    default = _COMPUTED.get((verb, field.path)) or (field.default if field.default == REQUIRED else _code(field.default))
-    return f"| `{field.path}` | {default} | {_escape(meaning)} |"
-
-
-def _code(text: str) -> str:
-    return f"`{text}`" if text else ""
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    # A bar would end the cell.
+    meaning = meaning.replace("|", "\\|")
+    default = f"`{field.default}`" if field.default not in ("", REQUIRED) else field.default
+    return f"| `{field.path}` | {default} | {meaning} |"
 
 
 if __name__ == "__main__":

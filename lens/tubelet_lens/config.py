@@ -35,3 +35,14 @@ class EvaluateConfig(Config):
     """Memory for the clips held at once; never less than one clip."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: CUDA if there is one."""
+
+
+class DemoConfig(Config):
+    """Size of the demo."""
+
+    out: Path = Path("demo")
+    """Folder for videos, stores, run and report."""
+    videos: int = Field(default=320, ge=32)
+    """Videos to render; three tenths of them are kept for evaluation."""
+    epochs: int = Field(default=40, ge=1)
+    """Passes over the training activations."""

@@ -12,21 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+
+from tubelet_lens.config import DemoConfig
 from tubelet_store import cli
-from tubelet_store.config import Config
 from tubelet_store.errors import TubeletError
-
-
-class DemoConfig(Config):
-    """Size of the demo."""
-
-    out: Path = Path("demo")
-    """Folder for videos, stores, run and report."""
-    videos: int = Field(default=320, ge=32)
-    """Videos to render; three tenths of them are kept for evaluation."""
-    epochs: int = Field(default=40, ge=1)
-    """Passes over the training activations."""
 
 
 def demo(config: DemoConfig) -> None:
@@ -61,7 +50,15 @@ def demo(config: DemoConfig) -> None:
     }
     _step("Train a sparse autoencoder", "train", _settings_file(out, "train", settings))
     report = out / "report"
-    _step("Evaluate it", "evaluate", str(out / "run"), str(out / "validation.zarr"), "--out", str(report))
+    settings = {
+        "run": str(out / "run"),
+        "store": str(out / "validation.zarr"),
+        "out": str(report),
+        # No video of the validation store was trained on.
+        "other_store": True,
+        "split": "all",
+    }
+    _step("Evaluate it", "evaluate", _settings_file(out, "evaluate", settings))
     print(f"\nThe demo took {time.perf_counter() - began:.0f} s. Open {report / 'report.html'}")
 
 

@@ -1,8 +1,8 @@
-"""The lens's verbs: `tubelet evaluate`."""
+"""The lens's verbs: `tubelet evaluate`, `tubelet demo`."""
 
 from __future__ import annotations
 
-from tubelet_lens.config import EvaluateConfig
+from tubelet_lens.config import DemoConfig, EvaluateConfig
 from tubelet_store.cli import Verb
 
 
@@ -25,4 +25,19 @@ EVALUATE = Verb(
     lambda: EvaluateConfig,
     _run,
     positionals=("run", "store"),
+)
+
+
+def _demo(config: DemoConfig) -> int:
+    from tubelet_lens.demo import demo
+
+    demo(config)
+    return 0
+
+
+DEMO = Verb(
+    "demo",
+    "Render videos, extract, train, evaluate: the whole path in minutes.",
+    lambda: DemoConfig,
+    _demo,
 )

@@ -1,19 +1,60 @@
-"""Where shard tasks run: a local Dask cluster, or one whose scheduler is already up."""
+"""Where shard tasks run: a Dask cluster of any kind, described by the job's `cluster:` section.
+
+    nothing                       a local cluster, which ends with the job
+    scheduler | scheduler_file    one that is already up ($DASK_SCHEDULER_ADDRESS does the same)
+    class + kwargs                one that a cluster manager starts for this job (SLURM, Kubernetes, one worker a GPU)
+
+A job file names code to import only from a fixed list of cluster managers: whoever may write a job file may not thereby
+run anything they like.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from distributed import Client, LocalCluster
-from pydantic import Field
+from pydantic import Field, JsonValue, model_validator
 
 from tubelet_store.config import Config
-from tubelet_store.errors import TubeletError
+from tubelet_store.errors import TubeletError, nearest
 
 _CONNECT_TIMEOUT_S = 30
+
+_JOB_QUEUES = ("HTCondor", "LSF", "Moab", "OAR", "PBS", "SGE", "SLURM")
+
+CLUSTER_CLASSES: dict[str, str] = {
+    **{f"dask_jobqueue.{queue}Cluster": "dask-jobqueue" for queue in _JOB_QUEUES},
+    "dask_jobqueue.slurm.SLURMRunner": "dask-jobqueue",
+    "dask_kubernetes.operator.KubeCluster": "dask-kubernetes",
+    "dask_cuda.LocalCUDACluster": "dask-cuda",
+    "dask_gateway.GatewayCluster": "dask-gateway",
+}
+"""Classes a job file may name, and the package each comes in."""
+
+RUNNERS = ("dask_jobqueue.slurm.SLURMRunner",)
+"""Classes that live inside an allocation: every process of it runs the same command, one of them goes on as client."""
+
+
+class Adapt(Config):
+    """Let the cluster grow with the work that waits, and shrink with it."""
+
+    minimum: int = Field(default=0, ge=0)
+    """Workers kept however little there is to do."""
+    maximum: int = Field(ge=1)
+    """Workers at most."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Adapt:
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum {self.minimum} is above maximum {self.maximum}")
+        return self
 
 
 class ClusterConfig(Config):
@@ -21,39 +62,137 @@ class ClusterConfig(Config):
 
     scheduler: str | None = None
     """Address of a running scheduler (tcp://host:8786). None: $DASK_SCHEDULER_ADDRESS, else a local cluster."""
-    workers: int = Field(default=max(1, (os.cpu_count() or 1) // 2), ge=1)
-    """Worker processes of the local cluster; one shard each at a time."""
+    scheduler_file: Path | None = None
+    """File in which a running scheduler wrote its address (`dask scheduler --scheduler-file`, `dask-mpi`)."""
+    class_: str | None = Field(default=None, alias="class")
+    """Cluster manager to start for this job, such as `dask_jobqueue.SLURMCluster`."""
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Arguments of that class, as its own documentation names them."""
+    workers: int | None = Field(default=None, ge=1)
+    """Worker processes, one shard each at a time. None: half the cores of this machine, or what the class starts."""
+    adapt: Adapt | None = None
+    """Number of workers by need, instead of `workers`."""
     threads: int = Field(default=2, ge=1)
     """Threads of the forward pass per worker, on CPU (Dask would leave one)."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Dask resources one shard task asks for, such as {GPU: 1}, where workers were started with such."""
+    start_timeout_s: float = Field(default=600, gt=0)
+    """How long to wait for the first worker that can take a shard (a job may stand in a queue)."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ClusterConfig:
+        ways = [name for name in ("scheduler", "scheduler_file", "class_") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways).replace('class_', 'class')} exclude each other")
+        if self.kwargs and self.class_ is None:
+            raise ValueError("kwargs belong to a class; set class")
+        if self.adapt is not None and (self.workers is not None or self.class_ is None):
+            raise ValueError("adapt goes with a class, instead of workers")
+        if self.class_ is not None and self.class_ not in CLUSTER_CLASSES:
+            hint = nearest(self.class_, CLUSTER_CLASSES)
+            listed = "" if hint.startswith("Valid") else f" Valid: {', '.join(sorted(CLUSTER_CLASSES))}."
+            raise ValueError(
+                f"{self.class_} is not one of the cluster classes a job file may start. {hint}{listed} Start any other "
+                "cluster yourself and give its scheduler"
+            )
+        return self
+
+    @property
+    def address(self) -> str | None:
+        """Address of the running scheduler to use, None where a cluster is to be started."""
+        if self.scheduler is not None or self.scheduler_file is not None or self.class_ is not None:
+            return self.scheduler
+        return os.environ.get("DASK_SCHEDULER_ADDRESS")
+
+    @property
+    def is_runner(self) -> bool:
+        """Whether every process of an allocation runs this command (see RUNNERS)."""
+        return self.class_ in RUNNERS
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the scheduler outlives this job, so that a lost connection can be made again."""
+        return self.address is not None or self.scheduler_file is not None
+
+    @property
+    def expected_workers(self) -> int:
+        """Workers that were asked for; 0 where others decide."""
+        if self.adapt is not None:
+            return self.adapt.maximum
+        return self.workers or 0
 
 
 @contextlib.contextmanager
 def connect(config: ClusterConfig) -> Iterator[Client]:
-    """A client of the cluster that `config` describes; a local cluster ends with the context.
+    """A client of the cluster that `config` describes; a cluster started here ends with the context.
 
     Raises:
-        TubeletError: no scheduler answers.
+        TubeletError: no scheduler answers, or the cluster does not start.
     """
-    address = config.scheduler or os.environ.get("DASK_SCHEDULER_ADDRESS")
-    if address:
-        try:
-            client = Client(address, timeout=_CONNECT_TIMEOUT_S)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise TubeletError(
-                f"No Dask scheduler answers at {address}", "Start it, or leave out --cluster.scheduler to run locally"
-            ) from error
-        with client:
+    if config.lasting:
+        with _client(config) as client:
             yield client
-        return
+    elif config.class_ is not None:
+        with start_cluster(config) as cluster, Client(cluster, timeout=config.start_timeout_s) as client:
+            yield client
+    else:
+        with _local(config) as cluster, Client(cluster) as client:
+            yield client
+
+
+def _client(config: ClusterConfig) -> Client:
+    file = config.scheduler_file
+    where = config.address or f"the address in {file}"
+    try:
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"there is no {file}")
+        place = {"address": config.address} if file is None else {"scheduler_file": str(file)}
+        return Client(**place, timeout=_CONNECT_TIMEOUT_S)
+    except (OSError, TimeoutError, ValueError) as error:
+        field = "scheduler" if file is None else "scheduler_file"
+        raise TubeletError(
+            f"No Dask scheduler answers at {where}", f"Start it, or leave out --cluster.{field} to run locally"
+        ) from error
+
+
+def _local(config: ClusterConfig) -> LocalCluster:
     # Lost workers are reported by us, per shard; Dask's own account of them is for debugging.
-    with (
-        LocalCluster(
-            n_workers=config.workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    return LocalCluster(
+        n_workers=config.workers or max(1, (os.cpu_count() or 1) // 2),
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address="127.0.0.1:0" if importlib.util.find_spec("bokeh") else None,
+        resources=config.resources or None,
+        silence_logs=logging.CRITICAL,
+    )
+
+
+@contextlib.contextmanager
+def start_cluster(config: ClusterConfig) -> Iterator[Any]:
+    """Start the cluster that `config.class_` names, at the size it asks for, and end it on leaving.
+
+    Raises:
+        TubeletError: the package is not installed, the arguments do not fit, or the manager refuses.
+    """
+    assert config.class_ is not None
+    module, _, name = config.class_.rpartition(".")
+    try:
+        cluster_class = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise TubeletError(
+            f"cluster.class {config.class_} needs {CLUSTER_CLASSES[config.class_]}, not installed here ({error})",
+            f"pip install -c constraints.txt {CLUSTER_CLASSES[config.class_]}",
+        ) from error
+    try:
+        cluster = cluster_class(**config.kwargs)
+    except (TypeError, ValueError, OSError) as error:
+        raise TubeletError(
+            f"{config.class_} does not start: {error}", "Compare cluster.kwargs with the documentation of that class"
+        ) from error
+    with cluster:
+        # Runners find their size in the allocation, LocalCUDACluster in the machine.
+        if config.adapt is not None:
+            cluster.adapt(minimum=config.adapt.minimum, maximum=config.adapt.maximum)
+        elif config.workers is not None and not config.is_runner:
+            cluster.scale(config.workers)
+        yield cluster

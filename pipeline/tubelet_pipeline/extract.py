@@ -6,25 +6,30 @@ time: the same command again does what is missing. Whether a job is complete is 
 
 from __future__ import annotations
 
-import errno
-import itertools
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from distributed import Client, Future, KilledWorker, as_completed
+from distributed import Client
 
-from tubelet_pipeline.cluster import connect
+from tubelet_pipeline.cluster import ClusterConfig, connect
 from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.hand_out import HandOut, SchedulerLost
 from tubelet_pipeline.planning import Planned, make_plan
-from tubelet_pipeline.shard_task import ShardJob, ShardReport, report, run_shard
+from tubelet_pipeline.preflight import check_workers
+from tubelet_pipeline.run_log import RunLog
+from tubelet_pipeline.shard_task import ShardJob, ShardReport, report
 from tubelet_store import StoreWriter, TubeletError
 from tubelet_store.layout import array_kinds, shard_bytes
+from tubelet_store.spool import Spool, patiently
 from tubelet_store.summary import human_bytes
 
-_IN_FLIGHT_PER_WORKER = 4
-_ATTEMPTS = 3
+_RECONNECTS = 3
+_SHOWN = 5
+_VIDEOS_SHOWN = 3
 
 
 @dataclass
@@ -42,6 +47,8 @@ class ExtractSummary:
     tokens_this_run: int = 0
     size_bytes: int = 0
     seconds: float = 0.0
+    dashboard: str | None = None
+    """Address of Dask's dashboard, where there is one."""
 
     def add(self, shard: ShardReport) -> None:
         """Count a committed shard."""
@@ -55,99 +62,156 @@ def extract(config: ExtractConfig, on_shard: Callable[[ExtractSummary], None] | 
 
     Args:
         config: What to extract.
-        on_shard: Called with the counts so far after each committed shard.
+        on_shard: Called with the counts so far when the workers are there, and after each committed shard.
 
     Raises:
         TubeletError: a mistake in the configuration, no room for the store, or shards that fail again and again (the
             others are committed and stay so).
     """
-    planned = make_plan(config)
-    writer = StoreWriter.begin(config.store, planned.plan, planned.clips, planned.provenance)
-    writer.discard_scratch()
-    pending = writer.pending()
-    summary = ExtractSummary(config.store, "", planned.plan.shards)
-    for shard in sorted(set(range(planned.plan.shards)) - set(pending)):
-        commit = writer.committed(shard)
-        if commit is not None:
-            summary.add(report(commit))
-    began = time.perf_counter()
-    if pending:
-        _check_room(writer, pending)
-        with connect(config.cluster) as client:
-            _run_shards(client, config, planned, pending, summary, on_shard)
-    summary.identity = str(writer.finish().identity)
-    summary.seconds = time.perf_counter() - began
-    return summary
+    with contextlib.ExitStack() as stack:
+        cluster = config.workers_from
+        # Every process of an allocation comes here; only one of them comes out of this as the client.
+        client = stack.enter_context(connect(cluster)) if cluster.is_runner else None
+        planned = make_plan(config)
+        writer = StoreWriter.begin(config.store, planned.plan, planned.clips, planned.provenance)
+        writer.discard_scratch()
+        writer.drain(Spool(config.upload, writer.url, writer.plan))
+        pending = writer.pending()
+        summary = ExtractSummary(config.store, "", planned.plan.shards)
+        for shard in sorted(set(range(planned.plan.shards)) - set(pending)):
+            commit = writer.committed(shard)
+            if commit is not None:
+                summary.add(report(commit))
+        log = stack.enter_context(RunLog(config.log_path))
+        began = time.perf_counter()
+        try:
+            if pending:
+                _check_room(writer, pending)
+                _Run(config, cluster, planned, writer, summary, log, on_shard).until_done(client)
+            summary.identity = str(patiently(writer.finish, config.upload.patience_s).identity)
+        except BaseException as error:
+            log("end", status=f"{type(error).__name__}: {error}", shards_this_run=summary.shards_this_run)
+            raise
+        summary.seconds = time.perf_counter() - began
+        log(
+            "end",
+            status="complete",
+            shards_this_run=summary.shards_this_run,
+            seconds=round(summary.seconds, 3),
+            identity=summary.identity,
+        )
+        return summary
 
 
-def _run_shards(
-    client: Client,
-    config: ExtractConfig,
-    planned: Planned,
-    pending: list[int],
-    summary: ExtractSummary,
-    on_shard: Callable[[ExtractSummary], None] | None,
-) -> None:
-    plan = planned.plan
-    job = ShardJob(
-        store=config.store,
-        plan_digest=plan.digest,
-        dataset_root=str(config.dataset.root),
-        sampling=config.sampling,
-        backbone=config.backbone,
-        hooks=tuple(hook.name for hook in plan.hooks),
-        decode=config.decode,
-        batch_size=config.batch_size,
-        threads=config.cluster.threads,
-    ).model_dump_json()
-    failures: dict[int, list[str]] = {}
-    waiting = iter(pending)
-    workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+@dataclass
+class _Run:
+    """Shards of one job on the cluster, however often the scheduler is lost."""
 
-    def submit(shard: int) -> Future:
-        attempt = len(failures.get(shard, []))
-        key = f"shard-{plan.digest[-12:]}-{shard}-{attempt}"
-        return client.submit(run_shard, job, shard, key=key, pure=False)
+    config: ExtractConfig
+    cluster: ClusterConfig
+    planned: Planned
+    writer: StoreWriter
+    summary: ExtractSummary
+    log: RunLog
+    on_shard: Callable[[ExtractSummary], None] | None
 
-    shard_of = {submit(shard): shard for shard in itertools.islice(waiting, _IN_FLIGHT_PER_WORKER * workers)}
-    running = as_completed(list(shard_of))
-    for future in running:
-        shard = shard_of.pop(future)
-        error = future.exception()
-        again = None
-        if error is None:
-            done: ShardReport = future.result()
-            summary.add(done)
-            summary.shards_this_run += 1
-            summary.clips_this_run += sum(done.clips.values())
-            summary.tokens_this_run += done.clips.get("ok", 0) * plan.grid.tokens
-            if on_shard is not None:
-                on_shard(summary)
-        else:
-            if isinstance(error, TubeletError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-                raise error
-            failures.setdefault(shard, []).append(_describe(error))
-            if len(failures[shard]) < _ATTEMPTS and not isinstance(error, KilledWorker):
-                again = shard
-        future.release()
-        following = again if again is not None else next(waiting, None)
-        if following is not None:
-            fresh = submit(following)
-            shard_of[fresh] = following
-            running.add(fresh)
-    lost = sorted(set(pending) & set(StoreWriter.attach(config.store, plan.digest).pending()))
-    if lost:
-        reasons = "; ".join(f"shard {shard}: {failures.get(shard, ['lost'])[-1]}" for shard in lost[:5])
-        raise TubeletError(
-            f"{len(lost)} of {plan.shards} shards could not be extracted ({reasons})",
+    def until_done(self, client: Client | None) -> None:
+        for lost in range(_RECONNECTS + 1):
+            try:
+                if client is not None:
+                    self._once(client)
+                else:
+                    with connect(self.cluster) as fresh:
+                        self._once(fresh)
+                return
+            except SchedulerLost as error:
+                self.log("lost", reason=str(error))
+                if lost == _RECONNECTS or not self.cluster.lasting:
+                    raise TubeletError(
+                        f"The connection to the Dask scheduler was lost, {self.summary.shards_done} of "
+                        f"{self.summary.shards} shards are committed",
+                        "Run the same command again: it does what is missing",
+                    ) from error
+
+    def _once(self, client: Client) -> None:
+        plan, config = self.planned.plan, self.config
+        pending = self._pending()
+        versions = check_workers(client, self.cluster, f"preflight-{plan.digest[-12:]}")
+        self.summary.dashboard = dashboard_of(client)
+        self.log(
+            "start",
+            plan=plan.digest,
+            store=config.store,
+            shards=plan.shards,
+            pending=len(pending),
+            clips=plan.clips,
+            workers=len(client.scheduler_info(n_workers=-1)["workers"]),
+            dashboard=self.summary.dashboard,
+            versions=versions,
+        )
+        if self.on_shard is not None:
+            self.on_shard(self.summary)
+        hand_out = HandOut(client, shard_job(config, self.planned), self.cluster, self.log, self._done)
+        hand_out.run(pending)
+        if lost := self._pending():
+            raise self._not_extracted(lost, hand_out.failures)
+
+    def _pending(self) -> list[int]:
+        return patiently(self.writer.pending, self.config.upload.patience_s)
+
+    def _done(self, report: ShardReport) -> None:
+        summary = self.summary
+        summary.add(report)
+        summary.shards_this_run += 1
+        summary.clips_this_run += sum(report.clips.values())
+        summary.tokens_this_run += report.clips.get("ok", 0) * self.planned.plan.grid.tokens
+        if self.on_shard is not None:
+            self.on_shard(summary)
+
+    def _not_extracted(self, lost: list[int], failures: dict[int, list[str]]) -> TubeletError:
+        reasons = [f"shard {shard} ({self._videos(shard)}): {failures.get(shard, ['lost'])[-1]}" for shard in lost]
+        more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        return TubeletError(
+            f"{len(lost)} of {self.planned.plan.shards} shards could not be extracted: "
+            f"{'; '.join(reasons[:_SHOWN])}{more}",
             "The others are committed. Mend the cause and run the same command again",
         )
 
+    def _videos(self, shard: int) -> str:
+        clips = self.planned.plan.shard_range(shard)
+        uris = list(dict.fromkeys(self.planned.clips["uri"].slice(clips.start, len(clips)).to_pylist()))
+        shown = ", ".join(uris[:_VIDEOS_SHOWN])
+        return f"{shown} and {len(uris) - _VIDEOS_SHOWN} more videos" if len(uris) > _VIDEOS_SHOWN else shown
 
-def _describe(error: BaseException) -> str:
-    if isinstance(error, KilledWorker):
-        return "its worker died again and again (out of memory, or a crash in native code?)"
-    return f"{type(error).__name__}: {error}"
+
+def shard_job(config: ExtractConfig, planned: Planned) -> ShardJob:
+    """What the tasks of the extraction are told."""
+    backbone = config.backbone
+    if Path(backbone.id).is_dir():
+        backbone = backbone.model_copy(update={"id": _seen_from_anywhere(backbone.id)})
+    return ShardJob(
+        store=_seen_from_anywhere(config.store),
+        plan_digest=planned.plan.digest,
+        dataset_root=_seen_from_anywhere(str(config.dataset.root)),
+        sampling=config.sampling,
+        backbone=backbone,
+        hooks=tuple(hook.name for hook in planned.plan.hooks),
+        decode=config.decode,
+        batch_size=config.batch_size,
+        threads=config.cluster.threads,
+        upload=config.upload,
+    )
+
+
+def dashboard_of(client: Client) -> str | None:
+    """Address of the cluster's dashboard; None where Dask runs without (bokeh is not installed there)."""
+    services = client.scheduler_info(n_workers=0).get("services", {})
+    return str(client.dashboard_link) if services.get("dashboard") else None
+
+
+def _seen_from_anywhere(url: str) -> str:
+    # Workers may run in another directory.
+    return url if "://" in url else str(Path(url).expanduser().absolute())
 
 
 def _check_room(writer: StoreWriter, pending: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -11,7 +12,8 @@ from tubelet_pipeline.clips import DatasetConfig
 from tubelet_pipeline.cluster import ClusterConfig
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.sampling import Sampling
-from tubelet_store.config import Config
+from tubelet_store.config import Config, validate
+from tubelet_store.spool import UploadConfig
 
 
 class ExtractConfig(Config):
@@ -37,3 +39,35 @@ class ExtractConfig(Config):
     """Decoder and its limits."""
     cluster: ClusterConfig = ClusterConfig()
     """Workers."""
+    scheduler: str | None = None
+    """Short for cluster.scheduler."""
+    scheduler_file: Path | None = None
+    """Short for cluster.scheduler_file."""
+    upload: UploadConfig = UploadConfig()
+    """What happens while object storage does not answer."""
+    log: Path | None = None
+    """Machine-readable log, one JSON object a line. None: `STORE.log.jsonl` beside a local store, else none."""
+
+    @property
+    def workers_from(self) -> ClusterConfig:
+        """The `cluster` section, with the short fields where they are given.
+
+        Raises:
+            TubeletError: they do not go together.
+        """
+        short = {"scheduler": self.scheduler, "scheduler_file": self.scheduler_file}
+        given = {name: value for name, value in short.items() if value is not None}
+        if not given:
+            return self.cluster
+        tree = self.cluster.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        # The command line wins over the file: one way to a scheduler replaces the other, and a cluster to start.
+        for name in ("scheduler", "scheduler_file", "class", "kwargs", "workers", "adapt"):
+            tree.pop(name, None)
+        return validate(ClusterConfig, {**tree, **given}, "the command line")
+
+    @property
+    def log_path(self) -> Path | None:
+        """Where the machine-readable log goes."""
+        if self.log is not None or "://" in self.store:
+            return self.log
+        return Path(f"{self.store.rstrip('/')}.log.jsonl").expanduser()

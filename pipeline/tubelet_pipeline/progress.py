@@ -47,6 +47,12 @@ class ExtractProgress:
     def __call__(self, summary: ExtractSummary) -> None:
         """Show the counts so far."""
         now = time.perf_counter()
+        if not summary.shards_this_run:
+            # Workers are there: what they took to come says nothing about the rate.
+            self._began = now
+            if summary.dashboard is not None:
+                self._bar.console.print(f"dashboard: {summary.dashboard}", highlight=False, soft_wrap=True)
+            return
         seconds = now - self._began
         done = sum(summary.clips.values())
         failed = done - summary.clips["ok"]

@@ -1,14 +1,16 @@
 """The one Dask task: decode the clips of a shard, run the backbone once, write every hook, commit.
 
-    decode processes ─▶ frames, in order ─▶ forward pass (this thread) ─▶ writer thread ─▶ commit record
+    decode processes ─▶ frames, in order ─▶ pixels (a thread) ─▶ forward pass (this thread) ─▶ writer thread ─▶ publish
 
-The three stages overlap; what is in flight is bounded by `batch_size`. The task is told the store and the shard's
-number and returns a few counts: no array travels through Dask. A bad clip is a row of the clip table, not an exception.
+The stages overlap; what is in flight is bounded by `batch_size`. Where a worker has two threads, the decoding of the
+next shard overlaps the end of this one; forward passes take turns. The task is told the store and the number of the
+shard, and returns a few counts: no array travels through Dask. A bad clip is a row of the clip table, not an exception.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 import time
@@ -19,7 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+from distributed import get_worker
+from distributed.comm import get_address_host
 from numpy.typing import NDArray
 
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
@@ -27,12 +32,16 @@ from tubelet_pipeline.clips import resolve_uri
 from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.overlap import ahead
 from tubelet_pipeline.planning import software_versions
 from tubelet_pipeline.sampling import Sampling
-from tubelet_store import ClipOutcome, StoreWriter
+from tubelet_store import ClipOutcome, StoreWriter, TubeletError
 from tubelet_store.commit import Commit
 from tubelet_store.config import Config
+from tubelet_store.errors import StoreUnreachable
+from tubelet_store.finished_shard import FinishedShard
 from tubelet_store.shard import ShardWriter
+from tubelet_store.spool import Spool, UploadConfig, patiently
 
 
 class ShardJob(Config):
@@ -47,6 +56,7 @@ class ShardJob(Config):
     decode: DecodeConfig
     batch_size: int
     threads: int
+    upload: UploadConfig
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,33 @@ class ShardReport:
     """Clips by `ok` or failure code."""
     size_bytes: int
     seconds: dict[str, float]
-    """Seconds this thread waited for frames (`decode`), computed (`forward`), and in total."""
+    """Seconds this thread waited for pixels (`decode`), computed (`forward`), in `total`, and then published."""
+    spooled: bool = False
+    """Finished, but kept on the worker's machine, because the object storage did not answer."""
+    host: str = ""
+    """Where it is kept, as Dask calls that machine."""
 
 
 def run_shard(job_json: str, shard: int) -> ShardReport:
-    """Extract one shard. Idempotent: a shard that is already committed is reported, not redone."""
+    """Extract one shard. Idempotent: a shard that is already committed is reported, not redone.
+
+    While the object storage does not answer, the finished shard is kept on this machine and reported as `spooled`;
+    every later task here tries to upload what waits.
+    """
     job = ShardJob.model_validate_json(job_json)
-    writer = StoreWriter.attach(job.store, job.plan_digest)
-    commit = writer.committed(shard)
-    if commit is None:
-        commit = _extract(writer, _runtime(job), shard)
-    return report(commit)
+    runtime = _runtime(job)
+    # The store may stop to answer at any time: what is not known to be committed is not.
+    with contextlib.suppress(StoreUnreachable):
+        runtime.store.drain(runtime.spool)
+        if (commit := runtime.store.committed(shard)) is not None:
+            return report(commit)
+    if shard in runtime.spool.shards():
+        return ShardReport(shard, {}, 0, {}, spooled=True, host=_host())
+    return _extract(runtime, shard)
+
+
+def _host() -> str:
+    return get_address_host(get_worker().address)
 
 
 def report(commit: Commit) -> ShardReport:
@@ -85,12 +111,20 @@ class _Runtime:
         torch.set_num_threads(job.threads)
         self.backbone: Backbone = load_backbone(job.backbone, frames=job.sampling.frames)
         self.decoder = DecodePool(job.decode)
-        table = StoreWriter.attach(job.store, job.plan_digest).planned_clips()
+        self.forward_lock = threading.Lock()
+        self.store, table = patiently(lambda: _attach(job), job.upload.patience_s)
+        self.spool = Spool(job.upload, job.store, self.store.plan)
+        self.spool.discard_partial()
         self.uris: list[str] = table["uri"].to_pylist()
         self.views: list[int] = table["view"].to_pylist()
 
     def request(self, clip: int) -> DecodeRequest:
         return DecodeRequest(resolve_uri(self.job.dataset_root, self.uris[clip]), self.job.sampling, self.views[clip])
+
+
+def _attach(job: ShardJob) -> tuple[StoreWriter, pa.Table]:
+    store = StoreWriter.attach(job.store, job.plan_digest)
+    return store, store.planned_clips()
 
 
 _current: _Runtime | None = None
@@ -108,27 +142,56 @@ def _runtime(job: ShardJob) -> _Runtime:
         return _current
 
 
-def _extract(store: StoreWriter, runtime: _Runtime, shard: int) -> Commit:
+def _extract(runtime: _Runtime, shard: int) -> ShardReport:
     began = time.perf_counter()
+    store, job = runtime.store, runtime.job
     clips = store.plan.shard_range(shard)
     seconds = {"decode": 0.0, "forward": 0.0}
-    size = runtime.job.batch_size
-    # Decoding runs two batches ahead: one being decoded while one waits for the forward pass.
+    size = job.batch_size
+    # Decoding runs two batches ahead: one being decoded while one is prepared or waits for the forward pass.
     decoded = runtime.decoder.map_ordered((runtime.request(clip) for clip in clips), prefetch=2 * size)
+    batches = (_prepare(runtime, list(itertools.islice(decoded, size))) for _ in range(0, len(clips), size))
     with store.shard(shard) as writer, ThreadPoolExecutor(1, thread_name_prefix="write") as executor:
         writing: Future[None] | None = None
+        prepared = ahead(batches, 1, "prepare")
         for _ in range(0, len(clips), size):
             with _timed(seconds, "decode"):
-                batch = list(itertools.islice(decoded, size))
-            with _timed(seconds, "forward"):
-                rows = list(_forward(runtime, batch))
+                batch = next(prepared)
+            with _timed(seconds, "forward"), runtime.forward_lock:
+                rows = _forward(runtime, batch)
             if writing is not None:
                 writing.result()
             writing = executor.submit(_append, writer, rows)
         if writing is not None:
             writing.result()
         seconds["total"] = time.perf_counter() - began
-        return writer.commit(software_versions(), {name: round(s, 4) for name, s in seconds.items()})
+        finished = writer.finish(software_versions(), {name: round(s, 4) for name, s in seconds.items()})
+        with _timed(seconds, "publish"):
+            commit = _publish(runtime, finished)
+    done = report(commit or finished.commit)
+    rounded = {name: round(s, 4) for name, s in seconds.items()}
+    return dataclasses.replace(done, seconds=rounded, spooled=commit is None, host=_host())
+
+
+def _publish(runtime: _Runtime, finished: FinishedShard) -> Commit | None:
+    """The record that counts; None where the storage does not answer and the shard waits in the spool."""
+
+    def attempt() -> Commit | None:
+        try:
+            return runtime.store.publish(finished)
+        except StoreUnreachable:
+            if runtime.spool.keep(finished):
+                return None
+            raise
+
+    try:
+        return patiently(attempt, runtime.job.upload.patience_s)
+    except StoreUnreachable as error:
+        raise TubeletError(
+            f"{runtime.store.url} has not answered for {runtime.job.upload.patience_s:g} s, and the spool "
+            f"{runtime.spool.directory} is full: {error.problem}",
+            "Mend the connection and run the same command again; upload.spool_mb makes more room",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -145,8 +208,15 @@ def _append(writer: ShardWriter, rows: list[_Row]) -> None:
         writer.append(row.outcome, row.activations, row.special_tokens)
 
 
-def _forward(runtime: _Runtime, batch: list[DecodedClip | DecodeFailure]) -> Iterator[_Row]:
-    backbone = runtime.backbone
+@dataclass(frozen=True)
+class _Batch:
+    """Clips in order, ready for the forward pass: pixels of those that could be decoded."""
+
+    outcomes: list[ClipOutcome]
+    pixels: torch.Tensor | None
+
+
+def _prepare(runtime: _Runtime, batch: list[DecodedClip | DecodeFailure]) -> _Batch:
     outcomes: list[ClipOutcome] = []
     pixels: list[torch.Tensor] = []
     for clip in batch:
@@ -155,23 +225,34 @@ def _forward(runtime: _Runtime, batch: list[DecodedClip | DecodeFailure]) -> Ite
             message = clip.message.replace(resolve_uri(runtime.job.dataset_root, ""), "")
             outcomes.append(ClipOutcome.failure(clip.code, message))
             continue
-        clip_pixels, crop = backbone.preprocess(clip.frames)
+        clip_pixels, crop = runtime.backbone.preprocess(clip.frames)
         pixels.append(clip_pixels)
         outcomes.append(_outcome(clip, (crop.top, crop.left, crop.height, crop.width)))
-    captured = backbone.activations(torch.stack(pixels), runtime.job.hooks) if pixels else {}
+    stacked = torch.stack(pixels) if pixels else None
+    if stacked is not None and runtime.backbone.device.type == "cuda":
+        stacked = stacked.pin_memory()
+    return _Batch(outcomes, stacked)
+
+
+def _forward(runtime: _Runtime, batch: _Batch) -> list[_Row]:
+    hooks = runtime.job.hooks
+    captured = runtime.backbone.activations(batch.pixels, hooks) if batch.pixels is not None else {}
     tokens = {hook: _to_numpy(c.tokens) for hook, c in captured.items()}
     special = {hook: _to_numpy(c.special) for hook, c in captured.items() if c.special is not None}
-    position = 0
-    for outcome in outcomes:
+    rows, position = [], 0
+    for outcome in batch.outcomes:
         if outcome.status == "failed":
-            yield _Row(outcome)
+            rows.append(_Row(outcome))
             continue
-        yield _Row(
-            outcome,
-            {hook: values[position] for hook, values in tokens.items()},
-            {hook: values[position] for hook, values in special.items()} or None,
+        rows.append(
+            _Row(
+                outcome,
+                {hook: values[position] for hook, values in tokens.items()},
+                {hook: values[position] for hook, values in special.items()} or None,
+            )
         )
         position += 1
+    return rows
 
 
 def _outcome(clip: DecodedClip, crop: tuple[float, float, float, float]) -> ClipOutcome:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import TYPE_CHECKING
 
 from tubelet_pipeline.verbs_videos import VIDEOS
@@ -21,10 +23,15 @@ def _extract_config() -> type[ExtractConfig]:
 
 def _extract(config: ExtractConfig) -> int:
     from tubelet_pipeline.extract import extract
+    from tubelet_pipeline.preemption import Preempted, preemptible
     from tubelet_pipeline.progress import ExtractProgress, print_summary
 
-    with ExtractProgress() as progress:
-        summary = extract(config, progress)
+    try:
+        with ExtractProgress() as progress, preemptible():
+            summary = extract(config, progress)
+    except Preempted:
+        print("tubelet: told to stop (SIGTERM); run the same command again to continue.", file=sys.stderr)
+        return 128 + signal.SIGTERM
     print_summary(summary)
     return 0 if summary.clips["ok"] else 1
 

@@ -6,7 +6,9 @@ planned + outcome columns (after)   ──▶ clips.parquet, one row per clip, i
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -104,6 +106,20 @@ def finished_table(planned: pa.Table, outcomes: Sequence[ClipOutcome], clips_per
     columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in OUTCOME]
     shards = pa.array([clip // clips_per_shard for clip in range(len(rows))], type=SHARD.type)
     return pa.table([*planned.columns, *columns, shards], schema=FINISHED)
+
+
+def outcomes_of(finished: pa.Table) -> list[ClipOutcome]:
+    """Inverse of `finished_table`: the outcome of each row."""
+    return [ClipOutcome.model_validate(row) for row in finished.select(OUTCOME.names).to_pylist()]
+
+
+def clip_table_digest(planned: pa.Table) -> str:
+    """`sha256:` over clip numbers, video ids, paths, labels and views: what a plan calls its clip table by."""
+    digest = hashlib.sha256()
+    names = ("clip", "video_id", "uri", "label", "view")
+    for row in zip(*(planned[name].to_pylist() for name in names), strict=True):
+        digest.update(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
 
 
 def to_parquet(table: pa.Table) -> bytes:

@@ -90,17 +90,19 @@ def write_commit(root: ObjectRoot, commit: Commit) -> bool:
     return root.create(commit_key(commit.shard), canonical_json(commit.model_dump(mode="json")))
 
 
-def write_commit_moments(root: ObjectRoot, shard: int, moments: dict[str, Moments]) -> StoredObject:
-    """Write the shard's moments, to be merged when the store is finished."""
+def encode_commit_moments(moments: dict[str, Moments]) -> bytes:
+    """The shard's moments as they lie beside its record, to be merged when the store is finished."""
     flat: dict[str, NDArray[np.generic]] = {
         f"{hook}/{name}": np.asarray(values, order="C")
         for hook, of_hook in moments.items()
         for name, values in of_hook.arrays().items()
     }
-    data = safetensors.numpy.save(flat)
-    key = commit_moments_key(shard)
-    root.replace(key, data)
-    return StoredObject(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return bytes(safetensors.numpy.save(flat))
+
+
+def stored_moments(shard: int, data: bytes) -> StoredObject:
+    """What a record says of the moments `data` of `shard`."""
+    return StoredObject(key=commit_moments_key(shard), size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def read_commit_moments(root: ObjectRoot, commit: Commit) -> dict[str, Moments]:
@@ -119,6 +121,11 @@ def read_commit_moments(root: ObjectRoot, commit: Commit) -> dict[str, Moments]:
             f"{root.url}/{key} is {'damaged' if data else 'missing'}",
             f"Copy it again from the store's source; while extracting, delete {commit_key(commit.shard)} and run again",
         )
+    return decode_commit_moments(data)
+
+
+def decode_commit_moments(data: bytes) -> dict[str, Moments]:
+    """Inverse of `encode_commit_moments`."""
     hooks: dict[str, dict[str, NDArray[np.generic]]] = {}
     for name, values in safetensors.numpy.load(data).items():
         hook, _, statistic = name.rpartition("/")

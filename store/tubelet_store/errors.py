@@ -26,6 +26,10 @@ class TubeletError(Exception):
         return f"{self.problem.rstrip('.')}. {self.remedy}{stop}"
 
 
+class StoreUnreachable(TubeletError):
+    """The object storage does not answer, or not well. It may later: nothing is wrong with what was asked."""
+
+
 def nearest(wrong: str, right: Iterable[str]) -> str:
     """Phrase that names the closest valid spelling of `wrong`, or lists all of them.
 

@@ -6,10 +6,11 @@ Config model ──▶ fields_of ──▶ Field("sampling.frames", default, val
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import ByteSize
+from pydantic_core import to_jsonable_python
 
 from tubelet_store.config import Config, models_in
 
@@ -50,11 +51,13 @@ def _fields(model: type[Config], instance: Any, prefix: str) -> list[Field]:
             found.append(Field(path, text, meaning, _literals(info.annotation)))
             continue
         found.append(Field(path, text, meaning, is_section=True))
-        found += _merged([(section, _fields(section, default, f"{path}.")) for section in sections], default)
+        found += _merged(
+            [(section, _fields(section, default, f"{path}.")) for section in sections], default, f"{path}.kind"
+        )
     return found
 
 
-def _merged(variants: list[tuple[type[Config], list[Field]]], default: Any) -> list[Field]:
+def _merged(variants: list[tuple[type[Config], list[Field]]], default: Any, tag_path: str) -> list[Field]:
     """Fields of a section that is one of several models, told apart by their `kind`: the common ones once, first."""
     if len(variants) == 1:
         return variants[0][1]
@@ -62,10 +65,10 @@ def _merged(variants: list[tuple[type[Config], list[Field]]], default: Any) -> l
     holders: dict[Field, list[str]] = {}
     for model, fields in variants:
         for field in fields:
-            if not field.path.endswith(".kind"):
+            if field.path != tag_path:
                 holders.setdefault(field, []).append(kinds[model])
     first = variants[0][1]
-    tag = next(field for field in first if field.path.endswith(".kind"))
+    tag = next(field for field in first if field.path == tag_path)
     text = kinds.get(type(default), REQUIRED)
     meaning = tag.meaning or "Which of the kinds; they have fields of their own."
     merged = [replace(tag, default=text, values=tuple(kinds.values()), meaning=meaning)]
@@ -83,8 +86,13 @@ def _default(model: type[Config], instance: Any, name: str) -> Any:
 def _as_yaml(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    if isinstance(value, ByteSize):
+        return value.human_readable()
+    return (
+        yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=10_000)
+        .removesuffix("\n")
+        .removesuffix("\n...")
+    )
 
 
 def _literals(annotation: Any) -> tuple[str, ...]:

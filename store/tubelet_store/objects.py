@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ import fsspec
 
 from tubelet_store.errors import TubeletError
 from tubelet_store.transport import PerProcess, open_transport
+from tubelet_store.upload import Uploader
 
 SCRATCH = ".tmp"
 _OWNER = "owner.lock"
@@ -69,6 +71,26 @@ class ObjectRoot(ABC):
     @abstractmethod
     def publish(self, key: str, finished: Path) -> None:
         """Move the finished scratch file to `key`."""
+
+    @abstractmethod
+    def deposit(self, key: str, finished: Path, sha256: str) -> bool:
+        """Make the finished file, whose digest is given, the object, unless another writer's bytes lie there.
+
+        Returns:
+            False where they do (never under `exclusive`, where the root can lock): they are left as they are.
+        """
+
+    @abstractmethod
+    def settle(self, key: str, data: bytes) -> bytes:
+        """Write the object beside a deposited one: over an older one under `exclusive`, else unless it exists.
+
+        Returns:
+            What lies there now.
+        """
+
+    @abstractmethod
+    def probe_create(self) -> bool:
+        """Whether `create` keeps two writers apart here; warns where it does not."""
 
     @abstractmethod
     def exclusive(self, name: str) -> contextlib.AbstractContextManager[None]:
@@ -160,6 +182,20 @@ class LocalRoot(ObjectRoot):
         """See ObjectRoot."""
         self._rename(finished, key)
 
+    def deposit(self, key: str, finished: Path, sha256: str) -> bool:  # noqa: ARG002
+        """See ObjectRoot. Without a record, what lies there is a dead writer's."""
+        self._rename(finished, key)
+        return True
+
+    def settle(self, key: str, data: bytes) -> bytes:
+        """See ObjectRoot."""
+        self.replace(key, data)
+        return data
+
+    def probe_create(self) -> bool:
+        """See ObjectRoot. A hard link is created once."""
+        return True
+
     @contextlib.contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
         """See ObjectRoot."""
@@ -233,6 +269,7 @@ class RemoteRoot(ObjectRoot):
         with _reaching(self.url):
             _, self._base = self._files()
         self._transport = open_transport(self.url)
+        self._uploader = Uploader(self.url)
 
     def __reduce__(self) -> tuple[type[RemoteRoot], tuple[str]]:
         return (RemoteRoot, (self.url,))
@@ -248,9 +285,30 @@ class RemoteRoot(ObjectRoot):
         """See ObjectRoot."""
         return self._transport.read(key)
 
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """See ObjectRoot."""
+        size = self.size(key)
+        if size is None:
+            raise FileNotFoundError(f"{self.url}/{key}")
+        for start in range(0, size, _CHUNK_BYTES):
+            yield self._transport.read_range(key, start, min(start + _CHUNK_BYTES, size)).tobytes()
+
     def size(self, key: str) -> int | None:
         """See ObjectRoot."""
         return self._transport.size(key)
+
+    def age_s(self, key: str) -> float | None:
+        """See ObjectRoot."""
+        try:
+            with _reaching(self.url):
+                return time.time() - float(self._fs.modified(self._path(key)).timestamp())
+        except (FileNotFoundError, NotImplementedError):
+            return None
+
+    def delete(self, key: str) -> None:
+        """See ObjectRoot."""
+        with contextlib.suppress(FileNotFoundError), _reaching(self.url):
+            self._fs.rm_file(self._path(key))
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
@@ -259,22 +317,34 @@ class RemoteRoot(ObjectRoot):
     def replace(self, key: str, data: bytes) -> None:
         """See ObjectRoot."""
         with _reaching(self.url, writing=True):
-            self._fs.pipe_file(self._path(key), data)
+            self._uploader.replace(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         """See ObjectRoot."""
-        try:
-            with _reaching(self.url, writing=True):
-                self._fs.pipe_file(self._path(key), data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        with _reaching(self.url, writing=True):
+            return self._uploader.create(key, data)
 
     def publish(self, key: str, finished: Path) -> None:
         """See ObjectRoot."""
+        with finished.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         with _reaching(self.url, writing=True):
-            self._fs.put_file(str(finished), self._path(key))
+            self._uploader.put_file(key, finished, sha256, over=True)
         finished.unlink()
+
+    def deposit(self, key: str, finished: Path, sha256: str) -> bool:
+        """See ObjectRoot."""
+        with _reaching(self.url, writing=True):
+            return self._uploader.put_file(key, finished, sha256)
+
+    def settle(self, key: str, data: bytes) -> bytes:
+        """See ObjectRoot."""
+        return data if self.create(key, data) else self.read(key)
+
+    def probe_create(self) -> bool:
+        """See ObjectRoot."""
+        with _reaching(self.url, writing=True):
+            return self._uploader.probe_create()
 
     def exclusive(self, name: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
         """See ObjectRoot. Object storage has no locks; the commit record's create-only write decides there."""
@@ -309,6 +379,11 @@ def open_root(url: str) -> ObjectRoot:
         return LocalRoot(Path(url).expanduser())
     if scheme == "file":
         return LocalRoot(Path(rest))
+    if "@" in rest.partition("/")[0]:
+        raise TubeletError(
+            f"A {scheme}:// URL holds credentials before '@'; they would be stored and logged with it",
+            "Put them into the environment or a profile, and leave them out of the URL",
+        )
     if not rest.strip("/"):
         raise TubeletError(f"{url} names no bucket", f"Write {scheme}://BUCKET/NAME.zarr")
     try:

@@ -1,13 +1,16 @@
 """A store as its readers see it: plan, clip table, moments, and shards as read-only memory maps.
 
 open_store(url) ─▶ Store ─▶ shard_map(hook, i): the file itself, as an array [clip, time, space, channel]
+                                                 (of a remote store: the mirrored file, see `mirror`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,28 +18,35 @@ from numpy.typing import NDArray
 
 from tubelet_store.clips import FINISHED, finished_table, from_parquet
 from tubelet_store.commit import Commit, committed_shards, read_commit, read_commit_moments
-from tubelet_store.errors import TubeletError
+from tubelet_store.errors import StoreUnreachable, TubeletError
 from tubelet_store.layout import (
     ACTIVATIONS,
     CLIPS,
+    GROUP,
     MANIFEST,
     MOMENTS,
     PLAN_TABLE,
     check_index,
     clip_bytes,
     clip_shape,
+    encode_index,
     index_bytes,
     read_moments,
     shard_bytes,
     shard_key,
 )
 from tubelet_store.manifest import Manifest
+from tubelet_store.mirror import Mirror, MirrorConfig, ShardObject
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot, open_root
 from tubelet_store.plan import Plan
 from tubelet_store.state import StoreState, read_state
+from tubelet_store.transport import NoAccess
 
 T = TypeVar("T")
+
+# How often small objects are read from a remote store before what they hold counts as damaged, not as badly received.
+_READINGS = 4
 
 # What Arrow, zarr, pydantic and NumPy raise over bytes that are not what was written.
 _DAMAGE = (pa.ArrowException, LookupError, NotImplementedError, OSError, TypeError, ValueError)
@@ -45,8 +55,10 @@ _DAMAGE = (pa.ArrowException, LookupError, NotImplementedError, OSError, TypeErr
 class Store:
     """A readable store. Everything it gives is read-only."""
 
-    def __init__(self, root: ObjectRoot, state: StoreState) -> None:
+    def __init__(self, root: ObjectRoot, state: StoreState, mirror: MirrorConfig | None = None) -> None:
         self.root = root
+        self.mirror = Mirror(root.url, mirror) if root.local_path(GROUP) is None else None
+        """Keeps shards of a remote store on a local disk; None: the store is local."""
         self.state = state
         self.plan: Plan = state.plan
         self.url: str = root.url
@@ -70,7 +82,9 @@ class Store:
     @cached_property
     def committed(self) -> tuple[int, ...]:
         """Shards that may be read, ascending."""
-        return tuple(range(self.plan.shards)) if self.complete else tuple(committed_shards(self.root))
+        if self.complete:
+            return tuple(range(self.plan.shards))
+        return tuple(shard for shard in committed_shards(self.root) if shard < self.plan.shards)
 
     @cached_property
     def _table(self) -> pa.Table:
@@ -105,13 +119,24 @@ class Store:
 
     def _parsed(self, key: str, parse: Callable[[bytes], T]) -> T:
         try:
-            data = self.root.read(key)
+            data = self._read(key)
         except FileNotFoundError as error:
             raise TubeletError(f"{self.url}/{key} is missing", "Copy the store again from its source") from error
         try:
             return parse(data)
         except _DAMAGE as error:
             raise self._damaged(key, error) from error
+
+    def _read(self, key: str) -> bytes:
+        """A small object; what comes over a network is checked against the manifest."""
+        if self.mirror is None or not self.complete or key == MANIFEST:
+            return self.root.read(key)
+        stored = self._manifest.get(key)
+        for _ in range(_READINGS):
+            data = self.root.read(key)
+            if stored is not None and hashlib.sha256(data).hexdigest() == stored.sha256:
+                return data
+        raise self._damaged(key, ValueError("its digest is not the manifest's"))
 
     def _damaged(self, key: str, error: Exception) -> TubeletError:
         detail = " ".join(str(error).split())
@@ -138,6 +163,13 @@ class Store:
         Raises:
             TubeletError: it is missing, or it is not the one the store was completed with.
         """
+        return _received(self.root, self._read_manifest)
+
+    @cached_property
+    def _manifest(self) -> Manifest:
+        return self.manifest()
+
+    def _read_manifest(self) -> Manifest:
         manifest = self._parsed(MANIFEST, lambda data: Manifest.from_parquet(data, self.plan.digest))
         if manifest.identity != self.state.identity:
             raise TubeletError(
@@ -151,7 +183,7 @@ class Store:
         self.plan.hook(hook)
         if self.complete:
             folder = f"{MOMENTS}/{hook}"
-            documents = {key: self.root.read(key) for key in self.root.list_keys(folder)}
+            documents = {key: self._read(key) for key in self.root.list_keys(folder)}
             try:
                 return read_moments(documents, hook)
             except _DAMAGE as error:
@@ -169,51 +201,95 @@ class Store:
             shard: Number of the shard.
             kind: `activations`, or `special_tokens` ([clip, time or 1, token, channel]).
 
+        The map of a remote store is of the mirrored file, which is fetched first and kept while the map lives.
+
         Raises:
-            TubeletError: no such hook; the shard is not committed, missing, truncated, or not in order; the store is
-                remote.
+            TubeletError: no such hook; the shard is not committed, missing, truncated, or not in order; or it cannot be
+                mirrored.
         """
         of_hook = self.plan.hook(hook)
-        if shard not in self.committed:
-            raise TubeletError(f"{self.url}: shard {shard} is not committed", "Finish the extraction: run it again")
-        key = shard_key(kind, hook, shard)
-        path = self.root.local_path(key)
-        if path is None:
-            raise TubeletError(
-                f"{self.url} is remote and cannot be memory-mapped", "Copy the store to a local disk first"
-            )
-        name = f"{self.url}/{key}"
-        expected = shard_bytes(self.plan, kind, of_hook, shard)
-        found = self.root.size(key)
-        if found is None:
-            raise TubeletError(f"{name} is missing", "Run `tubelet verify`, then copy the store again")
-        if found != expected:
-            raise TubeletError(
-                f"{name} holds {found} bytes, not {expected} (truncated?)", "Run `tubelet verify`, then copy it again"
-            )
-        clips = len(self.plan.shard_range(shard))
-        with path.open("rb") as file:
+        with self._shard_file(hook, shard, kind) as file:
+            name = f"{self.url}/{shard_key(kind, hook, shard)}"
+            expected = shard_bytes(self.plan, kind, of_hook, shard)
+            found = os.fstat(file.fileno()).st_size
+            if found != expected:
+                raise TubeletError(
+                    f"{name} holds {found} bytes, not {expected} (truncated?)",
+                    "Run `tubelet verify`, then copy it again",
+                )
+            clips = len(self.plan.shard_range(shard))
             file.seek(clips * clip_bytes(self.plan, kind, of_hook))
             check_index(self.plan, kind, of_hook, shard, file.read(index_bytes(self.plan)), name)
-        shape = (clips, *clip_shape(self.plan, kind, of_hook))
-        return np.memmap(path, dtype=self.plan.numpy_dtype, mode="r", offset=0, shape=shape)
+            shape = (clips, *clip_shape(self.plan, kind, of_hook))
+            return np.memmap(file, dtype=self.plan.numpy_dtype, mode="r", offset=0, shape=shape)
+
+    def expect(self, hook: str, shards: Iterable[int]) -> None:
+        """Say which shards will be mapped next, in order: a mirror fetches them ahead. Nothing to do for a local store.
+
+        Args:
+            hook: Name of the hook.
+            shards: Shards in the order of their first use, from now on; empty: none.
+        """
+        if self.mirror is not None:
+            self.mirror.expect(self.shard_object(hook, shard) for shard in shards)
+
+    def shard_object(self, hook: str, shard: int, kind: str = ACTIVATIONS) -> ShardObject:
+        """What a mirror needs to know of a shard.
+
+        Raises:
+            TubeletError: no such hook; the shard is not committed, or not in the manifest.
+        """
+        of_hook, key = self.plan.hook(hook), shard_key(kind, hook, shard)
+        if shard not in self.committed:
+            raise TubeletError(f"{self.url}: shard {shard} is not committed", "Finish the extraction: run it again")
+        if self.complete:
+            stored = self._manifest.get(key)
+        else:
+            stored = next((each for each in self.commit(shard).objects if each.key == key), None)
+        clips = len(self.plan.shard_range(shard))
+        size_bytes = shard_bytes(self.plan, kind, of_hook, shard)
+        if stored is None or stored.size_bytes != size_bytes or len(stored.crc32c) != clips:
+            raise TubeletError(
+                f"{self.url}/{key}: the manifest does not describe the {size_bytes} bytes that the plan asks for",
+                "Copy the store again from its source",
+            )
+        return ShardObject(
+            stored=stored,
+            clip_bytes=clip_bytes(self.plan, kind, of_hook),
+            first_clip=self.plan.shard_range(shard).start,
+            tail=encode_index(self.plan, kind, of_hook, shard),
+        )
+
+    def _shard_file(self, hook: str, shard: int, kind: str) -> BinaryIO:
+        if self.mirror is not None:
+            return self.mirror.open(self.shard_object(hook, shard, kind))
+        key = shard_key(kind, hook, shard)
+        path = self.root.local_path(key)
+        if shard not in self.committed or path is None:
+            raise TubeletError(f"{self.url}: shard {shard} is not committed", "Finish the extraction: run it again")
+        try:
+            return path.open("rb")
+        except FileNotFoundError as error:
+            remedy = "Run `tubelet verify`, then copy the store again"
+            raise TubeletError(f"{self.url}/{key} is missing", remedy) from error
 
 
-def open_store(url: str, allow_unfinished: bool = False) -> Store:
+def open_store(url: str, allow_unfinished: bool = False, mirror: MirrorConfig | None = None) -> Store:
     """Open the store at `url` (a path or an fsspec URL).
 
     Args:
         url: Where the store lies.
         allow_unfinished: Also open a store that is still being written; only its committed shards are seen.
+        mirror: Where and how much of a remote store is kept on a local disk; None: the defaults.
 
     Raises:
         TubeletError: nothing is there, it is not a Tubelet store, or it is unfinished.
     """
     root = open_root(url)
-    state = read_state(root)
+    state = _received(root, lambda: read_state(root))
     if state is None:
         raise TubeletError(f"No store at {url}", "Check the path; `tubelet extract` prints where it wrote")
-    store = Store(root, state)
+    store = Store(root, state, mirror)
     if not state.complete and not allow_unfinished:
         done = len(store.committed)
         raise TubeletError(
@@ -221,3 +297,15 @@ def open_store(url: str, allow_unfinished: bool = False) -> Store:
             "Run the same `tubelet extract` again to finish it, or open it with allow_unfinished=True",
         )
     return store
+
+
+def _received(root: ObjectRoot, read: Callable[[], T]) -> T:
+    """`read()`, again where it finds damage and the bytes came over a network: the damage may be of this transfer."""
+    for _ in range(_READINGS - 1 if root.local_path(GROUP) is None else 0):
+        try:
+            return read()
+        except (StoreUnreachable, NoAccess):
+            raise
+        except TubeletError:
+            continue
+    return read()

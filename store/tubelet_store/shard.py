@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_store.clips import ClipOutcome
-from tubelet_store.commit import Commit, StoredObject, read_commit, write_commit, write_commit_moments
+from tubelet_store.commit import Commit, StoredObject, encode_commit_moments, stored_moments
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import ACTIVATIONS, SPECIAL, array_kinds, clip_shape, commit_key, encode_index, shard_key
+from tubelet_store.finished_shard import FinishedShard, publish
+from tubelet_store.layout import ACTIVATIONS, SPECIAL, array_kinds, clip_shape, encode_index, shard_key
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot
 from tubelet_store.plan import Hook, Plan
+
+# How many there were is told by the clip's error alone, so that a shard copied clip by clip has the same moments.
+_NONFINITE = re.compile(r"nonfinite: (?P<values>\d+) values of \w+/(?P<hook>\S+) are NaN or infinite")
 
 
 class ShardWriter:
@@ -81,6 +86,10 @@ class ShardWriter:
         arrays = {ACTIVATIONS: activations or {}, SPECIAL: special_tokens or {}}
         if outcome.status == "ok":
             outcome = self._check_range(outcome, arrays)
+        counted = _NONFINITE.match(outcome.error or "")
+        if counted and (hook := counted["hook"]) in self._moments:
+            nonfinite = Moments.empty(self._plan.hook(hook).channels, nonfinite=int(counted["values"]))
+            self._moments[hook] = self._moments[hook].merge(nonfinite)
         for (kind, hook), file in self._files.items():
             if outcome.status == "failed":
                 file.append_nan()
@@ -93,6 +102,29 @@ class ShardWriter:
         self._outcomes.append(outcome)
         return outcome
 
+    def finish(
+        self, software: Mapping[str, str] | None = None, seconds: Mapping[str, float] | None = None
+    ) -> FinishedShard:
+        """What there is to publish, once all clips are in. Its files last as long as this writer.
+
+        Raises:
+            ValueError: clips are missing.
+        """
+        if len(self._outcomes) != len(self._range):
+            raise ValueError(f"shard {self._shard} has {len(self._outcomes)} of {len(self._range)} clips")
+        objects = tuple(file.finish() for file in self._files.values())
+        moments = encode_commit_moments(self._moments)
+        commit = Commit(
+            plan=self._plan.digest,
+            shard=self._shard,
+            objects=objects,
+            moments=stored_moments(self._shard, moments),
+            clips=tuple(self._outcomes),
+            software=dict(software or {}),
+            seconds=dict(seconds or {}),
+        )
+        return FinishedShard(commit, moments, {file.key: file.path for file in self._files.values()})
+
     def commit(self, software: Mapping[str, str] | None = None, seconds: Mapping[str, float] | None = None) -> Commit:
         """Publish the objects, then the record.
 
@@ -102,33 +134,7 @@ class ShardWriter:
         Raises:
             ValueError: clips are missing.
         """
-        if len(self._outcomes) != len(self._range):
-            raise ValueError(f"shard {self._shard} has {len(self._outcomes)} of {len(self._range)} clips")
-        objects = tuple(file.finish() for file in self._files.values())
-        # A scheduler may run the same shard twice at once; from here on one of the two goes first.
-        with self._root.exclusive(f"shard-{self._shard}"):
-            if (earlier := read_commit(self._root, self._shard)) is not None:
-                return earlier
-            for file in self._files.values():
-                self._root.publish(file.key, file.path)
-            commit = Commit(
-                plan=self._plan.digest,
-                shard=self._shard,
-                objects=objects,
-                moments=write_commit_moments(self._root, self._shard, self._moments),
-                clips=tuple(self._outcomes),
-                software=dict(software or {}),
-                seconds=dict(seconds or {}),
-            )
-            if write_commit(self._root, commit):
-                return commit
-        winner = read_commit(self._root, self._shard)
-        if winner is None or winner.objects != objects:
-            raise TubeletError(
-                f"Shard {self._shard} of {self._root.url} was written twice at once, with different bytes",
-                f"Delete its commit record {commit_key(self._shard)} and run the extraction again",
-            )
-        return winner
+        return publish(self._root, self._plan, self.finish(software, seconds))
 
     def _check_range(self, outcome: ClipOutcome, arrays: Mapping[str, Mapping[str, NDArray[Any]]]) -> ClipOutcome:
         limit = float(ml_dtypes.finfo(self._plan.numpy_dtype).max)
@@ -140,8 +146,6 @@ class ShardWriter:
                     continue
                 if not np.isfinite(peak):
                     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
-                    counted = Moments.empty(hook.channels, nonfinite=bad)
-                    self._moments[hook.name] = self._moments[hook.name].merge(counted)
                     error = f"nonfinite: {bad} values of {kind}/{hook.name} are NaN or infinite"
                     return outcome.model_copy(update={"status": "failed", "error": error})
                 clip = self._range[len(self._outcomes)]

@@ -3,10 +3,10 @@
     read / read_range / size / list_keys ─▶ one attempt by the client ─▶ passing fault? wait (doubling, jittered), again
                                                                      └▶ anything else: one clear error, named by key
 
-`FsspecTransport` works for every fsspec URL. `ObstoreTransport` reads `s3://` with obstore where that is installed: less
-processor time per byte (benchmarks/results/remote.txt). Clients are built where they are first used, one per process,
-and neither they nor any credentials are ever pickled: what travels is the URL. After a fork a process builds its own;
-obstore's runtime does not survive a fork, so a forked child of a process that used it reads through fsspec.
+`FsspecTransport` works for every fsspec URL. `ObstoreTransport` reads `s3://` with obstore where that is installed:
+less processor time per byte (benchmarks/results/remote.txt). Clients are built where they are first used, one per
+process, and neither they nor any credentials are ever pickled: what travels is the URL. After a fork a process builds
+its own; obstore's runtime does not survive a fork, so a forked child of a process that used it reads through fsspec.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import fsspec.config
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_store.errors import TubeletError
+from tubelet_store.errors import StoreUnreachable, TubeletError
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -116,6 +116,10 @@ class PerProcess(Generic[T]):
 
 
 os.register_at_fork(after_in_child=PerProcess.after_fork)
+
+
+class NoAccess(TubeletError):
+    """The object storage refuses the credentials."""
 
 
 class _ShortRead(Exception):
@@ -213,15 +217,15 @@ class Transport(ABC):
     def _explained(self, key: str, fault: Fault, error: Exception, attempts: int) -> TubeletError:
         name, detail = f"{self.url}/{key}".rstrip("/"), _detail(error)
         if fault == "expired":
-            return TubeletError(
+            return NoAccess(
                 f"{name}: the credentials have expired",
                 "Get new ones (a new session token in the environment, or log in to the profile again) and run the same"
                 " command again; what has arrived is kept",
             )
         if fault == "denied":
             remedy = "Check the credentials (environment, profile or role) and their rights"
-            return TubeletError(f"No access to {name}: {detail}", remedy)
-        return TubeletError(
+            return NoAccess(f"No access to {name}: {detail}", remedy)
+        return StoreUnreachable(
             f"{name} cannot be reached ({attempts} attempts): {detail}",
             "Check the endpoint, the network and the credentials, and run the same command again",
         )
@@ -257,7 +261,7 @@ class FsspecTransport(Transport):
         return bytes(self._files().cat_file(self._path(key)))
 
     def _read_range(self, key: str, start: int, stop: int) -> NDArray[np.uint8]:
-        return np.frombuffer(self._files().cat_file(self._path(key), start=start, end=stop), np.uint8)
+        return np.frombuffer(bytes(self._files().cat_file(self._path(key), start=start, end=stop)), np.uint8)
 
     def _size(self, key: str) -> int:
         return int(self._files().size(self._path(key)))

@@ -1,20 +1,38 @@
-"""Is every byte of a store still what was written? Objects against the manifest, clips against their checksums."""
+"""Is every byte of a store still what was written? Objects against the manifest, clips against their checksums.
+
+    every object ─▶ size, digest, checksum of each clip ─▶ findings ─▶ (with another copy at hand) repair
+
+The identity covers sizes and digests. The checksums per clip, which only tell where the damage is, are computed anew
+from the objects, so a manifest in which they were changed is found too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import google_crc32c
-
-from tubelet_store.commit import StoredObject
+from tubelet_store.commit import StoredObject, committed_shards
+from tubelet_store.digest import digest_of
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import ACTIVATIONS, COMMITS, GROUP, MANIFEST, PLAN_TABLE, SPECIAL, array_kinds, clip_bytes
-from tubelet_store.layout import shard_key as key_of_shard
+from tubelet_store.layout import (
+    GROUP,
+    MANIFEST,
+    PLAN_TABLE,
+    array_kinds,
+    clip_bytes,
+    commit_key,
+    commit_moments_key,
+    shard_key,
+)
+from tubelet_store.manifest import Manifest
+from tubelet_store.parallel import in_parallel
 from tubelet_store.reader import Store
+from tubelet_store.transfer import transfer
 
 
 @dataclass(frozen=True)
@@ -28,32 +46,119 @@ class Finding:
     """Clips whose bytes are damaged, where that is known."""
 
 
-def verify(store: Store, threads: int = 4) -> Iterator[tuple[StoredObject, list[Finding]]]:
+def verify(
+    store: Store, threads: int = 4, skip: Callable[[StoredObject], bool] = lambda _: False
+) -> Iterator[tuple[StoredObject, list[Finding]]]:
     """Check every object of `store`, reading each byte once; yields objects with their findings as they are done.
 
-    Of a complete store every object of the manifest is checked, of an unfinished one every committed shard.
+    Of a complete store every object of the manifest is checked, of an unfinished one every committed shard. Memory is
+    bounded: objects are read in pieces.
+
+    Args:
+        store: The store.
+        threads: Objects checked at once.
+        skip: Objects that need no reading (an interrupted run found them good).
 
     Raises:
         TubeletError: the manifest itself is missing, damaged or not the store's.
     """
-    objects = expected_objects(store)
     checks = _ObjectCheck(store)
-    with ThreadPoolExecutor(threads) as pool:
-        yield from zip(objects, pool.map(checks, objects), strict=True)
+    yield from in_parallel(lambda stored: [] if skip(stored) else checks(stored), expected_objects(store), threads)
 
 
-def expected_objects(store: Store) -> list[StoredObject]:
+def expected_objects(store: Store) -> Sequence[StoredObject]:
     """What the manifest, or the commit records of an unfinished store, say should be there."""
     if store.complete:
-        return list(store.manifest().objects)
+        return store.manifest()
     commits = [store.commit(shard) for shard in store.committed]
     return [stored for commit in commits for stored in (*commit.objects, commit.moments)]
 
 
 def orphans(store: Store) -> list[str]:
     """Objects that belong to nothing: left by dead writers, or put there by somebody else."""
-    known = {stored.key for stored in expected_objects(store)} | {GROUP, PLAN_TABLE, MANIFEST}
-    return [key for key in store.root.list_keys() if key not in known and not key.startswith(f"{COMMITS}/")]
+    objects = expected_objects(store)
+    known = set(objects.keys) if isinstance(objects, Manifest) else {stored.key for stored in objects}
+    known |= {GROUP, PLAN_TABLE, MANIFEST}
+    for shard in committed_shards(store.root):
+        if shard < store.plan.shards:
+            known |= {commit_key(shard), commit_moments_key(shard)}
+    if not store.complete:
+        known |= {f"{kind}/zarr.json" for kind in array_kinds(store.plan)}
+        known |= {f"{kind}/{hook.name}/zarr.json" for kind in array_kinds(store.plan) for hook in store.plan.hooks}
+    return [key for key in store.root.list_keys() if key not in known]
+
+
+class Progress:
+    """Objects that an interrupted `verify` found good, kept in the user's cache, so that the next run goes on there.
+
+    Args:
+        store: The store that is verified.
+        fresh: Forget what an earlier run found.
+    """
+
+    def __init__(self, store: Store, fresh: bool = False) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tubelet" / "verify"
+        name = hashlib.sha256(f"{store.url} {store.identity}".encode()).hexdigest()[:32]
+        self._path = cache / f"{name}.txt"
+        if fresh:
+            self._path.unlink(missing_ok=True)
+        self._good: frozenset[str] = frozenset()
+        self.age_s = 0.0
+        """How long ago the interrupted run stopped."""
+        if self._path.exists():
+            self.age_s = time.time() - self._path.stat().st_mtime
+            # The last line may be cut off; no object is called by a part of a digest.
+            self._good = frozenset(self._path.read_text().split())
+        cache.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a")
+
+    def __len__(self) -> int:
+        return len(self._good)
+
+    def knows(self, stored: StoredObject) -> bool:
+        """An interrupted run found it good."""
+        return self._line(stored) in self._good
+
+    def good(self, stored: StoredObject) -> None:
+        """Remember it."""
+        self._file.write(self._line(stored) + "\n")
+        self._file.flush()
+
+    def done(self) -> None:
+        """The run came to its end: nothing to go on with."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _line(self, stored: StoredObject) -> str:
+        return hashlib.sha256(f"{stored.key} {stored.sha256}".encode()).hexdigest()
+
+
+class Repair:
+    """Replaces damaged objects of `store` by those of another copy, each verified before it takes its place.
+
+    Raises:
+        TubeletError: `source` is another store.
+    """
+
+    def __init__(self, store: Store, source: Store) -> None:
+        if not store.complete or source.identity != store.identity:
+            raise TubeletError(
+                f"{source.url} is not a copy of {store.url}: its identity is {source.identity}, not {store.identity}",
+                "Name a copy of the same store with --from",
+            )
+        self._root, self._source = store.root, source
+
+    def manifest(self) -> None:
+        """Replace the manifest by the source's."""
+        self._root.replace(MANIFEST, self._source.manifest().to_parquet())
+
+    def object(self, stored: StoredObject) -> None:
+        """Replace one object.
+
+        Raises:
+            TubeletError: the source's is damaged too.
+        """
+        transfer(self._source.root, self._root, stored)
 
 
 class _ObjectCheck:
@@ -63,7 +168,7 @@ class _ObjectCheck:
         self._store = store
         plan = store.plan
         self._clip_layout = {
-            key_of_shard(kind, hook.name, shard): (clip_bytes(plan, kind, hook), plan.shard_range(shard))
+            shard_key(kind, hook.name, shard): (clip_bytes(plan, kind, hook), plan.shard_range(shard))
             for kind in array_kinds(plan)
             for hook in plan.hooks
             for shard in store.committed
@@ -75,26 +180,25 @@ class _ObjectCheck:
             self._videos = dict(zip(table["clip"].to_pylist(), table["video_id"].to_pylist(), strict=True))
 
     def __call__(self, stored: StoredObject) -> list[Finding]:
-        found = self._store.root.size(stored.key)
-        if found is None:
+        root = self._store.root
+        size = root.size(stored.key)
+        if size is None:
             return [Finding(stored.key, "missing")]
-        if found != stored.size_bytes:
-            return [Finding(stored.key, f"{found} bytes instead of {stored.size_bytes}")]
-        data = self._store.root.read(stored.key)
-        if hashlib.sha256(data).hexdigest() == stored.sha256:
-            return []
-        damaged = self._damaged_clips(stored, data)
+        if size != stored.size_bytes:
+            return [Finding(stored.key, f"{size} bytes instead of {stored.size_bytes}")]
+        size_of_clip, clips = self._clip_layout.get(stored.key, (0, range(0)))
+        digest = digest_of(root.chunks(stored.key), len(clips), size_of_clip)
+        damaged = [
+            clip
+            for clip, found, recorded in zip(clips, digest.crc32c, stored.crc32c, strict=False)
+            if found != recorded
+        ]
+        if digest.sha256 == stored.sha256:
+            if digest.crc32c == stored.crc32c:
+                return []
+            where = MANIFEST if self._store.complete else "the commit record"
+            return [Finding(MANIFEST, f"the clip checksums of {stored.key} in {where} are not those of its bytes")]
         if not damaged:
             return [Finding(stored.key, "its digest differs (outside the clips' bytes)")]
         names = ", ".join(f"clip {clip} (video {self._videos.get(clip, '?')})" for clip in damaged)
         return [Finding(stored.key, f"damaged: {names}", tuple(damaged))]
-
-    def _damaged_clips(self, stored: StoredObject, data: bytes) -> list[int]:
-        if not stored.key.startswith((f"{ACTIVATIONS}/", f"{SPECIAL}/")) or not stored.crc32c:
-            return []
-        size, clips = self._clip_layout[stored.key]
-        return [
-            clip
-            for number, (clip, checksum) in enumerate(zip(clips, stored.crc32c, strict=True))
-            if int(google_crc32c.value(data[number * size : (number + 1) * size])) != checksum
-        ]

@@ -7,8 +7,10 @@ Resuming is the same call: the shards that have a record are done, the others ar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,12 +24,14 @@ from tubelet_store.commit import (
     read_commit_moments,
 )
 from tubelet_store.errors import TubeletError
+from tubelet_store.finished_shard import FinishedShard, publish
 from tubelet_store.layout import CLIPS, GROUP, MANIFEST, PLAN_TABLE, metadata_documents, moments_documents
 from tubelet_store.manifest import Manifest
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot, open_root
 from tubelet_store.plan import Plan
 from tubelet_store.shard import ShardWriter
+from tubelet_store.spool import Spool
 from tubelet_store.state import StoreState, read_state, state_document
 
 
@@ -71,6 +75,7 @@ class StoreWriter:
             # The group document comes last: where it stands, the store was begun.
             for key in sorted(documents, key=lambda key: key == GROUP):
                 root.replace(key, documents[key])
+            root.probe_create()
         elif state.plan_digest != plan.digest:
             differences = "; ".join(state.plan.differences(plan))
             raise TubeletError(
@@ -111,6 +116,18 @@ class StoreWriter:
     def shard(self, shard: int) -> ShardWriter:
         """A writer for the whole of shard `shard`."""
         return ShardWriter(self._root, self.plan, shard)
+
+    def publish(self, finished: FinishedShard) -> Commit:
+        """Publish a shard that a writer finished; see `finished_shard.publish`."""
+        return publish(self._root, self.plan, finished)
+
+    def drain(self, spool: Spool) -> list[int]:
+        """Upload what waits in `spool`, as far as the storage answers; the shards that are committed now."""
+        return spool.drain(self._root)
+
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
+        """A fresh local directory for unfinished files, removed on leaving."""
+        return self._root.scratch()
 
     def discard_scratch(self) -> None:
         """Remove what killed writers left behind; living ones keep theirs."""

@@ -205,11 +205,11 @@ def test_leaving_early_stops_the_background_thread(store):
 def test_buffers_are_allocated_once(store):
     loader = windows(store, total=5 * len(ALL))
     list(loader)
-    first = [slot.host.data_ptr() for slot in loader._slots]
+    first = [slot.host[0].data_ptr() for slot in loader._slots]
     loader.step = 0
     list(loader)
-    assert [slot.host.data_ptr() for slot in loader._slots] == first
-    assert sum(slot.host.nbytes for slot in loader._slots) <= 2 * 130 * 3 * 2
+    assert [slot.host[0].data_ptr() for slot in loader._slots] == first
+    assert sum(slot.host[0].nbytes for slot in loader._slots) <= 2 * 130 * 3 * 2
 
 
 def test_wrong_choices_are_named(store, tmp_path):

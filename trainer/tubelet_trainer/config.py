@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tubelet_store.config import Config
+from tubelet_store.mirror import MirrorConfig
 from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig
 from tubelet_trainer.split import HoldoutConfig
 
@@ -48,7 +49,7 @@ class TrainConfig(Config):
     """One training run: a store, an SAE, a folder for what comes out."""
 
     store: str
-    """Path of the activation store."""
+    """Path or URL of the activation store; a remote one is read through a mirror on a local disk."""
     out: Path
     """Folder of the run; a run found there is continued."""
     hook: str | None = None
@@ -67,6 +68,11 @@ class TrainConfig(Config):
     """Tokens shuffled together; two windows are held in memory."""
     block_patches: int | None = Field(default=None, ge=1)
     """Patches copied together, a divisor of the grid's; none: a row of the grid, or the whole grid of small clips."""
+    resident_shards: int | None = Field(default=None, ge=1)
+    """Shards shuffled together, which have to be at hand at once; part of what decides the order of tokens, also for a
+    local store. None: all; of a remote store, if not all fit the mirror's budget, as many as fit it twice."""
+    mirror: MirrorConfig = MirrorConfig()
+    """Where and how much of a remote store is kept on a local disk."""
     holdout: HoldoutConfig = HoldoutConfig()
     """Videos kept for evaluation."""
     sae: AnySAEConfig = TopKConfig()

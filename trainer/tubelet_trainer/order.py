@@ -6,6 +6,9 @@ A Feistel network over a grid of mixed radix (Black & Rogaway 2002, "Ciphers wit
 is a bijection for any a and b. With a = ceil(sqrt(n)) and b = ceil(n / a) the grid holds fewer than n + a points, so
 walking on from the few points outside [0, n) hardly ever happens. Integers only: the order is the same on every
 machine and device, and position i costs the same whether or not i - 1 was asked for.
+
+The blocks of an epoch are shuffled all together, or, where not all shards can be near at once, group by group of shards
+that are themselves drawn at random: `EpochOrder`.
 """
 
 from __future__ import annotations
@@ -66,6 +69,55 @@ class Permutation:
             else:
                 left = (left + _mix(right ^ key) % a) % a
         return left * b + right
+
+
+class EpochOrder:
+    """The order of one epoch's blocks, and of the shards they lie in.
+
+        shards ──permutation──▶ groups of `together` shards ──▶ the blocks of each group, shuffled
+
+    Args:
+        first_block: [shards + 1] First block of each shard, ascending from 0, and the number of all blocks.
+        together: Shards whose blocks are shuffled together; None: all.
+        key: Names the epoch, e.g. `(seed, epoch)`.
+    """
+
+    def __init__(self, first_block: NDArray[np.int64], together: int | None, key: tuple[int, ...]) -> None:
+        self._first_block = first_block
+        self._key = key
+        shards = len(first_block) - 1
+        # Groups differ by at most one shard: a small last one would mix few clips.
+        groups = 1 if together is None else -(-shards // together)
+        self._first_shard = np.arange(groups + 1, dtype=np.int64) * shards // groups
+        drawn = np.arange(shards, dtype=np.int64)
+        if groups > 1:
+            drawn = Permutation(shards, ("shards", *key)).slice(0, shards)
+        self._drawn = drawn
+        """[shards] Shards in the order of their groups."""
+        self._blocks = np.concatenate([[0], np.cumsum(np.diff(first_block)[drawn])]).astype(np.int64)
+        """[shards + 1] Position at which each drawn shard's blocks would begin if they were not shuffled."""
+
+    def slice(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Blocks at positions [start, stop) of the epoch."""
+        found = []
+        bounds = self._blocks[self._first_shard]
+        for group in range(self.group(start), len(self._first_shard) - 1):
+            first, last = int(bounds[group]), int(bounds[group + 1])
+            if first >= stop:
+                break
+            name: tuple[str | int, ...] = ("blocks", *self._key, *([group] if len(bounds) > 2 else []))
+            places = first + Permutation(last - first, name).slice(max(start, first) - first, min(stop, last) - first)
+            drawn = np.searchsorted(self._blocks, places, side="right") - 1
+            found.append(self._first_block[self._drawn[drawn]] + places - self._blocks[drawn])
+        return np.concatenate(found)
+
+    def group(self, position: int) -> int:
+        """Group that holds the block at `position`."""
+        return int(np.searchsorted(self._blocks[self._first_shard], position, side="right")) - 1
+
+    def shards_from(self, group: int) -> NDArray[np.int64]:
+        """Shards (their numbers in `first_block`) of `group` and of those that follow, in the order of their need."""
+        return self._drawn[self._first_shard[group] :]
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

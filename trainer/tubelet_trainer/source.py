@@ -7,7 +7,9 @@ and time lie at fixed distances from it.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import resource
+import threading
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,8 @@ from tubelet_store.errors import nearest
 # Clips with no more tokens than this are one block: batches then still mix many clips.
 _WHOLE_CLIP_TOKENS = 256
 
-# Maps kept open per source. A map costs address space only, but Linux allows a process 65,530 of them.
-_OPEN_MAPS = 4096
+# Maps kept open per source. A map costs an open file (Python's mmap keeps one), of which a process may have so many.
+_OPEN_MAPS = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 # Values looked at together when searching for non-finite ones: small enough for the cache. Of 2^14, 2^16, 2^18 the last
 # was the fastest (1.1 to 1.4 memory copies of the same bytes).
@@ -30,7 +32,7 @@ class Source:
     """Activations of one hook of one store, as blocks.
 
     Args:
-        store: An open, local store.
+        store: An open store; shards of a remote one are read from its mirror.
         hook: Name of the hook; None: the store's only one.
         block_patches: Patches per block, a divisor of the grid's patches. None: the whole grid for clips of at most 256
             tokens, else one row of the grid.
@@ -57,11 +59,18 @@ class Source:
         self.block_tokens = self.grid.time * block_patches
         self.bits = np.dtype(np.int16 if store.plan.numpy_dtype.itemsize == 2 else np.int32)
         """Integer type as wide as the stored values. Copies go through it: NumPy and torch share no bfloat16."""
-        self._runs = lru_cache(maxsize=_OPEN_MAPS)(self._open_runs)
+        # Of a mirror's files one: a process that waits for a shard must not hold another that somebody waits for.
+        self._most_open = _OPEN_MAPS if store.mirror is None else 1
+        self._open: dict[int, NDArray[np.signedinteger]] = {}
+        self._opening = threading.Lock()
 
     def usable(self) -> NDArray[np.bool_]:
         """[clips] Clips that hold activations."""
         return self.store.ok()
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Say which shards will be read next, in that order, so that a mirror can fetch them ahead."""
+        self.store.expect(self.hook, shards)
 
     def copy_blocks(self, clips: NDArray[np.int64], groups: NDArray[np.int64], out: NDArray[np.signedinteger]) -> None:
         """Copy blocks into `out`, in the order given.
@@ -111,10 +120,15 @@ class Source:
                 "Run `tubelet verify` on the store; if the file is intact, extract that shard again",
             )
 
-    def _open_runs(self, shard: int) -> NDArray[np.signedinteger]:
+    def _runs(self, shard: int) -> NDArray[np.signedinteger]:
         """Shard as [clip x time x group, block_patches x channels] of dtype `bits`: a view of the memory map."""
-        mapped = self.store.shard_map(self.hook, shard)
-        return mapped.view(self.bits).reshape(-1, self.block_patches * self.channels)
+        with self._opening:
+            if shard not in self._open:
+                while len(self._open) >= self._most_open:
+                    del self._open[next(iter(self._open))]
+                mapped = self.store.shard_map(self.hook, shard)
+                self._open[shard] = mapped.view(self.bits).reshape(-1, self.block_patches * self.channels)
+            return self._open[shard]
 
 
 def choose_hook(store: Store, name: str | None) -> str:

@@ -41,7 +41,7 @@ from tubelet_trainer.progress import ProgressReport
 from tubelet_trainer.sae.export import RECORD, load_record, save_sae
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.source import Source
+from tubelet_trainer.source import Source, choose_hook
 from tubelet_trainer.split import held_out
 from tubelet_trainer.windows import Batch, Windows
 
@@ -61,6 +61,7 @@ _FREE_FIELDS = (
     "keep_checkpoints",
     "resume",
     "device",
+    "mirror",
 )
 
 
@@ -82,7 +83,11 @@ class Run:
         source = Source(store, config.hook, config.block_patches)
         self.hook = source.hook
         training, heldout = self._split()
-        loader: dict[str, Any] = {"batch_tokens": config.batch_tokens, "device": device}
+        loader: dict[str, Any] = {
+            "batch_tokens": config.batch_tokens,
+            "resident_shards": config.resident_shards,
+            "device": device,
+        }
         total = config.total_tokens(len(training) * store.plan.grid.tokens)
         self.windows = Windows(
             source, training, window_tokens=config.window_tokens, total_tokens=total, seed=config.seed, **loader
@@ -182,7 +187,7 @@ class Run:
         differ = [
             f"{name}: {then.get(name)} -> {now.get(name)}"
             for name in sorted(then.keys() | now.keys())
-            if name not in _FREE_FIELDS and then.get(name) != now.get(name)
+            if name.partition(".")[0] not in _FREE_FIELDS and then.get(name) != now.get(name)
         ]
         if record["store_identity"] != self.store.identity:
             differ.append(f"store identity: {record['store_identity']} -> {self.store.identity}")
@@ -217,10 +222,11 @@ def train(config: TrainConfig) -> Path:
     Raises:
         TubeletError: the store or configuration does not fit, `out` holds another run, or training broke down.
     """
-    store = open_store(config.store)
-    run = Run(config, store, choose_device(config.device))
+    store = open_store(config.store, mirror=config.mirror)
     folder = config.out / "checkpoints"
     found = load_latest(folder)
+    config = _with_resident_shards(config, store, found)
+    run = Run(config, store, choose_device(config.device))
     if found is not None and not config.resume:
         raise TubeletError(
             f"{config.out} already holds a run", "Choose another --out, or let it continue with --resume true"
@@ -241,6 +247,22 @@ def train(config: TrainConfig) -> Path:
         log.close()
     save_sae(config.out, run.sae, run.provenance(final))
     return config.out
+
+
+def _with_resident_shards(config: TrainConfig, store: Store, found: Checkpoint | None) -> TrainConfig:
+    """`config` with `resident_shards` decided: it is part of the order of tokens, so it must stay with the run."""
+    if config.resident_shards is not None:
+        return config
+    if found is not None:
+        return config.model_copy(update={"resident_shards": found.record["config"].get("resident_shards")})
+    if store.mirror is None:
+        return config
+    size_bytes = store.shard_object(choose_hook(store, config.hook), 0).stored.size_bytes
+    if size_bytes * store.plan.shards <= config.mirror.budget:
+        return config
+    # Twice: while the last blocks of one group are read, the next one is fetched.
+    fitting = max(1, int(config.mirror.budget) // (2 * size_bytes))
+    return config.model_copy(update={"resident_shards": fitting})
 
 
 def _loop(run: Run, folder: Path, log: MetricsLog, report: ProgressReport) -> dict[str, float]:

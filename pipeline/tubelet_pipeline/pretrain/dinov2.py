@@ -1,10 +1,10 @@
 """Training of the demo's frame-wise backbone, of DINOv2's architecture: supervised, not by DINO.
 
-    frame ──▶ encoder ──linear─▶ for every patch: object or background; and for patches of an object its shape, colour and
-                                 texture, and where its centre is and how large it is
+    frame ──▶ encoder ──linear─▶ of every patch: object or background;
+                                 of patches of an object: shape, colour, texture, the object's centre and radius
 
-Labels come from the generator (`frame_labels`), one frame at a time: nothing in it knows of motion. One thread: with the
-same versions of torch and FFmpeg the weights are the same on every run.
+Labels come from the generator (`frame_labels`), one frame at a time: nothing in it knows of motion. One thread: with
+the same versions of torch and FFmpeg the weights are the same on every run.
 
     python -m tubelet_pipeline.pretrain.dinov2 --out DIR
 """

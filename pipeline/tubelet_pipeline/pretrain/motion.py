@@ -30,8 +30,8 @@ def motion_targets(clips: torch.Tensor, grid: int) -> torch.Tensor:
         grid: Cells per side, G; H / 2 and W / 2 are multiples of it.
 
     Returns:
-        float32 [B, T / 2, G * G, 6] in the order of `TARGETS`. Flow in half-size pixels per sampled frame, lever arms in
-        halves of the frame.
+        float32 [B, T / 2, G * G, 6] in the order of `TARGETS`. Flow in half-size pixels per sampled frame, lever
+        arms in halves of the frame.
     """
     batch, frames = clips.shape[:2]
     small = F.avg_pool2d(clips.flatten(0, 1), 2)

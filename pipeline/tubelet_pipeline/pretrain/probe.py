@@ -1,10 +1,10 @@
 """What a backbone knows of the demo's actions: linear probes on the encoded videos, beside the same net untrained.
 
-    .webm ──decode, preprocess──▶ backbone ──pool──▶ ridge regression fitted on the train split ──▶ accuracy on validation
+    .webm ──decode, preprocess──▶ backbone ──pool──▶ ridge regression, train split ──▶ accuracy, validation split
 
-Two poolings per block: `mean` over all tokens (so motion must be in the tokens), `time` over space alone (so a probe may
-compare time steps). Two accuracies: `class` among all 16, `twins` among the two opposed actions, which consist of the
-same frames (shaking and holding still left out, for their frames differ): one half for whoever has seen no motion.
+Two poolings per block: `mean` over all tokens (so motion must be in the tokens), `time` over space alone (so a probe
+may compare time steps). Two accuracies: `class` among all 16, `twins` among the two opposed actions, which consist of
+the same frames (shaking and holding still left out, for their frames differ): one half for whoever has seen no motion.
 
     python -m tubelet_pipeline.pretrain.probe [--videos 640] [--data DIR] [--out FILE]
 """

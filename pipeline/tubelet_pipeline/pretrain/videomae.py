@@ -82,6 +82,7 @@ class Pretraining(nn.Module):
             decoder_num_attention_heads=4,
             decoder_intermediate_size=4 * recipe.decoder_hidden,
             use_mean_pooling=True,
+            norm_pix_loss=False,
         )
         self.mae: Any = VideoMAEForPreTraining(config)
         self.motion = nn.Linear(HIDDEN, len(TARGETS))

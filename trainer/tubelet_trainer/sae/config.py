@@ -1,4 +1,22 @@
-"""The recipe of one sparse autoencoder: its size, its sparsifier, how dead latents are revived."""
+"""The recipe of one sparse autoencoder: which parts it is composed of.
+
+    normalisation ─▶ linear encoder ─▶ sparsifier (`kind`) ─▶ linear decoder, read whole or in prefixes (`nesting`)
+
+| paper | kind | nesting |
+|---|---|---|
+| ReLU + L1 (Bricken 2023, saev) | `relu` | `flat` |
+| Gated (Rajamanoharan 2024a) | `gated` | `flat` |
+| TopK + AuxK (Gao 2024) | `topk` | `flat` |
+| BatchTopK (Bussmann 2024) | `batchtopk` | `flat` |
+| JumpReLU (Rajamanoharan 2024b) | `jumprelu` | `flat` |
+| AbsTopK (2510.00404) | `abstopk` | `flat` |
+| Matryoshka, fixed groups (Bussmann 2025) | `batchtopk` | `groups` |
+| Matryoshka, random prefixes (Abeshima; saev) | any | `random` |
+| Matryoshka over k, MSAE (Zaigrajew 2025) | `topk` | `ks` |
+| HierarchicalTopK (flexsae) | `topk` | `hierarchical` |
+
+Every other combination works too, save that nesting over k needs a k per token.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +27,185 @@ from pydantic import BeforeValidator, Field, model_validator
 from tubelet_store.config import Config
 
 
+class NormalisationConfig(Config):
+    """How tokens are centred, scaled or whitened by the store's moments. Folded into the weights at export."""
+
+    centre: bool = True
+    """Subtract the mean of all tokens."""
+    scale: bool = True
+    """Divide by one number, so that the total variance of the tokens is their number of channels."""
+    whitening: Literal["none", "zca", "pca"] = "none"
+    """Give all directions the same variance: zca turns back to the channels, pca leaves the principal axes."""
+    shrinkage: float = Field(default=1e-3, gt=0)
+    """Whitening: this share of the mean variance is added to the variance of each principal direction."""
+
+
+class InitConfig(Config):
+    """Initial weights. The encoder starts as the decoder's transpose, in storage of its own."""
+
+    directions: Literal["random", "data", "active_subspace"] = "random"
+    """Decoder rows. data: 0.8 (token - mean) + 0.2 Kaiming (saev); active_subspace: random within the leading
+    principal directions of a batch (2506 active-subspace init, OpenMOSS)."""
+    bias: Literal["mean", "geometric_median"] = "mean"
+    """Where the decoder's bias starts."""
+    subspace: int | None = Field(default=None, ge=1)
+    """active_subspace: how many principal directions; none: half the channels."""
+    tokens: int = Field(default=16_384, ge=2)
+    """Most training tokens looked at; the first of the run's order."""
+
+
+class Flat(Config):
+    """The reconstruction is read once, from the whole code."""
+
+    kind: Literal["flat"] = "flat"
+
+
+class Groups(Config):
+    """Matryoshka with fixed groups: prefixes of the dictionary, the same in every step (Bussmann et al. 2025)."""
+
+    kind: Literal["groups"] = "groups"
+    fractions: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.0625, 0.125, 0.25, 0.5625), min_length=1)
+    """Share of the dictionary in each group, first to last; they are divided by their sum."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """Weight of each prefix's reconstruction, divided by their sum; none: equal."""
+    bias_alone: bool = True
+    """The decoder's bias alone counts as the first prefix, with the mean weight, as in Bussmann's code."""
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> Groups:
+        if self.weights is not None and len(self.weights) != len(self.fractions):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.fractions)} fractions")
+        if self.weights is not None and sum(self.weights) == 0:
+            raise ValueError("all weights are 0")
+        return self
+
+    def sizes(self, latents: int) -> tuple[int, ...]:
+        """Length of each prefix of `latents`; every group holds at least one latent where there are enough."""
+        total, reached, sizes = sum(self.fractions), 0.0, []
+        for number, fraction in enumerate(self.fractions):
+            reached += fraction
+            left = len(self.fractions) - 1 - number
+            lowest = (sizes[-1] if sizes else 0) + 1
+            sizes.append(max(lowest, min(round(latents * reached / total), latents - left)))
+        return (*sizes[:-1], latents)
+
+
+class RandomPrefixes(Config):
+    """Matryoshka with prefixes drawn anew in every step, the last one whole (Abeshima 2024; saev)."""
+
+    kind: Literal["random"] = "random"
+    prefixes: int = Field(default=10, ge=1)
+    """Prefixes per step."""
+    power: float = Field(default=0.5, gt=0)
+    """Pareto power: P(length > l) is proportional to l^-power."""
+
+
+class NestedK(Config):
+    """Matryoshka over k: the same code read with its largest k_1 < k_2 < ... values (MSAE, Zaigrajew et al. 2025)."""
+
+    kind: Literal["ks"] = "ks"
+    ks: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Ascending, the last one `sae.k`; none: sae.k and its halves, down to 4."""
+    weights: Literal["uniform", "reverse"] = "uniform"
+    """uniform (UW): all 1; reverse (RW): n, n-1, ..., 1, the largest for the smallest k."""
+
+
+class Hierarchical(Config):
+    """Every number of values from 1 to k must reconstruct (HierarchicalTopK)."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    levels: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Only these numbers of values, ascending, the last one `sae.k`; none: all of 1, 2, ..., k."""
+
+
+def _kind_defaults_to(name: str) -> BeforeValidator:
+    def add(section: Any) -> Any:
+        return {"kind": name, **section} if isinstance(section, dict) else section
+
+    return BeforeValidator(add)
+
+
+AnyNesting = Annotated[
+    Annotated[Flat | Groups | RandomPrefixes | NestedK | Hierarchical, Field(discriminator="kind")],
+    _kind_defaults_to("flat"),
+]
+
+
 class SAEConfig(Config):
-    """What all kinds of SAE share. Use one of its kinds: `TopKConfig`, `BatchTopKConfig`."""
+    """What all kinds of SAE share. Use one of the kinds below."""
 
     expansion: int = Field(default=8, ge=1)
     """Latents per channel; `latents` overrides it."""
     latents: int | None = Field(default=None, ge=1)
     """Dictionary size F; none: expansion x channels."""
-    k: int = Field(default=32, ge=1)
-    """Active latents per token."""
+    normalisation: NormalisationConfig = NormalisationConfig()
+    """What happens to tokens before and after."""
+    init: InitConfig = InitConfig()
+    """Initial weights."""
+    nesting: AnyNesting = Flat()
+    """Parts of the code that must reconstruct by themselves (Matryoshka)."""
     auxk: int | None = Field(default=None, ge=0)
-    """Dead latents that model the residual (AuxK); none: half the channels, 0: off."""
+    """Dead latents that model the residual (AuxK); none: half the channels for the kinds with a k, else 0: off."""
     auxk_coef: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK term (Gao et al. 2024, arXiv 2406.04093)."""
     dead_after_tokens: int | None = Field(default=None, ge=1)
     """Tokens without firing after which a latent counts as dead; none: 10 million, at most a tenth of the run."""
     seed: int = 0
-    """Chooses the initial weights."""
+    """Chooses the initial weights, and what else is drawn for this SAE."""
 
     @model_validator(mode="after")
-    def _k_fits(self) -> SAEConfig:
-        if self.latents is not None and self.k > self.latents:
-            raise ValueError(f"k {self.k} is more than the {self.latents} latents")
+    def _nests(self) -> SAEConfig:
+        if not isinstance(self.nesting, NestedK | Hierarchical):
+            return self
+        k = self.k if isinstance(self, TopKConfig | AbsTopKConfig) else None
+        if k is None:
+            raise ValueError(f"nesting.kind {self.nesting.kind} needs the same k for each token: kind topk or abstopk")
+        levels = self.nesting.ks if isinstance(self.nesting, NestedK) else self.nesting.levels
+        if levels is not None and (list(levels) != sorted(set(levels)) or levels[-1:] != (k,)):
+            raise ValueError(f"the levels of nesting must ascend and end with k {k}, not {list(levels)}")
         return self
 
     def latents_for(self, channels: int) -> int:
         """Dictionary size F for tokens of `channels` channels."""
         return self.latents or self.expansion * channels
 
+    def auxk_for(self, channels: int) -> int:
+        """Most dead latents per token in the AuxK term; 0: no such term."""
+        if self.auxk is not None:
+            return self.auxk
+        return max(1, channels // 2) if isinstance(self, _KConfig) else 0
 
-class TopKConfig(SAEConfig):
+
+class _KConfig(SAEConfig):
+    """Kinds with a number of active latents."""
+
+    k: int = Field(default=32, ge=1)
+    """Active latents per token."""
+    k_anneal_steps: int = Field(default=0, ge=0)
+    """Steps in which k falls linearly from the number of channels to its value, at most half the run."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> _KConfig:
+        if self.latents is not None and self.k > self.latents:
+            raise ValueError(f"k {self.k} is more than the {self.latents} latents")
+        return self
+
+    def k_at(self, step: int, steps: int, channels: int) -> int:
+        """k used in training step `step` (from 0) of `steps` (dictionary_learning: annealed from d to k)."""
+        anneal = min(self.k_anneal_steps, steps // 2)
+        start = max(self.k, min(channels, self.latents_for(channels)))
+        if step >= anneal:
+            return self.k
+        return round(start + (self.k - start) * step / anneal)
+
+
+class TopKConfig(_KConfig):
     """Keep the k largest pre-activations of every token (Gao et al. 2024)."""
 
     kind: Literal["topk"] = "topk"
 
 
-class BatchTopKConfig(SAEConfig):
+class BatchTopKConfig(_KConfig):
     """Keep the B k largest of a training batch; afterwards all above a learned threshold (Bussmann et al. 2024)."""
 
     kind: Literal["batchtopk"] = "batchtopk"
@@ -52,10 +213,61 @@ class BatchTopKConfig(SAEConfig):
     """Weight of the newest batch in the running threshold (0.01: Bussmann's code; 0.001 in dictionary_learning)."""
 
 
-def _kind_defaults_to_topk(section: Any) -> Any:
-    return {"kind": "topk", **section} if isinstance(section, dict) else section
+class AbsTopKConfig(_KConfig):
+    """Keep the k pre-activations of largest magnitude, with their sign: codes may be negative (arXiv 2510.00404)."""
+
+    kind: Literal["abstopk"] = "abstopk"
+
+
+class _PenalisedConfig(SAEConfig):
+    """Kinds that a penalty makes sparse."""
+
+    sparsity_warmup_steps: int = Field(default=500, ge=0)
+    """Steps in which the penalty rises linearly from 0, at most a tenth of the run (500: saev)."""
+    target_l0: float | None = Field(default=None, gt=0)
+    """Wanted active latents per token. The penalty's weight is steered towards it, starting at `sparsity`."""
+
+
+class ReLUConfig(_PenalisedConfig):
+    """All positive pre-activations, made few by an L1 penalty (Bricken et al. 2023; saev)."""
+
+    kind: Literal["relu"] = "relu"
+    sparsity: float = Field(default=8e-4, gt=0)
+    """Weight of the codes' L1 norm (4e-4 to 1.6e-3 in saev, on the same scale)."""
+
+
+class GatedConfig(_PenalisedConfig):
+    """One path decides which latents are active, another how strongly (Rajamanoharan et al. 2024a)."""
+
+    kind: Literal["gated"] = "gated"
+    sparsity: float = Field(default=8e-4, gt=0)
+    """Weight of the L1 norm of the gates' positive pre-activations."""
+
+
+class JumpReLUConfig(_PenalisedConfig):
+    """All pre-activations above a learned threshold per latent (Rajamanoharan et al. 2024b)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    penalty: Literal["linear", "quadratic"] = "linear"
+    """linear: sparsity x L0; quadratic: sparsity x (L0 / target_l0 - 1)^2, with a weight that stays."""
+    sparsity: float = Field(default=1e-3, gt=0)
+    """Weight of the penalty. [RECON] the papers' values belong to other scales of loss."""
+    bandwidth: float = Field(default=1e-3, gt=0)
+    """Width of the rectangle kernel through which thresholds get their gradient."""
+    initial_threshold: float = Field(default=1e-3, gt=0)
+    """Where the thresholds start."""
+
+    @model_validator(mode="after")
+    def _has_target(self) -> JumpReLUConfig:
+        if self.penalty == "quadratic" and self.target_l0 is None:
+            raise ValueError("penalty quadratic needs target_l0")
+        return self
 
 
 AnySAEConfig = Annotated[
-    Annotated[TopKConfig | BatchTopKConfig, Field(discriminator="kind")], BeforeValidator(_kind_defaults_to_topk)
+    Annotated[
+        TopKConfig | BatchTopKConfig | AbsTopKConfig | ReLUConfig | GatedConfig | JumpReLUConfig,
+        Field(discriminator="kind"),
+    ],
+    _kind_defaults_to("topk"),
 ]

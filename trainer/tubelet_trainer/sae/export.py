@@ -74,7 +74,8 @@ def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
     """
     record = load_record(folder)
     path = Path(folder) / WEIGHTS
-    sae = SAE(record.config, Normalisation.identity(record.channels))
+    whitens = record.config.normalisation.whitening != "none"
+    sae = SAE(record.config, Normalisation.identity(record.channels, whitens))
     try:
         sae.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

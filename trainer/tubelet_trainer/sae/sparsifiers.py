@@ -1,20 +1,31 @@
-"""Sparsifiers: which pre-activations of a batch become codes.
+"""Sparsifiers: which pre-activations of a batch become codes, and with what value.
 
-    pre-activations [N, F] ──sparsifier──▶ indices [N, K] and keep [N, K]
+    pre-activations [N, F] ──choose──▶ indices [N, K], keep [N, K] ──values──▶ codes [N, K]
 
-A sparsifier chooses, it does not compute values: the model takes the chosen pre-activations (with their gradient) and
-sets those not kept to 0. So every sparsifier has the same sparse path, on every device.
+Choosing has no gradient. The model takes the chosen pre-activations with theirs and hands them to `values`; for most
+kinds that is a mask. Kinds that keep many latents choose all of them (K = F, the indices 0 to F - 1); the model then
+takes the dense path by itself.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tubelet_store import TubeletError
-from tubelet_trainer.sae.config import BatchTopKConfig, SAEConfig, TopKConfig
+from tubelet_trainer.sae.config import (
+    AbsTopKConfig,
+    BatchTopKConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    ReLUConfig,
+    SAEConfig,
+    TopKConfig,
+)
+from tubelet_trainer.sae.sparse import every_latent
 
 
 class Choice(NamedTuple):
@@ -23,7 +34,7 @@ class Choice(NamedTuple):
     indices_NK: Tensor
     """int64, distinct within a token."""
     keep_NK: Tensor
-    """bool; False entries are padding or not positive: their code is 0."""
+    """bool; False entries are padding or not active: their code is 0."""
 
 
 class Sparsifier(nn.Module):
@@ -32,6 +43,24 @@ class Sparsifier(nn.Module):
     def forward(self, pre_NF: Tensor) -> Choice:
         """Choose latents from pre-activations [N, F] (no gradient flows through the choice)."""
         raise NotImplementedError
+
+    def values(self, selected_NK: Tensor, choice: Choice, _b_enc: Tensor) -> Tensor:
+        """Codes [N, K] from the chosen pre-activations.
+
+        Args:
+            selected_NK: Chosen pre-activations, with gradient.
+            choice: What was chosen.
+            _b_enc: [F] The encoder's bias, which is part of `selected_NK`.
+        """
+        return selected_NK * choice.keep_NK
+
+
+class ReLU(Sparsifier):
+    """max(pre, 0)."""
+
+    def forward(self, pre_NF: Tensor) -> Choice:
+        """All latents."""
+        return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF > 0)
 
 
 class TopK(Sparsifier):
@@ -43,7 +72,28 @@ class TopK(Sparsifier):
 
     def forward(self, pre_NF: Tensor) -> Choice:
         """The k largest of each token; K = k."""
+        if self.k == pre_NF.shape[1]:
+            return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF > 0)
         top = pre_NF.topk(self.k, dim=1, sorted=False)
+        return Choice(top.indices, top.values > 0)
+
+
+class AbsTopK(Sparsifier):
+    """The k of largest magnitude, with their sign and without ReLU (arXiv 2510.00404).
+
+    Codes may be negative. What assumes codes >= 0 (monosemanticity, densities) has to look at max(z, 0) and max(-z, 0)
+    as two latents.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, pre_NF: Tensor) -> Choice:
+        """The k of largest magnitude of each token; K = k."""
+        if self.k == pre_NF.shape[1]:
+            return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF != 0)
+        top = pre_NF.abs().topk(self.k, dim=1, sorted=False)
         return Choice(top.indices, top.values > 0)
 
 
@@ -65,31 +115,145 @@ class BatchTopK(Sparsifier):
         self.register_buffer("threshold", torch.tensor(-1.0))
 
     def forward(self, pre_NF: Tensor) -> Choice:
-        """K is the largest number kept by any token, at least 1."""
+        """K is the largest number kept by any token, at least 1: reading it waits for the device."""
         positive = pre_NF.relu()
         if self.training:
             budget = min(self.k * len(positive), positive.numel())
-            smallest = positive.flatten().topk(budget, sorted=False).values.min()
+            smallest = self._smallest_kept(positive, budget)
             kept = (positive > 0) & (positive >= smallest)
             self._learn(positive, kept)
         else:
             kept = (positive > 0) & (positive >= self.threshold)
         width = max(1, int(kept.sum(dim=1).max())) if len(kept) else 1
+        if width == pre_NF.shape[1]:
+            return Choice(every_latent(*pre_NF.shape, pre_NF.device), kept)
         top = torch.where(kept, positive, 0).topk(width, dim=1, sorted=False)
         return Choice(top.indices, top.values > 0)
 
+    def _smallest_kept(self, positive: Tensor, budget: int) -> Tensor:
+        """The `budget`-th largest value, found among each token's few largest if none of them needs more."""
+        width = 4 * self.k
+        if width < positive.shape[1]:
+            top = positive.topk(width, dim=1, sorted=False).values
+            smallest = top.flatten().topk(budget, sorted=False).values.min()
+            # A token whose last candidate is below the cut has no further ones above it.
+            if bool((top.amin(dim=1) < smallest).all()):
+                return smallest
+        return positive.flatten().topk(budget, sorted=False).values.min()
+
     def _learn(self, positive: Tensor, kept: Tensor) -> None:
-        smallest = torch.where(kept, positive, torch.inf).amin()
+        smallest = torch.where(kept, positive, torch.inf).amin().to(self.threshold.dtype)
         first = self.threshold < 0
         moved = torch.where(first, smallest, self.threshold + self.momentum * (smallest - self.threshold))
         # A batch in which nothing is positive says nothing about the threshold.
         self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
 
 
-def build_sparsifier(config: SAEConfig) -> Sparsifier:
-    """The sparsifier that `config` names."""
-    if isinstance(config, TopKConfig):
-        return TopK(config.k)
-    if isinstance(config, BatchTopKConfig):
-        return BatchTopK(config.k, config.threshold_momentum)
-    raise TubeletError(f"No sparsifier for {type(config).__name__}", "Use TopKConfig or BatchTopKConfig")
+class JumpReLU(Sparsifier):
+    """pre where it exceeds the latent's threshold, else 0 (Rajamanoharan et al. 2024b).
+
+    Thresholds are exp(log_threshold), so they stay positive. They learn through the pseudo-derivatives of section 3:
+    with the rectangle kernel K of width eps around the threshold,
+
+        d JumpReLU / d theta = -(theta / eps) K((pre - theta) / eps)
+        d Heaviside / d theta = -(1 / eps) K((pre - theta) / eps)
+
+    Both look at *pre*-activations: latents just below their threshold count.
+    """
+
+    def __init__(self, latents: int, initial_threshold: float, bandwidth: float) -> None:
+        super().__init__()
+        self.bandwidth = bandwidth
+        self.log_threshold = nn.Parameter(torch.full((latents,), math.log(initial_threshold)))
+
+    @property
+    def threshold(self) -> Tensor:
+        """[F] Positive."""
+        return self.log_threshold.exp()
+
+    def forward(self, pre_NF: Tensor) -> Choice:
+        """All latents."""
+        return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF > self.threshold.detach())
+
+    def values(self, selected_NK: Tensor, _choice: Choice, _b_enc: Tensor) -> Tensor:
+        """JumpReLU of all pre-activations (K = F)."""
+        out: Tensor = _JumpReLU.apply(selected_NK, self.threshold, self.bandwidth)
+        return out
+
+    def l0(self, pre_NF: Tensor) -> Tensor:
+        """Mean active latents per token, 0-dimensional, with gradient to the thresholds alone."""
+        active: Tensor = _Heaviside.apply(pre_NF, self.threshold, self.bandwidth)
+        return active.sum() / len(pre_NF)
+
+
+class Gated(Sparsifier):
+    """1[gate > 0] ReLU(magnitude), the two sharing the encoder's directions (Rajamanoharan et al. 2024a, section 3.2).
+
+    gate = W_enc (x - b_dec) + b_enc;  magnitude = exp(r_mag) W_enc (x - b_dec) + b_mag.
+    """
+
+    def __init__(self, latents: int) -> None:
+        super().__init__()
+        self.r_mag = nn.Parameter(torch.zeros(latents))
+        self.b_mag = nn.Parameter(torch.zeros(latents))
+
+    def forward(self, pre_NF: Tensor) -> Choice:
+        """All latents; `pre_NF` is the gate."""
+        return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF > 0)
+
+    def values(self, selected_NK: Tensor, choice: Choice, b_enc: Tensor) -> Tensor:
+        """Magnitudes where the gate is open (K = F)."""
+        magnitude = self.r_mag.exp() * (selected_NK - b_enc) + self.b_mag
+        return magnitude.relu() * choice.keep_NK
+
+
+def _kernel(pre_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+    return (((pre_NF - threshold_F) / bandwidth).abs() < 0.5).to(pre_NF.dtype)
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_NF, threshold_F)
+        ctx.bandwidth = bandwidth
+        return pre_NF * (pre_NF > threshold_F)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre_NF, threshold_F = ctx.saved_tensors
+        near = (_kernel(pre_NF, threshold_F, ctx.bandwidth) * grad_NF).sum(dim=0)
+        return grad_NF * (pre_NF > threshold_F), -threshold_F / ctx.bandwidth * near, None
+
+
+class _Heaviside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_NF, threshold_F)
+        ctx.bandwidth = bandwidth
+        return (pre_NF > threshold_F).to(threshold_F.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[None, Tensor, None]:
+        pre_NF, threshold_F = ctx.saved_tensors
+        near = (_kernel(pre_NF, threshold_F, ctx.bandwidth) * grad_NF).sum(dim=0)
+        return None, -near / ctx.bandwidth, None
+
+
+def build_sparsifier(config: SAEConfig, latents: int) -> Sparsifier:
+    """The sparsifier that `config` names, for a dictionary of `latents`."""
+    match config:
+        case TopKConfig():
+            return TopK(config.k)
+        case BatchTopKConfig():
+            return BatchTopK(config.k, config.threshold_momentum)
+        case AbsTopKConfig():
+            return AbsTopK(config.k)
+        case ReLUConfig():
+            return ReLU()
+        case GatedConfig():
+            return Gated(latents)
+        case JumpReLUConfig():
+            return JumpReLU(latents, config.initial_threshold, config.bandwidth)
+    raise TubeletError(
+        f"No sparsifier for {type(config).__name__}", "Use one of the kinds in tubelet_trainer.sae.config"
+    )

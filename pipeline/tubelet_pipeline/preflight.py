@@ -1,0 +1,98 @@
+"""Before the first shard: is there a worker that can take one, and does it run what we run?
+
+A task that asks for a resource no worker has waits for ever without an error, so one small task goes ahead of the
+others, asking for the same.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import socket
+import time
+import warnings
+
+from distributed import Client, TimeoutError
+
+from tubelet_pipeline.cluster import ClusterConfig
+from tubelet_store.errors import TubeletError
+
+# A difference in any of these changes bytes, or keeps tasks from being understood.
+_MUST_AGREE = ("tubelet", "torch", "transformers", "av")
+_POLL_S = 2.0
+
+
+def worker_versions() -> dict[str, str]:
+    """Versions on the machine that runs this, and its name."""
+    found = {"host": socket.gethostname()}
+    for name in _MUST_AGREE:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def check_workers(client: Client, config: ClusterConfig, key: str) -> dict[str, str]:
+    """Versions of the first worker that takes a task, which are the ones here.
+
+    Args:
+        client: Of the cluster.
+        config: What a shard task will ask for, and how long to wait.
+        key: Of the probing task; the same for the same job.
+
+    Raises:
+        TubeletError: no worker comes, none has the resources, Tubelet is missing there, or versions differ.
+    """
+    probe = client.submit(worker_versions, key=key, pure=False, resources=config.resources or None)
+    deadline = time.monotonic() + config.start_timeout_s
+    while True:
+        try:
+            there: dict[str, str] = probe.result(timeout=_POLL_S)
+            break
+        except TimeoutError:
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            if workers and config.expected_workers <= len(workers) and not any(_fits(w, config) for w in workers):
+                raise _no_resources(len(workers), config) from None
+            if time.monotonic() > deadline:
+                if workers and not any(_fits(w, config) for w in workers):
+                    raise _no_resources(len(workers), config) from None
+                raise TubeletError(
+                    f"No worker took a task within {config.start_timeout_s:g} s ({len(workers)} are known to the "
+                    "scheduler)",
+                    "Look at the queue or the pods of the workers; cluster.start_timeout_s waits longer",
+                ) from None
+        except ModuleNotFoundError as error:
+            raise TubeletError(
+                f"The workers lack {error.name}", "Install tubelet[pipeline] in the environment the workers run in"
+            ) from error
+    probe.release()
+    here = worker_versions()
+    if different := [f"{n} {here[n]} here, {there.get(n)} there" for n in _MUST_AGREE if there.get(n) != here[n]]:
+        raise TubeletError(
+            f"Worker {there['host']} runs other versions: {'; '.join(different)}",
+            "Use the same environment (container, or pip install -c constraints.txt) on all machines",
+        )
+    with warnings.catch_warnings():
+        # Lesser differences (numpy, tornado, ...) are recorded with each shard; Dask's table of them would flood a log.
+        warnings.simplefilter("ignore")
+        try:
+            client.get_versions(check=True)
+        except ValueError as error:
+            raise TubeletError(
+                f"Dask on the scheduler or the workers is another: {' '.join(str(error).split())}",
+                "Use the same environment on all machines",
+            ) from error
+    return there
+
+
+def _fits(worker: dict[str, dict[str, float]], config: ClusterConfig) -> bool:
+    has = worker.get("resources", {})
+    return all(has.get(name, 0) >= amount for name, amount in config.resources.items())
+
+
+def _no_resources(workers: int, config: ClusterConfig) -> TubeletError:
+    asked = ", ".join(f"{name}={amount:g}" for name, amount in config.resources.items())
+    return TubeletError(
+        f"None of the {workers} workers has the resources a shard asks for ({asked}): the job would wait for ever",
+        f"Start workers with `--resources {asked.replace(', ', ' ')}`, or leave out cluster.resources",
+    )

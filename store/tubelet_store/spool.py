@@ -1,0 +1,150 @@
+"""Finished shards that wait on this machine's disk until the object storage answers again.
+
+    finished shard ─▶ keep (storage does not answer) ─▶ <directory>/<store>/<shard>/ ─▶ drain (it answers) ─▶ gone
+
+An entry appears whole or not at all and is removed after its commit record lies in the store, so killing anything at
+any time loses nothing; the next run on this machine, with the same plan, uploads what it finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field
+
+from tubelet_store.commit import Commit
+from tubelet_store.config import Config
+from tubelet_store.errors import StoreUnreachable
+from tubelet_store.finished_shard import FinishedShard, publish
+from tubelet_store.objects import ObjectRoot
+from tubelet_store.plan import Plan
+
+T = TypeVar("T")
+
+_COMMIT, _MOMENTS = "commit.json", "moments"
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+
+
+class UploadConfig(Config):
+    """What happens while object storage does not answer."""
+
+    spool_dir: Path | None = None
+    """Where finished shards wait. None: `tubelet/spool` in $XDG_CACHE_HOME or ~/.cache."""
+    spool_mb: int = Field(default=20_480, ge=0)
+    """Room for waiting shards on each machine, in MiB, over all stores and workers."""
+    patience_s: float = Field(default=900, ge=0)
+    """How long a full spool, or the end of the job, waits for the storage before the job gives up."""
+
+
+def patiently(call: Callable[[], T], patience_s: float) -> T:
+    """`call()`, again and again while the object storage does not answer, for `patience_s`.
+
+    Raises:
+        StoreUnreachable: it did not answer in that time.
+    """
+    deadline = time.monotonic() + patience_s
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            return call()
+        except StoreUnreachable:
+            if time.monotonic() > deadline:
+                raise
+        # Workers that were refused together must not come back together.
+        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+class Spool:
+    """Waiting shards of one store on this machine.
+
+    Args:
+        config: Where and how much.
+        url: The store.
+        plan: Its plan; shards of another plan are not seen.
+    """
+
+    def __init__(self, config: UploadConfig, url: str, plan: Plan) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.directory = config.spool_dir or cache / "tubelet" / "spool"
+        self.limit_bytes = config.spool_mb << 20
+        self._plan = plan
+        self._mine = self.directory / hashlib.sha256(f"{url} {plan.digest}".encode()).hexdigest()[:24]
+
+    def shards(self) -> list[int]:
+        """Shards that wait, ascending."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(int(name) for name in os.listdir(self._mine) if name.isdecimal())
+        return []
+
+    def keep(self, finished: FinishedShard) -> bool:
+        """Move the files of `finished` here; False where there is no room."""
+        shard = finished.commit.shard
+        with self._locked(self.directory / "room.lock"):
+            if (self._mine / str(shard)).exists():
+                return True
+            used = sum(f.stat().st_size for f in self.directory.rglob("*") if f.is_file())
+            if used + finished.size_bytes > self.limit_bytes:
+                return False
+            partial = self._mine / f"partial-{uuid.uuid4().hex}"
+            partial.mkdir(parents=True)
+            for number, stored in enumerate(finished.commit.objects):
+                shutil.move(finished.files[stored.key], partial / str(number))
+            (partial / _MOMENTS).write_bytes(finished.moments)
+            (partial / _COMMIT).write_text(finished.commit.model_dump_json())
+            partial.rename(self._mine / str(shard))
+        return True
+
+    def drain(self, root: ObjectRoot) -> list[int]:
+        """Upload what waits, until the storage fails again; shards that another process uploads now are left to it.
+
+        Returns:
+            Shards that are committed now.
+        """
+        done = []
+        for shard in self.shards():
+            entry = self._mine / str(shard)
+            with self._locked(self._mine / f"{shard}.lock", wait=False) as mine:
+                if not mine or not entry.exists():
+                    continue
+                try:
+                    publish(root, self._plan, self._read(entry))
+                except StoreUnreachable:
+                    break
+                shutil.rmtree(entry)
+                (self._mine / f"{shard}.lock").unlink()
+            done.append(shard)
+        return done
+
+    def discard_partial(self) -> None:
+        """Remove what a process left that was killed while it moved a shard here."""
+        if self._mine.exists():
+            with self._locked(self.directory / "room.lock"):
+                for partial in self._mine.glob("partial-*"):
+                    shutil.rmtree(partial)
+
+    def _read(self, entry: Path) -> FinishedShard:
+        commit = Commit.model_validate_json((entry / _COMMIT).read_text())
+        files = {stored.key: entry / str(number) for number, stored in enumerate(commit.objects)}
+        return FinishedShard(commit, (entry / _MOMENTS).read_bytes(), files)
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path, wait: bool = True) -> Iterator[bool]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True

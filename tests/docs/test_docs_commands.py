@@ -1,0 +1,74 @@
+"""A command on a page is a command: its verb exists, and its options are fields of that verb."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib.metadata import entry_points
+
+import pages
+import pytest
+import yaml
+
+from tubelet_store.cli import parse_arguments
+from tubelet_store.config import validate
+from tubelet_store.fields import fields_of
+
+NAMES = entry_points(group="tubelet.verbs").names
+_SWITCHES = {"--help", "--print-config", "--version"}
+
+
+def _commands() -> list[tuple[str, str]]:
+    found = []
+    for snippet in pages.snippets("bash"):
+        for line in snippet.text.splitlines():
+            words = line.partition(" #")[0].strip()
+            if words.startswith("tubelet "):
+                found.append((snippet.where, words))
+    for page in pages.PAGES:
+        # `tubelet VERB ...` speaks of verbs in general.
+        found += [(page.name, words) for words in pages.inline(page) if re.match(r"tubelet (--)?[a-z]", words)]
+    return found
+
+
+@pytest.mark.parametrize(("where", "command"), _commands(), ids=lambda text: text.replace("/", "_"))
+def test_the_verb_exists_and_its_options_are_fields(where, command):
+    from fields import load_verb
+
+    _, name, *arguments = shlex.split(command)
+    if name in _SWITCHES:
+        return
+    assert name in NAMES
+    verb = load_verb(name)
+    _, overrides = parse_arguments(verb, [word for word in arguments if word not in _SWITCHES])
+    assert set(overrides) <= {field.path for field in fields_of(verb.config())}
+
+
+def test_there_are_commands_for_every_verb():
+    assert {command.split()[1] for _, command in _commands()} >= set(NAMES)
+
+
+@pytest.mark.parametrize("snippet", pages.snippets("yaml"), ids=lambda snippet: snippet.where)
+def test_a_configuration_on_a_page_is_valid(snippet):
+    """Its first line names the file, `# VERB....yaml`, and so the verb."""
+    from fields import load_verb
+
+    named = re.match(r"# (\w+)[\w-]*\.yaml", snippet.text)
+    assert named is not None, "say which file it is: # extract-something.yaml"
+    config = validate(load_verb(named[1]).config(), yaml.safe_load(snippet.text), snippet.where)
+    assert config is not None
+
+
+@pytest.mark.parametrize("snippet", pages.snippets("bash"), ids=lambda snippet: snippet.where)
+def test_make_targets_exist(snippet):
+    targets = re.findall(r"^([a-z]+):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in snippet.text.splitlines():
+        if line.startswith("make "):
+            assert line.split()[1] in targets
+
+
+def test_extras_exist():
+    pyproject = (pages.ROOT / "pyproject.toml").read_text()
+    for page in pages.PAGES:
+        for extra in re.findall(r"(?:tubelet|\.)\[(\w+)\]", page.read_text()):
+            assert re.search(rf"^{extra} = \[", pyproject, re.MULTILINE), (page.name, extra)
