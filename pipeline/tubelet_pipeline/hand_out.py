@@ -5,8 +5,8 @@
                   │  └▶ raised: tried again, _ATTEMPTS times in all
                   └▶ workers died: set aside as suspect; suspects run alone at the end
 
-Dask blames every task that a dying worker had been given, so being blamed proves nothing: a suspect is found guilty only
-when workers die while it is alone in flight.
+Dask blames every task that a dying worker had been given, so being blamed proves nothing: a suspect is found guilty
+only when workers die while it is alone in flight.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class HandOut:
                 deadline = time.monotonic() + self._patience_s
             elif time.monotonic() > deadline:
                 raise TubeletError(
-                    f"The store has not answered for {self._patience_s:g} s; {len(spooled)} finished shards wait in the "
-                    f"spools of {', '.join(sorted(set(spooled.values())))}",
+                    f"The store has not answered for {self._patience_s:g} s; {len(spooled)} finished shards wait in "
+                    f"the spools of {', '.join(sorted(set(spooled.values())))}",
                     "Mend the connection and run the same command again, on the same machines: nothing is computed "
                     "twice",
                 )

@@ -1,4 +1,4 @@
-"""SIGTERM, as SLURM and Kubernetes send it before they take a machine away: leave at once, with what is committed kept."""
+"""SIGTERM, as SLURM and Kubernetes send it before they take a machine away: leave at once; what is committed stays."""
 
 from __future__ import annotations
 

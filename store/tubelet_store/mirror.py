@@ -141,12 +141,17 @@ class Mirror:
         self.config = config or MirrorConfig()
         self.folder = self.config.folder
         patience = Patience(self.config.attempts, self.config.timeout_s)
-        self.transport: Transport = open_transport(self.url, self.config.transport, patience)
+        self._transport = PerProcess(lambda: open_transport(self.url, self.config.transport, patience))
         self._workers = PerProcess(lambda: _Workers(self.config.connections))
         self._ahead: list[ShardObject] = []
 
     def __reduce__(self) -> tuple[type[Mirror], tuple[str, MirrorConfig]]:
         return (Mirror, (self.url, self.config))
+
+    @property
+    def transport(self) -> Transport:
+        """The client of this process."""
+        return self._transport()
 
     def open(self, wanted: ShardObject) -> BinaryIO:
         """The object as a local file, complete and checked, fetched if need be.

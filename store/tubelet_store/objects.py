@@ -268,7 +268,7 @@ class RemoteRoot(ObjectRoot):
         self._files = PerProcess(lambda: fsspec.core.url_to_fs(self.url, use_listings_cache=False))
         with _reaching(self.url):
             _, self._base = self._files()
-        self._transport = open_transport(self.url)
+        self._transport = PerProcess(lambda: open_transport(self.url))
         self._uploader = Uploader(self.url)
 
     def __reduce__(self) -> tuple[type[RemoteRoot], tuple[str]]:
@@ -283,7 +283,7 @@ class RemoteRoot(ObjectRoot):
 
     def read(self, key: str) -> bytes:
         """See ObjectRoot."""
-        return self._transport.read(key)
+        return self._transport().read(key)
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """See ObjectRoot."""
@@ -291,11 +291,11 @@ class RemoteRoot(ObjectRoot):
         if size is None:
             raise FileNotFoundError(f"{self.url}/{key}")
         for start in range(0, size, _CHUNK_BYTES):
-            yield self._transport.read_range(key, start, min(start + _CHUNK_BYTES, size)).tobytes()
+            yield self._transport().read_range(key, start, min(start + _CHUNK_BYTES, size)).tobytes()
 
     def size(self, key: str) -> int | None:
         """See ObjectRoot."""
-        return self._transport.size(key)
+        return self._transport().size(key)
 
     def age_s(self, key: str) -> float | None:
         """See ObjectRoot."""
@@ -312,7 +312,7 @@ class RemoteRoot(ObjectRoot):
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
-        return self._transport.list_keys(prefix)
+        return self._transport().list_keys(prefix)
 
     def replace(self, key: str, data: bytes) -> None:
         """See ObjectRoot."""

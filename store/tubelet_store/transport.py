@@ -92,21 +92,22 @@ class PerProcess(Generic[T]):
 
     def __init__(self, build: Callable[[], T]) -> None:
         self._build = build
-        self._made: tuple[int, T] | None = None
+        # The parent's stays in a forked child: to end a client whose threads are not there may wait for ever.
+        self._made: dict[int, T] = {}
         self._lock = threading.Lock()
         PerProcess._alive.add(self)
 
     def __call__(self) -> T:
         """This process's value."""
         with self._lock:
-            if self._made is None or self._made[0] != os.getpid():
-                self._made = (os.getpid(), self._build())
-            return self._made[1]
+            if os.getpid() not in self._made:
+                self._made[os.getpid()] = self._build()
+            return self._made[os.getpid()]
 
     def forget(self) -> None:
         """Build the value again on its next use."""
         with self._lock:
-            self._made = None
+            self._made.pop(os.getpid(), None)
 
     @classmethod
     def after_fork(cls) -> None:

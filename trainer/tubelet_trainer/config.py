@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from tubelet_store.config import Config
 from tubelet_store.mirror import MirrorConfig
@@ -45,6 +45,52 @@ class OptimiserConfig(Config):
         return min(1.0, rise, fall)
 
 
+class PairsConfig(Config):
+    """Which neighbours the objectives compare. Drawn only where an objective has a weight for them."""
+
+    max_delta: int = Field(default=1, ge=1)
+    """Temporal pairs are 1 to this many latent steps apart, evenly. [RECON]"""
+    neighbours: Literal[4, 8, "random"] = 4
+    """Spatial pairs: one of the 4 or 8 touching patches, or any other patch of the frame. [RECON]"""
+    anchors: int = Field(default=1024, ge=2)
+    """Tokens per batch that get a pair, at most the batch. Cost grows with its square times the latents. [RECON]"""
+
+
+class ObjectiveConfig(Config):
+    """What is minimised beside the reconstruction and the SAE's own terms: coherence in time and space.
+
+    All weights 0: the plain SAE, bit for bit. T-SAE (Bhalla et al. 2026) is lambda_t 0.1, lambda_slow 1, codes prefix.
+    """
+
+    lambda_t: float = Field(default=0.0, ge=0)
+    """Weight of the temporal contrast: codes of one patch at neighbouring times against those of other clips."""
+    lambda_s: float = Field(default=0.0, ge=0)
+    """Weight of the spatial contrast: codes of neighbouring patches of a frame against those of other clips."""
+    lambda_smooth: float = Field(default=0.0, ge=0)
+    """Weight of the smoothness penalty, which compares neighbours in time only with each other."""
+    lambda_slow: float = Field(default=0.0, ge=0)
+    """Weight of the reconstruction from the prefix alone: splits the dictionary into a slow and a fast part."""
+    codes: Literal["pre", "post", "prefix"] = "pre"
+    """What is compared. pre: ReLU of all pre-activations, so that the gradient reaches latents that were not chosen;
+    post: the codes; prefix: the first latents of the codes (T-SAE)."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """cosine (T-SAE's paper) or the raw dot product (its code), whose scale is that of the codes."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Similarities are divided by it; none: 0.1 for cosine [RECON], 1 for dot."""
+    prefix_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the dictionary in the prefix; none: the first group of nesting.kind groups, else 0.2 (T-SAE)."""
+
+    @property
+    def temporal(self) -> bool:
+        """Temporal pairs are needed."""
+        return self.lambda_t > 0 or self.lambda_smooth > 0
+
+    @property
+    def spatial(self) -> bool:
+        """Spatial pairs are needed."""
+        return self.lambda_s > 0
+
+
 class TrainConfig(Config):
     """One training run: a store, an SAE, a folder for what comes out."""
 
@@ -75,8 +121,14 @@ class TrainConfig(Config):
     """Where and how much of a remote store is kept on a local disk."""
     holdout: HoldoutConfig = HoldoutConfig()
     """Videos kept for evaluation."""
+    mix: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
+    """Further stores and their share of every batch, `{other.zarr: 0.25}`; the store fills the rest. One backbone."""
+    pairs: PairsConfig = PairsConfig()
+    """Neighbouring tokens for the objective."""
     sae: AnySAEConfig = TopKConfig()
     """The sparse autoencoder."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Coherence in time and space."""
     optimiser: OptimiserConfig = OptimiserConfig()
     """How it is optimised."""
     log_every: int = Field(default=50, ge=1)
@@ -89,6 +141,14 @@ class TrainConfig(Config):
     """Steps between checkpoints; there is one at the end in any case."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    saes: tuple[dict[str, JsonValue], ...] = ()
+    """Several SAEs on one stream: a list of what each has of its own, as `{name: a, sae: {k: 16}, objective: {...}}`
+    (also optimiser and hook). Each gets a folder below `out`."""
+    sweep: dict[str, JsonValue] = Field(default_factory=dict)
+    """Several SAEs on one stream: all combinations of `{sae.k: [16, 32], objective.lambda_t: [0, 0.1]}`."""
+    parallel: Literal["data", "dictionary"] = "data"
+    """Under torchrun. data: each process learns from its part of every batch; dictionary: each holds its part of the
+    latents."""
     resume: bool = True
     """Continue a run found in `out`; false: refuse a folder that holds one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -99,6 +159,14 @@ class TrainConfig(Config):
         given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_leave_something(self) -> TrainConfig:
+        if sum(self.mix.values()) >= 1:
+            raise ValueError(
+                f"the shares in mix add up to {sum(self.mix.values()):g}, which leaves nothing for the store"
+            )
         return self
 
     def total_tokens(self, tokens_per_epoch: int) -> int:

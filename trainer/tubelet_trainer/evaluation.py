@@ -29,14 +29,13 @@ def evaluate(sae: SAE, windows: Windows) -> dict[str, float]:
     fired_F = torch.zeros(sae.latents, dtype=torch.bool, device=windows.device)
     for batch in windows:
         x_BD = sae.normalisation(batch.tokens)
-        pre_BF = sae.pre_activations(x_BD)
-        codes = sae.choose(x_BD, pre_BF, sae.sparsifier(pre_BF))
+        codes = sae.activate(x_BD, sae.pre_activations(x_BD))
         x64_BD = x_BD.double()
         error = error + (x64_BD - sae.reconstruct(codes).double()).square().sum()
         square = square + x64_BD.square().sum()
         total_D += x64_BD.sum(dim=0)
-        active += (codes.values > 0).sum()
-        fired_F[codes.indices[codes.values > 0]] = True
+        active += (codes.values != 0).sum()
+        fired_F |= codes.fired(sae.latents)
     sae.train(training)
     tokens = windows.total_tokens
     spread = square - total_D.square().sum() / tokens

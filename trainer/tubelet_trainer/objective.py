@@ -16,7 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tubelet_trainer.sae.config import Flat
 from tubelet_trainer.sae.model import SAE, Codes
+from tubelet_trainer.sae.nesting import cuts, prefix_reconstructions
 from tubelet_trainer.sae.sparse import decode
 from tubelet_trainer.sae.sparsifiers import Choice
 
@@ -33,14 +35,16 @@ class Forward:
     recon_BD: Tensor
     dead_F: Tensor
     """bool: latents that have not fired for long."""
+    step: int = 0
+    """Of the training, from 0."""
 
     @classmethod
-    def of(cls, sae: SAE, x_raw_BD: Tensor, dead_F: Tensor) -> Forward:
+    def of(cls, sae: SAE, x_raw_BD: Tensor, dead_F: Tensor, step: int = 0) -> Forward:
         """Run `sae` on raw tokens."""
         x_BD = sae.normalisation(x_raw_BD)
         pre_BF = sae.pre_activations(x_BD)
-        codes = sae.choose(x_BD, pre_BF, sae.sparsifier(pre_BF))
-        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F)
+        codes = sae.activate(x_BD, pre_BF)
+        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F, step)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class TermFunction(Protocol):
 
 
 class Reconstruction:
-    """mean_b ||x_b - x^_b||^2 / variance.
+    """mean_b ||x_b - x^_b||^2 / variance; with nesting, the weighted mean of that over all prefixes of the code.
 
     Args:
         variance: Mean squared distance of the data set's normalised tokens from their mean.
@@ -75,9 +79,25 @@ class Reconstruction:
         error = (forward.x_BD - forward.recon_BD).square().sum()
         with torch.no_grad():
             spread = (forward.x_BD - forward.x_BD.mean(dim=0)).square().sum()
-            l0 = (forward.codes.values > 0).sum() / len(forward.x_BD)
-        loss = error / (len(forward.x_BD) * self.variance)
+            l0 = (forward.codes.values != 0).sum() / len(forward.x_BD)
+        loss = self._nested(forward, error) / (len(forward.x_BD) * self.variance)
         return Term(loss, {"reconstruction": loss.detach(), "fvu": (error / spread).detach(), "l0": l0})
+
+    def _nested(self, forward: Forward, error: Tensor) -> Tensor:
+        """Weighted mean of the prefixes' squared errors; `error` is that of the whole code."""
+        sae, config = forward.sae, forward.sae.config
+        if isinstance(config.nesting, Flat):
+            return error
+        k = getattr(sae.sparsifier, "k", 0)
+        cut = cuts(config.nesting, sae.latents, k, config.seed, forward.step)
+        total = cut.weights[-1] * error
+        if len(cut.ends) > 1:
+            recon_BMD = prefix_reconstructions(sae, forward.codes, cut)
+            errors_M = (forward.x_BD[:, None] - recon_BMD).square().sum(dim=(0, 2))
+            total = total + (errors_M * errors_M.new_tensor(cut.weights[:-1])).sum()
+        if cut.bias_weight:
+            total = total + cut.bias_weight * (forward.x_BD - sae.b_dec).square().sum()
+        return total
 
 
 class AuxK:
@@ -147,7 +167,4 @@ class FiringClock:
     def update(self, codes: Codes) -> None:
         """Count one batch."""
         self.silent_tokens_F += len(codes.values)
-        fired = torch.zeros_like(self.silent_tokens_F).scatter_add_(
-            0, codes.indices.flatten(), (codes.values > 0).flatten().long()
-        )
-        self.silent_tokens_F.masked_fill_(fired > 0, 0)
+        self.silent_tokens_F.masked_fill_(codes.fired(len(self.silent_tokens_F)), 0)

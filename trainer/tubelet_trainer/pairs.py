@@ -3,7 +3,7 @@
     anchor (clip v, time t, patch p) ──▶ temporal: (v, t + delta, p)        delta in 1 ... max_delta
                                      └─▶ spatial:  (v, t, p')               p' a neighbour of p in the same frame
 
-All time steps of a patch lie in one window, and whole frames do where blocks are whole grids, so a pair costs the gather
+All time steps of a patch lie in one window, and whole frames do where blocks are whole grids: a pair costs the gather
 of one more row. Which pair an anchor gets is a hash of (seed, step, place in the batch): a pure function, evaluated on
 the device, the same for any number of ranks.
 
@@ -21,11 +21,10 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from tubelet_store import Grid, Store, TubeletError
-from tubelet_store.config import Config
+from tubelet_trainer.config import PairsConfig
 
 # Constants of the splitmix64 finaliser (Stafford's mix 13) as signed 64-bit integers: torch has no unsigned products.
 _MIX_A = 0xBF58476D1CE4E5B9 - 2**64
@@ -33,17 +32,6 @@ _MIX_B = 0x94D049BB133111EB - 2**64
 
 _STEPS_4 = ((-1, 0), (0, -1), (0, 1), (1, 0))
 _STEPS_8 = (*_STEPS_4, (-1, -1), (-1, 1), (1, -1), (1, 1))
-
-
-class PairsConfig(Config):
-    """Which neighbours the objectives compare. Drawn only where an objective has a weight for them."""
-
-    max_delta: int = Field(default=1, ge=1)
-    """Temporal pairs are 1 to this many latent steps apart, evenly. [RECON]"""
-    neighbours: Literal[4, 8, "random"] = 4
-    """Spatial pairs: one of the 4 or 8 touching patches, or any other patch of the frame. [RECON]"""
-    anchors: int = Field(default=1024, ge=2)
-    """Tokens per batch that get a pair, at most the batch. Cost grows with its square times the latents. [RECON]"""
 
 
 @dataclass(frozen=True)
@@ -73,10 +61,6 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def at(self, hook: str) -> Tensor:
-        """[A, D] Neighbours' tokens at `hook`."""
-        return self.hooks[hook]
-
 
 def join_pairs(parts: Sequence[Pairs], starts: Sequence[int]) -> Pairs:
     """Pairs of a batch that is the concatenation of batches; batch i begins at row `starts[i]`."""
@@ -103,9 +87,7 @@ class PairArithmetic:
         TubeletError: the grid has no such neighbours, or blocks do not hold whole frames and spatial pairs are wanted.
     """
 
-    def __init__(
-        self, draw: PairDraw, store: Store, block_patches: int, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, draw: PairDraw, store: Store, block_patches: int, seed: int, device: torch.device) -> None:
         grid = store.plan.grid
         self._grid, self._block_patches, self._seed = grid, block_patches, seed
         self._max_delta = draw.config.max_delta
@@ -181,8 +163,8 @@ def neighbour_table(grid: Grid, kind: Literal[4, 8, "random"]) -> tuple[NDArray[
 def fresh_steps(store: Store) -> NDArray[np.bool_]:
     """bool [clips, steps]: latent steps that cover no repeated frame.
 
-    A frame repeats if its index equals its predecessor's, or if it is one of the `padded_frames` last of a clip that was
-    not sampled uniformly (there the first of those stands at the wrong distance even where it is new).
+    A frame repeats if its index equals its predecessor's, or if it is one of the `padded_frames` last of a clip that
+    was not sampled uniformly (there the first of those stands at the wrong distance even where it is new).
     """
     steps = store.plan.grid.time
     table = store.clips()

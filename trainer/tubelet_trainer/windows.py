@@ -178,7 +178,7 @@ class Windows:
         self._window_blocks = -(-self._blocks // self.windows_per_epoch)
         self.step = 0
         """Number of the next batch."""
-        self._rank, self._ranks, self._share, self._clip_offset = rank, ranks, share, clip_offset
+        self._rank, self._ranks, self._share, self.clip_offset = rank, ranks, share, clip_offset
         self._end = self._cut(self.steps)
         self._draw = pairs
         self._anchors = 0
@@ -212,7 +212,7 @@ class Windows:
             clips, _, order = self._plan(*self._locate(position))
             skip = position - self._window_start(position)
             rows = order[skip : skip + stop - position]
-            found.append(clips[rows // self.source.block_tokens] + self._clip_offset)
+            found.append(clips[rows // self.source.block_tokens] + self.clip_offset)
             position += len(rows)
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
@@ -280,7 +280,8 @@ class Windows:
         scratch = self._scratch()
         positions_B = torch.empty(len(scratch[0]), dtype=torch.int64, device=self.device)
         with closing(self._serve(self._cut(self.step))) as stream:
-            window, rows, host_rows = _Window((), torch.empty(0), np.empty(0)), torch.empty(0), np.empty(0)
+            host_rows = np.empty(0, dtype=np.int64)
+            rows, window = torch.from_numpy(host_rows), _Window((), torch.from_numpy(host_rows), host_rows)
             while self.step < self.steps:
                 wanted, offset = self._cut(self.step + 1) - self._cut(self.step), self._rows_before(self.step)
                 drawn = None if self._draw is None else _Drawn(self, min(self._anchors, wanted), offset)
@@ -310,7 +311,7 @@ class Windows:
                 yield batch
 
     def _serve(self, start: int) -> Generator[tuple[_Window, Tensor, NDArray[np.int64]], None, None]:
-        """Windows from stream position `start` on, each with its rows still to be served, shuffled; also on the host."""
+        """Windows from stream position `start` on, with their rows still to be served, on the device and the host."""
         if start >= self._end:
             return
         ready: queue.Queue[_Staged | BaseException] = queue.Queue()
@@ -378,7 +379,7 @@ class Windows:
                 for host, device in zip(slot.host, slot.device, strict=True):
                     device[: len(order)].copy_(host[: len(order)], non_blocking=True)
                 slot.copied.record(stream)
-        first_position = (clips + self._clip_offset) * grid.tokens + groups * source.block_patches
+        first_position = (clips + self.clip_offset) * grid.tokens + groups * source.block_patches
         return _Staged(slot=slot, order=order, first_position=first_position)
 
     def _plan(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -474,11 +475,11 @@ class _Drawn:
         ends = window.host_first_position[blocks] // of.source.grid.tokens
         self._clips |= {int(ends.min()), int(ends.max())}
         first = (of._rank - self._offset - self._seen) % of._ranks
-        mine = rows[first:taken : of._ranks]
+        mine = rows[first : taken : of._ranks]
         self._rows.append(torch.arange(filled, filled + len(mine), device=of.device))
         places = torch.arange(self._offset + self._seen + first, self._offset + self._seen + taken, of._ranks)
         places = places.to(of.device)
-        clips = of._positions(window, mine) // of.source.grid.tokens - of._clip_offset
+        clips = of._positions(window, mine) // of.source.grid.tokens - of.clip_offset
         for kind, wanted in (("temporal", of._draw.temporal), ("spatial", of._draw.spatial)) if of._draw else ():
             if wanted:
                 neighbours, valid = getattr(of._arithmetic, kind)(mine, clips, of.step, places)

@@ -66,7 +66,8 @@ def parse(text: str, origin: str) -> Document:
     try:
         for event in yaml.parse(text, Loader=_LOADER):
             builder.take(event)
-    except yaml.YAMLError as error:
+    # ValueError: what looks like a date or a number, and is none.
+    except (yaml.YAMLError, ValueError) as error:
         where = " ".join(str(error).split())
         raise TubeletError(f"{origin} is not valid YAML: {where}", "Mend the line it names") from error
     if not isinstance(builder.root, dict):
@@ -84,6 +85,7 @@ class _Builder:
         self._open: list[Any] = []
         self._keys: list[Any] = []
         self._documents = 0
+        self._last: Any = None
         self._steps = {
             yaml.ScalarEvent: self._scalar,
             yaml.MappingStartEvent: self._mapping,
@@ -105,13 +107,11 @@ class _Builder:
         text = event.value
         # Plain scalars may be numbers and so on; quoted ones are text.
         value = _resolved(text) if event.implicit[0] and text[:1] in _SUSPECT else text
-        depth = len(self._open)
-        if depth and self._keys[-1] is _NO_KEY:
+        self._last = event
+        if self._open and self._keys[-1] is _NO_KEY:
             self._set_key(value, event)
-            return
-        self._place(value)
-        if depth <= 2 and self.sections:
-            self._end(event)
+        else:
+            self._place(value)
 
     def _set_key(self, value: Any, event: Any) -> None:
         if not isinstance(value, str):
@@ -134,8 +134,14 @@ class _Builder:
         if type(container) is list:
             container.append(value)
         else:
-            container[self._keys[-1]] = value
+            key = self._keys[-1]
+            container[key] = value
             self._keys[-1] = _NO_KEY
+            if len(self._open) == 2 and (section := self.sections[self._keys[0]]).is_block:
+                mark = self._last.end_mark
+                # A block of text ends at the start of the line after it.
+                section.last_line = mark.line if mark.column else mark.line - 1
+                section.entries[key] = (section.entries[key][0], section.last_line)
 
     def _mapping(self, event: Any) -> None:
         self._enter(event, {}, _NO_KEY)
@@ -158,18 +164,10 @@ class _Builder:
     def _close(self, event: Any) -> None:
         container = self._open.pop()
         self._keys.pop()
-        depth = len(self._open)
-        if depth == 2 or depth == 1:
-            self._end(event)
+        # What has braces ends with one. Block containers end where the next token begins; what they hold ended before.
+        if event.start_mark.column != event.end_mark.column:
+            self._last = event
         self._place(container)
-
-    def _end(self, event: Any) -> None:
-        """An entry of a section, or a whole section, ends here."""
-        section = self.sections[next(reversed(self.sections))]
-        mark = event.end_mark
-        # Block containers end where the next token begins, on a later line; what they hold ended before.
-        line = mark.line if mark.column and event.start_mark.index != mark.index else section.last_line
-        section.last_line = max(section.last_line, line)
 
     def _alias(self, event: Any) -> None:
         self._refuse(event)

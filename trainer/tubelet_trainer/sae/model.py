@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from tubelet_store import TubeletError
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.sparse import decode, densify, select
+from tubelet_trainer.sae.sparse import decode, densify, is_dense, select
 from tubelet_trainer.sae.sparsifiers import AbsTopK, BatchTopK, Choice, TopK, build_sparsifier
 
 
 class Codes(NamedTuple):
     """Sparse codes: `values` [N, K] at latents `indices` [N, K]. Entries that are not active have value 0.
 
-    With K = F the codes are dense: `indices` are 0, 1, ..., F - 1 for each token.
+    Kinds that keep many latents give all of them: K = F, `indices` 0, 1, ..., F - 1 for each token.
     """
 
     values: Tensor
@@ -34,7 +34,7 @@ class Codes(NamedTuple):
     def fired(self, latents: int) -> Tensor:
         """bool [F]: latents that are active on at least one of the tokens."""
         active_NK = self.values.detach() != 0
-        if self.values.shape[1] == latents:
+        if is_dense(self.indices):
             return active_NK.any(dim=0)
         counts = torch.zeros(latents, dtype=torch.int32, device=active_NK.device)
         return counts.index_add_(0, self.indices.flatten(), active_NK.flatten().int()) > 0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tubelet_trainer.sae.config import AnyNesting, Flat, Groups, Hierarchical, NestedK, RandomPrefixes
 from tubelet_trainer.sae.model import SAE, Codes
-from tubelet_trainer.sae.sparse import decode_groups
+from tubelet_trainer.sae.sparse import decode_groups, is_dense
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def cuts(nesting: AnyNesting, latents: int, k: int, seed: int, step: int) -> Cut
 def prefix_reconstructions(sae: SAE, codes: Codes, cuts: Cuts) -> Tensor:
     """Reconstructions [N, M - 1, D] of all prefixes but the last, which is the whole code, in normalised space."""
     ends = cuts.ends[:-1]
-    if codes.values.shape[1] == sae.latents and not cuts.by_rank:
+    if is_dense(codes.indices) and not cuts.by_rank:
         starts = (0, *ends[:-1])
         parts = [codes.values[:, a:b] @ sae.W_dec[a:b] for a, b in zip(starts, ends, strict=True)]
         return torch.stack(parts, dim=1).cumsum(dim=1) + sae.b_dec

@@ -1,0 +1,10 @@
+"""`catalog.yaml`: which stores there are, what they hold, where they lie. Names are aliases; digests are identities.
+
+catalog.yaml (valid Intake v2) ─▶ document (limits) ─▶ entry (schema) ─▶ Catalog: list, search, find, nested
+                                                                          edit: add, remove
+"""
+
+from tubelet_store.catalog.catalog import Catalog, is_reference, resolve
+from tubelet_store.catalog.entry import HookBlock, StoreEntry
+
+__all__ = ["Catalog", "HookBlock", "StoreEntry", "is_reference", "resolve"]

@@ -1,0 +1,274 @@
+"""Adding and removing entries: lines go in and out, and every other line, comments too, stays as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from tubelet_store.catalog.catalog import load, place, read_one
+from tubelet_store.catalog.document import Document, Section, parse
+from tubelet_store.catalog.entry import (
+    CATALOG_DIR,
+    CATALOG_FILE,
+    CATALOG_OBJECT,
+    CATALOG_READER,
+    DASK_ARRAY,
+    DASK_ZARR,
+    ZARR,
+    CatalogBlock,
+    HookBlock,
+    StoreEntry,
+    read_entries,
+)
+from tubelet_store.errors import TubeletError
+from tubelet_store.layout import ACTIVATIONS
+from tubelet_store.objects import ObjectRoot
+from tubelet_store.reader import Store
+
+_EMPTY = """\
+# Activation stores. A valid Intake v2 catalogue: intake.open_catalog opens it, `tubelet catalog list` searches it.
+# Names are aliases; the id under metadata.tubelet is the digest of a store's manifest, and what is opened must have it.
+version: 2
+metadata:
+  tubelet: {schema: 1}
+user_parameters: {}
+aliases: {}
+data: {}
+entries: {}
+"""
+
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def describe(store: Store, name: str, **words: str | None) -> tuple[HookBlock, ...]:
+    """What a catalogue says of `store`, called `name`, per hook; `words`: licence, owner, description.
+
+    Raises:
+        TubeletError: the store is unfinished.
+    """
+    if not store.complete:
+        raise TubeletError(f"{store.url} is unfinished", "Finish its extraction, then add it")
+    plan, provenance = store.plan, store.state.provenance
+    grid = (plan.grid.time, plan.grid.height, plan.grid.width)
+    created = str(provenance.get("created_utc") or datetime.now(UTC).isoformat(timespec="seconds"))
+    parents = provenance.get("parents")
+    return tuple(
+        HookBlock(
+            store=name,
+            hook=hook.name,
+            id=store.identity,
+            shape=(plan.clips, *plan.clip_shape(hook)),
+            dtype=plan.dtype,
+            grid=grid,
+            backbone=_short(plan.backbone),
+            dataset=_short(plan.dataset),
+            sampling=_short(plan.sampling),
+            created=created,
+            parents=tuple(str(p["identity"]) for p in parents if isinstance(p, dict))
+            if isinstance(parents, list)
+            else (),
+            **words,
+        )
+        for hook in plan.hooks
+    )
+
+
+def add_store(catalog: str, url: str, blocks: tuple[HookBlock, ...], replace: bool = False) -> str | None:
+    """List the store at `url` in `catalog`, which is begun if there is none.
+
+    Args:
+        catalog: Path or URL of the catalogue.
+        url: Where the store lies.
+        blocks: From `describe`.
+        replace: The name may be in use; the store it meant keeps an entry, under the name that is returned.
+
+    Raises:
+        TubeletError: the name is in use, or the catalogue cannot be edited.
+    """
+    with _editing(catalog) as text:
+        stores, _ = read_entries(text.document.tree, catalog, text.root.url)
+        name = blocks[0].store
+        present = {entry.name: entry for entry in stores}
+        kept = None
+        if name in present:
+            if not replace:
+                raise TubeletError(f"{catalog} already has a store '{name}'", "Choose another name, or give --replace")
+            old = present[name]
+            _take_out(text, old)
+            if old.identity is not None and old.identity != blocks[0].id:
+                kept = f"{name}-{old.identity.removeprefix('sha256:')[:8]}"
+                if kept not in present:
+                    renamed = tuple(block.model_copy(update={"store": kept}) for block in old.hooks)
+                    _put_in(text, *_items(_relative(old.url, text.root), renamed))
+                blocks = tuple(block.model_copy(update={"parents": (old.identity,)}) for block in blocks)
+        _put_in(text, *_items(_relative(url, text.root), blocks))
+        return kept
+
+
+def add_catalog(catalog: str, url: str, name: str, description: str | None = None) -> None:
+    """Nest the catalogue at `url` in `catalog` under `name`.
+
+    Raises:
+        TubeletError: it cannot be read, the name is in use, or `catalog` cannot be edited.
+    """
+    read_one(url)
+    with _editing(catalog) as text:
+        if name in text.document.tree["entries"]:
+            raise TubeletError(f"{catalog} already has an entry '{name}'", "Choose another name")
+        block = CatalogBlock(catalog=name, description=description)
+        token = f"{name}.yaml"
+        data = {token: {"datatype": CATALOG_FILE, "kwargs": {"url": _relative(url, text.root)}}}
+        entry = _entry(CATALOG_READER, token, CATALOG_OBJECT, block.model_dump(mode="json", exclude_none=True))
+        _put_in(text, data, {name: entry})
+
+
+def remove(catalog: str, name: str) -> None:
+    """Take the store or nested catalogue `name` out of `catalog`; the store itself stays.
+
+    Raises:
+        TubeletError: it is not listed in this very file, or the file cannot be edited.
+    """
+    with _editing(catalog) as text:
+        stores, links = read_entries(text.document.tree, catalog, text.root.url)
+        entry = next((entry for entry in stores if entry.name == name), None)
+        if entry is not None:
+            _take_out(text, entry)
+        elif any(link.name == name for link in links):
+            _cut(text, [name])
+        else:
+            raise TubeletError(
+                f"{catalog} itself lists no store '{name}'", "Those of a nested catalogue are removed there"
+            )
+
+
+class _Text:
+    """A catalogue's text while it is edited: line numbers are those of the document as it was read."""
+
+    def __init__(self, root: ObjectRoot, document: Document, text: str) -> None:
+        self.root, self.document = root, document
+        if re.search("[\x85\u2028\u2029]|\r(?!\n)", text):
+            raise TubeletError(f"{root.url}: a strange line break in the catalogue", "End its lines with line feeds")
+        self.lines = [f"{line}\n" for line in text.removesuffix("\n").split("\n")]
+        self.after: dict[int, list[str]] = {}
+        """Lines to insert after a line."""
+        self.gone: set[int] = set()
+
+    def result(self) -> str:
+        for name in ("data", "entries"):
+            section = self.document.sections[name]
+            left = {first for first, _ in section.entries.values()} - self.gone
+            filled = bool(left) or section.last_line in self.after
+            if not filled or not section.is_block:
+                self.lines[section.key_line] = f"{name}:\n" if filled else f"{name}: {{}}\n"
+        parts = []
+        for number, line in enumerate(self.lines):
+            if number not in self.gone:
+                parts.append(line)
+            parts += self.after.get(number, [])
+        return "".join(parts)
+
+
+@contextlib.contextmanager
+def _editing(catalog: str) -> Iterator[_Text]:
+    root, name = place(catalog)
+    # Two at once would each write without the other's entry.
+    with root.exclusive(name):
+        if root.size(name) is None:
+            document, content = parse(_EMPTY, catalog), _EMPTY
+        else:
+            document, content = load(catalog)
+        text = _Text(root, document, content)
+        yield text
+        root.replace(name, text.result().encode())
+    root.discard_scratch()
+
+
+def _items(url: str, blocks: tuple[HookBlock, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    data, entries = {}, {}
+    for block in blocks:
+        name = f"{block.store}/{block.hook}"
+        # Intake recurses for ever where a data item has the name of its entry.
+        token = f"{name}.zarr"
+        data[token] = {"datatype": ZARR, "kwargs": {"url": url, "root": f"{ACTIVATIONS}/{block.hook}"}}
+        said = block.model_dump(mode="json", exclude_none=True)
+        entries[name] = _entry(
+            DASK_ZARR, token, DASK_ARRAY, {key: value for key, value in said.items() if value not in ({}, [])}
+        )
+    return data, entries
+
+
+def _entry(reader: str, token: str, output: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "reader": reader,
+        "kwargs": {"data": f"{{data({token})}}"},
+        "output_instance": output,
+        "metadata": {"tubelet": dict(block)},
+        "user_parameters": {},
+    }
+
+
+def _put_in(text: _Text, data: dict[str, Any], entries: dict[str, Any]) -> None:
+    for name, items in (("data", data), ("entries", entries)):
+        section = _section(text, name)
+        for key in items:
+            if key in section.entries and section.entries[key][0] not in text.gone:
+                raise TubeletError(f"{text.root.url}: `{name}` already has '{key}'", "Choose another name")
+        dumped = yaml.dump(
+            items, Dumper=_DUMPER, sort_keys=False, width=10_000, allow_unicode=True, default_flow_style=None
+        )
+        lines = [" " * section.indent + line for line in dumped.splitlines(keepends=True)]
+        text.after.setdefault(section.last_line, []).extend(lines)
+
+
+def _take_out(text: _Text, entry: StoreEntry) -> None:
+    names = {block.hook for block in entry.hooks}
+    keys = []
+    for key, raw in text.document.tree["entries"].items():
+        block = raw["metadata"]["tubelet"]
+        if block.get("store") == entry.name and block.get("hook") in names:
+            keys.append(key)
+    _cut(text, keys)
+
+
+def _cut(text: _Text, keys: list[str]) -> None:
+    tree = text.document.tree
+    tokens = [tree["entries"][key]["kwargs"]["data"].removeprefix("{data(").removesuffix(")}") for key in keys]
+    for name, wanted in (("entries", keys), ("data", tokens)):
+        section = _section(text, name)
+        for key in wanted:
+            first, last = section.entries[key]
+            # The comment right above an entry is about it.
+            while text.lines[first - 1].lstrip().startswith("#"):
+                first -= 1
+            text.gone |= set(range(first, last + 1))
+
+
+def _section(text: _Text, name: str) -> Section:
+    section = text.document.sections[name]
+    if text.document.tree[name] and not section.is_block:
+        raise TubeletError(
+            f"{text.root.url}: `{name}` is written in braces, and cannot be edited without rewriting it",
+            f"Write one line per entry below `{name}:`",
+        )
+    return section
+
+
+def _relative(url: str, root: ObjectRoot) -> str:
+    """`url` as an entry says it: what lies beside or below the catalogue moves with it."""
+    if "://" not in url or url.startswith("file://"):
+        above, name = place(url)
+        url = f"{above.url}/{name}"
+    if url.startswith(f"{root.url}/"):
+        return f"{CATALOG_DIR}/{PurePosixPath(url.removeprefix(root.url + '/'))}"
+    return url
+
+
+def _short(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The scalars of a plan's description: enough to search by; the store has the rest."""
+    return {key: value for key, value in description.items() if isinstance(value, str | int | float | bool)}

@@ -1,0 +1,268 @@
+"""What an entry of a catalogue may say, and how several of them describe one store.
+
+An entry is Intake's: a reader over a `data` item, one per store and hook, so that Intake opens the array by itself. Our
+block stands under `metadata.tubelet`. A catalogue is read by people who trust its stores, not its author: only one
+reader is allowed over a store and one over a nested catalogue, and no text may hold what Intake would run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, StringConstraints, TypeAdapter, ValidationError
+
+from tubelet_store.config import Config
+from tubelet_store.errors import TubeletError
+from tubelet_store.layout import ACTIVATIONS
+from tubelet_store.plan import DTypeName
+
+SCHEMA = 1
+
+ZARR = "intake.readers.datatypes:Zarr"
+DASK_ZARR = "intake.readers.readers:DaskZarr"
+DASK_ARRAY = "dask.array:Array"
+CATALOG_FILE = "intake.readers.datatypes:CatalogFile"
+CATALOG_READER = "intake.readers.readers:YAMLCatalogReader"
+CATALOG_OBJECT = "intake.readers.entry:Catalog"
+
+CATALOG_DIR = "{CATALOG_DIR}"
+SCHEMES = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
+
+# Intake runs `{func(...)}`, `{import(...)}`, `{pickle64(...)}` and reads `{env(...)}` wherever it finds them.
+_CODE = re.compile(r"\w\s*\(")
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$", max_length=200)]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class HookBlock(Config):
+    """`metadata.tubelet` of an entry: one hook of one store."""
+
+    store: Name
+    """Name of the store: an alias, to be changed at will."""
+    hook: Name
+    id: Digest | None = None
+    """Identity of the store; null where every user makes it himself, so that it differs."""
+    shape: tuple[int, int, int, int]
+    """clip, time, space, channel"""
+    dtype: DTypeName
+    grid: tuple[int, int, int] | None = None
+    """time, height, width"""
+    backbone: dict[str, JsonValue] = Field(default_factory=dict)
+    dataset: dict[str, JsonValue] = Field(default_factory=dict)
+    sampling: dict[str, JsonValue] = Field(default_factory=dict)
+    licence: str | None = None
+    owner: str | None = None
+    description: str | None = None
+    created: str | None = None
+    parents: tuple[Digest, ...] = ()
+    """Stores that this one was made from: earlier versions of it, or what it is a part of."""
+
+
+class CatalogBlock(Config):
+    """`metadata.tubelet` of an entry that is another catalogue."""
+
+    catalog: Name
+    """Name before the names of its stores."""
+    description: str | None = None
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """A store, as a catalogue describes it: the entries of its hooks together."""
+
+    name: str
+    """Name, after those of the catalogues it is nested in: `team-b/k400`."""
+    url: str
+    """Where it lies, resolved."""
+    hooks: tuple[HookBlock, ...]
+    catalog: str
+    """URL of the catalogue that lists it."""
+
+    @property
+    def about(self) -> HookBlock:
+        """What the entries of its hooks share."""
+        return self.hooks[0]
+
+    @property
+    def identity(self) -> str | None:
+        """Identity that the store must have."""
+        return self.about.id
+
+
+@dataclass(frozen=True)
+class Link:
+    """A nested catalogue."""
+
+    name: str
+    url: str
+
+
+class _Data(Config):
+    datatype: Literal["intake.readers.datatypes:Zarr", "intake.readers.datatypes:CatalogFile"]
+    kwargs: dict[str, JsonValue]
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+    user_parameters: dict[str, JsonValue] = Field(default_factory=dict, max_length=0)
+
+
+class _Entry(Config):
+    reader: Literal["intake.readers.readers:DaskZarr", "intake.readers.readers:YAMLCatalogReader"]
+    kwargs: dict[str, JsonValue]
+    metadata: dict[str, JsonValue]
+    output_instance: Literal["dask.array:Array", "intake.readers.entry:Catalog"]
+    user_parameters: dict[str, JsonValue] = Field(default_factory=dict, max_length=0)
+
+
+_DATA, _ENTRY = TypeAdapter(_Data), TypeAdapter(_Entry)
+_HOOK, _LINK = TypeAdapter(HookBlock), TypeAdapter(CatalogBlock)
+
+
+def read_entries(tree: dict[str, Any], origin: str, folder: str) -> tuple[list[StoreEntry], list[Link]]:
+    """The stores and nested catalogues that a parsed catalogue describes.
+
+    Args:
+        tree: The parsed text.
+        origin: URL of the catalogue.
+        folder: What `{CATALOG_DIR}` stands for.
+
+    Raises:
+        TubeletError: the text breaks the schema, or could make a reader run or reach what it should not.
+    """
+    _check_top(tree, origin)
+    hooks: dict[str, list[HookBlock]] = {}
+    urls: dict[str, str] = {}
+    links = []
+    for key, raw in tree["entries"].items():
+        where = f"{origin}: entry '{key}'"
+        _check_text(raw, where)
+        entry = _validated(_ENTRY, raw, where)
+        data = _data_of(tree, entry, where)
+        url = resolve_url(data.kwargs.get("url"), folder, where)
+        if data.datatype == CATALOG_FILE:
+            link = _validated(_LINK, entry.metadata.get("tubelet"), f"{where}, metadata.tubelet")
+            links.append(Link(link.catalog, url))
+            continue
+        block = _validated(_HOOK, entry.metadata.get("tubelet"), f"{where}, metadata.tubelet")
+        if data.kwargs.get("root") != f"{ACTIVATIONS}/{block.hook}":
+            raise TubeletError(f"{where}: its data is not of hook {block.hook}", f"root: {ACTIVATIONS}/{block.hook}")
+        if urls.setdefault(block.store, url) != url or (block.store in hooks and hooks[block.store][0].id != block.id):
+            raise TubeletError(
+                f"{where}: another entry gives store '{block.store}' another place or id", "Name it anew"
+            )
+        hooks.setdefault(block.store, []).append(block)
+    return [StoreEntry(name, urls[name], tuple(blocks), origin) for name, blocks in hooks.items()], links
+
+
+def _check_top(tree: dict[str, Any], origin: str) -> None:
+    if tree.get("version") != 2:
+        raise TubeletError(
+            f"{origin} is no catalogue: version is {tree.get('version')!r}", "Begin it with `version: 2`"
+        )
+    for name in ("data", "entries", "aliases", "metadata", "user_parameters"):
+        if not isinstance(tree.get(name), dict):
+            raise TubeletError(f"{origin}: `{name}` is missing or no mapping", f"Write `{name}: {{}}`")
+    _check_text(tree["metadata"], f"{origin}: metadata")
+    _check_text(tree["aliases"], f"{origin}: aliases")
+    if tree["user_parameters"]:
+        raise TubeletError(f"{origin} has user_parameters, which Intake evaluates", "Write `user_parameters: {}`")
+    ours = tree["metadata"].get("tubelet", {})
+    if not isinstance(ours, dict) or ours.get("schema", SCHEMA) != SCHEMA:
+        raise TubeletError(f"{origin}: metadata.tubelet.schema is not {SCHEMA}", "Upgrade Tubelet")
+    for section in ("data", "entries"):
+        for key in tree[section]:
+            if not _is_safe_key(key):
+                raise TubeletError(
+                    f"{origin}: '{key}' cannot be a name in `{section}`",
+                    "Names are letters, digits, '.', '-', '_' and '/', none of their parts empty, '.' or '..'",
+                )
+
+
+def _is_safe_key(key: str) -> bool:
+    return len(key) <= 500 and re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", key, re.ASCII) is not None
+
+
+def _data_of(tree: dict[str, Any], entry: _Entry, where: str) -> _Data:
+    reference = re.fullmatch(r"\{data\(([^(){}]+)\)\}", str(entry.kwargs.get("data", "")))
+    if set(entry.kwargs) != {"data"} or reference is None:
+        raise TubeletError(f"{where}: kwargs must be `data: '{{data(TOKEN)}}'` and nothing else", "Mend or remove it")
+    raw = tree["data"].get(reference[1])
+    if raw is None or reference[1] in tree["entries"]:
+        raise TubeletError(f"{where}: there is no data item '{reference[1]}' of its own", "Mend or remove it")
+    _check_text(raw, f"{where}, data")
+    data = _validated(_DATA, raw, f"{where}, data")
+    if data.kwargs.get("storage_options"):
+        raise TubeletError(
+            f"{where}: storage_options may hold secrets", "Leave them out: endpoint and keys come from the environment"
+        )
+    if unknown := set(data.kwargs) - {"url", "root", "storage_options"}:
+        raise TubeletError(f"{where}: data.kwargs has {min(unknown)}", "Only url and root belong there")
+    if (data.datatype, entry.reader, entry.output_instance) not in (
+        (ZARR, DASK_ZARR, DASK_ARRAY),
+        (CATALOG_FILE, CATALOG_READER, CATALOG_OBJECT),
+    ):
+        raise TubeletError(f"{where}: {entry.reader} does not read {data.datatype}", "Mend or remove it")
+    return data
+
+
+def resolve_url(url: JsonValue, folder: str, where: str) -> str:
+    """`url` of an entry of the catalogue in `folder`, absolute.
+
+    Raises:
+        TubeletError: it leaves the catalogue's folder by `..`, has an unknown or chained scheme or credentials, or is
+            a local path although the catalogue is remote.
+    """
+    if not isinstance(url, str) or not url:
+        raise TubeletError(f"{where}: its data has no url", "Mend or remove it")
+
+    def refuse(why: str, remedy: str) -> TubeletError:
+        return TubeletError(f"{where}: the url {url!r} {why}", remedy)
+
+    rest = url.removeprefix(CATALOG_DIR + "/")
+    if re.search(r"[{}\\\x00-\x20#]|::", rest):
+        raise refuse("holds a template, a chain or a strange character", f"Only {CATALOG_DIR}/ may stand before it")
+    if ".." in rest.split("/"):
+        raise refuse("leads upwards", "Give the whole URL, or a path below the catalogue")
+    scheme, separator, path = rest.partition("://")
+    if not separator and rest.startswith("/"):
+        scheme, separator, path = "file", "://", rest
+    if not separator:
+        return f"{folder}/{rest}"
+    if rest != url or scheme not in SCHEMES:
+        raise refuse(f"has the scheme '{scheme}'", f"Known are {', '.join(SCHEMES)}")
+    if "@" in path.partition("/")[0]:
+        raise refuse("holds credentials", "They belong into the environment, never into a catalogue")
+    if scheme == "file":
+        if "://" in folder:
+            raise refuse("is a path of the reader's machine, in a catalogue that came from elsewhere", "Do not use it")
+        return path
+    return rest
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Refuse what Intake would evaluate, at any depth; `{data(...)}` has been taken apart by its own pattern."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if type(value) is str:
+            if "{" in value and _CODE.search(value, value.index("{")) and not _DATA_REFERENCE.fullmatch(value):
+                raise TubeletError(f"{where} holds code: {value[:80]!r}", "Do not use this catalogue, or remove that")
+        elif type(value) is dict:
+            pending += value.keys()
+            pending += value.values()
+        elif type(value) is list:
+            pending += value
+
+
+_DATA_REFERENCE = re.compile(r"\{data\([A-Za-z0-9_./-]+\)\}")
+
+
+def _validated(model: TypeAdapter[Any], raw: Any, where: str) -> Any:
+    try:
+        return model.validate_python(raw)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        field = ".".join(map(str, fault["loc"]))
+        given = repr(fault["input"])[:80]
+        raise TubeletError(f"{where}: {field} {fault['msg']} (given: {given})", "Mend or remove it") from error

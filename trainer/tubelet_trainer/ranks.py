@@ -1,0 +1,149 @@
+"""The processes of one run, and what they tell each other.
+
+    torchrun --nproc-per-node 4 -m tubelet_store.cli train run.yaml
+
+Every rank computes the loss of the *whole* batch from sums over ranks, and the gradient of its own part; parameter
+gradients are then summed. So one process and many give the same weights up to rounding, whatever the loss is made of.
+With one process nothing is exchanged and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """This process writes the files."""
+        return self.rank == 0
+
+    def sum(self, local: Tensor) -> Tensor:
+        """Sum over ranks; no gradient."""
+        if self.size == 1:
+            return local
+        total = local.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def min(self, local: Tensor) -> Tensor:
+        """Smallest over ranks; no gradient."""
+        if self.size == 1:
+            return local
+        least = local.detach().clone()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return least
+
+    def total(self, local: Tensor) -> Tensor:
+        """Sum over ranks, of which this rank's part has a gradient."""
+        if self.size == 1:
+            return local
+        out: Tensor = _Total.apply(local)
+        return out
+
+    def shared(self, value: Tensor) -> Tensor:
+        """`value` itself, known to all ranks, each of which uses it for another part: its gradients are summed."""
+        if self.size == 1:
+            return value
+        out: Tensor = _Shared.apply(value)
+        return out
+
+    def gather(self, local: Tensor, most: int | None = None) -> Tensor:
+        """Rows of all ranks, rank after rank, of which this rank's own have a gradient.
+
+        Args:
+            local: [n, ...]
+            most: Pad each rank's rows to this many, with zeros; None: all have the same number.
+        """
+        if self.size == 1:
+            return local
+        if most is not None:
+            local = torch.cat([local, local.new_zeros((most - len(local), *local.shape[1:]))])
+        out: Tensor = _Gather.apply(local, self.rank, self.size)
+        return out
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each gradient by its sum over ranks; all ranks must have the same parameters."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The ranks that torchrun started; `ALONE` where it did not. On CUDA, rank r of a node takes its GPU r."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _Gather(torch.autograd.Function):
+    """Each rank computes the whole loss from all rows, so the gradient of its own rows is a slice of what it has."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, rank: int, size: int) -> Tensor:
+        ctx.rows = slice(rank * len(local), (rank + 1) * len(local))
+        parts = [torch.empty_like(local) for _ in range(size)]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.rows], None, None

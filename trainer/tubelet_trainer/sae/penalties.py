@@ -1,0 +1,163 @@
+"""What makes the kinds without a k sparse: penalties, with a weight that warms up and can be steered.
+
+    ReLU      sparsity x sum_j |z_j|                                      (decoder rows have norm 1)
+    Gated     sparsity x sum_j ReLU(gate_j) + ||x - x^(ReLU(gate))||^2    (decoder frozen in the second)
+    JumpReLU  sparsity x L0   or   sparsity x (L0 / target - 1)^2
+
+A penalty is a term of the objective (see `tubelet_trainer.objective`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tubelet_trainer.objective import AuxK, Forward, Reconstruction, Term, TermFunction
+from tubelet_trainer.sae.config import GatedConfig, JumpReLUConfig, RandomPrefixes, ReLUConfig, SAEConfig
+from tubelet_trainer.sae.nesting import cuts
+from tubelet_trainer.sae.sparse import decode, every_latent
+from tubelet_trainer.sae.sparsifiers import Choice, JumpReLU
+
+# Integral control on a logarithmic scale [RECON]: each step multiplies the weight by (L0 / target) ^ rate, by a factor
+# of at most e ^ rate. With 0.003 a wrong weight moves by e in 333 steps, slower than L0 answers to it.
+_STEERING_RATE = 0.003
+
+
+class PenaltyWeight:
+    """The weight of a penalty in the course of training.
+
+    Args:
+        weight: After warm-up, before steering.
+        warmup_steps: Steps of linear rise.
+        target_l0: Active latents per token to steer towards; None: the weight stays.
+        device: Where the penalty is computed.
+    """
+
+    def __init__(self, weight: float, warmup_steps: int, target_l0: float | None, device: torch.device) -> None:
+        self.weight = weight
+        self.warmup_steps = warmup_steps
+        self.target_l0 = target_l0
+        self.log_gain = torch.zeros((), dtype=torch.float64, device=device)
+
+    def at(self, step: int) -> Tensor:
+        """The weight in step `step`, 0-dimensional."""
+        return self.weight * min(1.0, (step + 1) / (self.warmup_steps + 1)) * self.log_gain.exp()
+
+    def observe(self, l0: Tensor, step: int) -> None:
+        """Steer after a batch with `l0` active latents per token; not during warm-up."""
+        if self.target_l0 is not None and step >= self.warmup_steps:
+            # No active latent at all is as far below the target as the clamp allows.
+            excess = (l0.double().clamp_min(1e-9) / self.target_l0).log().clamp(-1, 1)
+            self.log_gain += _STEERING_RATE * excess
+
+
+class SparsityPenalty:
+    """Base of the penalties: a weight, and its state for checkpoints."""
+
+    def __init__(self, weight: PenaltyWeight) -> None:
+        self.weight = weight
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a continued run needs, by reference."""
+        return {"log_gain": self.weight.log_gain}
+
+    def __call__(self, forward: Forward) -> Term:
+        """Metrics: `sparsity` (the unweighted penalty), `sparsity_weight`."""
+        weight = self.weight.at(forward.step)
+        penalty, beside = self.penalty(forward)
+        active = (forward.codes.values.detach() != 0).sum() / len(forward.x_BD)
+        self.weight.observe(active, forward.step)
+        loss = weight.to(penalty.dtype) * penalty
+        if beside is not None:
+            loss = loss + beside
+        return Term(loss, {"sparsity": penalty.detach(), "sparsity_weight": weight})
+
+    def penalty(self, forward: Forward) -> tuple[Tensor, Tensor | None]:
+        """The unweighted penalty, and a part of the loss that belongs to it but is not weighted with it."""
+        raise NotImplementedError
+
+
+class L1Penalty(SparsityPenalty):
+    """Mean L1 norm of the codes. With random prefixes the mean over the prefixes, each with its own latents."""
+
+    def penalty(self, forward: Forward) -> tuple[Tensor, None]:
+        """mean_b sum_j |z_bj|."""
+        magnitude, config = forward.codes.values.abs(), forward.sae.config
+        if isinstance(config.nesting, RandomPrefixes):
+            cut = cuts(config.nesting, forward.sae.latents, 0, config.seed, forward.step)
+            ends = torch.tensor(cut.ends, device=magnitude.device)
+            before = torch.bucketize(torch.arange(forward.sae.latents, device=magnitude.device), ends, right=True)
+            magnitude = magnitude * (1 - before / len(cut.ends)).to(magnitude.dtype)
+        return magnitude.sum() / len(magnitude), None
+
+
+class GatePenalty(SparsityPenalty):
+    """L1 norm of the open gates, and the reconstruction by the gates alone, the decoder frozen.
+
+    Args:
+        weight: Of the L1 norm.
+        variance: As in `Reconstruction`.
+    """
+
+    def __init__(self, weight: PenaltyWeight, variance: float) -> None:
+        super().__init__(weight)
+        self.variance = variance
+
+    def penalty(self, forward: Forward) -> tuple[Tensor, Tensor]:
+        """mean_b sum_j ReLU(gate_bj), and mean_b ||x - x^(ReLU(gate))||^2 / variance."""
+        sae, tokens = forward.sae, len(forward.x_BD)
+        every = Choice(every_latent(*forward.pre_BF.shape, forward.pre_BF.device), forward.pre_BF > 0)
+        gates = sae.choose(forward.x_BD, forward.pre_BF, every).values
+        recon_BD = decode(gates, every.indices_NK, sae.W_dec.detach()) + sae.b_dec.detach()
+        error = (forward.x_BD - recon_BD).square().sum() / (tokens * self.variance)
+        return gates.sum() / tokens, error
+
+
+class L0Penalty(SparsityPenalty):
+    """L0 through the thresholds' pseudo-derivative: itself, or the square of its distance from a target.
+
+    Args:
+        weight: Of the penalty.
+        quadratic_target: None: L0 itself; else (L0 / target - 1)^2.
+    """
+
+    def __init__(self, weight: PenaltyWeight, quadratic_target: float | None) -> None:
+        super().__init__(weight)
+        self.quadratic_target = quadratic_target
+
+    def penalty(self, forward: Forward) -> tuple[Tensor, None]:
+        """L0 or (L0 / target - 1)^2."""
+        sparsifier = forward.sae.sparsifier
+        assert isinstance(sparsifier, JumpReLU)
+        l0 = sparsifier.l0(forward.pre_BF)
+        return (l0 if self.quadratic_target is None else (l0 / self.quadratic_target - 1).square()), None
+
+
+def sae_terms(
+    config: SAEConfig, channels: int, variance: float, steps: int, device: torch.device
+) -> list[TermFunction]:
+    """The terms that train the SAE `config` describes.
+
+    Args:
+        config: The recipe.
+        channels: D.
+        variance: Total variance of the normalised tokens.
+        steps: Length of the run.
+        device: Where it is trained.
+    """
+    terms: list[TermFunction] = [Reconstruction(variance)]
+    if isinstance(config, ReLUConfig | GatedConfig | JumpReLUConfig):
+        quadratic = isinstance(config, JumpReLUConfig) and config.penalty == "quadratic"
+        warmup = min(config.sparsity_warmup_steps, steps // 10)
+        weight = PenaltyWeight(config.sparsity, warmup, None if quadratic else config.target_l0, device)
+        match config:
+            case ReLUConfig():
+                terms.append(L1Penalty(weight))
+            case GatedConfig():
+                terms.append(GatePenalty(weight, variance))
+            case JumpReLUConfig():
+                terms.append(L0Penalty(weight, config.target_l0 if quadratic else None))
+    # Without dead latents the term costs nothing; it is what reports their share.
+    terms.append(AuxK(config.auxk_for(channels), config.auxk_coef))
+    return terms
