@@ -1,6 +1,6 @@
 """An HTTP proxy that spoils answers: what a network, a tired server and a clock do to a long download.
 
-Reads (GET, HEAD) are spoilt with a chosen probability, kinds in turn, from a seed; everything else passes.
+Reads (GET, HEAD), and writes (PUT, POST) where asked for, are spoilt with a chosen probability, from a seed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from urllib.parse import urlsplit
 
 KINDS = ("flip", "truncate", "short", "stall", "reset", "500", "503", "409", "429", "expired")
 
+WRITE_KINDS = ("500", "503", "cut", "lost", "late")
+"""Of a write: refused; reset before it arrived whole; done, but its answer lost; done, but its answer stalled."""
+
 _ERRORS = {
     "500": (500, "InternalError"),
     "503": (503, "SlowDown"),
@@ -34,6 +37,8 @@ class FaultyProxy:
     Attributes:
         share: Probability that a read is spoilt.
         kinds: Kinds of fault to draw from.
+        write_kinds: Kinds of fault of writes; none by default.
+        drop_headers: Headers of requests that do not reach the server.
         only: Whether the read of a path may be spoilt.
         faults: Faults done, by kind.
     """
@@ -42,18 +47,21 @@ class FaultyProxy:
         self.upstream = urlsplit(upstream).netloc
         self.share = 0.0
         self.kinds: Sequence[str] = KINDS
+        self.write_kinds: Sequence[str] = ()
+        self.drop_headers: Sequence[str] = ()
         self.only: Callable[[str], bool] = lambda path: True
         self.stall_s = stall_s
         self.faults: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
 
-    def draw(self, path: str) -> tuple[str | None, float]:
-        """The fault for the next read (None: none), and a number in [0, 1) that says where in the answer."""
+    def draw(self, path: str, writing: bool = False) -> tuple[str | None, float]:
+        """The fault for the next request (None: none), and a number in [0, 1) that says where in the answer."""
+        kinds = self.write_kinds if writing else self.kinds
         with self._lock:
-            if not self.only(path) or self._random.random() >= self.share:
+            if not kinds or not self.only(path) or self._random.random() >= self.share:
                 return None, 0.0
-            kind = self._random.choice(self.kinds)
+            kind = self._random.choice(kinds)
             self.faults[kind] += 1
             return kind, self._random.random()
 
@@ -94,17 +102,27 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(501)
             return
         body = self.rfile.read(length) if length else None
-        reading = self.command in ("GET", "HEAD")
-        kind, where = self.proxy.draw(self.path) if reading else (None, 0.0)
+        kind, where = (None, 0.0)
+        if self.command in ("GET", "HEAD", "PUT", "POST"):
+            kind, where = self.proxy.draw(self.path, writing=self.command in ("PUT", "POST"))
         if kind in _ERRORS:
             self._answer_error(*_ERRORS[kind])
             return
+        if kind == "cut":
+            self._hang_up()
+            return
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
-        upstream.request(self.command, self.path, body, dict(self.headers))
+        passed = {k: v for k, v in self.headers.items() if k not in self.proxy.drop_headers}
+        upstream.request(self.command, self.path, body, passed)
         answer = upstream.getresponse()
         data = bytearray(answer.read())
         headers = [(k, v) for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "connection")]
         upstream.close()
+        if kind in ("lost", "late"):
+            if kind == "late":
+                time.sleep(self.proxy.stall_s)
+            self._hang_up()
+            return
         if kind is None or answer.status >= 300 or not data:
             self._answer(answer.status, headers, bytes(data))
             return
@@ -121,10 +139,14 @@ class _Handler(BaseHTTPRequestHandler):
             if kind == "stall":
                 time.sleep(self.proxy.stall_s)
             if kind == "reset":
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
+                self._hang_up()
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
 
     def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
         self.send_response_only(status)

@@ -26,7 +26,7 @@ def planned_table(clips: int, clips_per_video: int = 1) -> pa.Table:
         "split": ["train"] * clips,
         "view": [clip % clips_per_video for clip in range(clips)],
     }
-    return pa.table(rows, schema=PLANNED)
+    return pa.table({name: rows.get(name, [None] * clips) for name in PLANNED.names}, schema=PLANNED)
 
 
 def make_plan(

@@ -279,7 +279,7 @@ class Coherence:
                     value=seen.jaccard,
                     n=seen.jaccard_pairs,
                     n_of="pairs of tokens",
-                    definition=f"{prefix}Mean over pairs one latent step apart of |A ∩ B| / |A ∪ B|, where A "
+                    definition=f"{prefix}Mean over pairs one latent step apart of |A and B| / |A or B|, where A "
                     "and B are the sets "
                     f"of active latents; pairs in which both are empty are left out. {_PAIRS}",
                     better="high" if not prefix else "neither",

@@ -44,5 +44,5 @@ class DemoConfig(Config):
     """Folder for videos, stores, run and report."""
     videos: int = Field(default=320, ge=32)
     """Videos to render; three tenths of them are kept for evaluation."""
-    epochs: int = Field(default=40, ge=1)
+    epochs: int = Field(default=20, ge=1)
     """Passes over the training activations."""

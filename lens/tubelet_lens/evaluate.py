@@ -38,8 +38,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Evaluate the SAE of a training run on a store.
 
     Raises:
-        TubeletError: the run or store cannot be read, they do not belong together, no clip is left to evaluate, or a clip
-            that is stored as ok is damaged.
+        TubeletError: the run or store cannot be read, they do not belong together, no clip is left to evaluate, or a
+            clip that is stored as ok is damaged.
     """
     device = choose_device(config.device)
     trained = load_trained(config.run, str(device))

@@ -28,7 +28,7 @@ class Coverage(Config):
     failed_clips: int
     """Clips of the store that hold no activations; never read."""
     clips_with_repeated_frames: int
-    """Evaluated clips of which some latent steps cover repeated frames: masked out of pairs in time, counted elsewhere."""
+    """Evaluated clips of which some latent steps cover repeated frames: left out of pairs in time only."""
 
 
 class Evaluation(Config):

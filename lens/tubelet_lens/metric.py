@@ -5,8 +5,8 @@
     metric.section()
 
 One file per metric. A metric that needs labels or captions looks up `window.clips` in `setting.store.clips()`; one that
-trains something (a probe, a map) gathers pooled codes in `add` and fits in `section`. To add one, write the file and put
-its class into `evaluate.METRICS`.
+trains something (a probe, a map) gathers pooled codes in `add` and fits in `section`. To add one, write the file and
+put its class into `evaluate.METRICS`.
 """
 
 from __future__ import annotations

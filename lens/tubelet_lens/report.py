@@ -20,6 +20,8 @@ SUBJECTS = {
 }
 """Columns of the tables, in order."""
 
+_MINUS = "\N{MINUS SIGN}"
+
 
 def render_report(evaluation: Evaluation) -> str:
     """The page, as HTML."""
@@ -46,7 +48,7 @@ def show(figure: Figure) -> str:
     if figure.value is None:
         return "—"
     if figure.style == "percent":
-        return f"{100 * figure.value:.1f} %".replace("-", "−")
+        return f"{100 * figure.value:.1f} %".replace("-", _MINUS)
     if figure.style == "count":
         return f"{figure.value:,.0f}"
     if figure.style == "seconds":
@@ -63,7 +65,7 @@ def _number(value: float) -> str:
         text = f"{value:.{max(1, 3 - max(0, math.floor(math.log10(size))))}f}"
     else:
         text = f"{value:.2e}"
-    return text.replace("-", "−")
+    return text.replace("-", _MINUS)
 
 
 def anchor(name: str) -> str:

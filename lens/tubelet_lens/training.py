@@ -20,8 +20,8 @@ _CURVES = (
         "dead",
         "Dead latents during training",
         "share of latents",
-        "Training: share of latents silent for longer than the run's dead-after window. Held-out: share that fired on none "
-        "of the held-out tokens of that evaluation. The two count different things.",
+        "Training: share of latents silent for longer than the run's dead-after window. Held-out: share that fired on "
+        "none of the held-out tokens of that evaluation. The two count different things.",
     ),
 )
 _KINDS = (("train", "training"), ("eval", "held-out"))

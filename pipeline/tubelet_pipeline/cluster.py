@@ -185,9 +185,9 @@ def start_cluster(config: ClusterConfig) -> Iterator[Any]:
         ) from error
     try:
         cluster = cluster_class(**config.kwargs)
-    except (TypeError, ValueError, OSError) as error:
+    except Exception as error:  # each manager has its own; all mean that there is no cluster
         raise TubeletError(
-            f"{config.class_} does not start: {error}", "Compare cluster.kwargs with the documentation of that class"
+            f"{config.class_} does not start: {_causes(error)}", "Compare cluster.kwargs with the documentation of that class"
         ) from error
     with cluster:
         # Runners find their size in the allocation, LocalCUDACluster in the machine.
@@ -196,3 +196,11 @@ def start_cluster(config: ClusterConfig) -> Iterator[Any]:
         elif config.workers is not None and not config.is_runner:
             cluster.scale(config.workers)
         yield cluster
+
+
+def _causes(error: BaseException | None) -> str:
+    said = []
+    while error is not None:
+        said.append(" ".join(str(error).split()) or type(error).__name__)
+        error = error.__cause__
+    return ": ".join(said)

@@ -194,6 +194,8 @@ def shard_job(config: ExtractConfig, planned: Planned) -> ShardJob:
         plan_digest=planned.plan.digest,
         dataset_root=_seen_from_anywhere(str(config.dataset.root)),
         sampling=config.sampling,
+        views=config.views,
+        tokens=config.tokens,
         backbone=backbone,
         hooks=tuple(hook.name for hook in planned.plan.hooks),
         decode=config.decode,

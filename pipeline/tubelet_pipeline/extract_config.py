@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from tubelet_pipeline.clips import DatasetConfig
 from tubelet_pipeline.cluster import ClusterConfig
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.sampling import Sampling
+from tubelet_pipeline.tokens import AllTokens, Tokens
+from tubelet_pipeline.views import CentreView, Views
 from tubelet_store.config import Config, validate
 from tubelet_store.spool import UploadConfig
 
@@ -33,8 +35,12 @@ class ExtractConfig(Config):
     """Of the stored activations. float16 is finer, bfloat16 takes larger values; both take two bytes."""
     clips_per_shard: int | None = Field(default=None, ge=1)
     """Clips in one shard, the unit of work and of loss. None: 256 MiB a hook, less where that makes few shards."""
-    batch_size: int = Field(default=8, ge=1)
-    """Clips in one forward pass."""
+    views: Views = CentreView()
+    """Crops and shifted windows of each clip."""
+    tokens: Tokens = AllTokens()
+    """Which tokens are stored."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    """Clips in one forward pass. auto: as many as the device holds, a power of two, found before the first shard."""
     decode: DecodeConfig = DecodeConfig()
     """Decoder and its limits."""
     cluster: ClusterConfig = ClusterConfig()

@@ -24,33 +24,42 @@ class FrameChoice:
     padded: int
 
 
-def dense_frames(video_frames: int, *, frames: int, stride: int, clips: int, view: int) -> FrameChoice:
+def dense_frames(
+    video_frames: int, *, frames: int, stride: int, clips: int, view: int, first: int = 0, more: int = 0
+) -> FrameChoice:
     """`frames` frames, `stride` apart: `min(start + i * stride, n - 1)`.
 
     The span is `frames * stride`. One view stands in the middle, `start = max(0, (n - span) // 2)`; of several, view v
     starts at `v * max(0, n - span) // (clips - 1)`. Indices past the end repeat the last frame; `padded` counts them.
+
+    With `more` the formula is that of `frames + more` frames, of which those from `first` on are taken: windows that
+    differ in `first` alone share frames.
     """
-    _check(video_frames, clips, view)
-    slack = max(0, video_frames - frames * stride)
+    _check(video_frames, clips, view, first, more)
+    slack = max(0, video_frames - (frames + more) * stride)
     start = slack // 2 if clips == 1 else view * slack // (clips - 1)
-    wanted = start + stride * np.arange(frames, dtype=np.int64)
+    wanted = start + stride * np.arange(first, first + frames, dtype=np.int64)
     return FrameChoice(np.minimum(wanted, video_frames - 1), int((wanted >= video_frames).sum()))
 
 
-def uniform_frames(video_frames: int, *, frames: int, clips: int, view: int) -> FrameChoice:
+def uniform_frames(
+    video_frames: int, *, frames: int, clips: int, view: int, first: int = 0, more: int = 0
+) -> FrameChoice:
     """One frame from each of `frames` equal bins: `floor((i + (v + 1/2) / V) * n / T)`.
 
     One view takes the bin centres (TSN's test sampling). A video with fewer frames than bins repeats frames; `padded`
-    counts the indices that equal their predecessor.
+    counts the indices that equal their predecessor. `first` and `more` as for `dense_frames`: of `frames + more` bins.
     """
-    _check(video_frames, clips, view)
-    bins = np.arange(frames, dtype=np.int64)
-    indices = (2 * clips * bins + 2 * view + 1) * video_frames // (2 * clips * frames)
+    _check(video_frames, clips, view, first, more)
+    bins = np.arange(first, first + frames, dtype=np.int64)
+    indices = (2 * clips * bins + 2 * view + 1) * video_frames // (2 * clips * (frames + more))
     return FrameChoice(indices, int((indices[1:] == indices[:-1]).sum()))
 
 
-def _check(video_frames: int, clips: int, view: int) -> None:
+def _check(video_frames: int, clips: int, view: int, first: int, more: int) -> None:
     if video_frames < 1:
         raise ValueError(f"A video of {video_frames} frames has none to choose")
     if not 0 <= view < clips:
         raise ValueError(f"View {view} is not one of the {clips} views")
+    if not 0 <= first <= more:
+        raise ValueError(f"A window that begins at frame {first} does not fit into one that is {more} frames longer")

@@ -37,6 +37,20 @@ class CropBox(NamedTuple):
     width: float
 
 
+class Place(NamedTuple):
+    """Where a crop lies in the resized picture; by default in its middle."""
+
+    along: float | None = None
+    """Share of what is left over along the longer side that lies before the crop: 0, 1/2 or 1. None: as across it."""
+    room: tuple[int, int] = (0, 0)
+    """Pixels (down, right) by which the picture is drawn larger, for crops to be shifted in."""
+    offset: tuple[int, int] = (0, 0)
+    """Pixels (down, right) by which this crop is shifted, up to `room`."""
+
+
+CENTRE = Place()
+
+
 class Preprocessing(Config):
     """Resize, centre crop and normalise: `(pixel * rescale - offset - mean) / std`."""
 
@@ -77,22 +91,38 @@ class Preprocessing(Config):
             raise ValueError("validated away: a preprocessing has crop or resize_to")
         return size
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of a frame after resizing; truncated, not rounded, as the published processors do."""
+    def resized(self, height: int, width: int, room: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """Height and width of a frame after resizing; truncated, not rounded, as the published processors do.
+
+        Args:
+            height: Of the frame.
+            width: Of the frame.
+            room: Pixels by which what a crop shows is drawn larger, in the ratio (crop + room) / crop.
+        """
+        (crop_height, more_height), (crop_width, more_width) = zip(self.size, room, strict=True)
         if self.resize_to is not None:
-            return self.resize_to
+            down, across = self.resize_to
+            return (
+                down * (crop_height + more_height) // crop_height,
+                across * (crop_width + more_width) // crop_width,
+            )
         short = self.shortest_edge
         if short is None:
             return height, width
+        short = max(
+            short * (crop_height + more_height) // crop_height,
+            short * (crop_width + more_width) // crop_width,
+        )
         if height <= width:
             return short, int(short * width / height)
         return int(short * height / width), short
 
-    def __call__(self, frames_u8: np.ndarray) -> tuple[torch.Tensor, CropBox]:
+    def __call__(self, frames_u8: np.ndarray, place: Place = CENTRE) -> tuple[torch.Tensor, CropBox]:
         """Pixels of one clip.
 
         Args:
             frames_u8: uint8 [T, H, W, 3], red first.
+            place: Where the crop lies.
 
         Returns:
             float32 [T, 3, h, w] on the CPU with (h, w) = `size`, and the box of the source frame that they show.
@@ -106,18 +136,22 @@ class Preprocessing(Config):
         # torch has no read-only tensors and warns about a frame buffer that is one.
         frames = torch.from_numpy(frames_u8 if frames_u8.flags.writeable else frames_u8.copy()).permute(0, 3, 1, 2)
         height, width = frames_u8.shape[1:3]
-        resized = self.resized(height, width)
+        resized = self.resized(height, width, place.room)
         if resized != (height, width):
             frames = F.interpolate(
                 frames, size=resized, mode=self.interpolation, antialias=True, align_corners=False
             )  # stays uint8
         crop_height, crop_width = self.size
-        if crop_height > resized[0] or crop_width > resized[1]:
+        over = (resized[0] - crop_height - place.room[0], resized[1] - crop_width - place.room[1])
+        if min(over) < 0:
             raise TubeletError(
-                f"A frame of {width}x{height} pixels is smaller than the crop of {crop_width}x{crop_height}",
+                f"A frame of {width}x{height} pixels is smaller than the crop of {crop_width + place.room[1]}x"
+                f"{crop_height + place.room[0]}",
                 "Set backbone.preprocessing.shortest_edge, so that frames are resized first",
             )
-        top, left = (resized[0] - crop_height) // 2, (resized[1] - crop_width) // 2
+        top, left = (pixels // 2 + shift for pixels, shift in zip(over, place.offset, strict=True))
+        if place.along is not None:
+            top, left = (int(place.along * over[0]), left) if height > width else (top, int(place.along * over[1]))
         pixels = frames[..., top : top + crop_height, left : left + crop_width].to(torch.float32)
         scale = 1.0 / self.rescale
         mean = (torch.tensor(self.mean) + self.offset) * scale

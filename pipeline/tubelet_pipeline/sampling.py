@@ -41,17 +41,19 @@ class UniformSampling(Config):
 Sampling = Annotated[DenseSampling | UniformSampling, Field(discriminator="kind")]
 
 
-def choose_frames(sampling: DenseSampling | UniformSampling, video_frames: int, view: int) -> FrameChoice:
+def choose_frames(
+    sampling: DenseSampling | UniformSampling, video_frames: int, view: int, first: int = 0, more: int = 0
+) -> FrameChoice:
     """Frames of temporal view `view` of a video with `video_frames` frames.
 
+    With `more`, of `sampling.frames + more` frames those from `first` on.
+
     Raises:
-        ValueError: the video has no frames, or `view` is not in range(sampling.clips).
+        ValueError: the video has no frames, `view` is not in range(sampling.clips), or `first` not in range(more + 1).
     """
-    if isinstance(sampling, DenseSampling):
-        return dense_frames(
-            video_frames, frames=sampling.frames, stride=sampling.stride, clips=sampling.clips, view=view
-        )
-    return uniform_frames(video_frames, frames=sampling.frames, clips=sampling.clips, view=view)
+    rule = sampling.model_dump(exclude={"kind"})
+    formula = dense_frames if isinstance(sampling, DenseSampling) else uniform_frames
+    return formula(video_frames, **rule, view=view, first=first, more=more)
 
 
 _FORMULAS = {

@@ -15,10 +15,10 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from distributed.comm import get_address_host
 from numpy.typing import NDArray
 
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
+from tubelet_pipeline.batch_size import find_batch_size
 from tubelet_pipeline.clips import resolve_uri
 from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.config import DecodeConfig
@@ -35,6 +36,8 @@ from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
 from tubelet_pipeline.overlap import ahead
 from tubelet_pipeline.planning import software_versions
 from tubelet_pipeline.sampling import Sampling
+from tubelet_pipeline.tokens import AllTokens, Tokens, TokenSelector
+from tubelet_pipeline.views import CentreView, View, Views, locate, place, shifted_frames
 from tubelet_store import ClipOutcome, StoreWriter, TubeletError
 from tubelet_store.commit import Commit
 from tubelet_store.config import Config
@@ -51,10 +54,12 @@ class ShardJob(Config):
     plan_digest: str
     dataset_root: str
     sampling: Sampling
+    views: Views = CentreView()
+    tokens: Tokens = AllTokens()
     backbone: BackboneConfig
     hooks: tuple[str, ...]
     decode: DecodeConfig
-    batch_size: int
+    batch_size: int | Literal["auto"]
     threads: int
     upload: UploadConfig
 
@@ -116,10 +121,33 @@ class _Runtime:
         self.spool = Spool(job.upload, job.store, self.store.plan)
         self.spool.discard_partial()
         self.uris: list[str] = table["uri"].to_pylist()
+        self.video_ids: list[str] = table["video_id"].to_pylist()
         self.views: list[int] = table["view"].to_pylist()
+        self.selector = TokenSelector(job.tokens, self.backbone.grid)
+        self.batch_size = (
+            find_batch_size(self.backbone, job.hooks, self.store.plan.clips_per_shard)
+            if job.batch_size == "auto"
+            else job.batch_size
+        )
+
+    def view(self, clip: int) -> View:
+        return locate(self.job.views, self.views[clip])
 
     def request(self, clip: int) -> DecodeRequest:
-        return DecodeRequest(resolve_uri(self.job.dataset_root, self.uris[clip]), self.job.sampling, self.views[clip])
+        """Equal for crops of the same frames."""
+        view = self.view(clip)
+        first, more = shifted_frames(self.job.views, view, self.backbone.tubelet_frames)
+        uri = resolve_uri(self.job.dataset_root, self.uris[clip])
+        return DecodeRequest(uri, self.job.sampling, view.temporal_view, first, more)
+
+    def decoded(self, clips: Iterable[int], prefetch: int) -> Iterator[tuple[int, DecodedClip | DecodeFailure]]:
+        """Clips with their frames, in order. Neighbours that are crops of the same frames are decoded once."""
+        counted = ((request, list(run)) for request, run in itertools.groupby(clips, self.request))
+        ahead, asked = itertools.tee(counted)
+        results = self.decoder.map_ordered((request for request, _ in asked), prefetch)
+        for (_, run), result in zip(ahead, results, strict=True):
+            for clip in run:
+                yield clip, result
 
 
 def _attach(job: ShardJob) -> tuple[StoreWriter, pa.Table]:
@@ -147,9 +175,9 @@ def _extract(runtime: _Runtime, shard: int) -> ShardReport:
     store, job = runtime.store, runtime.job
     clips = store.plan.shard_range(shard)
     seconds = {"decode": 0.0, "forward": 0.0}
-    size = job.batch_size
+    size = runtime.batch_size
     # Decoding runs two batches ahead: one being decoded while one is prepared or waits for the forward pass.
-    decoded = runtime.decoder.map_ordered((runtime.request(clip) for clip in clips), prefetch=2 * size)
+    decoded = runtime.decoded(clips, prefetch=2 * size)
     batches = (_prepare(runtime, list(itertools.islice(decoded, size))) for _ in range(0, len(clips), size))
     with store.shard(shard) as writer, ThreadPoolExecutor(1, thread_name_prefix="write") as executor:
         writing: Future[None] | None = None
@@ -165,7 +193,8 @@ def _extract(runtime: _Runtime, shard: int) -> ShardReport:
         if writing is not None:
             writing.result()
         seconds["total"] = time.perf_counter() - began
-        finished = writer.finish(software_versions(), {name: round(s, 4) for name, s in seconds.items()})
+        software = {**software_versions(), "batch_size": str(size)}
+        finished = writer.finish(software, {name: round(s, 4) for name, s in seconds.items()})
         with _timed(seconds, "publish"):
             commit = _publish(runtime, finished)
     done = report(commit or finished.commit)
@@ -214,30 +243,36 @@ class _Batch:
 
     outcomes: list[ClipOutcome]
     pixels: torch.Tensor | None
+    patches: list[tuple[int, ...] | None]
+    """Patches to keep of each clip that could be decoded."""
 
 
-def _prepare(runtime: _Runtime, batch: list[DecodedClip | DecodeFailure]) -> _Batch:
+def _prepare(runtime: _Runtime, batch: list[tuple[int, DecodedClip | DecodeFailure]]) -> _Batch:
     outcomes: list[ClipOutcome] = []
     pixels: list[torch.Tensor] = []
-    for clip in batch:
+    patches: list[tuple[int, ...] | None] = []
+    backbone, views = runtime.backbone, runtime.job.views
+    for number, clip in batch:
         if isinstance(clip, DecodeFailure):
             # The clip table is the same wherever the data set lies.
             message = clip.message.replace(resolve_uri(runtime.job.dataset_root, ""), "")
             outcomes.append(ClipOutcome.failure(clip.code, message))
             continue
-        clip_pixels, crop = runtime.backbone.preprocess(clip.frames)
+        crop_place = place(views, runtime.view(number), backbone.patch_size)
+        clip_pixels, crop = backbone.preprocess(clip.frames, crop_place)
         pixels.append(clip_pixels)
-        outcomes.append(_outcome(clip, (crop.top, crop.left, crop.height, crop.width)))
+        patches.append(runtime.selector.patches(runtime.video_ids[number], runtime.views[number]))
+        outcomes.append(_outcome(clip, (crop.top, crop.left, crop.height, crop.width), patches[-1]))
     stacked = torch.stack(pixels) if pixels else None
     if stacked is not None and runtime.backbone.device.type == "cuda":
         stacked = stacked.pin_memory()
-    return _Batch(outcomes, stacked)
+    return _Batch(outcomes, stacked, patches)
 
 
 def _forward(runtime: _Runtime, batch: _Batch) -> list[_Row]:
     hooks = runtime.job.hooks
     captured = runtime.backbone.activations(batch.pixels, hooks) if batch.pixels is not None else {}
-    tokens = {hook: _to_numpy(c.tokens) for hook, c in captured.items()}
+    tokens = {hook: _to_numpy(runtime.selector(c.tokens, batch.patches)) for hook, c in captured.items()}
     special = {hook: _to_numpy(c.special) for hook, c in captured.items() if c.special is not None}
     rows, position = [], 0
     for outcome in batch.outcomes:
@@ -255,7 +290,9 @@ def _forward(runtime: _Runtime, batch: _Batch) -> list[_Row]:
     return rows
 
 
-def _outcome(clip: DecodedClip, crop: tuple[float, float, float, float]) -> ClipOutcome:
+def _outcome(
+    clip: DecodedClip, crop: tuple[float, float, float, float], patches: tuple[int, ...] | None
+) -> ClipOutcome:
     return ClipOutcome(
         status="ok",
         frame_indices=tuple(clip.frame_indices.tolist()),
@@ -266,6 +303,7 @@ def _outcome(clip: DecodedClip, crop: tuple[float, float, float, float]) -> Clip
         width=clip.width,
         height=clip.height,
         crop=crop,
+        patches=patches,
         decoder=clip.decoder,
         truncated=clip.truncated,
         corrupt_frames=clip.corrupt_frames,

@@ -9,6 +9,7 @@ machine with only the trainer installed shows only the verbs it can run.
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ class Verb(Generic[C]):
     run: Callable[[C], int]
     """Does the work; returns the exit status. Imports heavy libraries inside."""
     positionals: tuple[str, ...] = ()
-    """Fields that may be given without their name, in order."""
+    """Fields that may be given without their name, in order; the last takes all that is left if it ends with `...`."""
+    settings_file: bool = True
+    """A YAML file among the arguments holds settings; False: it is an argument like any other."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +111,7 @@ def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None,
     overrides: dict[str, str] = {}
     free = list(verb.positionals)
     queue = list(arguments)
+    rest: list[str] = []
     while queue:
         word = queue.pop(0)
         if word.startswith("--"):
@@ -117,12 +121,16 @@ def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None,
                 # A bare option is a switch: `--json` means `--json true`.
                 text = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
             overrides[field] = text
-        elif word.endswith((".yaml", ".yml")) and path is None and "#" not in word:
+        elif verb.settings_file and word.endswith((".yaml", ".yml")) and path is None and "#" not in word:
             path = Path(word)
+        elif free and free[0].endswith("..."):
+            rest.append(word)
         elif free:
             overrides[free.pop(0)] = word
         else:
             raise TubeletError(f"`tubelet {verb.name}` does not take '{word}'", f"See `tubelet {verb.name} --help`")
+    if rest:
+        overrides[free[0].removesuffix("...")] = json.dumps(rest, ensure_ascii=False)
     return path, overrides
 
 

@@ -29,6 +29,10 @@ PLANNED = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("split", pa.string()),
         pa.field("view", pa.int16(), nullable=False),
+        pa.field("temporal_view", pa.int16()),
+        pa.field("spatial_view", pa.int16()),
+        pa.field("shift_patches", pa.int16()),
+        pa.field("shift_tubelets", pa.int16()),
     ]
 )
 
@@ -44,6 +48,7 @@ OUTCOME = pa.schema(
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("crop", pa.list_(pa.float32())),
+        pa.field("patches", pa.list_(pa.int32())),
         pa.field("decoder", pa.string()),
         pa.field("truncated", pa.bool_()),
         pa.field("corrupt_frames", pa.int32()),
@@ -74,6 +79,8 @@ class ClipOutcome(Config):
     height: int | None = None
     crop: tuple[float, float, float, float] | None = None
     """Top, left, height, width of what the backbone saw, in source pixels."""
+    patches: tuple[int, ...] | None = None
+    """Patches that are stored, ascending, where the plan keeps only some of each clip."""
     decoder: str | None = None
     truncated: bool | None = None
     """The stream ends well before its container says."""
@@ -87,7 +94,7 @@ class ClipOutcome(Config):
 
 
 def check_planned(table: pa.Table) -> pa.Table:
-    """`table` with exactly the planned columns.
+    """`table` with exactly the planned columns; those that may be null may also be absent.
 
     Raises:
         TubeletError: it is empty, or a column is missing or of another type.
@@ -95,9 +102,21 @@ def check_planned(table: pa.Table) -> pa.Table:
     if table.num_rows == 0:
         raise TubeletError("The clip table is empty", "Check the data set's root, split and limit")
     try:
-        return table.select(PLANNED.names).cast(PLANNED)
+        return completed(table, PLANNED).cast(PLANNED)
     except (KeyError, pa.ArrowInvalid) as error:
         raise TubeletError(f"The clip table does not fit: {error}", f"It needs {', '.join(PLANNED.names)}") from error
+
+
+def completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema`, in its order; nullable ones that an older Tubelet did not write are null.
+
+    Raises:
+        KeyError: a column that may not be null is missing.
+    """
+    for field in schema:
+        if field.nullable and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(schema.names)
 
 
 def finished_table(planned: pa.Table, outcomes: Sequence[ClipOutcome], clips_per_shard: int) -> pa.Table:
@@ -105,7 +124,7 @@ def finished_table(planned: pa.Table, outcomes: Sequence[ClipOutcome], clips_per
     rows = [outcome.model_dump() for outcome in outcomes]
     columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in OUTCOME]
     shards = pa.array([clip // clips_per_shard for clip in range(len(rows))], type=SHARD.type)
-    return pa.table([*planned.columns, *columns, shards], schema=FINISHED)
+    return pa.table([*completed(planned, PLANNED).columns, *columns, shards], schema=FINISHED)
 
 
 def outcomes_of(finished: pa.Table) -> list[ClipOutcome]:

@@ -45,6 +45,21 @@ class Grid(Config):
         return self.time * self.space
 
 
+class TokenSelection(Config):
+    """Which of the backbone's tokens are stored, where not all are.
+
+    Whatever is kept is kept at every time step, so that a token's neighbour in time is always there.
+    """
+
+    kind: Literal["patches", "pooled"]
+    """patches: some patches of each clip, which the clip table names; the plan's grid is then one row of them.
+    pooled: averages over equal boxes of tokens; the plan's grid is the smaller one."""
+    grid: Grid
+    """Grid of the backbone, before the selection."""
+    seed: int | None = None
+    """patches: chooses them, anew for each clip."""
+
+
 class Hook(Config):
     """A place in the backbone whose activations are stored."""
 
@@ -69,12 +84,23 @@ class Plan(Config):
     backbone: dict[str, JsonValue]
     """Family, id, revision, digest of the weights, precision."""
     grid: Grid
+    """Tokens of a clip as they are stored."""
+    tokens: TokenSelection | None = Field(default=None, exclude_if=lambda tokens: tokens is None)
+    """How `grid` comes from the backbone's; None, and then absent: it is the backbone's."""
     hooks: tuple[Hook, ...] = Field(min_length=1)
     special_tokens: tuple[str, ...] = ()
     """Names of the tokens outside the grid (`cls`, `register.0`, ...), in order."""
     special_time: int = Field(default=1, gt=0)
     """Time steps of the special tokens: the grid's for a frame-wise backbone, 1 for a video backbone."""
     dtype: DTypeName = "float16"
+
+    @model_validator(mode="after")
+    def _selection_fits(self) -> Plan:
+        if self.tokens is not None and self.tokens.kind == "patches":
+            whole = self.tokens.grid
+            if self.grid.height != 1 or self.grid.width > whole.space or self.grid.time != whole.time:
+                raise ValueError(f"{self.grid} is no row of patches of {whole}")
+        return self
 
     @model_validator(mode="after")
     def _hooks_are_distinct(self) -> Plan:
@@ -87,6 +113,11 @@ class Plan(Config):
     def digest(self) -> str:
         """Identity of the plan: `sha256:` over its canonical JSON."""
         return sha256_of_json(self.model_dump(mode="json"))
+
+    @property
+    def position_grid(self) -> Grid:
+        """Grid in which stored tokens have their places: the backbone's where only some patches are stored."""
+        return self.tokens.grid if self.tokens is not None and self.tokens.kind == "patches" else self.grid
 
     @property
     def shards(self) -> int:

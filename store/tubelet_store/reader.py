@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tubelet_store.clips import FINISHED, finished_table, from_parquet
+from tubelet_store.arrays import HookArray, html_table
+from tubelet_store.catalog.catalog import is_reference, resolve
+from tubelet_store.clips import FINISHED, completed, finished_table, from_parquet
 from tubelet_store.commit import Commit, committed_shards, read_commit, read_commit_moments
 from tubelet_store.errors import StoreUnreachable, TubeletError
 from tubelet_store.layout import (
@@ -26,6 +28,7 @@ from tubelet_store.layout import (
     MANIFEST,
     MOMENTS,
     PLAN_TABLE,
+    SPECIAL,
     check_index,
     clip_bytes,
     clip_shape,
@@ -69,6 +72,39 @@ class Store:
         grid = f"{plan.grid.time}x{plan.grid.height}x{plan.grid.width}"
         return f"<Store {self.url} ({self.state.state}): {plan.clips} clips, grid {grid}, {plan.dtype}, hooks {hooks}>"
 
+    def _repr_html_(self) -> str:
+        plan, grid = self.plan, self.plan.grid
+        rows = {
+            "store": self.url,
+            "state": f"{self.state.state}, {len(self.committed)} of {plan.shards} shards",
+            "identity": self.identity,
+            "clips": f"{plan.clips} ({self.state.clips_failed or 0} failed)",
+            "grid": f"{grid.time} time x {grid.height} height x {grid.width} width, {plan.dtype}",
+            "data set": ", ".join(f"{k} {v}" for k, v in plan.dataset.items() if v is not None),
+            "backbone": ", ".join(f"{k} {v}" for k, v in plan.backbone.items() if isinstance(v, str)),
+            "hooks": ", ".join(f"{hook.name} [{hook.channels}]" for hook in plan.hooks),
+        }
+        return html_table(rows)
+
+    def __getitem__(self, hook: str) -> HookArray:
+        """The activations of all clips at `hook`, as a lazy read-only array [clip, time, space, channel].
+
+        Raises:
+            TubeletError: the store has no such hook.
+        """
+        return HookArray(self, hook)
+
+    def special_tokens(self, hook: str) -> HookArray:
+        """The special tokens of all clips at `hook`, as a lazy read-only array [clip, time or 1, token, channel].
+
+        Raises:
+            TubeletError: the store has no such hook, or no special tokens.
+        """
+        return HookArray(self, hook, SPECIAL)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [hook.name for hook in self.plan.hooks]
+
     @property
     def complete(self) -> bool:
         """Every shard is committed and merged."""
@@ -111,11 +147,39 @@ class Store:
         mask[table["clip"].to_numpy()] = status == "ok"
         return mask
 
+    @cached_property
+    def kept_patches(self) -> NDArray[np.int32] | None:
+        """[plan.clips, space] Patches of `plan.position_grid` that are stored, row-major numbers, ascending per clip.
+
+        None: every clip holds the whole grid. Clips that hold no activations have -1.
+        """
+        if self.plan.position_grid == self.plan.grid:
+            return None
+        kept = np.full((self.plan.clips, self.plan.grid.space), -1, dtype=np.int32)
+        table = self.clips()
+        for clip, patches in zip(table["clip"].to_pylist(), table["patches"].to_pylist(), strict=True):
+            if patches is not None:
+                kept[clip] = patches
+        return kept
+
+    def patch_positions(self, clip: int) -> NDArray[np.int64]:
+        """[space, 2] Row and column, in `plan.position_grid`, of each entry of axis `space` of `clip`.
+
+        Raises:
+            TubeletError: there is no such clip, or its places are not recorded because it failed.
+        """
+        if not 0 <= clip < self.plan.clips:
+            raise TubeletError(f"{self.url} has no clip {clip}", f"Its clips are 0 to {self.plan.clips - 1}")
+        patches = np.arange(self.plan.grid.space) if self.kept_patches is None else self.kept_patches[clip]
+        if patches[0] < 0:
+            raise TubeletError(f"{self.url}: clip {clip} holds no activations", "See its error in the clip table")
+        return np.stack(np.divmod(patches.astype(np.int64), self.plan.position_grid.width), axis=1)
+
     def _finished_table(self, data: bytes) -> pa.Table:
         table = from_parquet(data)
         if table.num_rows != self.plan.clips:
             raise ValueError(f"{table.num_rows} rows for {self.plan.clips} clips")
-        return table.select(FINISHED.names)
+        return completed(table, FINISHED)
 
     def _parsed(self, key: str, parse: Callable[[bytes], T]) -> T:
         try:
@@ -193,13 +257,14 @@ class Store:
             merged = merged.merge(read_commit_moments(self.root, self.commit(shard))[hook])
         return merged
 
-    def shard_map(self, hook: str, shard: int, kind: str = ACTIVATIONS) -> NDArray[Any]:
+    def shard_map(self, hook: str, shard: int, kind: str = ACTIVATIONS, private: bool = False) -> NDArray[Any]:
         """Shard `shard` at `hook` as a read-only memory map [clip, time, space, channel] in the store's dtype.
 
         Args:
             hook: Name of the hook.
             shard: Number of the shard.
             kind: `activations`, or `special_tokens` ([clip, time or 1, token, channel]).
+            private: Give a map that may be written to: changes stay in this map (copy on write).
 
         The map of a remote store is of the mirrored file, which is fetched first and kept while the map lives.
 
@@ -221,7 +286,7 @@ class Store:
             file.seek(clips * clip_bytes(self.plan, kind, of_hook))
             check_index(self.plan, kind, of_hook, shard, file.read(index_bytes(self.plan)), name)
             shape = (clips, *clip_shape(self.plan, kind, of_hook))
-            return np.memmap(file, dtype=self.plan.numpy_dtype, mode="r", offset=0, shape=shape)
+            return np.memmap(file, self.plan.numpy_dtype, "c" if private else "r", offset=0, shape=shape)
 
     def expect(self, hook: str, shards: Iterable[int]) -> None:
         """Say which shards will be mapped next, in order: a mirror fetches them ahead. Nothing to do for a local store.
@@ -275,21 +340,31 @@ class Store:
 
 
 def open_store(url: str, allow_unfinished: bool = False, mirror: MirrorConfig | None = None) -> Store:
-    """Open the store at `url` (a path or an fsspec URL).
+    """Open the store at `url` (a path, an fsspec URL, or `catalog.yaml#name`).
 
     Args:
-        url: Where the store lies.
+        url: Where the store lies, or its name in a catalogue (by path or URL), whose digest it must then have.
         allow_unfinished: Also open a store that is still being written; only its committed shards are seen.
         mirror: Where and how much of a remote store is kept on a local disk; None: the defaults.
 
     Raises:
-        TubeletError: nothing is there, it is not a Tubelet store, or it is unfinished.
+        TubeletError: nothing is there, it is not a Tubelet store, it is unfinished, or it is another one than the
+            catalogue means.
     """
+    identity = None
+    if is_reference(url):
+        entry = resolve(url)
+        url, identity = entry.url, entry.identity
     root = open_root(url)
     state = _received(root, lambda: read_state(root))
     if state is None:
         raise TubeletError(f"No store at {url}", "Check the path; `tubelet extract` prints where it wrote")
     store = Store(root, state, mirror)
+    if identity is not None and store.identity != identity:
+        raise TubeletError(
+            f"{url} is not the store that the catalogue means: its identity is {store.identity}, not {identity}",
+            "If the store was made anew on purpose, `tubelet catalog add --replace` lists the new one",
+        )
     if not state.complete and not allow_unfinished:
         done = len(store.committed)
         raise TubeletError(

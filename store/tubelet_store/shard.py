@@ -79,10 +79,12 @@ class ShardWriter:
 
         Raises:
             TubeletError: a value is too large for the store's dtype.
-            ValueError: more clips than the shard holds, or an array of the wrong shape.
+            ValueError: more clips than the shard holds, an array of the wrong shape, or patches that are not the
+                plan's number of places in ascending order.
         """
         if len(self._outcomes) == len(self._range):
             raise ValueError(f"shard {self._shard} holds {len(self._range)} clips")
+        self._check_patches(outcome)
         arrays = {ACTIVATIONS: activations or {}, SPECIAL: special_tokens or {}}
         if outcome.status == "ok":
             outcome = self._check_range(outcome, arrays)
@@ -135,6 +137,17 @@ class ShardWriter:
             ValueError: clips are missing.
         """
         return publish(self._root, self._plan, self.finish(software, seconds))
+
+    def _check_patches(self, outcome: ClipOutcome) -> None:
+        plan = self._plan
+        some = plan.position_grid != plan.grid
+        if outcome.status == "failed" or (not some and outcome.patches is None):
+            return
+        patches = outcome.patches or ()
+        ascending = all(a < b for a, b in zip((-1, *patches), (*patches, plan.position_grid.space), strict=True))
+        if not some or len(patches) != plan.grid.space or not ascending:
+            wanted = f"{plan.grid.space} of {plan.position_grid.space}, ascending" if some else "none"
+            raise ValueError(f"clip {self._range[len(self._outcomes)]} names patches {patches}, the plan asks {wanted}")
 
     def _check_range(self, outcome: ClipOutcome, arrays: Mapping[str, Mapping[str, NDArray[Any]]]) -> ClipOutcome:
         limit = float(ml_dtypes.finfo(self._plan.numpy_dtype).max)

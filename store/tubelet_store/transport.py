@@ -444,6 +444,10 @@ def fault_of(error: BaseException) -> Fault:
 
 def _detail(error: Exception) -> str:
     """What the server or the client said, on one line."""
+    for each in _chain(error):
+        if isinstance(response := getattr(each, "response", None), dict):
+            answer = response.get("Error", {})
+            return f"{answer.get('Code')} {answer.get('Message', '')}".strip()
     text = " ".join(str(error).split()) or type(error).__name__
     said = re.search(r"<Code>(.*?)</Code>.*?(?:<Message>(.*?)</Message>|$)", text)
     return " ".join(filter(None, said.groups())) if said else text[:300]

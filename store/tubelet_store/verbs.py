@@ -28,8 +28,12 @@ class VerifyConfig(Config):
 
     store: str
     """Path or URL of the store; of an unfinished one the committed shards are checked."""
+    source: str | None = Field(default=None, alias="from")
+    """Path or URL of another copy: what is damaged or missing is fetched there, verified, and put in its place."""
     threads: int = Field(default=4, ge=1)
     """Objects checked at once."""
+    fresh: bool = False
+    """Check everything again, also what an interrupted run found good."""
 
 
 def _info(config: InfoConfig) -> int:
@@ -81,33 +85,55 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _verify(config: VerifyConfig) -> int:
-    from rich.progress import Progress
+    from rich.progress import Progress as Bar
 
+    from tubelet_store.errors import TubeletError
     from tubelet_store.reader import open_store
     from tubelet_store.summary import human_bytes
-    from tubelet_store.verify import expected_objects, orphans, verify
+    from tubelet_store.verify import Progress, Repair, expected_objects, orphans, verify
 
     store = open_store(config.store, allow_unfinished=True)
-    total_bytes = sum(stored.size_bytes for stored in expected_objects(store))
+    repair = Repair(store, open_store(config.source)) if config.source is not None else None
     problems = 0
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("verifying", total=total_bytes)
-        for stored, findings in verify(store, config.threads):
-            progress.advance(bar, stored.size_bytes)
+    try:
+        expected_objects(store)
+    except TubeletError as error:
+        if repair is None or not store.complete:
+            raise
+        print(f"{error.problem}: replaced")
+        problems += 1
+        repair.manifest()
+        store = open_store(config.store)
+    total_bytes = sum(stored.size_bytes for stored in expected_objects(store))
+    progress = Progress(store, config.fresh)
+    if len(progress):
+        print(
+            f"{len(progress)} objects were found good by a run that was interrupted {progress.age_s / 60:.0f} min ago."
+        )
+    with Bar(transient=True) as bars:
+        bar = bars.add_task("verifying", total=total_bytes)
+        for stored, findings in verify(store, config.threads, progress.knows):
+            bars.advance(bar, stored.size_bytes)
+            if not findings and not progress.knows(stored):
+                progress.good(stored)
             for finding in findings:
                 problems += 1
-                progress.console.print(f"{finding.key}: {finding.problem}", soft_wrap=True, highlight=False)
-    left_over = orphans(store)
-    for key in left_over:
-        print(f"{key}: belongs to nothing (left by a killed job, or not ours)")
+                if repair is not None:
+                    repair.mend(finding, stored)
+                done = "" if repair is None else ": replaced"
+                bars.console.print(f"{finding.key}: {finding.problem}{done}", soft_wrap=True, highlight=False)
+    progress.done()
+    for key in orphans(store):
+        print(f"{key}: belongs to nothing (left by a killed job, or not ours); see `tubelet gc`")
     if not store.complete:
         print(
             f"{config.store} is unfinished: {len(store.committed)} of {store.plan.shards} shards committed and checked"
         )
-    if problems:
-        print(f"{problems} damaged objects. Copy them again from the store's source, or extract into a new store.")
+    if problems and repair is None:
+        print(f"{problems} damaged objects. `--from ANOTHER_COPY` mends them, or extract into a new store.")
         return 1
-    print(f"{human_bytes(total_bytes)} verified, nothing damaged. Identity {store.identity}")
+    mended = f"{problems} objects replaced from {config.source}" if problems else "nothing damaged"
+    print(f"{human_bytes(total_bytes)} verified, {mended}. Identity {store.identity}")
     return 0
 
 

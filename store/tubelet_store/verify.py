@@ -152,13 +152,16 @@ class Repair:
         """Replace the manifest by the source's."""
         self._root.replace(MANIFEST, self._source.manifest().to_parquet())
 
-    def object(self, stored: StoredObject) -> None:
-        """Replace one object.
+    def mend(self, finding: Finding, stored: StoredObject) -> None:
+        """Replace what `finding` about `stored` says is damaged.
 
         Raises:
             TubeletError: the source's is damaged too.
         """
-        transfer(self._source.root, self._root, stored)
+        if finding.key == MANIFEST:
+            self.manifest()
+        else:
+            transfer(self._source.root, self._root, stored)
 
 
 class _ObjectCheck:

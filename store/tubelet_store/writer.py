@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tubelet_store.clips import check_planned, finished_table, from_parquet, to_parquet
+from tubelet_store.clips import PLANNED, check_planned, completed, finished_table, from_parquet, to_parquet
 from tubelet_store.commit import (
     Commit,
     StoredObject,
@@ -102,7 +102,7 @@ class StoreWriter:
 
     def planned_clips(self) -> pa.Table:
         """The clip table as planned."""
-        return from_parquet(self._root.read(PLAN_TABLE))
+        return completed(from_parquet(self._root.read(PLAN_TABLE)), PLANNED)
 
     def pending(self) -> list[int]:
         """Shards without a record, ascending."""

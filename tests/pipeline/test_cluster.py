@@ -108,7 +108,8 @@ def test_a_resource_nobody_has_is_said_not_waited_for(tmp_path: Path) -> None:
 
         # The same scheduler, through its file and through the environment.
         file = tmp_path / "scheduler.json"
-        Client(address).write_scheduler_file(file)
+        with Client(address) as client:
+            client.write_scheduler_file(file)
         by_file = cluster(scheduler_file=str(file))
         with connect(by_file) as client:
             assert check_workers(client, by_file, "preflight-file")["tubelet"]

@@ -21,7 +21,7 @@ from tubelet_store.commit import Commit, StoredObject
 from tubelet_store.layout import commit_key, commit_moments_key, shard_key
 from tubelet_store.manifest import SCHEMA
 from tubelet_store.moments import COVARIANCE_MAX_CHANNELS, NORM_BINS
-from tubelet_store.plan import NUMPY_DTYPES
+from tubelet_store.plan import NUMPY_DTYPES, TokenSelection
 from tubelet_store.state import FORMAT_VERSION, StoreState
 from tubelet_store.verify import expected_objects
 
@@ -64,6 +64,7 @@ def test_the_fields_inside_the_plan_are_named():
     words = {name: set(re.findall(r"\w+", meaning)) for name, _, meaning in table("Plan")}
     assert words["grid"] >= set(Grid.model_fields)
     assert words["hooks"] >= set(Hook.model_fields)
+    assert words["tokens"] >= set(TokenSelection.model_fields)
     assert words["dtype"] - {"or"} == set(NUMPY_DTYPES)
 
 
@@ -83,7 +84,7 @@ def test_every_column_is_documented_with_its_type(title, schema):
 
 def test_the_columns_of_outcome_and_plan_are_where_the_text_says():
     names = [row[0] for row in table("Clip table")]
-    assert names[: names.index("view") + 1] == PLANNED.names
+    assert names[: names.index("shift_tubelets") + 1] == PLANNED.names
     assert names[names.index("status") : names.index("corrupt_frames") + 1] == OUTCOME.names
     assert set(OUTCOME.names) == set(ClipOutcome.model_fields)
     assert [row[0] for row in table("Manifest")] == list(StoredObject.model_fields)

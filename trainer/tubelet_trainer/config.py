@@ -12,6 +12,7 @@ from tubelet_store.config import Config
 from tubelet_store.mirror import MirrorConfig
 from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig
 from tubelet_trainer.split import HoldoutConfig
+from tubelet_trainer.trackers import AnyTracker, NoTracker
 
 
 class OptimiserConfig(Config):
@@ -19,8 +20,8 @@ class OptimiserConfig(Config):
 
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; none: 2e-4 / sqrt(F / 16384) for F latents (dictionary_learning, after Gao et al. 2024)."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Adam's first moment decay."""
+    beta1: float | None = Field(default=None, ge=0, lt=1)
+    """Adam's first moment decay; none: 0.9, for kind jumprelu 0 (Rajamanoharan et al. 2024b)."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
     """Adam's second moment decay."""
     eps: float = Field(default=6.25e-10, gt=0)
@@ -31,6 +32,11 @@ class OptimiserConfig(Config):
     """Last part of the run, in which the rate falls linearly to 0."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a running mean of the weights, which is then what is evaluated and exported (0.999 is common)."""
+    resample_every: int | None = Field(default=None, ge=1)
+    """Steps between resampling: dead latents get the direction of a badly reconstructed token (Bricken et al. 2023).
+    None: never."""
 
     def peak_lr(self, latents: int) -> float:
         """Learning rate after warm-up for a dictionary of `latents`."""
@@ -153,6 +159,10 @@ class TrainConfig(Config):
     """Continue a run found in `out`; false: refuse a folder that holds one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: CUDA if there is one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the encoder's product while training; weights, codes and losses stay float32."""
+    tracker: AnyTracker = NoTracker()
+    """Where metrics go beside metrics.jsonl."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

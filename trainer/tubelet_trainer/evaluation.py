@@ -9,16 +9,17 @@ from __future__ import annotations
 import torch
 
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.windows import Windows
+from tubelet_trainer.stream import Stream
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, windows: Windows) -> dict[str, float]:
+def evaluate(sae: SAE, windows: Stream, hook: str | None = None) -> dict[str, float]:
     """`fvu`, `l0`, `dead` (share of latents that never fired over these tokens) and `tokens`.
 
     Args:
         sae: On the windows' device. Left in the mode it was in.
         windows: Served from their first batch to their last.
+        hook: Whose tokens; None: the first (or only) one's.
     """
     training = sae.training
     sae.eval()
@@ -28,7 +29,7 @@ def evaluate(sae: SAE, windows: Windows) -> dict[str, float]:
     active = torch.zeros((), dtype=torch.int64, device=windows.device)
     fired_F = torch.zeros(sae.latents, dtype=torch.bool, device=windows.device)
     for batch in windows:
-        x_BD = sae.normalisation(batch.tokens)
+        x_BD = sae.normalisation(batch.tokens if hook is None else batch.hooks[hook])
         codes = sae.activate(x_BD, sae.pre_activations(x_BD))
         x64_BD = x_BD.double()
         error = error + (x64_BD - sae.reconstruct(codes).double()).square().sum()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tubelet_trainer.files import replace_file
+from tubelet_trainer.trackers import Tracker
 
 
 class MetricsLog:
@@ -15,13 +16,15 @@ class MetricsLog:
     Args:
         path: The file.
         step: Steps already done. Lines after it belong to a run that was killed, and are dropped: they come again.
+        tracker: Gets every new line too; closed with the log.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, tracker: Tracker) -> None:
         kept = [line for line in _lines(path) if line["step"] <= step]
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._written = {(line.get("kind"), line["step"]) for line in kept}
         self._file = path.open("a")
+        self._tracker = tracker
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append a line, unless the log has it from before a kill; it is in the file when this returns."""
@@ -29,10 +32,12 @@ class MetricsLog:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
+        self._tracker.write(kind, step, values)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the tracker."""
         self._file.close()
+        self._tracker.close()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

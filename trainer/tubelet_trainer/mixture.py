@@ -99,6 +99,7 @@ def _join(batches: Sequence[Batch]) -> Batch:
         hooks={hook: torch.cat([batch.hooks[hook] for batch in batches]) for hook in batches[0].hooks},
         positions=torch.cat([batch.positions for batch in batches]),
         grid=batches[0].grid,
+        whole=sum(batch.whole for batch in batches),
         temporal=None if temporal[0] is None else join_pairs(temporal, lengths),
         spatial=None if spatial[0] is None else join_pairs(spatial, lengths),
     )

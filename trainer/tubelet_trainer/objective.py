@@ -16,11 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tubelet_trainer.ranks import ALONE, Ranks
 from tubelet_trainer.sae.config import Flat
 from tubelet_trainer.sae.model import SAE, Codes
 from tubelet_trainer.sae.nesting import cuts, prefix_reconstructions
 from tubelet_trainer.sae.sparse import decode
 from tubelet_trainer.sae.sparsifiers import Choice
+from tubelet_trainer.windows import Batch
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,44 @@ class Forward:
     """bool: latents that have not fired for long."""
     step: int = 0
     """Of the training, from 0."""
+    batch: Batch | None = None
+    """Where the tokens come from, and their neighbours."""
+    hook: str = ""
+    """Which of the batch's tokens they are."""
+    ranks: Ranks = ALONE
+    """Who holds the rest of the batch."""
 
     @classmethod
-    def of(cls, sae: SAE, x_raw_BD: Tensor, dead_F: Tensor, step: int = 0) -> Forward:
+    def of(
+        cls,
+        sae: SAE,
+        x_raw_BD: Tensor,
+        dead_F: Tensor,
+        step: int = 0,
+        batch: Batch | None = None,
+        hook: str = "",
+        ranks: Ranks = ALONE,
+    ) -> Forward:
         """Run `sae` on raw tokens."""
         x_BD = sae.normalisation(x_raw_BD)
         pre_BF = sae.pre_activations(x_BD)
         codes = sae.activate(x_BD, pre_BF)
-        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F, step)
+        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F, step, batch, hook, ranks)
+
+    @property
+    def whole(self) -> int:
+        """Tokens of the batch over all ranks."""
+        return len(self.x_BD) if self.batch is None else self.batch.whole
+
+    def per_token(self, local_sum: Tensor) -> Tensor:
+        """A sum over this rank's tokens as a mean over the whole batch; the gradient is of this rank's part."""
+        return self.ranks.total(local_sum) / self.whole
+
+    def spread(self, x_BD: Tensor) -> Tensor:
+        """Sum of squared distances from the mean, over the whole batch; no gradient."""
+        x_BD = x_BD.detach()
+        mean_D = x_BD.mean(dim=0) if self.ranks.size == 1 else self.ranks.sum(x_BD.sum(dim=0)) / self.whole
+        return self.ranks.sum((x_BD - mean_D).square().sum())
 
 
 @dataclass(frozen=True)
@@ -77,11 +109,10 @@ class Reconstruction:
     def __call__(self, forward: Forward) -> Term:
         """Metrics: `fvu` (of the batch, about the batch's mean), `l0`."""
         error = (forward.x_BD - forward.recon_BD).square().sum()
-        with torch.no_grad():
-            spread = (forward.x_BD - forward.x_BD.mean(dim=0)).square().sum()
-            l0 = (forward.codes.values != 0).sum() / len(forward.x_BD)
-        loss = self._nested(forward, error) / (len(forward.x_BD) * self.variance)
-        return Term(loss, {"reconstruction": loss.detach(), "fvu": (error / spread).detach(), "l0": l0})
+        l0 = forward.per_token((forward.codes.values.detach() != 0).sum())
+        fvu = forward.ranks.sum(error.detach()) / forward.spread(forward.x_BD)
+        loss = forward.ranks.total(self._nested(forward, error)) / (forward.whole * self.variance)
+        return Term(loss, {"reconstruction": loss.detach(), "fvu": fvu, "l0": l0})
 
     def _nested(self, forward: Forward, error: Tensor) -> Tensor:
         """Weighted mean of the prefixes' squared errors; `error` is that of the whole code."""
@@ -127,8 +158,8 @@ class AuxK:
         codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(top.indices, top.values > 0))
         residual_BD = (forward.x_BD - forward.recon_BD).detach()
         modelled_BD = decode(codes.values, codes.indices, sae.W_dec)
-        spread = (residual_BD - residual_BD.mean(dim=0)).square().sum()
-        ratio = ((residual_BD - modelled_BD).square().sum() / spread).nan_to_num(0.0, posinf=0.0)
+        error = forward.ranks.total((residual_BD - modelled_BD).square().sum())
+        ratio = (error / forward.spread(residual_BD)).nan_to_num(0.0, posinf=0.0)
         return Term(self.coef * ratio, {"dead": dead_share, "auxk": ratio.detach()})
 
 
@@ -144,6 +175,19 @@ class Objective:
         loss = torch.stack([part.loss for part in parts]).sum()
         metrics = {name: value for part in parts for name, value in part.metrics.items()}
         return Term(loss, {"loss": loss.detach(), **metrics})
+
+    def state(self) -> dict[str, Tensor]:
+        """What terms carry from step to step (their `state`), by reference."""
+        return {
+            f"{number}/{name}": tensor
+            for number, term in enumerate(self.terms)
+            for name, tensor in getattr(term, "state", {}).items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(tensors[name])
 
 
 class FiringClock:
@@ -164,7 +208,10 @@ class FiringClock:
         """bool [F]"""
         return self.silent_tokens_F > self.dead_after_tokens
 
-    def update(self, codes: Codes) -> None:
-        """Count one batch."""
-        self.silent_tokens_F += len(codes.values)
-        self.silent_tokens_F.masked_fill_(codes.fired(len(self.silent_tokens_F)), 0)
+    def update(self, codes: Codes, tokens: int | None = None, ranks: Ranks = ALONE) -> None:
+        """Count one batch of `tokens` (None: as many as there are codes), of which `ranks` hold parts."""
+        self.silent_tokens_F += len(codes.values) if tokens is None else tokens
+        fired_F = codes.fired(len(self.silent_tokens_F))
+        if ranks.size > 1:
+            fired_F = ranks.sum(fired_F.int()) > 0
+        self.silent_tokens_F.masked_fill_(fired_F, 0)

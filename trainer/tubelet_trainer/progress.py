@@ -10,12 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressReport:
-    """Shows step, tokens per second and the newest metrics, on stderr."""
+    """Shows step, tokens per second and the newest metrics (of several SAEs their means), on stderr."""
 
-    def __init__(self, steps: int, step: int) -> None:
+    def __init__(self, steps: int, step: int, silent: bool = False) -> None:
         self._steps = steps
+        self._silent = silent
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("", total=steps, completed=step)
@@ -41,6 +42,8 @@ class ProgressReport:
 
     def note(self, text: str) -> None:
         """Show a line that stays."""
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:

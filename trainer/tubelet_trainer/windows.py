@@ -52,6 +52,8 @@ class Batch:
     positions: Tensor
     """[B] int64: (clip x time steps + time) x patches + patch; distance in space and time is arithmetic."""
     grid: Grid
+    whole: int
+    """Tokens of the batch over all ranks."""
     temporal: Pairs | None = None
     """Neighbours in time of some of the tokens, where they are drawn."""
     spatial: Pairs | None = None
@@ -178,7 +180,7 @@ class Windows:
         self._window_blocks = -(-self._blocks // self.windows_per_epoch)
         self.step = 0
         """Number of the next batch."""
-        self._rank, self._ranks, self._share, self.clip_offset = rank, ranks, share, clip_offset
+        self.rank, self.ranks, self._share, self.clip_offset = rank, ranks, share, clip_offset
         self._end = self._cut(self.steps)
         self._draw = pairs
         self._anchors = 0
@@ -290,7 +292,7 @@ class Windows:
                     if not len(rows):
                         window, rows, host_rows = next(stream)
                     taken = min(wanted - seen, len(rows))
-                    mine = slice((self._rank - offset - seen) % self._ranks, taken, self._ranks)
+                    mine = slice((self.rank - offset - seen) % self.ranks, taken, self.ranks)
                     now = rows[:taken][mine]
                     part = slice(filled, filled + len(now))
                     for tokens, out in zip(window.tokens, scratch, strict=True):
@@ -306,7 +308,7 @@ class Windows:
                     for source, out in zip(self.sources, scratch, strict=True)
                 }
                 temporal, spatial = (None, None) if drawn is None else drawn.pairs()
-                batch = Batch(tokens_of, positions_B[:filled].clone(), self.source.grid, temporal, spatial)
+                batch = Batch(tokens_of, positions_B[:filled].clone(), self.source.grid, wanted, temporal, spatial)
                 self.step += 1
                 yield batch
 
@@ -414,7 +416,7 @@ class Windows:
         """Per hook [largest part of a batch, D] in the store's dtype, allocated on first use and kept."""
         if not self._batch:
             # A share of a batch varies by one token, and so does a rank's part of it.
-            rows = -(-(self._part(self.batch_tokens) + 1) // self._ranks)
+            rows = -(-(self._part(self.batch_tokens) + 1) // self.ranks)
             dtype = _TORCH_DTYPES[self.source.store.plan.dtype]
             self._batch = tuple(torch.empty((rows, s.channels), dtype=dtype, device=self.device) for s in self.sources)
         return self._batch
@@ -474,10 +476,10 @@ class _Drawn:
         blocks = host_rows[:taken] // of.source.block_tokens
         ends = window.host_first_position[blocks] // of.source.grid.tokens
         self._clips |= {int(ends.min()), int(ends.max())}
-        first = (of._rank - self._offset - self._seen) % of._ranks
-        mine = rows[first : taken : of._ranks]
+        first = (of.rank - self._offset - self._seen) % of.ranks
+        mine = rows[first : taken : of.ranks]
         self._rows.append(torch.arange(filled, filled + len(mine), device=of.device))
-        places = torch.arange(self._offset + self._seen + first, self._offset + self._seen + taken, of._ranks)
+        places = torch.arange(self._offset + self._seen + first, self._offset + self._seen + taken, of.ranks)
         places = places.to(of.device)
         clips = of._positions(window, mine) // of.source.grid.tokens - of.clip_offset
         for kind, wanted in (("temporal", of._draw.temporal), ("spatial", of._draw.spatial)) if of._draw else ():
@@ -497,4 +499,11 @@ class _Drawn:
         positions, valid, tokens = zip(*self._found[kind], strict=True)
         names = [source.hook for source in self._windows.sources]
         hooks = {hook: torch.cat(parts) for hook, parts in zip(names, zip(*tokens, strict=True), strict=True)}
-        return Pairs(torch.cat(self._rows), hooks, torch.cat(positions), torch.cat(valid), len(self._clips) > 1)
+        return Pairs(
+            rows=torch.cat(self._rows),
+            hooks=hooks,
+            positions=torch.cat(positions),
+            valid=torch.cat(valid),
+            most=-(-self._anchors // self._windows.ranks),
+            several_clips=len(self._clips) > 1,
+        )

@@ -25,8 +25,8 @@ from torch import nn
 
 from tubelet_pipeline.backbones.checkpoint import Checkpoint, digest_of_weights, load_model, resolve_device
 from tubelet_pipeline.backbones.config import BackboneConfig
-from tubelet_pipeline.backbones.hooks import capture, find_blocks
-from tubelet_pipeline.preprocess import CropBox, Preprocessing, read_preprocessing
+from tubelet_pipeline.backbones.hooks import CompiledCapture, capture, find_blocks
+from tubelet_pipeline.preprocess import CENTRE, CropBox, Place, Preprocessing, read_preprocessing
 from tubelet_store.errors import TubeletError, nearest
 from tubelet_store.plan import Grid
 
@@ -81,6 +81,8 @@ class Backbone(ABC):
     def __init__(self, checkpoint: Checkpoint, config: BackboneConfig, frames: int | None = None) -> None:
         self.checkpoint = checkpoint
         self.precision = config.precision
+        self.compiled = config.compile
+        self._compiled: CompiledCapture | None = None
         self.dtype: torch.dtype = getattr(torch, config.precision)
         self.device = resolve_device(config.device)
         self.preprocessing: Preprocessing = config.preprocessing or read_preprocessing(
@@ -172,11 +174,17 @@ class Backbone(ABC):
         self.resolve_hook(hook)
         return int(self.model_config.hidden_size)
 
-    def preprocess(self, frames_u8: np.ndarray) -> tuple[torch.Tensor, CropBox]:
+    @property
+    def tubelet_frames(self) -> int:
+        """Frames that one token spans."""
+        return self.frames // self.latent_time
+
+    def preprocess(self, frames_u8: np.ndarray, place: Place = CENTRE) -> tuple[torch.Tensor, CropBox]:
         """Pixels of one clip, and the box of the source frame that the token grid covers.
 
         Args:
             frames_u8: uint8 [T, H, W, 3] with T = `frames`.
+            place: Where the crop lies.
 
         Returns:
             float32 [T, 3, h, w] on the CPU; top, left, height, width in pixels of the source frame.
@@ -186,7 +194,7 @@ class Backbone(ABC):
         """
         if len(frames_u8) != self.frames:
             raise ValueError(f"a clip has {self.frames} frames here, not {len(frames_u8)}")
-        pixels, box = self.preprocessing(frames_u8)
+        pixels, box = self.preprocessing(frames_u8, place)
         # Where the picture is no whole number of patches (SigLIP 384 / 14), its right and lower rim becomes no token.
         rows = self.grid.height * self.patch_size[0] / self.preprocessing.size[0]
         columns = self.grid.width * self.patch_size[1] / self.preprocessing.size[1]
@@ -215,7 +223,7 @@ class Backbone(ABC):
                 "Make them with this backbone's preprocess",
             )
         pixels = pixels.to(device=self.device, dtype=self.dtype, non_blocking=True)
-        raw = capture({hook: self._modules[hook] for hook in names.values()}, lambda: self.forward(pixels))
+        raw = self._capture(tuple(dict.fromkeys(names.values())), pixels)
         clips = len(pixels)
         sequences, tokens = self.sequence
         for hook, hidden in raw.items():
@@ -229,6 +237,16 @@ class Backbone(ABC):
         arranged = {hook: self.arrange(hidden) for hook, hidden in raw.items()}
         return {asked: arranged[hook] for asked, hook in names.items()}
 
+    def _capture(self, hooks: tuple[str, ...], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        modules = {hook: self._modules[hook] for hook in hooks}
+        if not self.compiled:
+            return capture(modules, lambda: self.forward(pixels))
+        if self._compiled is None or self._compiled.hooks != hooks:
+            if self._compiled is not None:
+                self._compiled.close()
+            self._compiled = CompiledCapture(modules, self.forward)
+        return self._compiled(pixels)
+
     @cached_property
     def weights_digest(self) -> str:
         """Identity of the weights that the hooks depend on, in the precision they run in."""
@@ -236,7 +254,10 @@ class Backbone(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What decides the activations, as JSON: the same on every machine."""
+        # Compiled arithmetic differs in its last bits.
+        compiled = {"compiled": True} if self.compiled else {}
         return {
+            **compiled,
             "family": self.family,
             "id": self.checkpoint.name,
             "revision": self.checkpoint.revision,

@@ -7,6 +7,7 @@ final norm in some versions of transformers and after it in others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,50 @@ def find_blocks(trunk: nn.Module, layers: int) -> nn.ModuleList:
 
 class _AllCaptured(Exception):
     """Not an error: ends a forward pass that has nothing more to give."""
+
+
+class CompiledCapture:
+    """`capture` as a compiled function of the pixels, for one set of modules, whose hooks stay until `close`.
+
+    It compiles on its first call, and once more when the batch size changes; then sizes are free. The outputs of
+    `modules` are all it returns, so what the model computes after the last of them is left out as dead code.
+
+    Args:
+        modules: Modules by hook name, each called once per pass.
+        forward: Runs the model on the pixels.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], forward: Callable[[torch.Tensor], object]) -> None:
+        captured: dict[str, torch.Tensor] = {}
+
+        def listener(name: str) -> Callable[[nn.Module, object, Any], None]:
+            def listen(_module: nn.Module, _inputs: object, output: Any) -> None:
+                captured[name] = output[0] if isinstance(output, tuple) else output
+
+            return listen
+
+        def run(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            captured.clear()
+            forward(pixels)
+            found = dict(captured)
+            captured.clear()
+            return found
+
+        self.hooks = tuple(modules)
+        # Registered once: hooks that come and go would be compiled anew at each call.
+        self._handles = [module.register_forward_hook(listener(name)) for name, module in modules.items()]
+        self._run = torch.compile(run, fullgraph=True)
+
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The output tensor of each module, by hook name."""
+        with torch.no_grad():
+            found: dict[str, torch.Tensor] = self._run(pixels)
+        return found
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def capture(modules: Mapping[str, nn.Module], forward: Callable[[], object]) -> dict[str, torch.Tensor]:

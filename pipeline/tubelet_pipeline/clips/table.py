@@ -1,6 +1,6 @@
 """The clip table: one row per clip to extract, in the order the store keeps for ever.
 
-A video gives one clip per temporal view; its clips are neighbours. Paths are relative to the data set's root, so that
+A video gives one clip per window in time and view of it; its clips are neighbours. Paths are relative to the data set's root, so that
 the same data set at two places gives the same table, and the same digest.
 """
 
@@ -17,10 +17,13 @@ import pyarrow as pa
 from tubelet_pipeline.clips import folder, kinetics, ssv2
 from tubelet_pipeline.clips.dataset import Folder, Kinetics, Ssv2
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
+from tubelet_pipeline.views import CentreView, ShiftedViews, ThreeCrops, locate, views_per_window
 from tubelet_store.clips import PLANNED
 from tubelet_store.errors import TubeletError
 
 _MISSING = b"tubelet.missing_videos"
+_OF_VIDEO = ("video_id", "uri", "label", "label_name", "caption", "split")
+_ONE_CROP = CentreView()
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,12 @@ class MissingVideos:
     examples: tuple[str, ...]
 
 
-def build_clip_table(dataset: Ssv2 | Kinetics | Folder, sampling: DenseSampling | UniformSampling) -> pa.Table:
-    """Clips of `dataset`, `sampling.clips` temporal views per video, with the store's planned columns.
+def build_clip_table(
+    dataset: Ssv2 | Kinetics | Folder,
+    sampling: DenseSampling | UniformSampling,
+    views: CentreView | ThreeCrops | ShiftedViews = _ONE_CROP,
+) -> pa.Table:
+    """Clips of `dataset`, `sampling.clips` windows per video and `views` of each, with the store's planned columns.
 
     Videos that are annotated but not there keep their rows; `missing_videos` tells how many there are.
 
@@ -59,7 +66,7 @@ def build_clip_table(dataset: Ssv2 | Kinetics | Folder, sampling: DenseSampling 
         logging.getLogger(__name__).warning(
             "%d of %d annotated videos are not under %s (first: %s)", len(absent), len(videos), root.url, absent[0]
         )
-    views = sampling.clips
+    of_video = [vars(locate(views, number)) for number in range(sampling.clips * views_per_window(views))]
     repeated = pa.table(
         {
             "video_id": [video.video_id for video in videos],
@@ -69,11 +76,14 @@ def build_clip_table(dataset: Ssv2 | Kinetics | Folder, sampling: DenseSampling 
             "caption": [video.caption for video in videos],
             "split": [video.split for video in videos],
         },
-        schema=pa.schema([PLANNED.field(name) for name in PLANNED.names if name not in ("clip", "view")]),
-    ).take(np.repeat(np.arange(len(videos)), views))
+        schema=pa.schema([PLANNED.field(name) for name in _OF_VIDEO]),
+    ).take(np.repeat(np.arange(len(videos)), len(of_video)))
     columns = {name: repeated[name] for name in repeated.column_names}
-    columns["clip"] = pa.array(np.arange(len(videos) * views, dtype=np.int64))
-    columns["view"] = pa.array(np.tile(np.arange(views, dtype=np.int16), len(videos)))
+    columns["clip"] = pa.array(np.arange(repeated.num_rows, dtype=np.int64))
+    columns["view"] = pa.array(np.tile(np.arange(len(of_video), dtype=np.int16), len(videos)))
+    for name in of_video[0]:
+        once = pa.array([view[name] for view in of_video], PLANNED.field(name).type)
+        columns[name] = once.take(np.tile(np.arange(len(of_video)), len(videos)))
     table = pa.table({name: columns[name] for name in PLANNED.names}, schema=PLANNED)
     return table.replace_schema_metadata({_MISSING: json.dumps({"count": len(absent), "examples": absent[:3]})})
 

@@ -1,6 +1,6 @@
 """The decode process: `python -m tubelet_pipeline.decode.child MEMFD PARENT_PID MEMORY_MB`, started by `child_process`.
 
-    stdin   one JSON line per clip: uri, backend, sampling, view
+    stdin   one JSON line per clip: uri, backend, sampling, view, first, more
     stdout  JSON lines: {"status": "ready"}, then per clip {"status": "using", …} and one of "ok", "failed"
     memfd   the frames of the last "ok", from byte 0
 
@@ -93,7 +93,8 @@ def main() -> None:
 
 def _serve(request: dict[str, Any], memory: FrameMemory, announce: Callable[[str], None]) -> DecodedClip:
     rule = dict(request["sampling"])
-    choose = partial(_FORMULAS[rule.pop("kind")], **rule, view=request["view"])
+    window = {name: request[name] for name in ("view", "first", "more")}
+    choose = partial(_FORMULAS[rule.pop("kind")], **rule, **window)
     with local_path(request["uri"]) as path:
         return decode(path, request["backend"], choose, memory.allocate, announce)
 

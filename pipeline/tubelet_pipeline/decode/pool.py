@@ -8,6 +8,7 @@ A clip that kills or stalls its process costs that clip. Works in daemonic proce
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import queue
 import sys
@@ -33,12 +34,21 @@ class DecodeRequest:
         uri: Local path, or any URL fsspec reads.
         sampling: Which frames.
         view: Temporal view, in range(sampling.clips).
+        first, more: Of a window `more` frames longer, the frames from `first` on (shifted views).
     """
 
     uri: str
     sampling: DenseSampling | UniformSampling
     view: int = 0
+    first: int = 0
+    more: int = 0
 
+
+# Decoders that may be missing, and what to do then.
+_OTHERS = {
+    "decord": "pip install 'tubelet[pipeline]', or set decode.backend=pyav where decord has no wheel",
+    "torchcodec": "pip install 'tubelet[torchcodec]', or set decode.backend=auto",
+}
 
 Result = DecodedClip | DecodeFailure
 _Task = tuple[DecodeRequest, "Future[Result]"]
@@ -57,12 +67,14 @@ class DecodePool:
     def __init__(self, config: DecodeConfig) -> None:
         if sys.platform != "linux":
             raise TubeletError(f"Decoding needs Linux; this is {sys.platform}", "Run extraction in a Linux container")
-        for library in ["av", *(["decord"] if config.backend == "decord" else [])]:
+        for library in dict.fromkeys(["av", config.backend if config.backend in _OTHERS else "av"]):
             if importlib.util.find_spec(library) is None:
                 raise TubeletError(
                     f"Decoding with backend '{config.backend}' needs the package {library}, which is not installed",
-                    "pip install 'tubelet[pipeline]', or set decode.backend=pyav where decord has no wheel",
+                    _OTHERS.get(library, "pip install 'tubelet[pipeline]'"),
                 )
+        if config.backend == "torchcodec":
+            _check_torchcodec()
         self.config = config
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -155,17 +167,30 @@ class DecodePool:
             "backend": self.config.backend,
             "sampling": request.sampling.model_dump(mode="json"),
             "view": request.view,
+            "first": request.first,
+            "more": request.more,
         }
         try:
             return child.decode(line)
         except DecodeFailure as failure:
-            if child.using != "decord" or self._closed.is_set():
+            if child.using in ("", "pyav") or self._closed.is_set():
                 return failure
-        # decord took the process with it. PyAV, in a fresh one, has the last word.
+        # The other decoder took the process with it. PyAV, in a fresh one, has the last word.
         try:
             return child.decode({**line, "backend": "pyav"})
         except DecodeFailure as failure:
             return failure
+
+
+def _check_torchcodec() -> None:
+    try:
+        importlib.import_module("torchcodec.decoders")
+    except (ImportError, OSError, RuntimeError) as error:  # it brings no FFmpeg, and is built for one torch
+        raise TubeletError(
+            f"torchcodec is installed but does not load: {' '.join(str(error).split())[:200]}",
+            "Install FFmpeg's shared libraries (`apt-get install ffmpeg`) and the version of torchcodec made for this "
+            "torch, or set decode.backend=auto",
+        ) from error
 
 
 def _closed_error() -> RuntimeError:

@@ -107,7 +107,7 @@ def pixel_targets(clips: torch.Tensor) -> torch.Tensor:
     """Pixels of every tubelet in the order of VideoMAE's decoder, [B, N, 384].
 
     Normalised per clip, not per tubelet as VideoMAE's are: what a tubelet's own normalisation leaves of these plain
-    pictures is fine texture that cannot be guessed. Measured: in 350 steps that loss fell from 0.353 to 0.345.
+    pictures is fine texture that cannot be guessed. Measured: after 430 steps that loss stood at 0.35, as at the start.
     """
     b = len(clips)
     spread = clips.std((1, 2, 3, 4), keepdim=True) + SPREAD_FLOOR

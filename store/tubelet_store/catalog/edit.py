@@ -46,8 +46,23 @@ entries: {}
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-def describe(store: Store, name: str, **words: str | None) -> tuple[HookBlock, ...]:
-    """What a catalogue says of `store`, called `name`, per hook; `words`: licence, owner, description.
+def describe(
+    store: Store,
+    name: str,
+    licence: str | None = None,
+    owner: str | None = None,
+    description: str | None = None,
+    pin: bool = True,
+) -> tuple[HookBlock, ...]:
+    """What a catalogue says of `store`, called `name`, per hook.
+
+    Args:
+        store: A complete store.
+        name: What the catalogue calls it.
+        licence: Its licence.
+        owner: Who answers for it.
+        description: One line.
+        pin: Note its identity.
 
     Raises:
         TubeletError: the store is unfinished.
@@ -62,8 +77,8 @@ def describe(store: Store, name: str, **words: str | None) -> tuple[HookBlock, .
         HookBlock(
             store=name,
             hook=hook.name,
-            id=store.identity,
-            shape=(plan.clips, *plan.clip_shape(hook)),
+            id=store.identity if pin else None,
+            shape=(plan.clips if pin else None, *plan.clip_shape(hook)),
             dtype=plan.dtype,
             grid=grid,
             backbone=_short(plan.backbone),
@@ -73,7 +88,9 @@ def describe(store: Store, name: str, **words: str | None) -> tuple[HookBlock, .
             parents=tuple(str(p["identity"]) for p in parents if isinstance(p, dict))
             if isinstance(parents, list)
             else (),
-            **words,
+            licence=licence,
+            owner=owner,
+            description=description,
         )
         for hook in plan.hooks
     )
@@ -123,7 +140,7 @@ def add_catalog(catalog: str, url: str, name: str, description: str | None = Non
             raise TubeletError(f"{catalog} already has an entry '{name}'", "Choose another name")
         block = CatalogBlock(catalog=name, description=description)
         token = f"{name}.yaml"
-        data = {token: {"datatype": CATALOG_FILE, "kwargs": {"url": _relative(url, text.root)}}}
+        data = {token: _data(CATALOG_FILE, {"url": _relative(url, text.root)})}
         entry = _entry(CATALOG_READER, token, CATALOG_OBJECT, block.model_dump(mode="json", exclude_none=True))
         _put_in(text, data, {name: entry})
 
@@ -195,12 +212,17 @@ def _items(url: str, blocks: tuple[HookBlock, ...]) -> tuple[dict[str, Any], dic
         name = f"{block.store}/{block.hook}"
         # Intake recurses for ever where a data item has the name of its entry.
         token = f"{name}.zarr"
-        data[token] = {"datatype": ZARR, "kwargs": {"url": url, "root": f"{ACTIVATIONS}/{block.hook}"}}
+        data[token] = _data(ZARR, {"url": url, "root": f"{ACTIVATIONS}/{block.hook}"})
         said = block.model_dump(mode="json", exclude_none=True)
         entries[name] = _entry(
             DASK_ZARR, token, DASK_ARRAY, {key: value for key, value in said.items() if value not in ({}, [])}
         )
     return data, entries
+
+
+def _data(datatype: str, kwargs: dict[str, str]) -> dict[str, Any]:
+    # Intake needs them all, empty or not.
+    return {"datatype": datatype, "kwargs": kwargs, "metadata": {}, "user_parameters": {}}
 
 
 def _entry(reader: str, token: str, output: str, block: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,8 +45,8 @@ class HookBlock(Config):
     hook: Name
     id: Digest | None = None
     """Identity of the store; null where every user makes it himself, so that it differs."""
-    shape: tuple[int, int, int, int]
-    """clip, time, space, channel"""
+    shape: tuple[int | None, int, int, int]
+    """clip, time, space, channel; the number of clips is null where every user makes the store himself."""
     dtype: DTypeName
     grid: tuple[int, int, int] | None = None
     """time, height, width"""

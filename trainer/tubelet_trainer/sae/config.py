@@ -81,7 +81,8 @@ class Groups(Config):
 
     def sizes(self, latents: int) -> tuple[int, ...]:
         """Length of each prefix of `latents`; every group holds at least one latent where there are enough."""
-        total, reached, sizes = sum(self.fractions), 0.0, []
+        total, reached = sum(self.fractions), 0.0
+        sizes: list[int] = []
         for number, fraction in enumerate(self.fractions):
             reached += fraction
             left = len(self.fractions) - 1 - number

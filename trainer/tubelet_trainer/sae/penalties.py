@@ -66,7 +66,7 @@ class SparsityPenalty:
         """Metrics: `sparsity` (the unweighted penalty), `sparsity_weight`."""
         weight = self.weight.at(forward.step)
         penalty, beside = self.penalty(forward)
-        active = (forward.codes.values.detach() != 0).sum() / len(forward.x_BD)
+        active = forward.per_token((forward.codes.values.detach() != 0).sum())
         self.weight.observe(active, forward.step)
         loss = weight.to(penalty.dtype) * penalty
         if beside is not None:
@@ -89,7 +89,7 @@ class L1Penalty(SparsityPenalty):
             ends = torch.tensor(cut.ends, device=magnitude.device)
             before = torch.bucketize(torch.arange(forward.sae.latents, device=magnitude.device), ends, right=True)
             magnitude = magnitude * (1 - before / len(cut.ends)).to(magnitude.dtype)
-        return magnitude.sum() / len(magnitude), None
+        return forward.per_token(magnitude.sum()), None
 
 
 class GatePenalty(SparsityPenalty):
@@ -106,12 +106,12 @@ class GatePenalty(SparsityPenalty):
 
     def penalty(self, forward: Forward) -> tuple[Tensor, Tensor]:
         """mean_b sum_j ReLU(gate_bj), and mean_b ||x - x^(ReLU(gate))||^2 / variance."""
-        sae, tokens = forward.sae, len(forward.x_BD)
-        every = Choice(every_latent(*forward.pre_BF.shape, forward.pre_BF.device), forward.pre_BF > 0)
+        sae = forward.sae
+        every = Choice(every_latent(forward.pre_BF), forward.pre_BF > 0)
         gates = sae.choose(forward.x_BD, forward.pre_BF, every).values
         recon_BD = decode(gates, every.indices_NK, sae.W_dec.detach()) + sae.b_dec.detach()
-        error = (forward.x_BD - recon_BD).square().sum() / (tokens * self.variance)
-        return gates.sum() / tokens, error
+        error = forward.per_token((forward.x_BD - recon_BD).square().sum()) / self.variance
+        return forward.per_token(gates.sum()), error
 
 
 class L0Penalty(SparsityPenalty):
@@ -130,7 +130,7 @@ class L0Penalty(SparsityPenalty):
         """L0 or (L0 / target - 1)^2."""
         sparsifier = forward.sae.sparsifier
         assert isinstance(sparsifier, JumpReLU)
-        l0 = sparsifier.l0(forward.pre_BF)
+        l0 = forward.per_token(sparsifier.active(forward.pre_BF))
         return (l0 if self.quadratic_target is None else (l0 / self.quadratic_target - 1).square()), None
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 _DENSE_FROM = 6
 
 
-def every_latent(tokens: int, latents: int, device: torch.device) -> Tensor:
+def every_latent(pre_NF: Tensor) -> Tensor:
     """Indices [N, F] of dense codes: 0, 1, ..., F - 1 for each token, without memory of their own."""
-    return torch.arange(latents, device=device).expand(tokens, latents)
+    return torch.arange(pre_NF.shape[1], device=pre_NF.device).expand(pre_NF.shape)
 
 
 def is_dense(indices_NK: Tensor) -> bool:

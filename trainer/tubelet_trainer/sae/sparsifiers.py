@@ -60,7 +60,7 @@ class ReLU(Sparsifier):
 
     def forward(self, pre_NF: Tensor) -> Choice:
         """All latents."""
-        return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF > 0)
+        return Choice(every_latent(pre_NF), pre_NF > 0)
 
 
 class TopK(Sparsifier):
@@ -73,7 +73,7 @@ class TopK(Sparsifier):
     def forward(self, pre_NF: Tensor) -> Choice:
         """The k largest of each token; K = k."""
         if self.k == pre_NF.shape[1]:
-            return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF > 0)
+            return Choice(every_latent(pre_NF), pre_NF > 0)
         top = pre_NF.topk(self.k, dim=1, sorted=False)
         return Choice(top.indices, top.values > 0)
 
@@ -92,7 +92,7 @@ class AbsTopK(Sparsifier):
     def forward(self, pre_NF: Tensor) -> Choice:
         """The k of largest magnitude of each token; K = k."""
         if self.k == pre_NF.shape[1]:
-            return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF != 0)
+            return Choice(every_latent(pre_NF), pre_NF != 0)
         top = pre_NF.abs().topk(self.k, dim=1, sorted=False)
         return Choice(top.indices, top.values > 0)
 
@@ -126,7 +126,7 @@ class BatchTopK(Sparsifier):
             kept = (positive > 0) & (positive >= self.threshold)
         width = max(1, int(kept.sum(dim=1).max())) if len(kept) else 1
         if width == pre_NF.shape[1]:
-            return Choice(every_latent(*pre_NF.shape, pre_NF.device), kept)
+            return Choice(every_latent(pre_NF), kept)
         top = torch.where(kept, positive, 0).topk(width, dim=1, sorted=False)
         return Choice(top.indices, top.values > 0)
 
@@ -173,17 +173,17 @@ class JumpReLU(Sparsifier):
 
     def forward(self, pre_NF: Tensor) -> Choice:
         """All latents."""
-        return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF > self.threshold.detach())
+        return Choice(every_latent(pre_NF), pre_NF > self.threshold.detach())
 
     def values(self, selected_NK: Tensor, _choice: Choice, _b_enc: Tensor) -> Tensor:
         """JumpReLU of all pre-activations (K = F)."""
         out: Tensor = _JumpReLU.apply(selected_NK, self.threshold, self.bandwidth)
         return out
 
-    def l0(self, pre_NF: Tensor) -> Tensor:
-        """Mean active latents per token, 0-dimensional, with gradient to the thresholds alone."""
+    def active(self, pre_NF: Tensor) -> Tensor:
+        """Number of active latents of all tokens, 0-dimensional, with gradient to the thresholds alone."""
         active: Tensor = _Heaviside.apply(pre_NF, self.threshold, self.bandwidth)
-        return active.sum() / len(pre_NF)
+        return active.sum()
 
 
 class Gated(Sparsifier):
@@ -199,7 +199,7 @@ class Gated(Sparsifier):
 
     def forward(self, pre_NF: Tensor) -> Choice:
         """All latents; `pre_NF` is the gate."""
-        return Choice(every_latent(*pre_NF.shape, pre_NF.device), pre_NF > 0)
+        return Choice(every_latent(pre_NF), pre_NF > 0)
 
     def values(self, selected_NK: Tensor, choice: Choice, b_enc: Tensor) -> Tensor:
         """Magnitudes where the gate is open (K = F)."""

@@ -1,0 +1,283 @@
+"""How fast a store comes over S3, and what that costs, beside the limit of the same server.
+
+    python benchmarks/remote.py [--out benchmarks/results/remote.txt] [--folder /dev/shm]
+
+A server on loopback (range_server.py, its own process) holds a store of about 0.26 GB; every way of reading it reads
+the same objects. Raw: eight threads with plain sockets read 8 MiB ranges; the second raw row also writes them to files,
+as whatever leaves a file must. Everything is measured twice: as fast as the machine can, where processor time decides,
+and behind a limit like that of a network card. CPU: processor seconds of the client per GB, all its threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import shutil
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import obstore
+import pyarrow as pa
+import s3fs
+import zarr
+
+from range_server import range_server
+from tubelet_store import ClipOutcome, Grid, Hook, Plan, Store, StoreWriter, open_store
+from tubelet_store.clips import PLANNED
+from tubelet_store.mirror import MirrorConfig
+from tubelet_store.transport import open_transport
+
+CLIPS, CLIPS_PER_SHARD, GRID, CHANNELS = 112, 28, Grid(time=8, height=14, width=14), 768
+HOOK = "blocks.6"
+PART_BYTES = 8 << 20
+CONNECTIONS = 8
+LIMIT_MB_PER_S = 250.0
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of reading."""
+
+    name: str
+    mb_per_s: float
+    cpu_s_per_gb: float
+
+
+def make_store(folder: Path) -> Store:
+    """A store of random float16 tokens, written by the real writer."""
+    plan = Plan(
+        dataset={"kind": "random"},
+        clip_table="sha256:benchmark",
+        clips=CLIPS,
+        clips_per_shard=CLIPS_PER_SHARD,
+        sampling={},
+        preprocessing={},
+        backbone={},
+        grid=GRID,
+        hooks=(Hook(name=HOOK, channels=CHANNELS),),
+    )
+    columns = {
+        "clip": list(range(CLIPS)),
+        "video_id": [f"video-{clip}" for clip in range(CLIPS)],
+        "uri": [f"{clip}.mp4" for clip in range(CLIPS)],
+        "view": [0] * CLIPS,
+    }
+    table = pa.table({name: columns.get(name, [None] * CLIPS) for name in PLANNED.names}, schema=PLANNED)
+    writer = StoreWriter.begin(str(folder), plan, table, {})
+    tokens = np.random.default_rng(0).standard_normal((GRID.time, GRID.space, CHANNELS), dtype=np.float32)
+    frames = tuple(range(2 * GRID.time))
+    for shard in writer.pending():
+        with writer.shard(shard) as shard_writer:
+            for clip in plan.shard_range(shard):
+                outcome = ClipOutcome(status="ok", frame_indices=frames, padded_frames=0)
+                shard_writer.append(outcome, {HOOK: np.roll(tokens, clip)})
+            shard_writer.commit()
+    writer.finish()
+    return open_store(str(folder))
+
+
+class Bench:
+    """The ways of reading the store that the server at `endpoint` holds as s3://bucket/s.zarr."""
+
+    def __init__(self, endpoint: str, truth: Store, scratch: Path) -> None:
+        self.endpoint, self.truth, self.scratch = endpoint, truth, scratch
+        self.url = "s3://bucket/s.zarr"
+        self.keys = [truth.shard_object(HOOK, shard).stored.key for shard in range(truth.plan.shards)]
+        self.sizes = [truth.shard_object(HOOK, shard).stored.size_bytes for shard in range(truth.plan.shards)]
+        self.ranges = [
+            (number, start, min(start + PART_BYTES, size))
+            for number, size in enumerate(self.sizes)
+            for start in range(0, size, PART_BYTES)
+        ]
+
+    def raw(self, write: bool) -> int:
+        """Plain sockets, buffers used again."""
+        todo = list(reversed(self.ranges))
+        files = (
+            [os.open(self.scratch / f"raw-{n}", os.O_RDWR | os.O_CREAT) for n in range(len(self.keys))] if write else []
+        )
+        for file, size in zip(files, self.sizes, strict=False):
+            os.posix_fallocate(file, 0, size)
+        host, port = urlsplit(self.endpoint).netloc.split(":")
+        lock = threading.Lock()
+
+        def work() -> None:
+            buffer = memoryview(bytearray(PART_BYTES))
+            with socket.create_connection((host, int(port))) as connection:
+                while True:
+                    with lock:
+                        if not todo:
+                            return
+                        number, start, stop = todo.pop()
+                    key = self.keys[number]
+                    ask = f"GET /bucket/s.zarr/{key} HTTP/1.1\r\nHost: x\r\nRange: bytes={start}-{stop - 1}\r\n\r\n"
+                    connection.sendall(ask.encode())
+                    head = b""
+                    while b"\r\n\r\n" not in head:
+                        head += connection.recv(4096)
+                    body = head.partition(b"\r\n\r\n")[2]
+                    buffer[: len(body)] = body
+                    filled = len(body)
+                    while filled < stop - start:
+                        filled += connection.recv_into(buffer[filled : stop - start])
+                    if write:
+                        os.pwrite(files[number], buffer[: stop - start], start)
+
+        run_threads(work)
+        for file in files:
+            os.close(file)
+        return sum(self.sizes)
+
+    def ranges_of(self, name: TransportName) -> Callable[[], int]:
+        """A transport's range reads from eight threads, bytes dropped. The client is connected."""
+        transport = open_transport(self.url, name)
+        transport.size("zarr.json")
+
+        def read(part: tuple[int, int, int]) -> int:
+            number, start, stop = part
+            return len(transport.read_range(self.keys[number], start, stop))
+
+        def work() -> int:
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                return sum(pool.map(read, self.ranges))
+
+        return work
+
+    def s3fs_whole(self) -> int:
+        """s3fs downloading whole objects to files."""
+        files = s3fs.S3FileSystem(skip_instance_cache=True)
+        for number, key in enumerate(self.keys):
+            files.get_file(f"bucket/s.zarr/{key}", str(self.scratch / f"s3fs-{number}"))
+        return sum(self.sizes)
+
+    def mirror(self, transport: str, check: str) -> Callable[[], int]:
+        """A mirror without any shard: every one is fetched ahead, checked, mapped. The store is open."""
+        config = MirrorConfig.model_validate(
+            {"directory": self.scratch / "mirror", "transport": transport, "check": check, "connections": CONNECTIONS}
+        )
+        store = open_store(self.url, mirror=config)
+        store.shard_object(HOOK, 0)
+
+        def work() -> int:
+            store.expect(HOOK, range(store.plan.shards))
+            for shard in range(store.plan.shards):
+                store.shard_map(HOOK, shard)
+            return sum(self.sizes)
+
+        return work
+
+    def zarr_python(self) -> int:
+        """zarr-python reading the array whole, shard by shard."""
+        store = zarr.storage.FsspecStore.from_url(self.url, read_only=True)
+        array = zarr.open_array(store, path=f"activations/{HOOK}", mode="r")
+        for shard in range(self.truth.plan.shards):
+            clips = self.truth.plan.shard_range(shard)
+            np.asarray(array[clips.start : clips.stop])
+        return sum(self.sizes)
+
+
+def run_threads(work: Callable[[], None]) -> None:
+    """`work` in as many threads as there are connections."""
+    threads = [threading.Thread(target=work) for _ in range(CONNECTIONS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def measure(name: str, work: Callable[[], int], scratch: Path) -> Row:
+    """Median speed of `work` and its processor time; files it left are removed."""
+    speeds, costs = [], []
+    for _ in range(REPEATS):
+        wall, cpu = time.perf_counter(), time.process_time()
+        size_bytes = work()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        speeds.append(1e-6 * size_bytes / wall)
+        costs.append(1e9 * cpu / size_bytes)
+        for path in scratch.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return Row(name, statistics.median(speeds), statistics.median(costs))
+
+
+def rows(bench: Bench) -> list[Row]:
+    """Every way of reading."""
+    ways: list[tuple[str, Callable[[], int]]] = [
+        ("raw sockets, into memory", lambda: bench.raw(write=False)),
+        ("raw sockets, into files", lambda: bench.raw(write=True)),
+        ("mirror over obstore (checked, in files, mapped)", bench.mirror("obstore", "crc32c")),
+        ("mirror over obstore, with SHA-256", bench.mirror("obstore", "sha256")),
+        ("mirror over s3fs", bench.mirror("fsspec", "crc32c")),
+        ("obstore ranges, into memory", bench.ranges_of("obstore")),
+        ("s3fs ranges, into memory", bench.ranges_of("fsspec")),
+        ("s3fs get_file, one after another", bench.s3fs_whole),
+        ("zarr-python over s3fs, into memory", bench.zarr_python),
+    ]
+    return [measure(name, work, bench.scratch) for name, work in ways]
+
+
+def table(title: str, found: list[Row]) -> str:
+    """One table as text."""
+    raw, written = found[0].mb_per_s, found[1].mb_per_s
+    lines = [title, f"{'':<52}{'MB/s':>8}{'x raw':>8}{'x raw to files':>16}{'CPU s/GB':>10}"]
+    lines += [
+        f"{row.name:<52}{row.mb_per_s:>8.0f}{row.mb_per_s / raw:>8.2f}{row.mb_per_s / written:>16.2f}"
+        f"{row.cpu_s_per_gb:>10.2f}"
+        for row in found
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def run() -> None:
+    """Measure, print, and write to `--out` if given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+
+    parser.add_argument("--folder", type=Path, help="where server and mirror keep their files")
+    given = parser.parse_args()
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "benchmark",
+        "AWS_SECRET_ACCESS_KEY": "benchmark",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    # s3fs sometimes closes forgotten sessions from another loop than its own, and asyncio tells.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    load = os.getloadavg()[0]
+    texts = [
+        f"store of {CLIPS} clips of {GRID.tokens} tokens x {CHANNELS} float16 in shards of {CLIPS_PER_SHARD} clips;"
+        f" {CONNECTIONS} connections, parts of 8 MiB, no TLS, median of {REPEATS}",
+        f"{os.cpu_count()} cores (server included), load average {load:.1f}, Python {platform.python_version()},"
+        f" obstore {obstore.__version__}, s3fs {s3fs.__version__}, zarr {zarr.__version__}\n",
+    ]
+    with tempfile.TemporaryDirectory(prefix="tubelet-bench-", dir=given.folder) as name:
+        folder = Path(name)
+        (folder / "bucket").mkdir()
+        (folder / "scratch").mkdir()
+        truth = make_store(folder / "bucket" / "s.zarr")
+        for title, limit in [
+            ("As fast as the machine can", None),
+            (f"Behind a limit of {LIMIT_MB_PER_S:.0f} MB/s", LIMIT_MB_PER_S),
+        ]:
+            with range_server(folder, limit) as endpoint:
+                os.environ["AWS_ENDPOINT_URL"] = endpoint
+                s3fs.S3FileSystem.clear_instance_cache()
+                texts.append(table(title, rows(Bench(endpoint, truth, folder / "scratch"))))
+                print(texts[-1])
+    if given.out is not None:
+        given.out.write_text("\n".join(texts))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,132 @@
+"""Views of a video: which windows in time, and of each which crops.
+
+    video ─▶ sampling.clips windows ─▶ of each: one crop | three crops | an unshifted view and shifted ones
+
+Rows of the clip table are neighbours in this order: video, window, crop or shift. `view` counts them through.
+
+Shifted views are for measuring how local a feature is: the same pixels, seen at other places of the grid. In space the
+picture is drawn s patches larger than the grid, and the shifted crop lies s patches further down and right (Ro, Choi &
+Kim 2026, arXiv 2604.05724: (p + s) n pixels, offset by s n); in time the shifted window begins s tubelets later in a
+window s tubelets longer. So what two views share is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from tubelet_pipeline.preprocess import CENTRE, Place
+from tubelet_pipeline.sampling import DenseSampling, UniformSampling, describe
+from tubelet_store.config import Config
+
+
+class CentreView(Config):
+    """The crop of the checkpoint's own preprocessing."""
+
+    kind: Literal["centre"] = "centre"
+
+
+class ThreeCrops(Config):
+    """Three crops along the longer side: its beginning, its middle, its end. A square picture gives one thrice."""
+
+    kind: Literal["three_crops"] = "three_crops"
+
+
+class ShiftedViews(Config):
+    """An unshifted view, and one for each shift that is not 0."""
+
+    kind: Literal["shifted"] = "shifted"
+    patches: int = Field(default=1, ge=0)
+    """Patches by which one view lies further down and right."""
+    tubelets: int = Field(default=0, ge=0)
+    """Steps of latent time by which one view begins later."""
+
+    @model_validator(mode="after")
+    def _something_is_shifted(self) -> ShiftedViews:
+        if not self.patches and not self.tubelets:
+            raise ValueError("patches and tubelets are both 0, so nothing is shifted")
+        return self
+
+    @property
+    def shifts(self) -> tuple[tuple[int, int], ...]:
+        """(patches, tubelets) of each view."""
+        alone = ((self.patches, 0), (0, self.tubelets))
+        return ((0, 0), *(shift for shift in alone if any(shift)))
+
+
+Views = Annotated[CentreView | ThreeCrops | ShiftedViews, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class View:
+    """One row of a video: columns of the clip table."""
+
+    temporal_view: int
+    spatial_view: int | None
+    shift_patches: int | None = None
+    shift_tubelets: int | None = None
+
+
+def views_per_window(views: CentreView | ThreeCrops | ShiftedViews) -> int:
+    """Clips that one window in time gives."""
+    if isinstance(views, ShiftedViews):
+        return len(views.shifts)
+    return 3 if isinstance(views, ThreeCrops) else 1
+
+
+def locate(views: CentreView | ThreeCrops | ShiftedViews, number: int) -> View:
+    """View `number` of a video, counted through all its windows."""
+    window, within = divmod(number, views_per_window(views))
+    if isinstance(views, ShiftedViews):
+        return View(window, None, *views.shifts[within])
+    return View(window, within)
+
+
+def place(views: CentreView | ThreeCrops | ShiftedViews, view: View, patch_size: tuple[int, int]) -> Place:
+    """Where the crop of `view` lies; `patch_size` is height and width in pixels."""
+    if isinstance(views, ThreeCrops):
+        return Place(along=(view.spatial_view or 0) / 2)
+    if isinstance(views, ShiftedViews) and views.patches:
+        height, width = patch_size
+        shift = view.shift_patches or 0
+        return Place(
+            room=(views.patches * height, views.patches * width),
+            offset=(shift * height, shift * width),
+        )
+    return CENTRE
+
+
+def shifted_frames(views: CentreView | ThreeCrops | ShiftedViews, view: View, tubelet_frames: int) -> tuple[int, int]:
+    """First frame of the view's window in the longer one that all views share, and by how much that is longer."""
+    if not isinstance(views, ShiftedViews):
+        return 0, 0
+    return (view.shift_tubelets or 0) * tubelet_frames, views.tubelets * tubelet_frames
+
+
+_FORMULAS = {
+    "three_crops": {
+        "formula": "three-crops-v1",
+        "offset": "view * (side - crop) // 2 along the longer side of the resized picture, (side - crop) // 2 across",
+    },
+    "shifted": {
+        "formula": "shifted-v1",
+        "crops": "the picture drawn (crop + room) / crop times larger, room = patches * patch size; "
+        "offset (side - crop - room) // 2 + shift * patch size",
+        "windows": "frames + tubelets * tubelet_frames frames by the sampling's formula, "
+        "from frame shift * tubelet_frames on",
+    },
+}
+
+
+def describe_clips(
+    sampling: DenseSampling | UniformSampling, views: CentreView | ThreeCrops | ShiftedViews, tubelet_frames: int
+) -> dict[str, Any]:
+    """What a store records: the sampling, and the views with their formulas where there are others than the centre."""
+    if isinstance(views, CentreView):
+        return describe(sampling)
+    described = {**views.model_dump(mode="json"), **_FORMULAS[views.kind]}
+    if isinstance(views, ShiftedViews):
+        described["tubelet_frames"] = tubelet_frames
+    return {**describe(sampling), "views": described}
