@@ -36,7 +36,7 @@ from range_server import range_server
 from tubelet_store import ClipOutcome, Grid, Hook, Plan, Store, StoreWriter, open_store
 from tubelet_store.clips import PLANNED
 from tubelet_store.mirror import MirrorConfig
-from tubelet_store.transport import open_transport
+from tubelet_store.transport import TransportName, open_transport
 
 CLIPS, CLIPS_PER_SHARD, GRID, CHANNELS = 112, 28, Grid(time=8, height=14, width=14), 768
 HOOK = "blocks.6"

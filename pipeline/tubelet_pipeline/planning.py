@@ -93,7 +93,7 @@ def check_views(config: ExtractConfig, backbone: Backbone) -> None:
     views, grid = config.views, backbone.grid
     if isinstance(views, ThreeCrops) and backbone.preprocessing.resize_to is not None:
         raise TubeletError(
-            f"'{backbone.checkpoint.name}' squeezes every picture into one size, so it has no longer side to crop along",
+            f"'{backbone.checkpoint.name}' squeezes every picture into one size: there is no longer side to crop along",
             "Set views.kind: centre, or backbone.preprocessing with shortest_edge and crop",
         )
     if not isinstance(views, ShiftedViews):

@@ -37,7 +37,7 @@ from tubelet_pipeline.overlap import ahead
 from tubelet_pipeline.planning import software_versions
 from tubelet_pipeline.sampling import Sampling
 from tubelet_pipeline.tokens import AllTokens, Tokens, TokenSelector
-from tubelet_pipeline.views import CentreView, View, Views, locate, place, shifted_frames
+from tubelet_pipeline.views import CentreView, View, Views, clip_request, locate, place
 from tubelet_store import ClipOutcome, StoreWriter, TubeletError
 from tubelet_store.commit import Commit
 from tubelet_store.config import Config
@@ -134,11 +134,8 @@ class _Runtime:
         return locate(self.job.views, self.views[clip])
 
     def request(self, clip: int) -> DecodeRequest:
-        """Equal for crops of the same frames."""
-        view = self.view(clip)
-        first, more = shifted_frames(self.job.views, view, self.backbone.tubelet_frames)
-        uri = resolve_uri(self.job.dataset_root, self.uris[clip])
-        return DecodeRequest(uri, self.job.sampling, view.temporal_view, first, more)
+        job, uri = self.job, resolve_uri(self.job.dataset_root, self.uris[clip])
+        return clip_request(uri, job.sampling, job.views, self.view(clip), self.backbone.tubelet_frames)
 
     def decoded(self, clips: Iterable[int], prefetch: int) -> Iterator[tuple[int, DecodedClip | DecodeFailure]]:
         """Clips with their frames, in order. Neighbours that are crops of the same frames are decoded once."""
@@ -172,7 +169,7 @@ def _runtime(job: ShardJob) -> _Runtime:
 
 def _extract(runtime: _Runtime, shard: int) -> ShardReport:
     began = time.perf_counter()
-    store, job = runtime.store, runtime.job
+    store = runtime.store
     clips = store.plan.shard_range(shard)
     seconds = {"decode": 0.0, "forward": 0.0}
     size = runtime.batch_size

@@ -1,7 +1,8 @@
-"""Verbs of the pipeline: `tubelet videos`, `tubelet extract`. Heavy imports wait until a verb runs."""
+"""Verbs of the pipeline: `tubelet videos`, `estimate`, `extract`. Heavy imports wait until a verb runs."""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -10,9 +11,10 @@ from tubelet_pipeline.verbs_videos import VIDEOS
 from tubelet_store.cli import Verb
 
 if TYPE_CHECKING:
+    from tubelet_pipeline.estimate import EstimateConfig
     from tubelet_pipeline.extract_config import ExtractConfig
 
-__all__ = ["EXTRACT", "VIDEOS"]
+__all__ = ["ESTIMATE", "EXTRACT", "VIDEOS"]
 
 
 def _extract_config() -> type[ExtractConfig]:
@@ -36,4 +38,20 @@ def _extract(config: ExtractConfig) -> int:
     return 0 if summary.clips["ok"] else 1
 
 
+def _estimate_config() -> type[EstimateConfig]:
+    from tubelet_pipeline.estimate import EstimateConfig
+
+    return EstimateConfig
+
+
+def _estimate(config: EstimateConfig) -> int:
+    from tubelet_pipeline.estimate import estimate
+    from tubelet_pipeline.estimate_text import estimate_lines
+
+    found = estimate(config)
+    print(json.dumps(found.as_dict(), indent=2) if config.format == "json" else "\n".join(estimate_lines(found)))
+    return 0
+
+
+ESTIMATE = Verb("estimate", "Tell what an extraction will cost, before it runs.", _estimate_config, _estimate)
 EXTRACT = Verb("extract", "Decode videos, run a frozen backbone, store its activations.", _extract_config, _extract)

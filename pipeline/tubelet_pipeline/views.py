@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tubelet_pipeline.decode.pool import DecodeRequest
 from tubelet_pipeline.preprocess import CENTRE, Place
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling, describe
 from tubelet_store.config import Config
@@ -98,11 +99,18 @@ def place(views: CentreView | ThreeCrops | ShiftedViews, view: View, patch_size:
     return CENTRE
 
 
-def shifted_frames(views: CentreView | ThreeCrops | ShiftedViews, view: View, tubelet_frames: int) -> tuple[int, int]:
-    """First frame of the view's window in the longer one that all views share, and by how much that is longer."""
+def clip_request(
+    uri: str,
+    sampling: DenseSampling | UniformSampling,
+    views: CentreView | ThreeCrops | ShiftedViews,
+    view: View,
+    tubelet_frames: int,
+) -> DecodeRequest:
+    """What to decode for `view` of the video at `uri`; equal for crops of the same frames."""
     if not isinstance(views, ShiftedViews):
-        return 0, 0
-    return (view.shift_tubelets or 0) * tubelet_frames, views.tubelets * tubelet_frames
+        return DecodeRequest(uri, sampling, view.temporal_view)
+    first = (view.shift_tubelets or 0) * tubelet_frames
+    return DecodeRequest(uri, sampling, view.temporal_view, first, views.tubelets * tubelet_frames)
 
 
 _FORMULAS = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pyarrow.compute as pc
+
 from tubelet_store.layout import array_kinds, shard_bytes
 from tubelet_store.reader import Store
 
@@ -20,7 +22,7 @@ def summarise(store: Store) -> dict[str, Any]:
         "plan_digest": store.state.plan_digest,
         "shards": {"total": plan.shards, "committed": len(store.committed), "clips_each": plan.clips_per_shard},
         "clips": {"planned": plan.clips, "ok": table.num_rows - len(failures), "failed": len(failures)},
-        "videos": len(set(table["video_id"].to_pylist())),
+        "videos": pc.count_distinct(table["video_id"]).as_py(),
         "failures_by_code": dict(Counter(failure["error"].partition(":")[0] for failure in failures).most_common()),
         "size_bytes": sum(
             shard_bytes(plan, kind, hook, shard)
@@ -43,8 +45,9 @@ def summarise(store: Store) -> dict[str, Any]:
 def failed_clips(store: Store) -> list[dict[str, Any]]:
     """Clip number, video id, uri and error of every failed clip, in array order."""
     names = ["clip", "video_id", "uri", "status", "error"]
-    rows = store.clips().select(names).to_pylist()
-    return [{k: row[k] for k in names if k != "status"} for row in rows if row["status"] == "failed"]
+    table = store.clips().select(names)
+    rows = table.filter(pc.equal(table["status"], "failed")).to_pylist()
+    return [{k: row[k] for k in names if k != "status"} for row in rows]
 
 
 def human_bytes(size_bytes: float) -> str:

@@ -33,6 +33,11 @@ _NOT_IMPLEMENTED = {"NotImplemented", "501"}
 _log = logging.getLogger("tubelet")
 
 
+def part_count(size_bytes: int) -> int:
+    """Requests that change the store, for one object: a PUT, or the parts with their beginning and end."""
+    return 1 if size_bytes < 2 * _PART_BYTES else -(-size_bytes // _PART_BYTES) + 2
+
+
 class Uploader(FsspecTransport):
     """Writes the objects below one URL, and reads them, through fsspec.
 

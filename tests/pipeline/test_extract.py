@@ -172,6 +172,45 @@ def test_an_empty_folder_is_named(job: Path, tmp_path: Path, capsys: pytest.Capt
     assert f"No video files under {tmp_path / 'empty'}" in capsys.readouterr().err
 
 
+UNREADABLE = {
+    "audio_only_nasa.mp4": "no_video_stream",
+    "decord_corrupted.mp4": "decode_failed",
+    "html_as_mp4.mp4": "open_failed",
+    "k400_trunc_mp4_head.mp4": "open_failed",
+    "k400_zeroed_middle.mp4": "decode_failed",
+    "libwebm_fixed_lacing_bad_lace_size.mkv": "no_frames",
+    "random_bytes.mp4": "open_failed",
+    "zero_length.mp4": "open_failed",
+}
+
+
+@pytest.mark.real_videos
+def test_a_folder_of_real_videos_is_stored_and_the_broken_ones_are_listed(
+    job: Path, real_videos: Path, tmp_path: Path
+) -> None:
+    # Sampled to the very end: what is broken in a file is met.
+    status, out, err = run_tubelet(
+        "extract",
+        str(job),
+        "--dataset",
+        f"{{kind: folder, root: {real_videos}}}",
+        "--sampling",
+        "{kind: uniform, frames: 8}",
+        "--clips-per-shard",
+        "8",
+    )
+    assert status == 0, err
+    rows = open_store(str(tmp_path / "store.zarr")).clips().to_pylist()
+    failed = {Path(row["uri"]).name: row["error"].split(":")[0] for row in rows if row["status"] == "failed"}
+    # Cut short after its index: how much of it decodes depends on where sampling looks.
+    failed.pop("k400_trunc_faststart.mp4", None)
+    assert failed == UNREADABLE
+    assert {row["uri"].split("/")[0] for row in rows if row["status"] == "ok"} == {"sound", "broken"}
+    assert sum(row["status"] == "ok" and row["uri"].startswith("sound/") for row in rows) == 28
+    for name, code in UNREADABLE.items():
+        assert f"broken/{name}: {code}" in out
+
+
 def test_a_disk_without_room_is_refused_before_anything_runs(
     job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

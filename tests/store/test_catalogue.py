@@ -286,7 +286,9 @@ def test_nested_catalogues_are_read_once_whatever_their_circle(stores, tmp_path)
     one, two = str(tmp_path / "one.yaml"), f"memory://{uuid.uuid4().hex}/two.yaml"
     add_store(one, stores[0].url, describe(stores[0], "a"))
     folder, name = two.rsplit("/", 1)
-    open_root(folder).replace(name, b"version: 2\nmetadata: {}\nuser_parameters: {}\naliases: {}\ndata: {}\nentries: {}\n")
+    open_root(folder).replace(
+        name, b"version: 2\nmetadata: {}\nuser_parameters: {}\naliases: {}\ndata: {}\nentries: {}\n"
+    )
     add_catalog(two, two, "myself")
     add_catalog(one, two, "other")
     add_catalog(one, one, "me")

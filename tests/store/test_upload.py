@@ -118,7 +118,9 @@ def test_two_writers_of_a_shard_end_in_one_sound_shard(proxy: FaultyProxy, url: 
     assert writer.publish(finished(writer, 0)) == commit
 
 
-def test_an_object_in_which_other_clips_failed_is_refused_by_name(proxy: FaultyProxy, url: str) -> None:
+def test_an_object_in_which_other_clips_failed_is_refused_by_name(
+    proxy: FaultyProxy, url: str, finished: Finish
+) -> None:
     writer = scripted.begin(url)
     with writer.shard(0) as shard_writer:
         for _ in writer.plan.shard_range(0):

@@ -65,6 +65,14 @@ COMBINATIONS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tokens(seed=0, rows=N):
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 2
 
@@ -191,9 +199,10 @@ def test_random_prefixes_are_drawn_per_step_and_repeat():
     assert drawn == [cuts(nesting, 4096, 0, seed=5, step=step).ends for step in range(300)]
     assert len(set(drawn)) > 290
     assert all(len(ends) == 10 and ends[-1] == 4096 and list(ends) == sorted(set(ends)) for ends in drawn)
-    # P(length <= l) is proportional to 1 - l^-1/2: 0.9 of the way to the last for l = 83.
-    below = np.mean([end <= 83 for ends in drawn for end in ends[:-1]])
-    assert abs(below - (1 - 83**-0.5) / (1 - 4095**-0.5)) < 0.05
+    # P(length <= l) is proportional to 1 - l^-1/2.
+    first = [cuts(RandomPrefixes(prefixes=2), 4096, 0, 0, step).ends[0] for step in range(1000)]
+    for length in (4, 83, 1000):
+        assert abs(np.mean(np.array(first) <= length) - (1 - length**-0.5) / (1 - 4095**-0.5)) < 0.05
 
 
 def test_the_default_levels_of_nested_k_are_halves():
@@ -231,7 +240,7 @@ def test_thresholds_learn_by_the_rectangle_kernel_around_pre_activations():
     assert below.sum() > 0, "nothing lies below its threshold: the test would not tell pre- from post-activations"
 
     l0 = sae.sparsifier.active(pre) / N
-    assert float(l0) == float((pre > theta).sum() / N)
+    torch.testing.assert_close(l0.detach(), (pre > theta).double().sum() / N)
     found = gradients(sae, l0)
     # d/d log theta = theta d/d theta
     torch.testing.assert_close(found["sparsifier.log_threshold"], -theta / width * kernel.sum(dim=0) / N)
@@ -450,13 +459,13 @@ def sparse_tokens(seed, rows=256):
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu"])
 def test_l0_reaches_its_target(kind):
-    config = recipe(kind, target_l0=5.0, sparsity=1e-4, **({"bandwidth": 0.1} if kind == "jumprelu" else {}))
-    learner = learner_of(config, steps=3000)
+    config = recipe(kind, target_l0=5.0, sparsity=1e-2, **({"bandwidth": 0.1} if kind == "jumprelu" else {}))
+    learner = learner_of(config, steps=900)
     l0 = []
-    for step in range(3000):
+    for step in range(900):
         metrics = learner.learn(learner.forward(sparse_tokens(step % 50), step))
         l0.append(metrics["l0"])
-    assert abs(float(torch.stack(l0[-200:]).mean()) - 5.0) < 1.0
+    assert abs(float(torch.stack(l0[-100:]).mean()) - 5.0) < 1.0
     assert float(torch.stack(l0[:20]).mean()) > 15
 
 
@@ -484,15 +493,16 @@ def test_the_running_mean_of_the_weights_is_what_comes_out():
 
 def test_resampling_gives_dead_latents_bad_tokens_and_a_new_start():
     learner = learner_of(recipe("topk", auxk=0), dead_after=600, resample_every=10)
+    with torch.no_grad():
+        learner.sae.b_enc[:20] = -100
     for step in range(9):
         learner.learn(learner.forward(sparse_tokens(step), step))
-    dead = learner.clock.dead_F.clone()
-    assert 5 < dead.sum() < F
+    assert 20 <= learner.clock.dead_F.sum() < F
     before = {name: tensor.clone() for name, tensor in learner.state().items()}
     forward = learner.forward(sparse_tokens(9), 9)
     learner.learn(forward)
     state, x = learner.state(), sparse_tokens(9)
-    dead = dead & ~forward.codes.fired(F) | (before["clock/silent_tokens"] + 256 > 600) & ~forward.codes.fired(F)
+    dead = (before["clock/silent_tokens"] + 256 > 600) & ~forward.codes.fired(F)
     cosine = torch.nn.functional.normalize(x - before["sae/b_dec"], dim=1) @ state["sae/W_dec"][dead].T
     assert (cosine.max(dim=0).values > 0.95).all()
     for name in ("W_enc", "b_enc", "W_dec"):

@@ -138,8 +138,9 @@ class Learner:
         sae, dead_F = self.sae, self.clock.dead_F
         generator = torch.Generator(self.device).manual_seed(sae.config.seed * 1_000_003 + forward.step)
         loss_B = (forward.x_BD - forward.recon_BD).square().sum(dim=1)
+        x_BD, loss_B = (self.ranks.interleave(part, forward.whole) for part in (forward.x_BD, loss_B))
         drawn_F = torch.multinomial(loss_B.square() + 1e-30, sae.latents, replacement=True, generator=generator)
-        rows_FD = nnf.normalize(forward.x_BD[drawn_F] - sae.b_dec, dim=1)
+        rows_FD = nnf.normalize(x_BD[drawn_F] - sae.b_dec, dim=1)
         alive_F1 = (~dead_F)[:, None]
         norm = (sae.W_enc.norm(dim=1, keepdim=True) * alive_F1).sum() / alive_F1.sum().clamp_min(1)
         zeros_F = torch.zeros_like(sae.b_enc)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from tubelet_store import Moments, Store, TubeletError
-from tubelet_trainer.pairs import join_pairs
+from tubelet_trainer.pairs import Pairs, join_pairs
 from tubelet_trainer.windows import Batch, Windows
 
 # A share of the whole, as a count of tokens: moments are merged by count.
@@ -93,16 +93,21 @@ class Mixture:
 
 
 def _join(batches: Sequence[Batch]) -> Batch:
-    lengths = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()[:-1]
-    temporal, spatial = ([getattr(batch, kind) for batch in batches] for kind in ("temporal", "spatial"))
+    starts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()[:-1]
     return Batch(
         hooks={hook: torch.cat([batch.hooks[hook] for batch in batches]) for hook in batches[0].hooks},
         positions=torch.cat([batch.positions for batch in batches]),
         grid=batches[0].grid,
         whole=sum(batch.whole for batch in batches),
-        temporal=None if temporal[0] is None else join_pairs(temporal, lengths),
-        spatial=None if spatial[0] is None else join_pairs(spatial, lengths),
+        temporal=_join_pairs([batch.temporal for batch in batches], starts),
+        spatial=_join_pairs([batch.spatial for batch in batches], starts),
     )
+
+
+def _join_pairs(parts: Sequence[Pairs | None], starts: Sequence[int]) -> Pairs | None:
+    # A store whose share of this batch came to nothing has no pairs.
+    found = [(part, start) for part, start in zip(parts, starts, strict=True) if part is not None]
+    return join_pairs([part for part, _ in found], [start for _, start in found]) if found else None
 
 
 def mixed_moments(moments: Sequence[Moments], shares: Sequence[float]) -> Moments:

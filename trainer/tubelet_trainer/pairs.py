@@ -106,7 +106,11 @@ class PairArithmetic:
             )
         self._fresh_CT = torch.from_numpy(fresh_steps(store)).to(device)
         if draw.spatial:
-            table, counts = neighbour_table(grid, draw.config.neighbours)
+            kept, kind = store.kept_patches, draw.config.neighbours
+            # Of a store that keeps some patches of each clip, rows next to each other need not be neighbours.
+            scattered = kept is not None and kind != "random" and grid.space > 1
+            self._kept_CS = torch.from_numpy(kept).to(device) if kept is not None and scattered else None
+            table, counts = neighbour_table(store.plan.position_grid if scattered else grid, kind)
             self._neighbours_PM = torch.from_numpy(table).to(device)
             self._counts_P = torch.from_numpy(counts).to(device)
 
@@ -130,8 +134,23 @@ class PairArithmetic:
         """Window rows [A] of neighbours in the same frame, and which are valid [A]; arguments as in `temporal`."""
         patch = rows % self._block_patches
         time = rows // self._block_patches % self._grid.time
-        choice = _draws(places, ("spatial", self._seed, step)) % self._counts_P[patch]
-        return rows - patch + self._neighbours_PM[patch, choice], self._fresh_CT[clips, time]
+        draws, fresh = _draws(places, ("spatial", self._seed, step)), self._fresh_CT[clips, time]
+        if self._kept_CS is not None:
+            other, there = self._kept_neighbour(self._kept_CS[clips], patch, draws)
+            return rows - patch + other, fresh & there
+        return rows - patch + self._neighbours_PM[patch, draws % self._counts_P[patch]], fresh
+
+    def _kept_neighbour(self, kept_AS: Tensor, patch: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each anchor one of those neighbours that its clip keeps, and whether it keeps any; else itself."""
+        place = kept_AS.gather(1, patch[:, None])[:, 0].long()
+        wanted_AM = self._neighbours_PM[place]
+        counted_AM = torch.arange(wanted_AM.shape[1], device=patch.device) < self._counts_P[place][:, None]
+        found_AMS = (kept_AS[:, None, :] == wanted_AM[:, :, None]) & counted_AM[:, :, None]
+        there_AM = found_AMS.any(2)
+        count = there_AM.sum(1)
+        drawn_AM = there_AM & (there_AM.cumsum(1) == 1 + (draws % count.clamp(min=1))[:, None])
+        other = (found_AMS & drawn_AM[:, :, None]).any(1).int().argmax(1)
+        return torch.where(count > 0, other, patch), count > 0
 
 
 def neighbour_table(grid: Grid, kind: Literal[4, 8, "random"]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY_S = 10.0
 
 
 class ProgressReport:
@@ -15,6 +18,7 @@ class ProgressReport:
     def __init__(self, steps: int, step: int, silent: bool = False) -> None:
         self._steps = steps
         self._silent = silent
+        self._line_at_s = float("-inf")
         self._bar: Progress | None = None
         if sys.stderr.isatty() and not silent:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -37,7 +41,8 @@ class ProgressReport:
         text = f"{tokens_per_s:,.0f} tokens/s  FVU {fvu:.4f}  L0 {l0:.1f}  dead {dead:.1%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        else:
+        elif time.monotonic() - self._line_at_s > _LINE_EVERY_S or step == self._steps:
+            self._line_at_s = time.monotonic()
             self.note(f"step {step}/{self._steps}  {text}")
 
     def note(self, text: str) -> None:

@@ -76,6 +76,13 @@ class Ranks:
         out: Tensor = _Gather.apply(local, self.rank, self.size)
         return out
 
+    def interleave(self, local: Tensor, whole: int) -> Tensor:
+        """The `whole` rows of a batch of which rank r holds rows r, r + size, ...: [whole, ...], in their order."""
+        if self.size == 1:
+            return local
+        parts = self.gather(local, -(-whole // self.size)).view(self.size, -1, *local.shape[1:])
+        return parts.transpose(0, 1).flatten(0, 1)[:whole]
+
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace each gradient by its sum over ranks; all ranks must have the same parameters."""
         if self.size == 1:

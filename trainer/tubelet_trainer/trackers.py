@@ -77,7 +77,7 @@ class Prefixed:
     """A tracker shared by several SAEs: each writes under its own name.
 
     Args:
-        tracker: Closed with the first of its users that closes.
+        tracker: Stays open: its owner closes it.
         name: Of the SAE; empty where it is the only one.
     """
 
@@ -89,8 +89,7 @@ class Prefixed:
         self._tracker.write(f"{self._name}/{kind}" if self._name else kind, step, values)
 
     def close(self) -> None:
-        """Close the tracker."""
-        self._tracker.close()
+        """Nothing of its own to close."""
 
 
 class _Nowhere:

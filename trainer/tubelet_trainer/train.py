@@ -38,8 +38,8 @@ from tubelet_trainer.coherence import coherence_terms
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.evaluation import evaluate
 from tubelet_trainer.files import replace_file
-from tubelet_trainer.metrics_log import MetricsLog
 from tubelet_trainer.learner import Learner
+from tubelet_trainer.metrics_log import MetricsLog
 from tubelet_trainer.mixing import measure_mixing
 from tubelet_trainer.objective import Objective
 from tubelet_trainer.progress import ProgressReport
@@ -61,7 +61,7 @@ from tubelet_trainer.sharding import (
 from tubelet_trainer.source import choose_hook
 from tubelet_trainer.specs import Spec, specs
 from tubelet_trainer.stream import Streams
-from tubelet_trainer.trackers import Prefixed, open_tracker
+from tubelet_trainer.trackers import Prefixed, Tracker, open_tracker
 from tubelet_trainer.windows import Batch
 
 _PENALISED = (ReLUConfig, GatedConfig, JumpReLUConfig)
@@ -194,7 +194,7 @@ class Run:
             "loader": {**self.windows.state_dict(), "step": step},
             "software": software(),
         }
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for member in self.members:
             state = member.learner.state()
             state = gather_state(state, self.ranks) if self.sharded else state
@@ -327,9 +327,11 @@ class _Logs:
 
     def __init__(self, run: Run, step: int) -> None:
         self._logs: list[MetricsLog] = []
+        self._tracker: Tracker | None = None
         if run.ranks.first:
             config = run.config
             tracker = open_tracker(config.tracker, config.out, step, _flat(config.model_dump(mode="json")))
+            self._tracker = tracker
             self._logs = [
                 MetricsLog(member.out / "metrics.jsonl", step, Prefixed(tracker, member.name)) for member in run.members
             ]
@@ -343,6 +345,8 @@ class _Logs:
         """Close the files and the tracker."""
         for log in self._logs:
             log.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _with_resident_shards(config: TrainConfig, store: Store, found: Checkpoint | None) -> TrainConfig:

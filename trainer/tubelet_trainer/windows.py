@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def patch(self) -> Tensor:
-        """[B] Patch of each token, row-major over the grid."""
+        """[B] Patch of each token: its place on axis `space`, row-major over the grid (see `Store.patch_positions`)."""
         return self.positions % self.grid.space
 
     def __len__(self) -> int:
@@ -479,8 +479,7 @@ class _Drawn:
         first = (of.rank - self._offset - self._seen) % of.ranks
         mine = rows[first : taken : of.ranks]
         self._rows.append(torch.arange(filled, filled + len(mine), device=of.device))
-        places = torch.arange(self._offset + self._seen + first, self._offset + self._seen + taken, of.ranks)
-        places = places.to(of.device)
+        places = self._offset + self._seen + first + of.ranks * torch.arange(len(mine), device=of.device)
         clips = of._positions(window, mine) // of.source.grid.tokens - of.clip_offset
         for kind, wanted in (("temporal", of._draw.temporal), ("spatial", of._draw.spatial)) if of._draw else ():
             if wanted:

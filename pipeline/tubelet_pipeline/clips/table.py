@@ -1,7 +1,7 @@
 """The clip table: one row per clip to extract, in the order the store keeps for ever.
 
-A video gives one clip per window in time and view of it; its clips are neighbours. Paths are relative to the data set's root, so that
-the same data set at two places gives the same table, and the same digest.
+A video gives one clip per window in time and view of it; its clips are neighbours. Paths are relative to the data set's
+root, so that the same data set at two places gives the same table, and the same digest.
 """
 
 from __future__ import annotations

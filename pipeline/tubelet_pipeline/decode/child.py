@@ -4,7 +4,7 @@
     stdout  JSON lines: {"status": "ready"}, then per clip {"status": "using", …} and one of "ok", "failed"
     memfd   the frames of the last "ok", from byte 0
 
-It dies with its parent, holds no more memory than it may, and writes libraries' noise to stderr.
+It dies with its parent, holds no more memory than it may, nor larger files, and writes libraries' noise to stderr.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def main() -> None:
         return
     limit_bytes = memory_mb << 20
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+    # Anonymous files are no private memory: frames for the parent, and a remote object.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -1,9 +1,11 @@
 """Which decoder reads a file.
 
-auto    PyAV, for it is at least as fast as decord on every class of file in `benchmarks/results/decode.txt` (exact
-        seeks, a newer FFmpeg), and it alone tells damaged frames.
-pyav    PyAV, whatever a later benchmark says.
-decord  decord on the files it numbers rightly (`VideoIndex.hazard is None`), PyAV on the others and where it gives up.
+auto        PyAV: see `benchmarks/results/decode.txt` for how the three compare. It alone tells damaged frames, and it
+            alone is exact on every file.
+pyav        PyAV, whatever a later benchmark says.
+decord      decord on the files it numbers rightly (`VideoIndex.hazard is None`), PyAV on the others and where it gives
+            up.
+torchcodec  torchcodec, likewise (`VideoIndex.torchcodec_hazard`).
 """
 
 from __future__ import annotations
@@ -36,6 +38,14 @@ def decode(path: str, backend: str, choose: Choose, allocate: Allocate, announce
         announce("decord")
         try:
             return decord_backend.decode(path, index, choose, allocate)
+        except DecodeFailure:
+            pass
+    if backend == "torchcodec" and index.torchcodec_hazard is None:
+        from tubelet_pipeline.decode import torchcodec_backend  # optional: needs the machine's FFmpeg
+
+        announce("torchcodec")
+        try:
+            return torchcodec_backend.decode(path, index, choose, allocate)
         except DecodeFailure:
             pass
     announce("pyav")

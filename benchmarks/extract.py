@@ -1,0 +1,196 @@
+"""What extraction costs beside its parts, one run: decode, forward and write by themselves, the pipeline, a plain script.
+
+    python benchmarks/extract.py [--videos 64] [--size 224] [--layers 6] [--width 192]
+
+Ratios count, not seconds. The yardstick is the busiest resource: on a machine without a GPU the cores (CPU seconds of
+all three stages over the number of cores), with one the GPU or the cores, whichever is needed longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+
+from tubelet_pipeline.backbones import load_backbone
+from tubelet_pipeline.backbones.tiny import write_tiny_videomae
+from tubelet_pipeline.clips import resolve_uri
+from tubelet_pipeline.decode.clip import DecodedClip
+from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.extract import extract
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.planning import make_plan
+from tubelet_pipeline.synthetic.config import VideosConfig
+from tubelet_pipeline.synthetic.dataset import make_dataset
+from tubelet_store import ClipOutcome, StoreWriter
+
+CORES = len(os.sched_getaffinity(0))
+
+
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds of `work`, children that ended included."""
+    cpu, wall = _cpu_s(), time.perf_counter()
+    work()
+    return time.perf_counter() - wall, _cpu_s() - cpu
+
+
+def _cpu_s() -> float:
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def decode_all(config: ExtractConfig, requests: list[DecodeRequest]) -> list[DecodedClip]:
+    """Every clip, by one decode process per core."""
+    with DecodePool(config.decode.model_copy(update={"processes": CORES})) as pool:
+        return [clip for clip in pool.map_ordered(requests, prefetch=8) if isinstance(clip, DecodedClip)]
+
+
+def plain_script(config: ExtractConfig, folder: Path) -> None:
+    """What one writes first: decode, forward, zarr with its defaults, one clip after the other."""
+    planned = make_plan(config)
+    backbone = load_backbone(config.backbone, frames=config.sampling.frames)
+    torch.set_num_threads(CORES)
+    plan = planned.plan
+    group = zarr.open_group(str(folder), mode="w")
+    arrays = {
+        hook.name: group.create_array(
+            hook.name, shape=(plan.clips, *plan.clip_shape(hook)), chunks=(1, *plan.clip_shape(hook)), dtype="float16"
+        )
+        for hook in plan.hooks
+    }
+    root = str(config.dataset.root)
+    with DecodePool(config.decode.model_copy(update={"processes": 1})) as pool:
+        requests = (DecodeRequest(resolve_uri(root, uri.as_py()), config.sampling) for uri in planned.clips["uri"])
+        for number, clip in enumerate(pool.map_ordered(requests, prefetch=1)):
+            assert isinstance(clip, DecodedClip)
+            captured = backbone.activations(backbone.preprocess(clip.frames)[0][None], list(arrays))
+            for hook, values in captured.items():
+                arrays[hook][number] = values.tokens[0].numpy().astype(np.float16)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--workers", type=int, default=CORES)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="tubelet-bench-"))
+    try:
+        _run(options, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _run(options: argparse.Namespace, folder: Path) -> None:
+    make_dataset(
+        VideosConfig(
+            out=folder / "videos", videos=options.videos, frames=64, height=240, width=320, validation_share=0.0
+        )
+    )
+    model = write_tiny_videomae(
+        folder / "model",
+        image_size=options.size,
+        patch_size=16,
+        hidden=options.width,
+        layers=options.layers,
+        heads=options.width // 64,
+    )
+    config = ExtractConfig.model_validate(
+        {
+            "dataset": {"kind": "ssv2", "root": str(folder / "videos"), "split": "train"},
+            "sampling": {"kind": "dense", "frames": 16, "stride": 2},
+            "backbone": {"id": str(model)},
+            "hooks": [f"blocks.{options.layers // 2}", f"blocks.{options.layers - 1}"],
+            "store": str(folder / "store.zarr"),
+            "batch_size": 4,
+            "clips_per_shard": max(1, options.videos // (4 * options.workers)),
+            "decode": {"processes": 1},
+            "cluster": {"workers": options.workers, "threads": 1},
+        }
+    )
+    planned = make_plan(config)
+    root = str(config.dataset.root)
+    requests = [DecodeRequest(resolve_uri(root, uri.as_py()), config.sampling) for uri in planned.clips["uri"]]
+    backbone = load_backbone(config.backbone, frames=16)
+    torch.set_num_threads(CORES)
+    on_gpu = backbone.device.type == "cuda"
+
+    clips: list[DecodedClip] = []
+    decode = measured(lambda: clips.extend(decode_all(config, requests)))
+
+    batches = [clips[i : i + 4] for i in range(0, len(clips), 4)]
+    activations: list[dict[str, np.ndarray]] = []
+
+    def forward() -> None:
+        for batch in batches:
+            pixels = torch.stack([backbone.preprocess(clip.frames)[0] for clip in batch])
+            captured = backbone.activations(pixels, config.hooks)
+            values = {hook: c.tokens.float().cpu().numpy() for hook, c in captured.items()}
+            activations.extend({hook: v[i] for hook, v in values.items()} for i in range(len(batch)))
+
+    forward_cost = measured(forward)
+
+    def write() -> None:
+        writer = StoreWriter.begin(str(folder / "alone.zarr"), planned.plan, planned.clips, {})
+        for shard in writer.pending():
+            with writer.shard(shard) as shard_writer:
+                for clip in planned.plan.shard_range(shard):
+                    shard_writer.append(ClipOutcome(status="ok"), activations[clip])
+                shard_writer.commit()
+        writer.finish()
+
+    write_cost = measured(write)
+
+    # Cluster start and planning are paid once a job, not per clip: the pipeline is timed from the first task on.
+    started: list[tuple[float, float]] = []
+
+    def whole() -> None:
+        extract(config, lambda summary: started.append((time.perf_counter(), _cpu_s())))
+
+    whole_wall, _ = measured(whole)
+    ended = time.perf_counter()
+    steady = ended - started[0][0]
+    plain = measured(lambda: plain_script(config, folder / "plain.zarr"))
+
+    cpu = decode[1] + forward_cost[1] + write_cost[1]
+    need = cpu / CORES
+    if on_gpu:
+        need = max(forward_cost[0], (decode[1] + write_cost[1]) / CORES)
+    print(
+        f"{len(clips)} clips 16x{options.size}x{options.size}, {options.layers} layers of {options.width}, {CORES} cores"
+    )
+    print(f"{'':34}{'seconds':>9}{'CPU s':>9}{'ratio to need':>15}")
+    for name, (wall, used) in {
+        "decode alone": decode,
+        "forward alone": forward_cost,
+        "write alone": write_cost,
+    }.items():
+        print(f"{name:34}{wall:9.2f}{used:9.2f}{wall / need:15.2f}")
+    print(f"{'busiest resource needs':34}{need:9.2f}{'':9}{1:15.2f}   {'GPU or cores' if on_gpu else 'cores'}")
+    print(f"{'whole pipeline, workers up':34}{steady:9.2f}{'':9}{steady / need:15.2f}")
+    print(
+        f"{'whole pipeline, from nothing':34}{whole_wall:9.2f}{'':9}{whole_wall / need:15.2f}   start-up {whole_wall - steady:.1f} s"
+    )
+    print(f"{'plain script, zarr defaults':34}{plain[0]:9.2f}{plain[1]:9.2f}{plain[0] / need:15.2f}")
+    if on_gpu:
+        print(
+            f"GPU busy fraction {forward_cost[0] / steady:.2f}; decode cores per GPU {decode[1] / forward_cost[0]:.1f}"
+        )
+    else:
+        print("GPU busy fraction, decode cores per GPU: not measured: no GPU")
+
+
+if __name__ == "__main__":
+    main()

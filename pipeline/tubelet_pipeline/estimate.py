@@ -1,0 +1,278 @@
+"""What an extraction will cost, before it runs: bytes, objects, requests from its plan; time from a short calibration.
+
+the job's configuration ─▶ plan ─▶ sizes and counts (exact)
+                               └─▶ a few clips decoded, a few batches computed, hashed and written here ─▶ time
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from tubelet_pipeline.backbones import Backbone, load_backbone
+from tubelet_pipeline.clips import resolve_uri
+from tubelet_pipeline.decode.clip import DecodedClip
+from tubelet_pipeline.decode.pool import DecodePool
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.planning import Planned, make_plan
+from tubelet_pipeline.tokens import TokenSelector
+from tubelet_pipeline.views import clip_request, locate
+from tubelet_store import ClipOutcome, Plan, TubeletError
+from tubelet_store.layout import array_kinds, clip_bytes, index_bytes, metadata_documents, shard_bytes
+from tubelet_store.objects import LocalRoot
+from tubelet_store.plan import NUMPY_DTYPES
+from tubelet_store.shard import ShardWriter
+from tubelet_store.upload import part_count
+
+T = TypeVar("T")
+
+# Group, arrays and one chunk each of six statistics, as `layout.moments_documents` writes them.
+_MOMENTS_DOCUMENTS = 15
+# Where the job finds its batch size out by itself.
+_BATCH = 8
+
+
+class EstimateConfig(ExtractConfig):
+    """The job to estimate, and how closely to look."""
+
+    calibration_clips: int = Field(default=8, ge=1)
+    """Clips decoded and computed on this machine to measure time."""
+    patch_fraction: float = Field(default=0.25, gt=0, le=1)
+    """Share of the patches (each with its whole time series) in the answer to `what would a subset save`."""
+    format: Literal["text", "json"] = "text"
+    """`json` prints everything, machine-readable."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Seconds per clip of each stage on this machine, by itself."""
+
+    clips: int
+    """Clips that were decoded."""
+    failed: int
+    """Clips of the sample that could not be."""
+    decode_s: float
+    """One decode process."""
+    forward_s: float
+    """One worker: preprocessing and forward pass, `cluster.threads` threads."""
+    write_s: float
+    """Statistics, digests and writing to the local disk, one thread."""
+    forward_on: str
+    """Device of the forward pass."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The costs of one extraction."""
+
+    clips: int
+    shards: int
+    clips_per_shard: int
+    bytes_per_hook: dict[str, int]
+    total_bytes: int
+    objects: int
+    """Of the finished store, records and metadata included."""
+    requests: dict[str, int]
+    """Requests to object storage for the whole job without faults: `put` (and parts), `get` (and HEAD, listings)."""
+    workers: int
+    calibration: Calibration
+    seconds: float
+    """Of the whole job with `workers` workers like this machine."""
+    limited_by: str
+    """What takes the longest: `decode`, `forward`, `write`, or `cores`, which the workers of one machine share."""
+    alternatives: dict[str, int] = field(default_factory=dict)
+    """Total bytes if one thing were chosen differently."""
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def estimate(config: EstimateConfig) -> Estimate:
+    """Plan the job and time a little of it; nothing is written to its store.
+
+    Raises:
+        TubeletError: a mistake in the configuration, or none of the sampled clips can be decoded.
+    """
+    planned = make_plan(config)
+    plan = planned.plan
+    calibration = calibrate(config, planned)
+    cluster = config.workers_from
+    local = not cluster.lasting and cluster.class_ is None
+    cores = len(os.sched_getaffinity(0))
+    workers = cluster.expected_workers or max(1, cores // 2)
+    stages = {
+        "decode": calibration.decode_s / config.decode.processes / workers,
+        "forward": calibration.forward_s / workers,
+        "write": calibration.write_s / workers,
+    }
+    if local:
+        forward_cores = min(cluster.threads, cores) if calibration.forward_on == "cpu" else 0
+        busy_s = calibration.decode_s + calibration.forward_s * forward_cores + calibration.write_s
+        stages["cores"] = busy_s / cores
+    limited_by = max(stages, key=lambda stage: stages[stage])
+    return Estimate(
+        clips=plan.clips,
+        shards=plan.shards,
+        clips_per_shard=plan.clips_per_shard,
+        bytes_per_hook=bytes_per_hook(plan),
+        total_bytes=sum(bytes_per_hook(plan).values()),
+        objects=count_objects(plan),
+        requests=count_requests(plan),
+        workers=workers,
+        calibration=calibration,
+        seconds=stages[limited_by] * plan.clips,
+        limited_by=limited_by,
+        alternatives=alternatives(plan, config.patch_fraction),
+    )
+
+
+def calibrate(config: EstimateConfig, planned: Planned) -> Calibration:
+    """Time each stage by itself on clips spread over the data set."""
+    backbone = load_backbone(config.backbone, frames=config.sampling.frames)
+    rows = np.unique(
+        np.linspace(0, planned.plan.clips - 1, min(config.calibration_clips, planned.plan.clips)).astype(int)
+    )
+    uris, views = planned.clips["uri"], planned.clips["view"]
+    root = str(config.dataset.root)
+    requests = [
+        clip_request(
+            resolve_uri(root, uris[int(i)].as_py()),
+            config.sampling,
+            config.views,
+            locate(config.views, views[int(i)].as_py()),
+            backbone.tubelet_frames,
+        )
+        for i in rows
+    ]
+    with DecodePool(config.decode.model_copy(update={"processes": 1})) as pool:
+        # The first clip pays for the start of the process.
+        list(pool.map_ordered(requests[:1], prefetch=1))
+        decode_s, results = _timed(lambda: list(pool.map_ordered(requests, prefetch=1)))
+    clips = [result for result in results if isinstance(result, DecodedClip)]
+    if not clips:
+        raise TubeletError(
+            f"None of {len(results)} clips spread over the data set can be decoded; the first: {results[0]}",
+            "Look at the videos, or at dataset.root",
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.workers_from.threads)
+    size = config.batch_size if isinstance(config.batch_size, int) else _BATCH
+    try:
+        batch = list(itertools.islice(itertools.cycle(clips), size))
+        selector = TokenSelector(config.tokens, backbone.grid)
+        _forward(backbone, selector, batch[:1], config.hooks)
+        forward_s, activations = _timed(lambda: _forward(backbone, selector, batch, config.hooks))
+    finally:
+        torch.set_num_threads(threads)
+    names = dict(zip(config.hooks, (backbone.resolve_hook(name) for name in config.hooks), strict=True))
+    write_s = _time_writing(planned.plan, {names[h]: v for h, v in activations.items()}, len(batch))
+    return Calibration(
+        clips=len(clips),
+        failed=len(results) - len(clips),
+        decode_s=decode_s / len(results),
+        forward_s=forward_s / len(batch),
+        write_s=write_s / len(batch),
+        forward_on=backbone.device.type,
+    )
+
+
+def bytes_per_hook(plan: Plan) -> dict[str, int]:
+    """Bytes of all shard objects of each hook, special tokens and indexes included."""
+    last = plan.shards - 1
+    return {
+        hook.name: sum(
+            last * shard_bytes(plan, kind, hook, 0) + shard_bytes(plan, kind, hook, last) for kind in array_kinds(plan)
+        )
+        for hook in plan.hooks
+    }
+
+
+def count_objects(plan: Plan) -> int:
+    """Objects of the finished store: shard objects, a record and moments per shard, metadata, tables."""
+    arrays = len(plan.hooks) * len(array_kinds(plan))
+    merged = len(metadata_documents(plan, {})) + len(plan.hooks) * _MOMENTS_DOCUMENTS + 1
+    return plan.shards * (arrays + 2) + merged + 3
+
+
+def count_requests(plan: Plan) -> dict[str, int]:
+    """Requests of a job without faults."""
+    put = get = 0
+    for kind in array_kinds(plan):
+        for hook in plan.hooks:
+            put += plan.shards * part_count(shard_bytes(plan, kind, hook, 0))
+            # Is it there? Did it arrive, whole? And once more when the store is finished.
+            get += plan.shards * 4
+    # Record and moments: written once, read once; whether the record is there, asked twice.
+    put += plan.shards * 2
+    get += plan.shards * 4
+    documents = count_objects(plan) - plan.shards * (len(plan.hooks) * len(array_kinds(plan)) + 2)
+    return {"put": put + documents, "get": get + 2 * documents}
+
+
+def alternatives(plan: Plan, patch_fraction: float) -> dict[str, int]:
+    """Total bytes with another dtype, a subset of patches, or fewer hooks."""
+    total = sum(bytes_per_hook(plan).values())
+    tails = plan.shards * index_bytes(plan) * len(plan.hooks) * len(array_kinds(plan))
+    payload = total - tails
+    size = plan.numpy_dtype.itemsize
+    found = {
+        f"dtype {name}": payload * dtype.itemsize // size + tails
+        for name, dtype in NUMPY_DTYPES.items()
+        if name != plan.dtype
+    }
+    grid = plan.clips * sum(clip_bytes(plan, array_kinds(plan)[0], hook) for hook in plan.hooks)
+    kept = math.ceil(plan.grid.space * patch_fraction) / plan.grid.space
+    found[f"{math.ceil(plan.grid.space * patch_fraction)} of {plan.grid.space} patches"] = int(
+        total - grid * (1 - kept)
+    )
+    for hook, hook_bytes in bytes_per_hook(plan).items() if len(plan.hooks) > 1 else ():
+        found[f"without {hook}"] = total - hook_bytes
+    return found
+
+
+def _forward(
+    backbone: Backbone, selector: TokenSelector, clips: list[DecodedClip], hooks: tuple[str, ...]
+) -> dict[str, list[np.ndarray]]:
+    patches = [selector.patches("", 0)] * len(clips)
+    pixels = torch.stack([backbone.preprocess(clip.frames)[0] for clip in clips])
+    captured = backbone.activations(pixels, hooks)
+    # Fetching the values waits for the device.
+    return {
+        hook: [t.float().cpu().numpy() for t in (selector(c.tokens, patches), c.special) if t is not None]
+        for hook, c in captured.items()
+    }
+
+
+def _time_writing(plan: Plan, activations: dict[str, list[np.ndarray]], clips: int) -> float:
+    small = plan.model_copy(update={"clips": clips, "clips_per_shard": clips})
+    # Any places do: only the time it takes is wanted.
+    ok = ClipOutcome(status="ok", patches=tuple(range(plan.grid.space)) if plan.position_grid != plan.grid else None)
+    with tempfile.TemporaryDirectory(prefix="tubelet-estimate-") as folder:
+
+        def write() -> None:
+            with ShardWriter(LocalRoot(Path(folder)), small, 0) as writer:
+                for clip in range(clips):
+                    tokens = {hook: arrays[0][clip] for hook, arrays in activations.items()}
+                    special = {hook: arrays[1][clip] for hook, arrays in activations.items() if len(arrays) > 1}
+                    writer.append(ok, tokens, special or None)
+                writer.commit()
+
+        return _timed(write)[0]
+
+
+def _timed(call: Callable[[], T]) -> tuple[float, T]:
+    began = time.perf_counter()
+    result = call()
+    return time.perf_counter() - began, result

@@ -1,0 +1,111 @@
+"""A store's lazy array is the NumPy array of all its clips, however it is asked."""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stores import make_plan, make_store
+from tubelet_store import Store, TubeletError, open_store
+from tubelet_store.transfer import StoreCopy
+
+CLIPS = 11
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16", "float32"])
+def store(request, tmp_path_factory) -> Store:
+    plan = make_plan(clips=CLIPS, grid=(2, 2, 3), hooks={"blocks.1": 4}, dtype=request.param, special_tokens=("cls",))
+    return make_store(tmp_path_factory.mktemp("s") / "s.zarr", plan, failed=[4])
+
+
+@pytest.fixture(scope="module")
+def whole(store) -> np.ndarray:
+    return np.concatenate([store.shard_map("blocks.1", shard) for shard in range(store.plan.shards)])
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> bool:
+    bits = f"u{expected.dtype.itemsize}"
+    return (
+        found.dtype == expected.dtype
+        and found.shape == expected.shape
+        and np.array_equal(np.ascontiguousarray(found).view(bits), np.ascontiguousarray(expected).view(bits))
+    )
+
+
+keys = st.one_of(
+    st.integers(-CLIPS, CLIPS - 1),
+    st.slices(CLIPS),
+    st.lists(st.integers(-CLIPS, CLIPS - 1), max_size=6).map(lambda clips: np.array(clips, dtype=int)),
+    st.lists(st.booleans(), min_size=CLIPS, max_size=CLIPS).map(np.array),
+)
+inner = st.tuples(st.one_of(st.integers(0, 1), st.slices(2)), st.one_of(st.integers(0, 5), st.slices(6)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(key=keys, more=st.one_of(st.just(()), inner))
+def test_it_indexes_like_numpy(store, whole, key, more):
+    assert same(store["blocks.1"][(key, *more)], whole[(key, *more)])
+
+
+def test_it_looks_like_an_array(store, whole):
+    array = store["blocks.1"]
+    assert (array.shape, array.ndim, len(array), array.size) == (whole.shape, 4, CLIPS, whole.size)
+    assert array.nbytes == whole.nbytes
+    assert same(array[...], whole)
+    assert same(array[..., 1], whole[..., 1])
+    assert same(np.asarray(array), whole)
+    for text in (repr(array), array._repr_html_(), repr(store), store._repr_html_()):
+        assert "blocks.1" in text
+    for bad in (CLIPS, -CLIPS - 1, [CLIPS], [True], "x", 1.5, None):
+        with pytest.raises(IndexError):
+            array[bad]
+    with pytest.raises(TubeletError, match="no hook 'blocks.2'"):
+        store["blocks.2"]
+    assert store.special_tokens("blocks.1")[:].shape == (CLIPS, 1, 1, 4)
+
+
+def test_torch_sees_the_same_bits(store, whole):
+    torch = pytest.importorskip("torch")
+    tensor = store["blocks.1"].torch(1)
+    assert tensor.dtype == getattr(torch, store.plan.dtype)
+    bits = tensor.view(torch.int16 if whole.dtype.itemsize == 2 else torch.int32).numpy()
+    assert np.array_equal(bits, whole[4:8].view(bits.dtype))
+
+
+def test_dask_and_xarray_are_lazy_and_the_same(store, whole):
+    pytest.importorskip("dask")
+    pytest.importorskip("xarray")
+    lazy = store["blocks.1"].dask()
+    assert lazy.chunks[0] == (4, 4, 3)
+    assert same(lazy[2:9, 1].compute(scheduler="synchronous"), whole[2:9, 1])
+    labelled = store["blocks.1"].xarray()
+    assert labelled.dims == ("clip", "time", "space", "channel")
+    assert labelled.video_id.values[3] == "video-0003"
+    assert same(labelled[5].values, whole[5])
+
+
+def test_the_clip_table_is_pandas_where_that_is_installed(store):
+    pytest.importorskip("pandas")
+    assert list(store.clips().to_pandas()["status"]).count("failed") == 1
+
+
+def test_it_travels_as_a_place(store, whole):
+    travelled = pickle.dumps(store["blocks.1"])
+    assert len(travelled) < 1000
+    assert same(pickle.loads(travelled)[3], whole[3])
+
+
+def test_a_remote_store_gives_the_same(store, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUBELET_CACHE", str(tmp_path))
+    url = f"memory://{uuid.uuid4().hex}/s.zarr"
+    for _ in StoreCopy(store, url).run():
+        pass
+    array = open_store(url)["blocks.1"]
+    assert same(array[[1, 9, 4]], whole[[1, 9, 4]])
+    pytest.importorskip("torch")
+    assert array.torch(2).shape == (3, 2, 6, 4)

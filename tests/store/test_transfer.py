@@ -1,0 +1,259 @@
+"""A copy has the bytes of its source or it is an error: interrupted, flipped on the way, flipped on arrival."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scripted
+
+import tubelet_store
+from tubelet_store import Store, TubeletError, open_store
+from tubelet_store.catalog.edit import add_store, describe
+from tubelet_store.cli import main
+from tubelet_store.manifest import Manifest
+from tubelet_store.objects import LocalRoot, open_root
+from tubelet_store.transfer import ATTEMPTS, StoreCopy
+from tubelet_store.verify import Progress, verify
+
+SHARD = "activations/blocks.1/c/1/0/0/0"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    path = tmp_path_factory.mktemp("source") / "s.zarr"
+    scripted.write_all(str(path))
+    return open_store(str(path))
+
+
+def run(copy: StoreCopy) -> int:
+    """How many objects travelled."""
+    return sum(moved for _, moved in copy.run(threads=3))
+
+
+def sound(url: str) -> bool:
+    return not [finding for _, found in verify(open_store(url)) for finding in found]
+
+
+def flip(file: Path, position: int = 40) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[position] ^= 1
+    file.write_bytes(raw)
+
+
+class Faulty(LocalRoot):
+    """A disk that flips a bit of the objects it is told to, so often, when they are read or when they are written."""
+
+    def __init__(
+        self, directory: Path, read: dict[str, int] | None = None, write: dict[str, int] | None = None
+    ) -> None:
+        super().__init__(directory)
+        self._read, self._write = read or {}, write or {}
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        for chunk in super().chunks(key):
+            if self._read.get(key, 0) > 0:
+                self._read[key] -= 1
+                chunk = bytes([chunk[0] ^ 1]) + chunk[1:]
+            yield chunk
+
+    def publish(self, key: str, finished: Path) -> None:
+        if self._write.get(key, 0) > 0:
+            self._write[key] -= 1
+            data = bytearray(finished.read_bytes())
+            data[-1] ^= 1
+            finished.unlink()
+            finished.write_bytes(data)
+        super().publish(key, finished)
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_a_copy_is_the_same_store(store, tmp_path, scheme):
+    url = str(tmp_path / "c.zarr") if scheme == "local" else f"memory://{uuid.uuid4().hex}/c.zarr"
+    assert run(StoreCopy(store, url)) == len(store.manifest())
+    assert sound(url)
+    copy = open_store(url)
+    assert copy.identity == store.identity
+    assert copy.root.list_keys() == store.root.list_keys()
+    assert all(copy.root.read(key) == store.root.read(key) for key in store.root.list_keys())
+    assert run(StoreCopy(store, url)) == 0
+    back = str(tmp_path / "back.zarr")
+    assert run(StoreCopy(copy, back)) == len(store.manifest())
+    assert sound(back)
+
+
+def test_an_interrupted_copy_is_no_store_and_goes_on(store, tmp_path):
+    url = str(tmp_path / "c.zarr")
+    running = StoreCopy(store, url).run(threads=1)
+    for _ in range(3):
+        next(running)
+    running.close()
+    with pytest.raises(TubeletError, match="No store at"):
+        open_store(url)
+    already = sum((tmp_path / "c.zarr" / key).exists() for key in store.manifest().keys)
+    assert 3 <= already < len(store.manifest())
+    # A bit flips while the copy rests.
+    first = tmp_path / "c.zarr" / store.manifest().keys[0]
+    flip(first)
+    assert run(StoreCopy(store, url)) == len(store.manifest()) - already + 1
+    assert sound(url)
+
+
+def test_a_bit_that_flips_once_on_the_way_is_healed(store, tmp_path, monkeypatch):
+    faulty = Store(Faulty(Path(store.url), read={SHARD: 1, "clips.parquet": ATTEMPTS - 1}), store.state)
+    run(StoreCopy(faulty, str(tmp_path / "c.zarr")))
+    assert sound(str(tmp_path / "c.zarr"))
+
+
+def test_an_object_that_is_damaged_at_its_source_is_named_and_never_arrives(store, tmp_path):
+    faulty = Store(Faulty(Path(store.url), read={SHARD: 10**6}), store.state)
+    with pytest.raises(TubeletError, match=f"{SHARD} is damaged"):
+        run(StoreCopy(faulty, str(tmp_path / "c.zarr")))
+    assert not (tmp_path / "c.zarr" / SHARD).exists()
+    assert not (tmp_path / "c.zarr/zarr.json").exists()
+
+
+@pytest.mark.parametrize("times", [1, ATTEMPTS - 1, ATTEMPTS])
+def test_a_bit_that_flips_on_arrival_is_healed_or_named(store, tmp_path, times):
+    copy = StoreCopy(store, str(tmp_path / "c.zarr"))
+    copy._target = Faulty(tmp_path / "c.zarr", write={SHARD: times})
+    if times < ATTEMPTS:
+        run(copy)
+        assert sound(str(tmp_path / "c.zarr"))
+        return
+    with pytest.raises(TubeletError, match=f"{SHARD} was written {ATTEMPTS} times"):
+        run(copy)
+    assert not (tmp_path / "c.zarr/zarr.json").exists()
+
+
+def test_nothing_is_overwritten_that_is_not_the_same_store(store, tmp_path):
+    url = str(tmp_path / "c.zarr")
+    scripted.begin(url)
+    with pytest.raises(TubeletError, match="Another store lies at"):
+        StoreCopy(store, url)
+    (tmp_path / "d.zarr").mkdir()
+    (tmp_path / "d.zarr/mine.txt").write_text("x")
+    with pytest.raises(TubeletError, match=r"not empty: mine\.txt"):
+        StoreCopy(store, str(tmp_path / "d.zarr"))
+    with pytest.raises(TubeletError, match="unfinished"):
+        StoreCopy(open_store(url, allow_unfinished=True), str(tmp_path / "e.zarr"))
+
+
+@pytest.mark.parametrize("key", ["../outside", "/etc/passwd", "a/../../b", "a//b", ".tmp/x", "a/."])
+def test_a_manifest_cannot_make_a_copy_write_elsewhere(store, key):
+    objects = [store.manifest()[0].model_copy(update={"key": key})]
+    data = Manifest.of(objects, store.plan).to_parquet()
+    with pytest.raises(ValueError, match="leaves the store"):
+        Manifest.from_parquet(data, store.plan.digest)
+
+
+def test_pull_and_push_know_names(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(store.url, tmp_path / "there/s.zarr")
+    add_store("there/catalog.yaml", "there/s.zarr", describe(store, "demo"))
+    assert main(["pull", "there/catalog.yaml#demo"]) == 0
+    assert open_store("demo.zarr").identity == store.identity
+    shutil.rmtree("there/s.zarr")
+    assert main(["push", "demo.zarr", "there/catalog.yaml#demo"]) == 0
+    assert sound("there/s.zarr")
+    scripted_part = main(["pull", "there/catalog.yaml#demo", "part.zarr", "--hooks", "[blocks.3]", "--first", "3"])
+    assert scripted_part == 0
+    part = open_store("part.zarr")
+    assert (part.plan.clips, [hook.name for hook in part.plan.hooks]) == (3, ["blocks.3"])
+    capsys.readouterr()
+    assert main(["push", "part.zarr", "there/catalog.yaml#demo"]) == 2
+    assert "not what would be pushed" in capsys.readouterr().err
+
+
+class TestRepair:
+    """`verify --from` puts back what was written."""
+
+    @pytest.fixture
+    def path(self, store, tmp_path) -> Path:
+        return Path(shutil.copytree(store.url, tmp_path / "s.zarr"))
+
+    @pytest.mark.parametrize("key", [SHARD, "clips.parquet", "moments/blocks.1/mean/c/0", "manifest.parquet"])
+    @pytest.mark.parametrize("damage", ["flip", "remove", "truncate"])
+    def test_any_object(self, store, path, key, damage, capsys):
+        file = path / key
+        if damage == "flip":
+            flip(file, len(file.read_bytes()) // 2)
+        elif damage == "remove":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-3])
+        mapped = store.shard_map("blocks.1", 1)
+        assert main(["verify", str(path), "--from", store.url]) == 0
+        assert main(["verify", str(path)]) == 0
+        assert (path / key).read_bytes() == (Path(store.url) / key).read_bytes()
+        assert np.array_equal(mapped, open_store(str(path)).shard_map("blocks.1", 1), equal_nan=True)
+
+    def test_a_map_of_the_damaged_file_lives_on(self, store, path):
+        mapped = open_store(str(path)).shard_map("blocks.1", 1)
+        flip(path / SHARD, 3)
+        inode = (path / SHARD).stat().st_ino
+        assert main(["verify", str(path), "--from", store.url]) == 0
+        assert (path / SHARD).stat().st_ino != inode
+        assert mapped.shape[0] == 4
+
+    def test_only_a_copy_of_the_same_store_may_mend(self, store, path, tmp_path, capsys):
+        other = tmp_path / "other.zarr"
+        assert main(["subset", store.url, str(other), "--first", "5"]) == 0
+        flip(path / SHARD)
+        assert main(["verify", str(path), "--from", str(other)]) == 2
+        assert "is not a copy of" in capsys.readouterr().err
+        shutil.copytree(path, tmp_path / "as-bad.zarr")
+        assert main(["verify", str(path), "--from", str(tmp_path / "as-bad.zarr")]) == 2
+        assert "is damaged" in capsys.readouterr().err
+
+    def test_changed_clip_checksums_in_the_manifest_are_found(self, store, path, capsys):
+        objects = [
+            o.model_copy(update={"crc32c": tuple(c ^ 1 for c in o.crc32c)}) if o.key == SHARD else o
+            for o in store.manifest()
+        ]
+        (path / "manifest.parquet").write_bytes(Manifest.of(objects, store.plan).to_parquet())
+        assert open_store(str(path)).manifest().identity == store.identity
+        assert main(["verify", str(path)]) == 1
+        assert f"clip checksums of {SHARD}" in capsys.readouterr().out
+        assert main(["verify", str(path), "--from", store.url]) == 0
+        assert main(["verify", str(path)]) == 0
+
+
+def test_an_interrupted_verification_goes_on_where_it_was(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    progress = Progress(store)
+    checked = list(store.manifest())[:5]
+    for stored in checked:
+        progress.good(stored)
+    assert main(["verify", store.url]) == 0
+    assert "5 objects were found good" in capsys.readouterr().out
+    assert main(["verify", store.url]) == 0
+    assert "interrupted" not in capsys.readouterr().out
+    assert list((tmp_path / "tubelet/verify").iterdir()) == []
+
+
+def test_verification_skips_only_what_it_knows(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    progress = Progress(store)
+    progress.good(store.manifest()[0])
+    again = Progress(store)
+    assert [stored.key for stored in store.manifest() if again.knows(stored)] == [store.manifest().keys[0]]
+    assert len(Progress(store, fresh=True)) == 0
+
+
+def test_everything_two_lines_give_is_read_only(store):
+    import torch
+
+    opened = tubelet_store.open(store.url)
+    array = opened["blocks.1"]
+    for view in (array[0], array[1:3], array.shard(1)):
+        assert not view.flags.writeable
+    tensor = array.torch(1)
+    before = np.array(array.shard(1))
+    tensor.zero_()
+    assert np.array_equal(before, array.shard(1), equal_nan=True)
+    assert torch.equal(array.torch(0).nan_to_num(), torch.from_numpy(np.array(array.shard(0))).nan_to_num())

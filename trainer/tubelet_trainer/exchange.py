@@ -1,0 +1,88 @@
+"""`tubelet export` and `tubelet import`: SAEs to and from other libraries.
+
+Inside a run an SAE is kept with its normalisation beside it; what leaves has it folded into the weights, and takes raw
+tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import JsonValue
+
+from tubelet_store import TubeletError
+from tubelet_store.config import Config
+
+
+class ExportConfig(Config):
+    """An SAE of ours for others."""
+
+    run: Path
+    """Folder of the run, with sae.safetensors and sae.json."""
+    out: Path
+    """Folder to write; it must not hold an SAE yet."""
+    format: Literal["saelens", "safetensors"] = "saelens"
+    """saelens: cfg.json and sae_weights.safetensors, for sae_lens.SAE.load_from_disk; safetensors: our own two files,
+    normalisation folded in."""
+
+
+class ImportConfig(Config):
+    """An SAE of others for us."""
+
+    path: Path
+    """saelens: the folder with cfg.json; saev: its file, often sae.pt."""
+    out: Path
+    """Folder to write; it must not hold an SAE yet."""
+    format: Literal["saelens", "saev"] = "saelens"
+    """Which library wrote it."""
+    hook: str | None = None
+    """Of which hook's tokens it is, as the store names it; kept in sae.json."""
+    input_bias: Literal["auto", "subtracted", "kept"] = "auto"
+    """saev: whether the encoder sees x - b_dec or x. auto: by the file's schema number."""
+
+
+def export_sae(config: ExportConfig) -> Path:
+    """Write what `config` describes; the folder.
+
+    Raises:
+        TubeletError: there is no SAE to export, or one where it should go.
+    """
+    from tubelet_trainer.sae.export import load_record, load_sae, save_sae
+    from tubelet_trainer.sae.saelens import save_saelens
+
+    record, sae = load_record(config.run), load_sae(config.run)
+    _refuse_taken(config.out)
+    if config.format == "saelens":
+        save_saelens(config.out, sae, dict(record.provenance))
+    else:
+        save_sae(config.out, sae.fold(), dict(record.provenance))
+    return config.out
+
+
+def import_sae(config: ImportConfig) -> Path:
+    """Write the SAE at `config.path` as one of ours; the folder.
+
+    Raises:
+        TubeletError: it cannot be read or has no counterpart here, or there is one where it should go.
+    """
+    from tubelet_trainer.sae.export import save_sae
+    from tubelet_trainer.sae.saelens import load_saelens
+    from tubelet_trainer.sae.saev import load_saev
+
+    _refuse_taken(config.out)
+    if config.format == "saelens":
+        sae, described = load_saelens(config.path)
+    else:
+        sae, described = load_saev(config.path, config.input_bias)
+    provenance: dict[str, JsonValue] = {"imported": {"format": config.format, "described": described}}
+    if config.hook is not None:
+        provenance["hook"] = config.hook
+    save_sae(config.out, sae, provenance)
+    return config.out
+
+
+def _refuse_taken(out: Path) -> None:
+    for name in ("sae.json", "cfg.json"):
+        if (out / name).exists():
+            raise TubeletError(f"{out} already holds an SAE ({name})", "Choose another --out")
