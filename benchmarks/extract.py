@@ -1,4 +1,4 @@
-"""What extraction costs beside its parts, one run: decode, forward and write by themselves, the pipeline, a plain script.
+"""What extraction costs beside its parts, one run: decode, forward, write alone, the pipeline, a plain script.
 
     python benchmarks/extract.py [--videos 64] [--size 224] [--layers 6] [--width 192]
 
@@ -9,6 +9,7 @@ all three stages over the number of cores), with one the GPU or the cores, which
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import zarr
 
@@ -26,7 +28,7 @@ from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.clips import resolve_uri
 from tubelet_pipeline.decode.clip import DecodedClip
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
-from tubelet_pipeline.extract import extract
+from tubelet_pipeline.extract import ExtractSummary, extract
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.planning import make_plan
 from tubelet_pipeline.synthetic.config import VideosConfig
@@ -46,6 +48,16 @@ def measured(work: Callable[[], object]) -> tuple[float, float]:
 def _cpu_s() -> float:
     both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def _tree_cpu_s() -> float:
+    """CPU seconds of this process and all below it that live."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def decode_all(config: ExtractConfig, requests: list[DecodeRequest]) -> list[DecodedClip]:
@@ -153,41 +165,40 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
 
     write_cost = measured(write)
 
-    # Cluster start and planning are paid once a job, not per clip: the pipeline is timed from the first task on.
-    started: list[tuple[float, float]] = []
+    # Starting workers and planning are paid once a job, not per clip.
+    marks: list[tuple[float, float, int]] = []
 
-    def whole() -> None:
-        extract(config, lambda summary: started.append((time.perf_counter(), _cpu_s())))
+    def mark(summary: ExtractSummary) -> None:
+        marks.append((time.perf_counter(), _tree_cpu_s(), summary.clips_this_run))
 
-    whole_wall, _ = measured(whole)
-    ended = time.perf_counter()
-    steady = ended - started[0][0]
+    whole_wall, _ = measured(lambda: extract(config, mark))
+    (begun, begun_cpu, _), (last, last_cpu, _) = marks[0], marks[-1]
+    # Every worker's first shard holds its imports and the loading of the model.
+    warm, warm_cpu, warm_clips = marks[options.workers]
+    per_all = len(clips) / (len(clips) - warm_clips)
     plain = measured(lambda: plain_script(config, folder / "plain.zarr"))
 
     cpu = decode[1] + forward_cost[1] + write_cost[1]
-    need = cpu / CORES
+    need = max(forward_cost[0], (decode[1] + write_cost[1]) / CORES) if on_gpu else cpu / CORES
+    rows = [
+        ("decode alone", *decode),
+        ("forward alone", *forward_cost),
+        ("write alone", *write_cost),
+        (f"busiest resource ({'GPU or cores' if on_gpu else 'cores'}) needs", need, cpu),
+        ("pipeline, workers there to last shard", last - begun, last_cpu - begun_cpu),
+        ("pipeline, warm, scaled to all clips", (last - warm) * per_all, (last_cpu - warm_cpu) * per_all),
+        ("pipeline, from nothing to complete", whole_wall, float("nan")),
+        ("plain script, zarr defaults", *plain),
+    ]
+    shape = f"16x{options.size}x{options.size}"
+    print(f"{len(clips)} clips {shape}, {options.layers} layers of {options.width}, {CORES} cores")
+    print(f"load average {os.getloadavg()[0]:.1f}: other work on the machine makes walls longer, CPU seconds less so")
+    print(f"{'':38}{'seconds':>9}{'CPU s':>9}{'wall/need':>11}{'CPU/CPU':>9}")
+    for name, wall, used in rows:
+        print(f"{name:38}{wall:9.2f}{used:9.2f}{wall / need:11.2f}{used / cpu:9.2f}")
     if on_gpu:
-        need = max(forward_cost[0], (decode[1] + write_cost[1]) / CORES)
-    print(
-        f"{len(clips)} clips 16x{options.size}x{options.size}, {options.layers} layers of {options.width}, {CORES} cores"
-    )
-    print(f"{'':34}{'seconds':>9}{'CPU s':>9}{'ratio to need':>15}")
-    for name, (wall, used) in {
-        "decode alone": decode,
-        "forward alone": forward_cost,
-        "write alone": write_cost,
-    }.items():
-        print(f"{name:34}{wall:9.2f}{used:9.2f}{wall / need:15.2f}")
-    print(f"{'busiest resource needs':34}{need:9.2f}{'':9}{1:15.2f}   {'GPU or cores' if on_gpu else 'cores'}")
-    print(f"{'whole pipeline, workers up':34}{steady:9.2f}{'':9}{steady / need:15.2f}")
-    print(
-        f"{'whole pipeline, from nothing':34}{whole_wall:9.2f}{'':9}{whole_wall / need:15.2f}   start-up {whole_wall - steady:.1f} s"
-    )
-    print(f"{'plain script, zarr defaults':34}{plain[0]:9.2f}{plain[1]:9.2f}{plain[0] / need:15.2f}")
-    if on_gpu:
-        print(
-            f"GPU busy fraction {forward_cost[0] / steady:.2f}; decode cores per GPU {decode[1] / forward_cost[0]:.1f}"
-        )
+        print(f"GPU busy fraction {forward_cost[0] / (last - begun):.2f}")
+        print(f"decode cores that feed one GPU {decode[1] / forward_cost[0]:.1f}")
     else:
         print("GPU busy fraction, decode cores per GPU: not measured: no GPU")
 

@@ -38,6 +38,7 @@ class FaultyProxy:
         share: Probability that a read is spoilt.
         kinds: Kinds of fault to draw from.
         write_kinds: Kinds of fault of writes; none by default.
+        refuse: Hang up on every request, as a server that is being restarted.
         drop_headers: Headers of requests that do not reach the server.
         only: Whether the read of a path may be spoilt.
         faults: Faults done, by kind.
@@ -49,6 +50,7 @@ class FaultyProxy:
         self.kinds: Sequence[str] = KINDS
         self.write_kinds: Sequence[str] = ()
         self.drop_headers: Sequence[str] = ()
+        self.refuse = False
         self.only: Callable[[str], bool] = lambda path: True
         self.stall_s = stall_s
         self.faults: Counter[str] = Counter()
@@ -102,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(501)
             return
         body = self.rfile.read(length) if length else None
+        if self.proxy.refuse:
+            self._hang_up()
+            return
         kind, where = (None, 0.0)
         if self.command in ("GET", "HEAD", "PUT", "POST"):
             kind, where = self.proxy.draw(self.path, writing=self.command in ("PUT", "POST"))

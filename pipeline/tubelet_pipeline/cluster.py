@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -161,7 +160,7 @@ def _local(config: ClusterConfig) -> LocalCluster:
         n_workers=config.workers or max(1, (os.cpu_count() or 1) // 2),
         threads_per_worker=1,
         processes=True,
-        dashboard_address="127.0.0.1:0" if importlib.util.find_spec("bokeh") else None,
+        dashboard_address="127.0.0.1:0",
         resources=config.resources or None,
         silence_logs=logging.CRITICAL,
     )

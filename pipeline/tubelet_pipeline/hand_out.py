@@ -43,6 +43,7 @@ class HandOut:
         cluster: How many workers to expect, and what a task asks for.
         log: Told what happens.
         on_done: Called with each committed shard's report.
+        task: What runs on the workers; benchmarks give a cheaper one.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class HandOut:
         cluster: ClusterConfig,
         log: RunLog,
         on_done: Callable[[ShardReport], None],
+        task: Callable[[str, int], ShardReport] = run_shard,
     ) -> None:
+        self._task = task
         self._client, self._cluster, self._log, self._on_done = client, cluster, log, on_done
         self._job, self._plan, self._patience_s = job.model_dump_json(), job.plan_digest, job.upload.patience_s
         self._submitted: dict[int, int] = {}
@@ -133,7 +136,7 @@ class HandOut:
         # A key is not used twice: the scheduler may still hold what became of it.
         number = self._submitted[shard] = self._submitted.get(shard, -1) + 1
         return self._client.submit(
-            run_shard,
+            self._task,
             self._job,
             shard,
             key=f"shard-{self._plan[-12:]}-{shard}-{number}",

@@ -316,4 +316,4 @@ def _to_numpy(values: torch.Tensor) -> NDArray[Any]:
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[stage] += time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -6,13 +6,42 @@ store["blocks.3"]                   # all clips, lazily: [clip, time, space, cha
 store.shard_map("blocks.3", 0)      # the first shard, memory-mapped
 """
 
-from tubelet_store.clips import ClipOutcome
-from tubelet_store.errors import TubeletError
-from tubelet_store.moments import Moments
-from tubelet_store.plan import Grid, Hook, Plan
-from tubelet_store.reader import Store, open_store
-from tubelet_store.writer import StoreWriter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-open = open_store
+if TYPE_CHECKING:
+    from tubelet_store.clips import ClipOutcome
+    from tubelet_store.errors import TubeletError
+    from tubelet_store.moments import Moments
+    from tubelet_store.plan import Grid, Hook, Plan
+    from tubelet_store.reader import Store, open_store
+    from tubelet_store.reader import open_store as open  # noqa: F401
+    from tubelet_store.writer import StoreWriter
 
 __all__ = ["ClipOutcome", "Grid", "Hook", "Moments", "Plan", "Store", "StoreWriter", "TubeletError", "open_store"]
+
+_HOMES = {
+    "ClipOutcome": "clips",
+    "Grid": "plan",
+    "Hook": "plan",
+    "Moments": "moments",
+    "Plan": "plan",
+    "Store": "reader",
+    "StoreWriter": "writer",
+    "TubeletError": "errors",
+    "open": "reader",
+    "open_store": "reader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: zarr and pyarrow take most of a second, and a verb that reads a catalogue needs neither.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tubelet_store' has no attribute '{name}'")
+    value = getattr(import_module(f"tubelet_store.{_HOMES[name]}"), "open_store" if name == "open" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

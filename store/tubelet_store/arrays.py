@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import ACTIVATIONS, DIMENSIONS, SPECIAL_DIMENSIONS, clip_shape
+from tubelet_store.keys import ACTIVATIONS, DIMENSIONS, SPECIAL_DIMENSIONS
+from tubelet_store.layout import clip_shape
 
 if TYPE_CHECKING:
     import dask.array

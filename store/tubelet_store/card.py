@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tubelet_store.layout import CLIPS, MANIFEST
+from tubelet_store.keys import CLIPS, MANIFEST
 from tubelet_store.reader import Store
 from tubelet_store.summary import failed_clips, human_bytes, summarise
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from tubelet_store.clips import ClipOutcome
 from tubelet_store.config import Config
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import COMMITS, commit_key, commit_moments_key
+from tubelet_store.keys import COMMITS, commit_key, commit_moments_key
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot
 from tubelet_store.plan import canonical_json

@@ -33,7 +33,8 @@ from tubelet_store.commit import (
 )
 from tubelet_store.errors import TubeletError, nearest
 from tubelet_store.finished_shard import FinishedShard
-from tubelet_store.layout import ACTIVATIONS, SPECIAL, array_kinds, shard_key
+from tubelet_store.keys import ACTIVATIONS, SPECIAL, shard_key
+from tubelet_store.layout import array_kinds
 from tubelet_store.manifest import Manifest
 from tubelet_store.parallel import in_parallel
 from tubelet_store.plan import Hook

@@ -26,16 +26,8 @@ from tubelet_store.commit import (
 )
 from tubelet_store.digest import digest_of
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import (
-    ACTIVATIONS,
-    array_kinds,
-    clip_bytes,
-    clip_shape,
-    commit_key,
-    commit_moments_key,
-    encode_index,
-    shard_key,
-)
+from tubelet_store.keys import ACTIVATIONS, commit_key, commit_moments_key, shard_key
+from tubelet_store.layout import array_kinds, clip_bytes, clip_shape, encode_index
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot
 from tubelet_store.plan import Plan

@@ -24,40 +24,14 @@ from zarr.storage import MemoryStore
 
 from tubelet_store import bfloat16
 from tubelet_store.errors import TubeletError
+from tubelet_store.keys import ACTIVATIONS, DIMENSIONS, MOMENTS, SPECIAL, SPECIAL_DIMENSIONS, shard_key
 from tubelet_store.moments import Moments
 from tubelet_store.plan import Hook, Plan
-
-GROUP = "zarr.json"
-PLAN_TABLE = "plan.parquet"
-CLIPS = "clips.parquet"
-MANIFEST = "manifest.parquet"
-COMMITS = "commits"
-ACTIVATIONS = "activations"
-SPECIAL = "special_tokens"
-MOMENTS = "moments"
-
-DIMENSIONS = ("clip", "time", "space", "channel")
-SPECIAL_DIMENSIONS = ("clip", "time", "token", "channel")
 
 _ABSENT = np.uint64(2**64 - 1)
 _CRC_BYTES = 4
 
 bfloat16.register()
-
-
-def shard_key(kind: str, hook: str, shard: int) -> str:
-    """Key of the object that holds shard `shard` of `kind` (ACTIVATIONS or SPECIAL) at `hook`."""
-    return f"{kind}/{hook}/c/{shard}/0/0/0"
-
-
-def commit_key(shard: int) -> str:
-    """Key of a shard's commit record."""
-    return f"{COMMITS}/{shard:06d}.json"
-
-
-def commit_moments_key(shard: int) -> str:
-    """Key of the moments that a shard's commit record refers to."""
-    return f"{COMMITS}/{shard:06d}.moments.safetensors"
 
 
 def clip_shape(plan: Plan, kind: str, hook: Hook) -> tuple[int, int, int]:

@@ -21,14 +21,8 @@ from tubelet_store.catalog.catalog import is_reference, resolve
 from tubelet_store.clips import FINISHED, completed, finished_table, from_parquet
 from tubelet_store.commit import Commit, committed_shards, read_commit, read_commit_moments
 from tubelet_store.errors import StoreUnreachable, TubeletError
+from tubelet_store.keys import ACTIVATIONS, CLIPS, GROUP, MANIFEST, MOMENTS, PLAN_TABLE, SPECIAL, shard_key
 from tubelet_store.layout import (
-    ACTIVATIONS,
-    CLIPS,
-    GROUP,
-    MANIFEST,
-    MOMENTS,
-    PLAN_TABLE,
-    SPECIAL,
     check_index,
     clip_bytes,
     clip_shape,
@@ -36,7 +30,6 @@ from tubelet_store.layout import (
     index_bytes,
     read_moments,
     shard_bytes,
-    shard_key,
 )
 from tubelet_store.manifest import Manifest
 from tubelet_store.mirror import Mirror, MirrorConfig, ShardObject

@@ -26,7 +26,8 @@ from tubelet_store.clips import ClipOutcome
 from tubelet_store.commit import Commit, StoredObject, encode_commit_moments, stored_moments
 from tubelet_store.errors import TubeletError
 from tubelet_store.finished_shard import FinishedShard, publish
-from tubelet_store.layout import ACTIVATIONS, SPECIAL, array_kinds, clip_shape, encode_index, shard_key
+from tubelet_store.keys import ACTIVATIONS, SPECIAL, shard_key
+from tubelet_store.layout import array_kinds, clip_shape, encode_index
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot
 from tubelet_store.plan import Hook, Plan

@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from tubelet_store.config import Config
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import GROUP
+from tubelet_store.keys import GROUP
 from tubelet_store.objects import ObjectRoot
 from tubelet_store.plan import Plan
 

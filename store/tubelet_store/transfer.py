@@ -18,7 +18,7 @@ from pathlib import Path
 from tubelet_store.commit import Commit, StoredObject, committed_shards
 from tubelet_store.digest import ObjectDigest, digest_of
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key
+from tubelet_store.keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key
 from tubelet_store.manifest import Manifest
 from tubelet_store.objects import ObjectRoot, open_root
 from tubelet_store.parallel import in_parallel

@@ -19,16 +19,8 @@ from pathlib import Path
 from tubelet_store.commit import StoredObject, committed_shards
 from tubelet_store.digest import digest_of
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import (
-    GROUP,
-    MANIFEST,
-    PLAN_TABLE,
-    array_kinds,
-    clip_bytes,
-    commit_key,
-    commit_moments_key,
-    shard_key,
-)
+from tubelet_store.keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key, shard_key
+from tubelet_store.layout import array_kinds, clip_bytes
 from tubelet_store.manifest import Manifest
 from tubelet_store.parallel import in_parallel
 from tubelet_store.reader import Store

@@ -25,7 +25,8 @@ from tubelet_store.commit import (
 )
 from tubelet_store.errors import TubeletError
 from tubelet_store.finished_shard import FinishedShard, publish
-from tubelet_store.layout import CLIPS, GROUP, MANIFEST, PLAN_TABLE, metadata_documents, moments_documents
+from tubelet_store.keys import CLIPS, GROUP, MANIFEST, PLAN_TABLE
+from tubelet_store.layout import metadata_documents, moments_documents
 from tubelet_store.manifest import Manifest
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot, open_root

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import barcode
+from optional_decoders import NEEDS_TORCHCODEC, TORCHCODEC
 from tubelet_pipeline.decode import decord_backend, pyav_backend
 from tubelet_pipeline.decode.clip import DecodeFailure
 from tubelet_pipeline.decode.policy import decode
@@ -26,6 +27,7 @@ DECORD_IS_EXACT = {
     "h264", "h264_no_b", "vp9", "vp9_alt_ref", "vp8", "mkv", "vfr", "vfr_webm", "one_frame", "five_frames",
     "odd_size", "rotated", "late_start", "late_start_mkv", "long_gop", "fragmented",
 }  # fmt: skip
+IS_EXACT = {"decord": DECORD_IS_EXACT, "torchcodec": DECORD_IS_EXACT | {"h264_open_gop", "hevc", "av1"}}
 
 
 def allocate(shape):
@@ -38,7 +40,7 @@ def read_indices(name: str, frames) -> list[int]:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("backend", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize("backend", ["auto", "pyav", "decord", TORCHCODEC])
 @pytest.mark.parametrize("name", barcode.CLIPS)
 def test_every_backend_gives_the_frames_asked_for(barcode_clips, name, backend, choice):
     used = []
@@ -48,7 +50,7 @@ def test_every_backend_gives_the_frames_asked_for(barcode_clips, name, backend, 
     assert clip.frame_indices.tolist() == expected.indices.tolist()
     assert read_indices(name, clip.frames) == expected.indices.tolist()
     assert clip.padded_frames == expected.padded
-    assert used == ["decord" if backend == "decord" and name in DECORD_IS_EXACT else "pyav"]
+    assert used == [backend if name in IS_EXACT.get(backend, ()) else "pyav"]
     assert clip.decoder.startswith(used[0])
 
 
@@ -81,6 +83,28 @@ def test_decord_refuses_what_it_may_get_wrong(barcode_clips, name):
     path = str(barcode_clips[name])
     with pytest.raises(DecodeFailure, match="inexact"):
         decord_backend.decode(path, probe(path), CHOICES["uniform"], allocate)
+
+
+@NEEDS_TORCHCODEC
+@pytest.mark.parametrize("name", barcode.CLIPS)
+def test_torchcodec_agrees_to_the_bit_or_refuses(barcode_clips, name):
+    from tubelet_pipeline.decode import torchcodec_backend
+
+    path = str(barcode_clips[name])
+    if name not in IS_EXACT["torchcodec"]:
+        with pytest.raises(DecodeFailure, match="inexact"):
+            torchcodec_backend.decode(path, probe(path), CHOICES["uniform"], allocate)
+        return
+    ours, theirs = (
+        module.decode(path, probe(path), CHOICES["every"], allocate) for module in (pyav_backend, torchcodec_backend)
+    )
+    assert np.array_equal(ours.frames, theirs.frames)
+    np.testing.assert_allclose(ours.timestamps_s, theirs.timestamps_s)
+    for number in (theirs.video_frames - 1, theirs.video_frames // 2, 0):
+        one = torchcodec_backend.decode(
+            path, probe(path), lambda _, n=number: FrameChoice(np.array([n]), 0), allocate
+        )
+        assert np.array_equal(one.frames[0], ours.frames[number])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 from pydantic import ValidationError
 
 import barcode
+from optional_decoders import TORCHCODEC
 from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
@@ -61,7 +62,7 @@ def slow_clip(tmp_path_factory) -> Path:
     return barcode.make_clip(path, spec)
 
 
-@pytest.mark.parametrize("backend", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize("backend", ["auto", "pyav", "decord", TORCHCODEC])
 def test_results_come_in_order_and_carry_the_frames_asked_for(barcode_clips, tmp_path, backend):
     names = [name for name in barcode.CLIPS if name != "rotated"]
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 50)

@@ -12,8 +12,8 @@ import scripted
 
 from stores import make_plan, planned_table
 from tubelet_store import ClipOutcome, Plan, Store, StoreWriter, TubeletError, open_store
-from tubelet_store.clips import PLANNED, clip_table_digest
 from tubelet_store.cli import main
+from tubelet_store.clips import PLANNED, clip_table_digest
 from tubelet_store.compose import Composition, choose_clips, next_version, whole
 from tubelet_store.objects import LocalRoot
 from tubelet_store.verify import verify

@@ -16,7 +16,7 @@ from tubelet_store import Store, TubeletError, open_store
 from tubelet_store.catalog.edit import add_store, describe
 from tubelet_store.cli import main
 from tubelet_store.manifest import Manifest
-from tubelet_store.objects import LocalRoot, open_root
+from tubelet_store.objects import LocalRoot
 from tubelet_store.transfer import ATTEMPTS, StoreCopy
 from tubelet_store.verify import Progress, verify
 

@@ -58,7 +58,8 @@ class Pairs:
     most: int
     """Most anchors that a rank has in this batch."""
     several_clips: bool
-    """The anchors of the whole batch, over all ranks, come from more than one clip. Known without asking the device."""
+    """The anchors of the whole batch, over all ranks, come from more than one clip. Known without asking the device.
+    Also true of the short batch that ends a run: it may be a single token, whose contrast is 0."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,7 +1,8 @@
 """Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases or MLflow, by configuration.
 
 The JSON lines are the record; a tracker is a view of it. Its library is imported when a run starts, and only then. A
-continued run goes on in the same place (W&B, MLflow: the run's id is kept in `tracker.json`).
+continued run goes on in the same place (W&B, MLflow: the run's id is kept in `tracker.json`); what was logged between
+the last checkpoint and a kill then stands there twice.
 """
 
 from __future__ import annotations

@@ -377,7 +377,8 @@ def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> list[d
         reports = step % config.log_every == 0 or step == steps
         saves = step % config.checkpoint_every == 0 or step == steps
         if reports or saves:
-            latest = [_read(member, metrics, run) for member, metrics in zip(run.members, found, strict=True)]
+            whole = batch.whole == config.batch_tokens
+            latest = [_read(run, member, metrics, whole) for member, metrics in zip(run.members, found, strict=True)]
         if reports:
             speed = tokens / (time.monotonic() - since)
             tokens, since = 0, time.monotonic()
@@ -394,8 +395,8 @@ def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> list[d
     return _evaluate(run, steps, logs, report) or latest
 
 
-def _read(member: Member, metrics: Mapping[str, Tensor], run: Run) -> dict[str, float]:
-    """A step's metrics as numbers.
+def _read(run: Run, member: Member, metrics: Mapping[str, Tensor], whole: bool) -> dict[str, float]:
+    """A step's metrics as numbers. A batch that is not `whole`, the run's last, may be too small to judge it by.
 
     Raises:
         TubeletError: training broke down.
@@ -403,7 +404,7 @@ def _read(member: Member, metrics: Mapping[str, Tensor], run: Run) -> dict[str, 
     values = {name: float(value) for name, value in metrics.items()}
     norm = member.learner.sae.W_enc.detach().norm(dim=1).mean()
     values["encoder_norm"] = float(run.ranks.sum(norm) / run.ranks.size)
-    _refuse_breakdown(member, run.windows.step, values)
+    _refuse_breakdown(member, run.windows.step, values, whole)
     return values
 
 
@@ -419,7 +420,7 @@ def _evaluate(run: Run, step: int, logs: _Logs, report: ProgressReport) -> list[
     return held
 
 
-def _refuse_breakdown(member: Member, step: int, metrics: Mapping[str, float]) -> None:
+def _refuse_breakdown(member: Member, step: int, metrics: Mapping[str, float], whole: bool) -> None:
     """Stop before bad weights reach a checkpoint."""
     where = f"Step {step} of {member.name}" if member.name else f"Step {step}"
     recipe = member.spec.config.sae
@@ -429,6 +430,8 @@ def _refuse_breakdown(member: Member, step: int, metrics: Mapping[str, float]) -
             f"{where}: {' and '.join(wrong)} not finite (learning rate {member.learner.lr:.2e})",
             "Lower optimiser.lr or raise optimiser.warmup_steps, and train into another --out",
         )
+    if not whole:
+        return
     silent = "All latents are dead" if metrics["dead"] == 1 else "No latent is active" if metrics["l0"] == 0 else None
     if silent is not None:
         lever = "Lower sae.sparsity" if isinstance(recipe, _PENALISED) else "Raise sae.k or sae.auxk_coef"
@@ -454,16 +457,17 @@ def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> Non
     )
     report.note(str(measure_mixing(windows)))
     for member in run.members:
-        recipe = member.spec.config.sae
-        offset = Offset.of(member.moments)
-        centred = "centred here" if recipe.normalisation.centre else "NOT centred here"
         channels = member.learner.sae.channels
-        report.note(
-            f"{member.name or member.hook}: {recipe.latents_for(channels)} latents for {channels} channels; tokens lie "
-            f"{offset.gamma:.2f} standard deviations off the origin ({centred}); uncentred, about "
-            f"{offset.dead_share:.1%} of the latents would start dead"
-        )
+        latents = member.spec.config.sae.latents_for(channels)
+        report.note(f"{member.name or member.hook}: {latents} latents for {channels} channels")
     if found is None:
+        for member in {member.hook: member for member in run.members}.values():
+            offset = Offset.of(member.moments)
+            centred = "centred here" if member.spec.config.sae.normalisation.centre else "NOT centred here"
+            report.note(
+                f"{member.hook}: tokens lie {offset.gamma:.2f} standard deviations off the origin ({centred}); "
+                f"uncentred, about {offset.dead_share:.1%} of the latents would start dead"
+            )
         return
     report.note(f"continuing after step {found.step}")
     then = found.record["software"]

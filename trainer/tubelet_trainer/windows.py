@@ -462,6 +462,7 @@ class _Drawn:
 
     def __init__(self, windows: Windows, anchors: int, offset: int) -> None:
         self._windows, self._anchors, self._offset = windows, anchors, offset
+        self._short = (windows.step + 1) * windows.batch_tokens > windows.total_tokens
         self._seen = 0
         self._clips: set[int] = set()
         self._rows: list[Tensor] = []
@@ -504,5 +505,5 @@ class _Drawn:
             positions=torch.cat(positions),
             valid=torch.cat(valid),
             most=-(-self._anchors // self._windows.ranks),
-            several_clips=len(self._clips) > 1,
+            several_clips=len(self._clips) > 1 or self._short,
         )

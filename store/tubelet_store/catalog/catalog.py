@@ -113,7 +113,7 @@ def read_one(url: str) -> tuple[list[StoreEntry], list[Link]]:
     """
     root, _ = place(url)
     document, _ = load(url)
-    return read_entries(document.tree, url, root.url)
+    return read_entries(document, url, root.url)
 
 
 def load(url: str) -> tuple[Document, str]:

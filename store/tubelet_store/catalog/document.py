@@ -10,6 +10,7 @@ catalogue, so anchors, aliases, tags and repeated keys are errors here. The tree
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -48,6 +49,8 @@ class Document:
 
     tree: dict[str, Any]
     sections: dict[str, Section]
+    braced: list[tuple[int, str]]
+    """Every text with a brace in it, keys too, with its line (from 1): where Intake looks for what it evaluates."""
 
 
 def parse(text: str, origin: str) -> Document:
@@ -64,118 +67,116 @@ def parse(text: str, origin: str) -> Document:
         raise TubeletError(f"{origin} is longer than {MAX_BYTES >> 20} MiB", "Split it into nested catalogues")
     builder = _Builder(origin)
     try:
-        for event in yaml.parse(text, Loader=_LOADER):
-            builder.take(event)
+        builder.build(_events(text))
     # ValueError: what looks like a date or a number, and is none.
     except (yaml.YAMLError, ValueError) as error:
         where = " ".join(str(error).split())
         raise TubeletError(f"{origin} is not valid YAML: {where}", "Mend the line it names") from error
     if not isinstance(builder.root, dict):
         raise TubeletError(f"{origin} holds no mapping", "A catalogue begins with `version: 2`")
-    return Document(builder.root, builder.sections)
+    return Document(builder.root, builder.sections, builder.braced)
+
+
+def _events(text: str) -> Iterator[Any]:
+    """As `yaml.parse` gives them, which asks twice for each."""
+    parser = _LOADER(text)
+    try:
+        # An empty end: the parser gives None after the last event.
+        yield from iter(parser.get_event, None)
+    finally:
+        parser.dispose()
 
 
 class _Builder:
-    """Builds the tree from events; `_open` holds the containers that are not closed, innermost last."""
+    """Builds the tree from events. One loop, few calls: there are a hundred events to an entry."""
 
     def __init__(self, origin: str) -> None:
         self.root: Any = None
         self.sections: dict[str, Section] = {}
+        self.braced: list[tuple[int, str]] = []
         self._origin = origin
-        self._open: list[Any] = []
-        self._keys: list[Any] = []
-        self._documents = 0
-        self._last: Any = None
-        self._steps = {
-            yaml.ScalarEvent: self._scalar,
-            yaml.MappingStartEvent: self._mapping,
-            yaml.SequenceStartEvent: self._sequence,
-            yaml.MappingEndEvent: self._close,
-            yaml.SequenceEndEvent: self._close,
-            yaml.AliasEvent: self._alias,
-            yaml.DocumentStartEvent: self._document,
-        }
 
-    def take(self, event: Any) -> None:
-        step = self._steps.get(type(event))
-        if step is not None:
-            step(event)
+    def build(self, events: Iterable[Any]) -> None:
+        opened: list[Any] = []  # containers that are not closed, innermost last
+        keys: list[Any] = []  # of each, the key whose value comes next; _NO_KEY: a key comes next; _IN_LIST
+        last: Any = None  # event at which what has been read so far ends
+        documents = 0
+        for event in events:
+            kind = type(event)
+            if kind is yaml.ScalarEvent:
+                if event.tag is not None or event.anchor is not None:
+                    self._refuse(event)
+                last = event
+                value = event.value
+                if "{" in value:
+                    self.braced.append((event.start_mark.line + 1, value))
+                # Plain scalars may be numbers and so on; quoted ones are text.
+                if value[:1] in _SUSPECT and event.implicit[0]:
+                    value = _resolved(value)
+                if keys and keys[-1] is _NO_KEY:
+                    self._check_key(value, opened[-1], event)
+                    keys[-1] = value
+                    if len(keys) <= 2:
+                        self._begin(keys, event)
+                    continue
+            elif kind is yaml.MappingStartEvent or kind is yaml.SequenceStartEvent:
+                if event.tag is not None or event.anchor is not None:
+                    self._refuse(event)
+                if len(opened) == MAX_DEPTH:
+                    self._refuse(event, f"it is nested deeper than {MAX_DEPTH} levels")
+                if keys and keys[-1] is _NO_KEY:
+                    self._refuse(event, "a key is no text")
+                is_mapping = kind is yaml.MappingStartEvent
+                opened.append({} if is_mapping else [])
+                keys.append(_NO_KEY if is_mapping else _IN_LIST)
+                if len(keys) == 2 and keys[0] is not _IN_LIST:
+                    self.sections[keys[0]].is_block = is_mapping and not event.flow_style
+                continue
+            elif kind is yaml.MappingEndEvent or kind is yaml.SequenceEndEvent:
+                value = opened.pop()
+                keys.pop()
+                # What has braces ends with one. Block containers end where the next token begins; what they hold ended
+                # before.
+                if event.start_mark.column != event.end_mark.column:
+                    last = event
+            else:
+                documents += kind is yaml.DocumentStartEvent
+                if kind is yaml.AliasEvent or documents > 1:
+                    self._refuse(event, "it holds a second document" if documents > 1 else "")
+                continue
+            if not opened:
+                self.root = value
+            elif keys[-1] is _IN_LIST:
+                opened[-1].append(value)
+            else:
+                key = keys[-1]
+                opened[-1][key] = value
+                keys[-1] = _NO_KEY
+                if len(opened) == 2 and keys[0] is not _IN_LIST:
+                    self._finish(self.sections[keys[0]], key, last)
 
-    def _scalar(self, event: Any) -> None:
-        if event.tag is not None or event.anchor is not None:
-            self._refuse(event)
-        text = event.value
-        # Plain scalars may be numbers and so on; quoted ones are text.
-        value = _resolved(text) if event.implicit[0] and text[:1] in _SUSPECT else text
-        self._last = event
-        if self._open and self._keys[-1] is _NO_KEY:
-            self._set_key(value, event)
-        else:
-            self._place(value)
+    def _check_key(self, key: Any, mapping: dict[str, Any], event: Any) -> None:
+        if type(key) is not str:
+            self._refuse(event, f"the key {key!r} is no text")
+        if key in mapping:
+            self._refuse(event, f"the key '{key}' stands twice")
 
-    def _set_key(self, value: Any, event: Any) -> None:
-        if not isinstance(value, str):
-            self._refuse(event, f"the key {value!r} is no text")
-        if value in self._open[-1]:
-            self._refuse(event, f"the key '{value}' stands twice")
-        self._keys[-1] = value
-        depth = len(self._open)
-        if depth == 1:
-            self.sections[value] = Section(event.start_mark.line, last_line=event.start_mark.line)
-        elif depth == 2 and (section := self.sections[self._keys[0]]).is_block:
+    def _begin(self, keys: list[Any], event: Any) -> None:
+        """A section, or an entry of one, begins."""
+        line = event.start_mark.line
+        if len(keys) == 1:
+            self.sections[keys[0]] = Section(line, last_line=line)
+        elif keys[0] is not _IN_LIST and (section := self.sections[keys[0]]).is_block:
             section.indent = event.start_mark.column
-            section.entries[value] = (event.start_mark.line, event.end_mark.line)
+            section.entries[keys[1]] = (line, line)
 
-    def _place(self, value: Any) -> None:
-        if not self._open:
-            self.root = value
-            return
-        container = self._open[-1]
-        if type(container) is list:
-            container.append(value)
-        else:
-            key = self._keys[-1]
-            container[key] = value
-            self._keys[-1] = _NO_KEY
-            if len(self._open) == 2 and (section := self.sections[self._keys[0]]).is_block:
-                mark = self._last.end_mark
-                # A block of text ends at the start of the line after it.
-                section.last_line = mark.line if mark.column else mark.line - 1
-                section.entries[key] = (section.entries[key][0], section.last_line)
-
-    def _mapping(self, event: Any) -> None:
-        self._enter(event, {}, _NO_KEY)
-        if len(self._open) == 2 and isinstance(self._open[0], dict):
-            self.sections[self._keys[0]].is_block = not event.flow_style
-
-    def _sequence(self, event: Any) -> None:
-        self._enter(event, [], _IN_LIST)
-
-    def _enter(self, event: Any, container: Any, key: Any) -> None:
-        if event.tag is not None or event.anchor is not None:
-            self._refuse(event)
-        if len(self._open) == MAX_DEPTH:
-            self._refuse(event, f"it is nested deeper than {MAX_DEPTH} levels")
-        if self._keys and self._keys[-1] is _NO_KEY:
-            self._refuse(event, "a key is no text")
-        self._open.append(container)
-        self._keys.append(key)
-
-    def _close(self, event: Any) -> None:
-        container = self._open.pop()
-        self._keys.pop()
-        # What has braces ends with one. Block containers end where the next token begins; what they hold ended before.
-        if event.start_mark.column != event.end_mark.column:
-            self._last = event
-        self._place(container)
-
-    def _alias(self, event: Any) -> None:
-        self._refuse(event)
-
-    def _document(self, event: Any) -> None:
-        self._documents += 1
-        if self._documents > 1:
-            self._refuse(event, "it holds a second document")
+    def _finish(self, section: Section, key: str, last: Any) -> None:
+        """An entry of a section ends."""
+        if section.is_block:
+            mark = last.end_mark
+            # A block of text ends at the start of the line after it.
+            section.last_line = mark.line if mark.column else mark.line - 1
+            section.entries[key] = (section.entries[key][0], section.last_line)
 
     def _refuse(self, event: Any, why: str = "") -> None:
         tag = getattr(event, "tag", None)

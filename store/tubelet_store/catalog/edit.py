@@ -27,7 +27,7 @@ from tubelet_store.catalog.entry import (
     read_entries,
 )
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import ACTIVATIONS
+from tubelet_store.keys import ACTIVATIONS
 from tubelet_store.objects import ObjectRoot
 from tubelet_store.reader import Store
 
@@ -109,7 +109,7 @@ def add_store(catalog: str, url: str, blocks: tuple[HookBlock, ...], replace: bo
         TubeletError: the name is in use, or the catalogue cannot be edited.
     """
     with _editing(catalog) as text:
-        stores, _ = read_entries(text.document.tree, catalog, text.root.url)
+        stores, _ = read_entries(text.document, catalog, text.root.url)
         name = blocks[0].store
         present = {entry.name: entry for entry in stores}
         kept = None
@@ -152,7 +152,7 @@ def remove(catalog: str, name: str) -> None:
         TubeletError: it is not listed in this very file, or the file cannot be edited.
     """
     with _editing(catalog) as text:
-        stores, links = read_entries(text.document.tree, catalog, text.root.url)
+        stores, links = read_entries(text.document, catalog, text.root.url)
         entry = next((entry for entry in stores if entry.name == name), None)
         if entry is not None:
             _take_out(text, entry)

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, StringConstraints, TypeAdapter, ValidationError
 
+from tubelet_store.catalog.document import Document
 from tubelet_store.config import Config
 from tubelet_store.errors import TubeletError
-from tubelet_store.layout import ACTIVATIONS
-from tubelet_store.plan import DTypeName
+from tubelet_store.keys import ACTIVATIONS
 
 SCHEMA = 1
 
@@ -47,7 +47,7 @@ class HookBlock(Config):
     """Identity of the store; null where every user makes it himself, so that it differs."""
     shape: tuple[int | None, int, int, int]
     """clip, time, space, channel; the number of clips is null where every user makes the store himself."""
-    dtype: DTypeName
+    dtype: Literal["float16", "bfloat16", "float32"]
     grid: tuple[int, int, int] | None = None
     """time, height, width"""
     backbone: dict[str, JsonValue] = Field(default_factory=dict)
@@ -119,24 +119,25 @@ _DATA, _ENTRY = TypeAdapter(_Data), TypeAdapter(_Entry)
 _HOOK, _LINK = TypeAdapter(HookBlock), TypeAdapter(CatalogBlock)
 
 
-def read_entries(tree: dict[str, Any], origin: str, folder: str) -> tuple[list[StoreEntry], list[Link]]:
+def read_entries(document: Document, origin: str, folder: str) -> tuple[list[StoreEntry], list[Link]]:
     """The stores and nested catalogues that a parsed catalogue describes.
 
     Args:
-        tree: The parsed text.
+        document: The parsed text.
         origin: URL of the catalogue.
         folder: What `{CATALOG_DIR}` stands for.
 
     Raises:
         TubeletError: the text breaks the schema, or could make a reader run or reach what it should not.
     """
+    tree = document.tree
+    _check_code(document, origin)
     _check_top(tree, origin)
     hooks: dict[str, list[HookBlock]] = {}
     urls: dict[str, str] = {}
     links = []
     for key, raw in tree["entries"].items():
         where = f"{origin}: entry '{key}'"
-        _check_text(raw, where)
         entry = _validated(_ENTRY, raw, where)
         data = _data_of(tree, entry, where)
         url = resolve_url(data.kwargs.get("url"), folder, where)
@@ -163,8 +164,6 @@ def _check_top(tree: dict[str, Any], origin: str) -> None:
     for name in ("data", "entries", "aliases", "metadata", "user_parameters"):
         if not isinstance(tree.get(name), dict):
             raise TubeletError(f"{origin}: `{name}` is missing or no mapping", f"Write `{name}: {{}}`")
-    _check_text(tree["metadata"], f"{origin}: metadata")
-    _check_text(tree["aliases"], f"{origin}: aliases")
     if tree["user_parameters"]:
         raise TubeletError(f"{origin} has user_parameters, which Intake evaluates", "Write `user_parameters: {}`")
     ours = tree["metadata"].get("tubelet", {})
@@ -190,7 +189,6 @@ def _data_of(tree: dict[str, Any], entry: _Entry, where: str) -> _Data:
     raw = tree["data"].get(reference[1])
     if raw is None or reference[1] in tree["entries"]:
         raise TubeletError(f"{where}: there is no data item '{reference[1]}' of its own", "Mend or remove it")
-    _check_text(raw, f"{where}, data")
     data = _validated(_DATA, raw, f"{where}, data")
     if data.kwargs.get("storage_options"):
         raise TubeletError(
@@ -240,19 +238,13 @@ def resolve_url(url: JsonValue, folder: str, where: str) -> str:
     return rest
 
 
-def _check_text(value: Any, where: str) -> None:
-    """Refuse what Intake would evaluate, at any depth; `{data(...)}` has been taken apart by its own pattern."""
-    pending = [value]
-    while pending:
-        value = pending.pop()
-        if type(value) is str:
-            if "{" in value and _CODE.search(value, value.index("{")) and not _DATA_REFERENCE.fullmatch(value):
-                raise TubeletError(f"{where} holds code: {value[:80]!r}", "Do not use this catalogue, or remove that")
-        elif type(value) is dict:
-            pending += value.keys()
-            pending += value.values()
-        elif type(value) is list:
-            pending += value
+def _check_code(document: Document, origin: str) -> None:
+    """Refuse what Intake would evaluate, anywhere; `{data(...)}` is taken apart by its own pattern."""
+    for line, text in document.braced:
+        if _CODE.search(text, text.index("{")) and not _DATA_REFERENCE.fullmatch(text):
+            raise TubeletError(
+                f"{origin}, line {line}, holds code: {text[:80]!r}", "Do not use this catalogue, or remove that"
+            )
 
 
 _DATA_REFERENCE = re.compile(r"\{data\([A-Za-z0-9_./-]+\)\}")

@@ -45,7 +45,7 @@ class InitConfig(Config):
 
     directions: Literal["random", "data", "active_subspace"] = "random"
     """Decoder rows. data: 0.8 (token - mean) + 0.2 Kaiming (saev); active_subspace: random within the leading
-    principal directions of a batch (2506 active-subspace init, OpenMOSS)."""
+    principal directions of a batch (as OpenMOSS does)."""
     bias: Literal["mean", "geometric_median"] = "mean"
     """Where the decoder's bias starts."""
     subspace: int | None = Field(default=None, ge=1)

@@ -1,0 +1,277 @@
+"""Damaged videos through a whole extraction: is any job lost, is any file lost, and who notices the damage?
+
+    python benchmarks/mutations.py FOLDER [MUTANTS] > benchmarks/results/mutations.txt
+
+FOLDER/sound and FOLDER/broken are taken as they are. Mutants are made of the sound ones, from a seed: flipped bits, cut
+tails, blocks in another order. All of them go through one `tubelet extract` with a tiny backbone. Then every stored clip
+of a mutant is compared with the frames of the undamaged video at the same indices, and whatever differs without a flag
+is given to the other decoders too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from tubelet_pipeline.backbones.tiny import write_tiny_videomae
+from tubelet_pipeline.clips.root import VIDEO_SUFFIXES
+from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.decode.pyav_backend import upright
+from tubelet_pipeline.sampling import UniformSampling
+from tubelet_store import Store, TubeletError, open_store
+
+KINDS = ("flipped bits", "cut short", "blocks shuffled")
+BLOCK_BYTES = 4096
+SAMPLING = UniformSampling(frames=8)
+OTHERS: tuple[Literal["decord", "torchcodec"], ...] = ("decord", "torchcodec")
+SEED = 0
+
+
+def mutate(content: bytes, kind: str, draw: random.Random) -> bytes:
+    """`content`, damaged."""
+    if kind == "cut short":
+        return content[: int(len(content) * draw.uniform(0.05, 0.99))]
+    damaged = bytearray(content)
+    if kind == "flipped bits":
+        for _ in range(draw.choice((1, 4, 16, 64))):
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        return bytes(damaged)
+    size = min(BLOCK_BYTES, max(1, len(content) // 8))
+    for _ in range(draw.choice((1, 2, 8))):
+        one, other = (draw.randrange(len(content) // size) * size for _ in range(2))
+        damaged[one : one + size], damaged[other : other + size] = (
+            damaged[other : other + size],
+            damaged[one : one + size],
+        )
+    return bytes(damaged)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A damaged copy of `parent`."""
+
+    path: Path
+    parent: Path
+    kind: str
+
+
+def make_mutants(parents: Sequence[Path], count: int, folder: Path, seed: int = SEED) -> list[Mutant]:
+    """`count` mutants in `folder`, each kind of each parent in turn. Copies that came out undamaged are made again."""
+    draw, mutants = random.Random(seed), []
+    for number in range(count):
+        kind, parent = KINDS[number % len(KINDS)], parents[number // len(KINDS) % len(parents)]
+        content = parent.read_bytes()
+        damaged = content
+        while damaged == content:
+            damaged = mutate(content, kind, draw)
+        path = folder / f"{number:03d}-{kind.replace(' ', '-')}-{parent.name}"
+        path.write_bytes(damaged)
+        mutants.append(Mutant(path, parent, kind))
+    return mutants
+
+
+def frame_digests(path: Path) -> list[bytes]:
+    """A digest of every frame of a sequential decode."""
+    with av.open(str(path)) as container:
+        frames: Iterable[av.VideoFrame] = container.decode(container.streams.best("video"))  # type: ignore[arg-type]
+        return [
+            _digest(upright(np.asarray(f.to_ndarray(format="rgb24"), np.uint8), f.side_data.get("DISPLAYMATRIX")))
+            for f in frames
+        ]
+
+
+def _digest(picture: NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(picture).data, digest_size=16).digest()
+
+
+@dataclass
+class Found:
+    """What became of one file."""
+
+    kind: str
+    outcome: str
+    """`right`, `differs`, or the failure's code."""
+    flagged: bool
+    silent_in: dict[str, str]
+    """For clips that differ without a flag: what the other decoders do with them."""
+
+
+def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[str] = OTHERS) -> list[Found]:
+    """Compare what was stored of each mutant with its parent.
+
+    Raises:
+        TubeletError: a mutant has no row, or activations are not those of its frames.
+    """
+    rows = {row["video_id"]: row for row in store.clips().to_pylist()}
+    truth = {parent: frame_digests(parent) for parent in {mutant.parent for mutant in mutants}}
+    (hook,) = (hook.name for hook in store.plan.hooks)
+    found = []
+    stored = [m for m in mutants if rows[f"mutants/{m.path.name}"]["status"] == "ok"]
+    clips = dict(zip(stored, _decode(stored, "auto"), strict=True))
+    for mutant in mutants:
+        row = rows[f"mutants/{mutant.path.name}"]
+        flagged = bool(row["truncated"] or row["corrupt_frames"])
+        if row["status"] != "ok":
+            found.append(Found(mutant.kind, row["error"].partition(":")[0], flagged, {}))
+            continue
+        clip = clips[mutant]
+        if isinstance(clip, DecodeFailure) or clip.frame_indices.tolist() != row["frame_indices"]:
+            raise TubeletError(f"{mutant.path.name} decodes otherwise than in the extraction", "Run it again")
+        right = _is_right(clip, truth[mutant.parent])
+        parent = rows.get(f"sound/{mutant.parent.name}")
+        if right and parent is not None and parent["frame_indices"] == row["frame_indices"]:
+            # The same frames: the same activations, up to the rounding of another batch.
+            np.testing.assert_allclose(
+                _activations(store, hook, row), _activations(store, hook, parent), rtol=1e-2, atol=1e-2
+            )
+        silent_in = {} if right or flagged else {name: _verdict(mutant, name) for name in others}
+        found.append(Found(mutant.kind, "right" if right else "differs", flagged, silent_in))
+    return found
+
+
+def _activations(store: Store, hook: str, row: dict[str, Any]) -> NDArray[np.float32]:
+    place = row["clip"] - store.shard_range(row["shard"]).start
+    return np.asarray(store.shard_map(hook, row["shard"])[place], np.float32)
+
+
+def _is_right(clip: DecodedClip, truth: list[bytes]) -> bool:
+    return all(
+        index < len(truth) and _digest(frame) == truth[index]
+        for index, frame in zip(clip.frame_indices.tolist(), clip.frames, strict=True)
+    )
+
+
+def _decode(
+    mutants: Sequence[Mutant], backend: Literal["auto", "decord", "torchcodec"]
+) -> Iterable[DecodedClip | DecodeFailure]:
+    with DecodePool(DecodeConfig(backend=backend)) as pool:
+        yield from pool.map_ordered((DecodeRequest(str(m.path), SAMPLING) for m in mutants), 4)
+
+
+def _verdict(mutant: Mutant, backend: Any) -> str:
+    """`silent`, `notices`, or `not for this file` where that decoder does not read the undamaged one either."""
+    with DecodePool(DecodeConfig(backend=backend, processes=1)) as pool:
+        requests = [DecodeRequest(str(path), SAMPLING) for path in (mutant.path, mutant.parent)]
+        damaged, sound = pool.map_ordered(requests, 2)
+    if isinstance(sound, DecodeFailure) or not sound.decoder.startswith(backend):
+        return "not for this file"
+    return "silent" if isinstance(damaged, DecodedClip) and damaged.decoder.startswith(backend) else "notices"
+
+
+def job(root: Path, backbone: Path, store: Path) -> dict[str, Any]:
+    """The extraction of every video below `root`."""
+    return {
+        "dataset": {"kind": "folder", "root": str(root)},
+        "sampling": SAMPLING.model_dump(mode="json"),
+        "backbone": {"id": str(backbone)},
+        "hooks": ["blocks.-1"],
+        "store": str(store),
+        "clips_per_shard": 32,
+        "decode": {"processes": 1, "timeout_s": 20},
+        "cluster": {"workers": 2, "threads": 1},
+    }
+
+
+def run_campaign(
+    sound: Sequence[Path], broken: Sequence[Path], count: int, folder: Path, extract: Callable[[dict[str, Any]], None]
+) -> tuple[Store, list[Mutant]]:
+    """Make `count` mutants, extract them with their parents; the store and the mutants."""
+    videos = folder / "videos"
+    for name, files in (("sound", sound), ("broken", broken), ("mutants", ())):
+        (videos / name).mkdir(parents=True)
+        for path in files:
+            shutil.copy(path, videos / name / path.name)
+    parents = [videos / "sound" / path.name for path in sound]
+    mutants = make_mutants(parents, count, videos / "mutants")
+    backbone = write_tiny_videomae(folder / "tiny", image_size=32, patch_size=8, frames=8, hidden=32, layers=2)
+    extract(job(videos, backbone, folder / "store.zarr"))
+    return open_store(str(folder / "store.zarr")), mutants
+
+
+def print_table(store: Store, mutants: Sequence[Mutant], found: Sequence[Found]) -> None:
+    """Everything there is to say."""
+    rows = store.clips().to_pylist()
+    print(
+        f"{len(rows)} files, {len(rows)} rows: {sum(r['status'] == 'ok' for r in rows)} stored, the others with reason"
+    )
+    for name in ("sound", "broken"):
+        own = [row for row in rows if row["video_id"].startswith(f"{name}/")]
+        codes = Counter("stored" if r["status"] == "ok" else r["error"].partition(":")[0] for r in own)
+        flagged = sum(r["status"] == "ok" and bool(r["truncated"] or r["corrupt_frames"]) for r in own)
+        listed = ", ".join(f"{number} {code}" for code, number in codes.most_common())
+        print(f"{name:<8}{len(own):>4}: {listed}; {flagged} of the stored flagged")
+    print()
+    columns = ("files", "refused", "right", "right+flag", "differs+flag", "differs, no flag")
+    print(f"{'mutants':<18}" + "".join(f"{column:>18}" for column in columns))
+    for kind in (*KINDS, "all"):
+        of_kind = [f for f in found if kind in (f.kind, "all")]
+        counts = [
+            len(of_kind),
+            sum(f.outcome not in ("right", "differs") for f in of_kind),
+            *(
+                sum(f.outcome == outcome and f.flagged == flagged for f in of_kind)
+                for outcome, flagged in (("right", False), ("right", True), ("differs", True), ("differs", False))
+            ),
+        ]
+        print(f"{kind:<18}" + "".join(f"{count:>18}" for count in counts))
+    refused = Counter(f.outcome for f in found if f.outcome not in ("right", "differs"))
+    print("reasons of the refused: " + ", ".join(f"{n} {code}" for code, n in refused.most_common()))
+    silent = [(m, f) for m, f in zip(mutants, found, strict=True) if f.outcome == "differs" and not f.flagged]
+    print(f"\n{len(silent)} mutants decode to other pictures and no flag is raised (PyAV). Other decoders on these:")
+    for name in sorted({name for _, f in silent for name in f.silent_in}):
+        verdicts = Counter(f.silent_in[name] for _, f in silent)
+        print(f"  {name:<12}" + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()))
+    everywhere = [(m, f) for m, f in silent if "notices" not in f.silent_in.values()]
+    print(f"Silent in every decoder that reads the undamaged file: {len(everywhere)}. Of these, by codec and damage:")
+    for (codec, kind), number in sorted(Counter((_codec(m.parent), m.kind) for m, _ in everywhere).items()):
+        print(f"  {codec:<10}{kind:<18}{number:>4}")
+
+
+def _codec(path: Path) -> str:
+    with av.open(str(path)) as container:
+        return str(container.streams.video[0].codec_context.codec.canonical_name)
+
+
+def _extract_by_command(settings: dict[str, Any]) -> None:
+    path = Path(settings["store"]).with_name("job.yaml")
+    path.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-c", "import sys; from tubelet_store.cli import main; sys.exit(main())", "extract"]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise TubeletError(f"The job was lost: {done.stderr[-500:]}", "See its error")
+
+
+def main() -> None:
+    """Run the campaign and print its table."""
+    folder = Path(sys.argv[1])
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 500
+    sound, broken = (
+        [p for p in sorted((folder / name).iterdir()) if p.suffix in VIDEO_SUFFIXES] for name in ("sound", "broken")
+    )
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        store, mutants = run_campaign(sound, broken, count, Path(scratch), _extract_by_command)
+        extracted_s = time.perf_counter() - began
+        print_table(store, mutants, inspect(store, mutants))
+    print(f"\nseed {SEED}; extraction {extracted_s:.0f} s, with the comparison {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

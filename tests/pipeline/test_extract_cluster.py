@@ -1,0 +1,152 @@
+"""Extraction as a job of a cluster: what travels, what is logged, what deadly shards and lost networks do to it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+from distributed import Client
+from test_extract import commits, content, wait_for_commits
+
+from faulty_proxy import FaultyProxy, faulty_proxy
+from object_server import create_bucket, s3_environment, s3_server
+from processes import run_tubelet, start_tubelet
+from tubelet_pipeline import extract as extract_module
+from tubelet_pipeline.extract import extract
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.hand_out import HandOut
+from tubelet_pipeline.shard_task import ShardReport, run_shard
+from tubelet_store import TubeletError, open_store
+from tubelet_store.objects import open_root
+
+SECRET = s3_environment("")["AWS_SECRET_ACCESS_KEY"]
+DEADLY = 4
+
+# Workers cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy before an S3 server; the environment leads to it."""
+    with s3_server() as server, faulty_proxy(server) as (proxy, endpoint):
+        create_bucket(server, "bucket")
+        for name, value in s3_environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+def settings(job_settings: dict[str, Any], store: str, tmp_path: Path, **fields: Any) -> ExtractConfig:
+    upload = {"spool_dir": str(tmp_path / "spool"), "patience_s": 60}
+    log = str(tmp_path / "run.jsonl")
+    return ExtractConfig.model_validate({**job_settings, "store": store, "upload": upload, "log": log, **fields})
+
+
+def events(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+
+
+def deadly(job_json: str, shard: int) -> ShardReport:
+    if shard == DEADLY:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_shard(job_json, shard)
+
+
+def test_no_secret_and_no_array_travels_or_stays(
+    proxy: FaultyProxy,
+    job_settings: dict[str, Any],
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    sent: list[bytes] = []
+    send = Client._send_to_scheduler
+
+    def listen(self: Client, message: dict[str, Any]) -> None:
+        if message.get("op") == "update-graph":
+            sent.append(pickle.dumps(message))
+        send(self, message)
+
+    monkeypatch.setattr(Client, "_send_to_scheduler", listen)
+    url = f"s3://bucket/{uuid.uuid4().hex}.zarr"
+    summary = extract(settings(job_settings, url, tmp_path))
+    assert summary.identity == open_store(str(undisturbed)).identity
+
+    tasks = [message for message in sent if b"shard-" in message]
+    assert len(tasks) == 9
+    assert max(map(len, tasks)) < 6000
+    shown = capfd.readouterr()
+    stored = [open_root(url).read(key) for key in open_root(url).list_keys()]
+    everything = [*sent, *stored, (tmp_path / "run.jsonl").read_bytes(), shown.out.encode(), shown.err.encode()]
+    for place in everything:
+        assert SECRET.encode() not in place
+        assert b"AKIAEXAMPLE" not in place
+        assert str(proxy.upstream).encode() not in place or place in (shown.out.encode(), shown.err.encode())
+
+    log = events(tmp_path)
+    assert [event["event"] for event in log] == ["start", *["shard"] * 9, "end"]
+    assert sum(sum(event["clips"].values()) for event in log if event["event"] == "shard") == 26
+    assert log[-1]["identity"] == summary.identity
+    assert {"decode", "forward", "total", "publish"} <= set(log[1]["seconds"])
+
+
+def test_a_shard_that_kills_its_workers_is_named_and_the_others_complete(
+    job_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(job_settings, str(tmp_path / "s.zarr"), tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_module, "HandOut", functools.partial(HandOut, task=deadly))
+        patched.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "1")
+        import dask
+
+        with dask.config.set({"distributed.scheduler.allowed-failures": 1}), pytest.raises(TubeletError) as caught:
+            extract(config)
+    message = str(caught.value)
+    assert f"1 of 9 shards could not be extracted: shard {DEADLY} (" in message
+    assert message.count(".webm") == 3
+    assert "its worker died again and again" in message
+    assert commits(tmp_path / "s.zarr") == 8
+    assert [event["shard"] for event in events(tmp_path) if event["event"] == "failed"] == [DEADLY]
+    assert extract(config).shards_this_run == 1
+
+
+def test_preemption_is_one_line_and_a_rerun_completes(job: Path, undisturbed: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store.zarr"
+    process = start_tubelet("extract", str(job))
+    wait_for_commits(store, 1, process)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "told to stop (SIGTERM); run the same command again" in err
+    assert "Traceback" not in err
+    status, _, err = run_tubelet("extract", str(job))
+    assert status == 0, err
+    assert content(store) == content(undisturbed)
+
+
+def test_a_network_that_is_away_for_a_while_costs_nothing(
+    proxy: FaultyProxy, job_settings: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    def away(summary: Any) -> None:
+        if summary.shards_this_run == 1:
+            proxy.refuse = True
+            threading.Timer(12, lambda: setattr(proxy, "refuse", False)).start()
+
+    url = f"s3://bucket/{uuid.uuid4().hex}.zarr"
+    summary = extract(settings(job_settings, url, tmp_path), away)
+    assert summary.identity == open_store(str(undisturbed)).identity
+    assert summary.shards_done == 9
+    assert any(event["event"] == "spooled" for event in events(tmp_path))
+    assert not list((tmp_path / "spool").rglob("commit.json"))

@@ -1,0 +1,170 @@
+"""Laws of several SAEs on one stream."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stores import make_plan, make_store
+from tubelet_store import TubeletError
+from tubelet_store.cli import main
+from tubelet_trainer.checkpoint import load_latest
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.sae.export import load_record
+from tubelet_trainer.specs import specs
+from tubelet_trainer.train import Run, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    plan = make_plan(clips=30, clips_per_shard=8, grid=(4, 3, 4), hooks={"h": 16, "g": 12})
+    return make_store(tmp_path_factory.mktemp("many") / "s.zarr", plan, failed=(3,))
+
+
+def configure(store, out, **fields):
+    tree = {
+        "store": store.url, "out": out, "hook": "h", "steps": 20, "batch_tokens": 64, "window_tokens": 500,
+        "sae": {"k": 4, "dead_after_tokens": 128}, "log_every": 5, "eval_every": 10, "eval_tokens": 128,
+        "checkpoint_every": 6, "holdout": {"fraction": 0.1}, "device": "cpu", "pairs": {"anchors": 32},
+    }  # fmt: skip
+    return TrainConfig.model_validate({**tree, **fields})
+
+
+SAES = {
+    "plain": {"sae": {"k": 4}},
+    "batch": {"sae": {"kind": "batchtopk", "k": 6, "nesting": {"kind": "groups"}}},
+    "time": {"sae": {"k": 4}, "objective": {"lambda_t": 0.3, "codes": "post"}},
+    "space": {"sae": {"k": 4}, "objective": {"lambda_s": 0.3}, "optimiser": {"lr": 0.01}},
+    "random": {"sae": {"k": 4, "seed": 5, "nesting": {"kind": "random"}, "init": {"directions": "data"}}},
+    "jump": {"sae": {"kind": "jumprelu"}, "hook": "g"},
+}
+
+
+def weights(folder):
+    return load_file(folder / "sae.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def together(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("together") / "run"
+    listed = [{"name": name, **spec} for name, spec in SAES.items()]
+    return train(configure(store, out, sae={"dead_after_tokens": 128}, saes=listed))
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_trained_together_equals_trained_alone(together, tmp_path, name):
+    # The configuration in an SAE's folder describes it alone.
+    tree = yaml.safe_load((together / name / "config.yaml").read_text())
+    assert not tree["saes"]
+    alone = train(TrainConfig.model_validate({**tree, "out": tmp_path / "alone"}))
+    assert same(weights(alone), weights(together / name))
+    assert log(alone) == log(together / name)
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+
+
+def test_each_has_its_folder_and_its_own_hook(together):
+    assert load_record(together / "jump").provenance["hook"] == "g"
+    assert load_record(together / "jump").channels == 12
+    assert load_record(together / "plain").channels == 16
+    assert load_record(together / "time").provenance["objective"]["lambda_t"] == 0.3
+    assert not (together / "sae.json").exists()
+    kept = load_latest(together / "checkpoints")
+    assert {name.split("/")[0] for name in kept.tensors} == SAES.keys()
+
+
+def test_several_continue_where_they_were_cut(store, tmp_path):
+    fields = {"sweep": {"sae.seed": [0, 1], "objective": {"lambda_t": [0, 0.1]}}}
+    whole = train(configure(store, tmp_path / "whole", **fields))
+    learn = Run.learn
+
+    def learn_or_crash(self, batch, step):
+        if step == 13:
+            raise RuntimeError("cut")
+        return learn(self, batch, step)
+
+    config = configure(store, tmp_path / "cut", **fields)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "learn", learn_or_crash)
+        with pytest.raises(RuntimeError, match="cut"):
+            train(config)
+    train(config)
+    names = sorted(path.name for path in whole.iterdir() if path.is_dir() and path.name != "checkpoints")
+    assert names == ["seed=0,lambda_t=0", "seed=0,lambda_t=0.1", "seed=1,lambda_t=0", "seed=1,lambda_t=0.1"]
+    for name in names:
+        assert same(weights(whole / name), weights(tmp_path / "cut" / name))
+    with pytest.raises(TubeletError, match="another configuration"):
+        train(configure(store, tmp_path / "cut", sweep={"sae.seed": [0, 2]}))
+
+
+def test_a_sweep_is_the_product_of_its_lists_and_of_the_list_of_saes(store, tmp_path):
+    config = configure(
+        store, tmp_path, saes=[{"name": "a"}, {"sae": {"kind": "batchtopk"}}], sweep={"sae": {"k": [2, 3]}, "objective.lambda_s": [0, 1]}
+    )  # fmt: skip
+    found = specs(config)
+    assert [(s.config.sae.kind, s.config.sae.k, s.config.objective.lambda_s) for s in found] == [
+        (kind, k, weight) for kind in ("topk", "batchtopk") for k in (2, 3) for weight in (0, 1)
+    ]
+    assert found[0].name == "a,k=2,lambda_s=0"
+    assert len({s.name for s in found}) == 8
+    assert all(not s.config.saes and not s.config.sweep for s in found)
+
+
+def test_sweeps_run_from_the_command_line(store, tmp_path, capsys):
+    arguments = ["train", store.url, "--out", str(tmp_path / "run"), "--hook", "h", "--steps", "3", "--sae.k", "3"]
+    arguments += ["--batch_tokens", "32", "--device", "cpu"]
+    assert main([*arguments, "--sweep.sae.seed", "[1, 2]"]) == 0
+    assert "a batch mixes" in capsys.readouterr().err
+    assert (tmp_path / "run" / "seed=2" / "sae.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sweep": {"seed": [0, 1]}}, "one stream"),
+        ({"sweep": {"sea.k": [0, 1]}}, "Did you mean 'sae'"),
+        ({"sweep": {"sae.kk": [0, 1]}}, "sae.kk"),
+        ({"sweep": {"sae.k": 3}}, "not a list"),
+        ({"saes": [{"name": "a"}, {"name": "a"}]}, "Two SAEs"),
+        ({"saes": [{"name": "../a"}]}, "cannot name"),
+        ({"saes": [{"batch_tokens": 7}]}, "batch_tokens"),
+    ],
+)
+def test_mistakes_in_lists_and_sweeps_are_named(store, tmp_path, fields, words):
+    with pytest.raises(TubeletError, match=words):
+        train(configure(store, tmp_path / "run", **fields))
+
+
+def test_stores_are_mixed_in_training(store, tmp_path):
+    plan = make_plan(clips=10, clips_per_shard=8, grid=(4, 3, 4), hooks={"h": 16, "g": 12})
+    other = make_store(tmp_path / "other.zarr", plan, seed=9)
+    config = configure(store, tmp_path / "run", mix={other.url: 0.25}, objective={"lambda_t": 0.1})
+    record = load_record(train(config))
+    assert record.provenance["mix"] == [
+        {"store": "other.zarr", "store_identity": other.identity, "share": 0.25},
+    ]
+    run = Run(config, store, torch.device("cpu"))
+    clips = torch.cat([batch.clip for batch in run.windows])
+    assert abs(float((clips >= 30).float().mean()) - 0.25) < 0.01
+    narrow = make_store(tmp_path / "narrow.zarr", make_plan(clips=10, grid=(4, 3, 4), hooks={"h": 8}))
+    with pytest.raises(TubeletError, match="hook h differ"):
+        train(configure(store, tmp_path / "bad", mix={narrow.url: 0.25}))

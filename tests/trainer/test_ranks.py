@@ -1,0 +1,167 @@
+"""Laws of training with several processes (gloo, on the CPU): the same as one, up to rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stores import make_plan, make_store
+from tubelet_trainer.checkpoint import load_latest
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.train import train
+
+RANKS = 2
+BATCH, STEPS = 64, 12
+
+# The last batch has one token: nothing is left for the second rank.
+TOKENS = BATCH * STEPS + 1
+
+SPLIT_BATCH = {
+    "topk": {"sae": {"k": 4}},
+    "batchtopk": {"sae": {"kind": "batchtopk", "k": 4}},
+    "both": {"sae": {"kind": "batchtopk", "k": 4}, "objective": {"lambda_t": 0.3, "lambda_s": 0.1, "codes": "post"}},
+    "slow": {"sae": {"k": 4}, "objective": {"lambda_smooth": 0.1, "lambda_slow": 0.5, "codes": "prefix"}},
+    "groups": {"sae": {"k": 4, "nesting": {"kind": "groups"}}, "optimiser": {"ema": 0.9}},
+    "jumprelu": {"sae": {"kind": "jumprelu"}},
+    "gated": {"sae": {"kind": "gated"}},
+    "relu": {"sae": {"kind": "relu", "init": {"directions": "data"}}},
+    "resampled": {"sae": {"k": 4}, "optimiser": {"resample_every": 5}},
+}
+SPLIT_LATENTS = {name: SPLIT_BATCH[name] for name in ("topk", "batchtopk")}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    plan = make_plan(clips=30, clips_per_shard=8, grid=(4, 3, 4), hooks={"h": 16})
+    return make_store(tmp_path_factory.mktemp("ranks") / "s.zarr", plan)
+
+
+def configure(store, out, listed, **fields):
+    tree = {
+        "store": store.url, "out": out, "tokens": TOKENS, "batch_tokens": BATCH, "window_tokens": 500, "device": "cpu",
+        "sae": {"latents": 96, "dead_after_tokens": 128}, "log_every": 1, "eval_every": 10, "eval_tokens": 128,
+        "checkpoint_every": 6, "holdout": {"fraction": 0.1}, "pairs": {"anchors": 33}, "block_patches": 12,
+        "saes": [{"name": name, **spec} for name, spec in listed.items()], "optimiser": {"lr": 1e-3},
+    }  # fmt: skip
+    return TrainConfig.model_validate({**tree, **fields})
+
+
+CODE = """
+import sys, torch
+torch.set_num_threads(1)
+from tubelet_store.cli import main
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def train_on_ranks(config, folder):
+    """What every process prints."""
+    path = folder / "ranks.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CODE, str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(RANKS),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        outputs = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, error) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, error
+    return outputs
+
+
+def one_process(config):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train(config)
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_equal_up_to_rounding(one, other, names):
+    for name in names:
+        mine, theirs = (load_file(folder / name / "sae.safetensors") for folder in (one, other))
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key, n=name: f"{n} {k}: {m}")
+        logs = [[json.loads(line) for line in (f / name / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+        for a, b in zip(*logs, strict=True):
+            assert a.keys() == b.keys()
+            for key in a.keys() - {"tokens_per_s", "kind"}:
+                assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), (name, a["step"], key)
+
+
+@pytest.fixture(scope="module")
+def alone(store, tmp_path_factory):
+    return one_process(configure(store, tmp_path_factory.mktemp("alone") / "run", SPLIT_BATCH))
+
+
+def test_ranks_that_split_the_batch_equal_one_process(store, alone, tmp_path):
+    outputs = train_on_ranks(configure(store, tmp_path / "run", SPLIT_BATCH), tmp_path)
+    assert_equal_up_to_rounding(alone, tmp_path / "run", SPLIT_BATCH)
+    assert load_latest(tmp_path / "run" / "checkpoints").step == STEPS + 1
+    # Only the first reports.
+    assert "clips to train on" in outputs[0][1]
+    assert "clips to train on" not in outputs[1][1]
+
+
+def test_ranks_that_split_the_dictionary_equal_one_process(store, alone, tmp_path):
+    train_on_ranks(configure(store, tmp_path / "run", SPLIT_LATENTS, parallel="dictionary"), tmp_path)
+    assert_equal_up_to_rounding(alone, tmp_path / "run", SPLIT_LATENTS)
+
+
+@pytest.mark.parametrize("parallel", ["data", "dictionary"])
+def test_a_run_of_one_process_is_continued_by_two(store, tmp_path, parallel):
+    whole = one_process(configure(store, tmp_path / "whole", SPLIT_LATENTS))
+    out = tmp_path / "run"
+    config = configure(store, out, SPLIT_LATENTS, parallel=parallel)
+    one_process(config)
+    # Forget the second half.
+    (out / "checkpoints" / "latest").write_text("step-00000012")
+    for name in SPLIT_LATENTS:
+        (out / name / "sae.json").unlink()
+    train_on_ranks(config, tmp_path)
+    assert_equal_up_to_rounding(whole, out, SPLIT_LATENTS)
+
+
+def test_what_a_split_dictionary_cannot_do_is_named(store, tmp_path):
+    from tubelet_store import TubeletError
+    from tubelet_trainer.ranks import Ranks
+    from tubelet_trainer.train import Run
+
+    def run(spec):
+        config = configure(store, tmp_path / "run", {"a": spec}, parallel="dictionary")
+        return Run(config, store, torch.device("cpu"), Ranks(0, 5))
+
+    with pytest.raises(TubeletError, match=r"objective\.lambda_t"):
+        run({"objective": {"lambda_t": 1}})
+    with pytest.raises(TubeletError, match="JumpReLU"):
+        run({"sae": {"kind": "jumprelu"}})
+    with pytest.raises(TubeletError, match="96 latents do not divide into 5"):
+        run({})
