@@ -34,7 +34,7 @@ from tubelet_store.state import StoreState, state_document
 GOAL_S = 2.0
 
 
-def write_catalogue(path: Path, entries: int, hooks: int, store: str, identity: str) -> None:
+def write_catalogue(path: Path, entries: int, hooks: int, store: str, identity: str, clips: int) -> None:
     """A catalogue of `entries` entries, `hooks` to a store; the first store is the one that is there."""
     import yaml
 
@@ -44,7 +44,7 @@ def write_catalogue(path: Path, entries: int, hooks: int, store: str, identity: 
                 store=name,
                 hook=f"blocks.{hook}",
                 id=digest,
-                shape=(240_000, 8, 196, 768),
+                shape=(clips, 8, 196, 768),
                 dtype="float16",
                 grid=(8, 14, 14),
                 backbone={"family": "videomae", "id": "MCG-NJU/videomae-base", "revision": "8f4c1d2"},
@@ -57,7 +57,7 @@ def write_catalogue(path: Path, entries: int, hooks: int, store: str, identity: 
             for hook in range(hooks)
         )
 
-    add_store(str(path), store, blocks("store-0", identity))
+    add_store(str(path), store, blocks("really", identity))
     data, listed = {}, {}
     for number in range(1, entries // hooks):
         name = f"store-{number}"
@@ -65,9 +65,12 @@ def write_catalogue(path: Path, entries: int, hooks: int, store: str, identity: 
         data.update(more[0])
         listed.update(more[1])
     head, _, entries_text = path.read_text().partition("\nentries:\n")
-    dump = {"Dumper": yaml.CSafeDumper, "sort_keys": False, "width": 10_000, "default_flow_style": None}
-    indented = ["".join(f"  {line}\n" for line in yaml.dump(part, **dump).splitlines()) for part in (data, listed)]
-    path.write_text(f"{head}\n{indented[0]}entries:\n{entries_text}{indented[1]}")
+
+    def indented(part: dict[str, object]) -> str:
+        text = yaml.dump(part, Dumper=yaml.CSafeDumper, sort_keys=False, width=10_000, default_flow_style=None)
+        return "".join(f"  {line}\n" for line in text.splitlines())
+
+    path.write_text(f"{head}\n{indented(data)}entries:\n{entries_text}{indented(listed)}")
 
 
 def write_store(path: Path, objects: int, hooks: int, clips_per_shard: int) -> str:
@@ -162,12 +165,14 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        clips = settings.objects // settings.hooks * settings.clips_per_shard
         identity = write_store(folder / "store.zarr", settings.objects, settings.hooks, settings.clips_per_shard)
-        write_catalogue(folder / "catalog.yaml", settings.entries, settings.hooks, str(folder / "store.zarr"), identity)
+        write_catalogue(
+            folder / "catalog.yaml", settings.entries, settings.hooks, str(folder / "store.zarr"), identity, clips
+        )
         size_mb = (folder / "catalog.yaml").stat().st_size / 1e6
-        shards = settings.objects // settings.hooks
         print(f"catalogue: {settings.entries} entries, {size_mb:.1f} MB")
-        print(f"store: {settings.objects} shard objects, {shards * settings.clips_per_shard} clips")
+        print(f"store: {settings.objects} shard objects, {clips} clips")
         print(f"goal: {GOAL_S:g} s of processor time\n")
         print(f"{'command':<58}{'cpu s':>8}{'wall s':>8}{'MiB':>7}  within goal")
         commands = [
@@ -175,7 +180,7 @@ def main() -> None:
             ["catalog", "list"],
             ["catalog", "list", "--text", "store-77", "--format", "json"],
             ["catalog", "show", f"store-{settings.entries // settings.hooks - 1}"],
-            ["catalog", "check", "store-0"],
+            ["catalog", "check", "really"],
             ["catalog", "add", "another", "store.zarr"],
             ["catalog", "remove", "another"],
             ["info", "store.zarr"],

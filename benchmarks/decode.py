@@ -2,26 +2,30 @@
 
     python benchmarks/decode.py [FOLDER] > benchmarks/results/decode.txt
 
-CPU time of one process per clip, demux pass included where the decoder uses it, best of three in turn. CPU and not
-wall time, because an extraction keeps every core busy with decode processes and decord runs a thread of its own. Clips
-are rendered; video files in FOLDER are measured beside them.
+CPU time of one process per clip, demux pass included, best of three in turn. CPU and not wall time, because an
+extraction keeps every core busy with decode processes and decord runs a thread of its own. Every decoder is held to the
+index of the demux pass, as in an extraction; `inexact` stands where it is not trusted with a file. Clips are rendered;
+video files in FOLDER are measured beside them.
 """
 
 from __future__ import annotations
 
 import gc
 import platform
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from barcode import ClipSpec, make_clip  # type: ignore[import-not-found]
 from tubelet_pipeline.clips.root import VIDEO_SUFFIXES
-from tubelet_pipeline.decode import decord_backend, policy, pyav_backend
+from tubelet_pipeline.decode import decord_backend, policy, pyav_backend, torchcodec_backend
 from tubelet_pipeline.decode.child import FrameMemory
 from tubelet_pipeline.decode.probe import probe
 from tubelet_pipeline.decode.pyav_backend import Choose
@@ -37,7 +41,33 @@ RENDERED = {
         ".webm", "libvpx-vp9", 48, 12, 428, 240, 48, options={"deadline": "realtime", "cpu-used": "6"}
     ),
     "mpeg4 340x256 300f gop 12": ClipSpec(".mp4", "mpeg4", frames=300, width=340, height=256),
+    "128x96 40f gop 12": ClipSpec(".mp4", options=FAST),
     "720p 120f gop 48": ClipSpec(".mp4", frames=120, width=1280, height=720, gop=48, options=FAST),
+    "1080p 120f gop 48": ClipSpec(".mp4", frames=120, width=1920, height=1080, gop=48, options=FAST),
+    "open gop 340x256 300f gop 48": ClipSpec(
+        ".mp4", frames=300, width=340, height=256, gop=48, options={**FAST, "bf": "3", "x264-params": "open-gop=1"}
+    ),
+    "hevc 340x256 120f gop 48": ClipSpec(
+        ".mp4",
+        "libx265",
+        frames=120,
+        width=340,
+        height=256,
+        gop=48,
+        options={"preset": "ultrafast", "x265-params": "log-level=none:pools=none:frame-threads=1"},
+    ),
+    "av1 340x256 120f gop 48": ClipSpec(
+        ".mp4",
+        "libsvtav1",
+        frames=120,
+        width=340,
+        height=256,
+        gop=48,
+        options={"preset": "12", "svtav1-params": "lp=1"},
+    ),
+    "vp8 428x240 48f": ClipSpec(
+        ".webm", "libvpx", 48, 12, 428, 240, 48, options={"deadline": "realtime", "cpu-used": "6"}
+    ),
 }
 CHOICES: dict[str, Choose] = {
     "uniform 16": lambda n: uniform_frames(n, frames=16, clips=1, view=0),
@@ -53,8 +83,8 @@ def cpu_ms(decode: Callable[[], object]) -> float:
     return (time.process_time() - begin) * 1000
 
 
-def measure(path: str, choose: Choose, allocate: pyav_backend.Allocate) -> tuple[float, float, float | None]:
-    """CPU milliseconds of sequential PyAV, of `auto`, and of decord (None: not exact on this file)."""
+def measure(path: str, choose: Choose, allocate: pyav_backend.Allocate) -> dict[str, float]:
+    """CPU milliseconds of sequential PyAV, of `auto`, and of the other decoders where they are exact."""
 
     def sequential() -> None:
         picture = pyav_backend._Picture(choose(probe(path).frames), allocate)
@@ -66,16 +96,31 @@ def measure(path: str, choose: Choose, allocate: pyav_backend.Allocate) -> tuple
     def decord() -> None:
         decord_backend.decode(path, probe(path), choose, allocate)
 
-    contenders = [sequential, auto, decord] if probe(path).hazard is None else [sequential, auto]
-    rounds = [[cpu_ms(contender) for contender in contenders] for _ in range(REPEATS)]
-    best = [min(times) for times in zip(*rounds, strict=True)]
-    return best[0], best[1], best[2] if len(best) > 2 else None
+    def torchcodec() -> None:
+        torchcodec_backend.decode(path, probe(path), choose, allocate)
+
+    index = probe(path)
+    contenders: dict[str, Callable[[], None]] = {"PyAV seq": sequential, "auto": auto}
+    if index.hazard is None:
+        contenders["decord"] = decord
+    if index.torchcodec_hazard is None:
+        contenders["torchcodec"] = torchcodec
+    rounds = [{name: cpu_ms(contender) for name, contender in contenders.items()} for _ in range(REPEATS)]
+    return {name: min(times[name] for times in rounds) for name in contenders}
 
 
 def main() -> None:
-    """Print one line per file and sampling."""
-    print(f"{pyav_backend.DECODER}; {decord_backend.DECODER}; Python {platform.python_version()}; CPU ms per clip")
-    print(f"{'file':<34}{'sampling':<12}{'PyAV seq':>9}{'auto':>9}{'decord':>9}{'auto/seq':>10}{'auto/decord':>13}")
+    """Print one line per file and sampling, then the ratios in sum."""
+    torch.set_num_threads(1)
+    decoders = (pyav_backend.DECODER, decord_backend.DECODER, torchcodec_backend.DECODER)
+    print(f"{'; '.join(decoders)}; Python {platform.python_version()}; CPU ms per clip")
+    others = ("decord", "torchcodec")
+    print(
+        f"{'file':<34}{'sampling':<12}{'PyAV seq':>9}{'auto':>9}"
+        + "".join(f"{o:>12}" for o in others)
+        + "".join(f"{'auto/' + o:>17}" for o in others)
+    )
+    ratios: dict[str, list[float]] = {other: [] for other in others}
     gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         files = {
@@ -88,14 +133,19 @@ def main() -> None:
             memory = FrameMemory(frames.fileno(), 1 << 30)
             for name, path in files.items():
                 for sampling, choose in CHOICES.items():
-                    sequential, auto, decord = measure(str(path), choose, memory.allocate)
-                    theirs = f"{decord:>9.1f}" if decord is not None else f"{'inexact':>9}"
-                    ratio = f"{auto / decord:>13.2f}" if decord is not None else f"{'-':>13}"
-                    print(
-                        f"{name[:33]:<34}{sampling:<12}{sequential:>9.1f}{auto:>9.1f}{theirs}"
-                        f"{auto / sequential:>10.2f}{ratio}",
-                        flush=True,
-                    )
+                    best = measure(str(path), choose, memory.allocate)
+                    line = f"{name[:33]:<34}{sampling:<12}{best['PyAV seq']:>9.1f}{best['auto']:>9.1f}"
+                    line += "".join(f"{best[o]:>12.1f}" if o in best else f"{'inexact':>12}" for o in others)
+                    for other in others:
+                        if other in best:
+                            ratios[other].append(best["auto"] / best[other])
+                        line += f"{ratios[other][-1]:>17.2f}" if other in best else f"{'-':>17}"
+                    print(line, flush=True)
+    for other, all_ratios in ratios.items():
+        print(
+            f"auto/{other}: median {statistics.median(all_ratios):.2f}, from {min(all_ratios):.2f} to "
+            f"{max(all_ratios):.2f}, below 1 (auto is faster) in {sum(r < 1 for r in all_ratios)} of {len(all_ratios)}"
+        )
 
 
 if __name__ == "__main__":

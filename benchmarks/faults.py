@@ -1,6 +1,6 @@
 """A fault campaign: one extraction to object storage, spoilt some 200 times, then run once more undisturbed.
 
-    python benchmarks/faults.py [--faults 200] [--seed 0] [--videos 60]
+    python benchmarks/faults.py [--faults 200] [--seed 0] [--videos 40]
 
 Faults come from a seed, two at a time: a proxy before the S3 server spoils requests (500, 503, bodies cut short in both
 directions, lost and late answers), and an adversary kills workers, the scheduler and the job, sends SIGTERM, and takes
@@ -17,6 +17,7 @@ import collections
 import contextlib
 import importlib
 import json
+import logging
 import os
 import random
 import resource
@@ -45,7 +46,8 @@ faulty_proxy = importlib.import_module("faulty_proxy")
 object_server = importlib.import_module("object_server")
 
 URL = "s3://campaign/store.zarr"
-_ADVERSARY_PAUSE_S = (1.5, 5.0)
+# The adversary lets the job come so far between two strikes: starting workers anew takes longer than all the work.
+_SHARDS_BETWEEN = (1, 6)
 _RUNS = 60
 
 
@@ -67,11 +69,18 @@ class Adversary(threading.Thread):
     def run(self) -> None:
         """Choose, strike, wait."""
         strikes = [self.kill_worker, self.kill_worker, self.outage, self.outage, self.stop_job, self.kill_scheduler]
-        while not self.over.wait(self.random.uniform(*_ADVERSARY_PAUSE_S)) and self.faults < self.wanted:
+        next_at = self.random.randint(*_SHARDS_BETWEEN)
+        while not self.over.wait(0.2) and self.faults < self.wanted:
             job = self.job
-            if job is not None and job.poll() is None:
+            if job is not None and job.poll() is None and self.shards_done() >= next_at:
                 self.random.choice(strikes)(job)
+                next_at = self.shards_done() + self.random.randint(*_SHARDS_BETWEEN)
         self.proxy.share = 0.0
+
+    def shards_done(self) -> int:
+        """Shards that were committed so far, by the job's own log."""
+        log = self.cluster.folder / "run.jsonl"
+        return log.read_text().count('"event": "shard"') if log.exists() else 0
 
     def kill_worker(self, _job: subprocess.Popen[str]) -> None:
         """SIGKILL of a worker process; its nanny starts another."""
@@ -180,6 +189,7 @@ def campaign(folder: Path, faults: int, seed: int, videos: int) -> dict[str, Any
     undisturbed = open_store(alone)
 
     began = time.monotonic()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     with object_server.s3_server() as server, faulty_proxy.faulty_proxy(server, seed, stall_s=1.0) as (proxy, endpoint):
         object_server.create_bucket(server, "campaign")
         environment = {**quiet, **object_server.s3_environment(endpoint)}
@@ -189,7 +199,7 @@ def campaign(folder: Path, faults: int, seed: int, videos: int) -> dict[str, Any
         job = {**settings, "store": URL, "cluster": {"scheduler_file": str(cluster.file), "threads": 1}}
         (folder / "job.yaml").write_text(yaml.safe_dump(job))
         adversary = Adversary(cluster, proxy, seed, faults)
-        proxy.share = 0.12
+        proxy.share = 0.25
         adversary.start()
         ends: collections.Counter[str] = collections.Counter()
         try:
@@ -200,8 +210,8 @@ def campaign(folder: Path, faults: int, seed: int, videos: int) -> dict[str, Any
                 if process.returncode == 0 and adversary.faults >= faults:
                     break
                 if process.returncode == 0:
-                    # Done too early: the last shards again.
-                    _forget(server, range(videos // 2, videos))
+                    # Done too early: all shards but the first again; their objects stay, and are found and adopted.
+                    _forget(server, range(1, videos))
             adversary.over.set()
             adversary.join()
             proxy.share, proxy.refuse = 0.0, False
@@ -293,7 +303,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--videos", type=int, default=60)
+    parser.add_argument("--videos", type=int, default=40)
     parser.add_argument("--keep", action="store_true", help="keep the working folder")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,4 +1,4 @@
-"""Reconstruction against coherence: what the weight of the temporal contrast buys on the demo's data, and what it costs.
+"""Reconstruction against coherence: what the weight of the temporal contrast buys on the demo's data, at what cost.
 
     python benchmarks/lambda_sweep.py [--work DIR] [--out benchmarks/results/lambda_sweep.txt]
 
@@ -77,8 +77,7 @@ class Row:
 
 def make_stores(work: Path) -> tuple[Store, Store]:
     """Training and validation store of the demo's videos."""
-    if not (work / "ssv2").is_dir():
-        _verb("videos", str(work / "ssv2"), "--videos", str(VIDEOS))
+    _verb("videos", str(work / "ssv2"), "--videos", str(VIDEOS))
     for split in ("train", "validation"):
         settings = {
             "dataset": {"kind": "ssv2", "root": str(work / "ssv2"), "split": split},
@@ -195,10 +194,10 @@ def report(work: Path, steps: int) -> str:
     channels = training.plan.hook(HOOK).channels
     raw = coherence(validation, clips, channels, lambda x: x - mean)
     lines = [
-        f"videomae-tiny {HOOK}, {int(training.ok().sum())} training clips of {training.plan.grid.tokens} tokens x {channels}, "
-        f"{int(validation.ok().sum())} validation clips (autocorrelation on {len(clips)} of them)",
-        f"F {8 * channels}, k 16, {steps} steps of 1024 tokens, 256 anchors, cosine, temperature 0.1, Adam 1e-3; mean ± "
-        f"standard deviation over seeds {', '.join(map(str, SEEDS))}",
+        f"videomae-tiny {HOOK}, {int(training.ok().sum())} training clips of {training.plan.grid.tokens} tokens x "
+        f"{channels}, {int(validation.ok().sum())} validation clips (autocorrelation on {len(clips)} of them)",
+        f"F {8 * channels}, k 16, {steps} steps of 1024 tokens, 256 anchors, cosine, temperature 0.1, Adam 1e-3; "
+        f"mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}",
     ]
     for codes in ("pre", "post"):
         rows = []

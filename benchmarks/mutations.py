@@ -2,10 +2,10 @@
 
     python benchmarks/mutations.py FOLDER [MUTANTS] > benchmarks/results/mutations.txt
 
-FOLDER/sound and FOLDER/broken are taken as they are. Mutants are made of the sound ones, from a seed: flipped bits, cut
-tails, blocks in another order. All of them go through one `tubelet extract` with a tiny backbone. Then every stored clip
-of a mutant is compared with the frames of the undamaged video at the same indices, and whatever differs without a flag
-is given to the other decoders too.
+FOLDER/sound and FOLDER/broken are taken as they are. Mutants are made of the sound ones, from a seed: flipped bits,
+cut tails, blocks in another order. All of them go through one `tubelet extract` with a tiny backbone. Then every stored
+clip of a mutant is compared with the frames of the undamaged video at the same indices, and whatever differs without a
+flag is given to the other decoders too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, Literal
 import av
 import numpy as np
 import yaml
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
@@ -56,10 +57,9 @@ def mutate(content: bytes, kind: str, draw: random.Random) -> bytes:
     size = min(BLOCK_BYTES, max(1, len(content) // 8))
     for _ in range(draw.choice((1, 2, 8))):
         one, other = (draw.randrange(len(content) // size) * size for _ in range(2))
-        damaged[one : one + size], damaged[other : other + size] = (
-            damaged[other : other + size],
-            damaged[one : one + size],
-        )
+        block = damaged[one : one + size]
+        damaged[one : one + size] = damaged[other : other + size]
+        damaged[other : other + size] = block
     return bytes(damaged)
 
 
@@ -90,7 +90,9 @@ def make_mutants(parents: Sequence[Path], count: int, folder: Path, seed: int = 
 def frame_digests(path: Path) -> list[bytes]:
     """A digest of every frame of a sequential decode."""
     with av.open(str(path)) as container:
-        frames: Iterable[av.VideoFrame] = container.decode(container.streams.best("video"))  # type: ignore[arg-type]
+        stream = container.streams.best("video")
+        assert isinstance(stream, VideoStream)  # a sound video has one
+        frames = container.decode(stream)
         return [
             _digest(upright(np.asarray(f.to_ndarray(format="rgb24"), np.uint8), f.side_data.get("DISPLAYMATRIX")))
             for f in frames
@@ -117,7 +119,9 @@ def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[str] = OTH
     """Compare what was stored of each mutant with its parent.
 
     Raises:
-        TubeletError: a mutant has no row, or activations are not those of its frames.
+        KeyError: a mutant has no row.
+        AssertionError: activations are not those of the frames.
+        TubeletError: a mutant decodes otherwise than in the extraction.
     """
     rows = {row["video_id"]: row for row in store.clips().to_pylist()}
     truth = {parent: frame_digests(parent) for parent in {mutant.parent for mutant in mutants}}
@@ -208,9 +212,8 @@ def run_campaign(
 def print_table(store: Store, mutants: Sequence[Mutant], found: Sequence[Found]) -> None:
     """Everything there is to say."""
     rows = store.clips().to_pylist()
-    print(
-        f"{len(rows)} files, {len(rows)} rows: {sum(r['status'] == 'ok' for r in rows)} stored, the others with reason"
-    )
+    stored = sum(row["status"] == "ok" for row in rows)
+    print(f"{len(rows)} files, one row each: {stored} stored, {len(rows) - stored} listed with their reason")
     for name in ("sound", "broken"):
         own = [row for row in rows if row["video_id"].startswith(f"{name}/")]
         codes = Counter("stored" if r["status"] == "ok" else r["error"].partition(":")[0] for r in own)

@@ -10,6 +10,7 @@ writers may order inner chunks freely, a reader checks the index before it trust
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -46,7 +47,7 @@ def array_kinds(plan: Plan) -> tuple[str, ...]:
 
 def clip_bytes(plan: Plan, kind: str, hook: Hook) -> int:
     """Bytes of one clip."""
-    return int(np.prod(clip_shape(plan, kind, hook))) * plan.numpy_dtype.itemsize
+    return math.prod(clip_shape(plan, kind, hook)) * plan.numpy_dtype.itemsize
 
 
 def index_bytes(plan: Plan) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from tubelet_store.layout import array_kinds, shard_bytes
+from tubelet_store.layout import array_kinds, clip_bytes, index_bytes
 from tubelet_store.reader import Store
 
 
@@ -25,10 +25,9 @@ def summarise(store: Store) -> dict[str, Any]:
         "videos": pc.count_distinct(table["video_id"]).as_py(),
         "failures_by_code": dict(Counter(failure["error"].partition(":")[0] for failure in failures).most_common()),
         "size_bytes": sum(
-            shard_bytes(plan, kind, hook, shard)
+            table.num_rows * clip_bytes(plan, kind, hook) + len(store.committed) * index_bytes(plan)
             for kind in array_kinds(plan)
             for hook in plan.hooks
-            for shard in store.committed
         ),
         "dtype": plan.dtype,
         "grid": plan.grid.model_dump(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,44 @@ def test_timesformer_that_folds_time_into_the_batch_is_refused(root: Path) -> No
     write_processor(folder, "x", shortest_edge=32, crop=32, resample=2)
     with pytest.raises(TubeletError, match="attends over space only"):
         load_backbone(BackboneConfig(id=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("case", ["videomae", "vivit", "timesformer", "vjepa2"])
+def test_a_wrong_number_of_frames_names_the_right_one(
+    backbone_of: Callable[[str], Backbone], root: Path, case: str
+) -> None:
+    right = backbone_of(case).frames
+    with pytest.raises(TubeletError, match=f"sampling.frames: {right}"):
+        load_backbone(BackboneConfig(id=str(root / case), device="cpu"), right + 1)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_runs_in_half_precision(
+    backbone_of: Callable[[str], Backbone], root: Path, case: str, precision: str
+) -> None:
+    exact = backbone_of(case)
+    rough = load_backbone(BackboneConfig(id=str(root / case), device="cpu", precision=precision), exact.frames)
+    pixels = pixels_for(exact)
+    want = exact.activations(pixels, ["blocks.-1"])["blocks.-1"].tokens
+    got = rough.activations(pixels, ["blocks.-1"])["blocks.-1"].tokens
+    assert got.dtype == getattr(torch, precision)
+    assert (got.float() - want).norm() / want.norm() < (0.02 if precision == "float16" else 0.1)
+    assert rough.describe()["precision"] == precision
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_can_be_compiled_as_one_graph(
+    backbone_of: Callable[[str], Backbone], root: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The tracing is the real one; machine code for thirteen models would take minutes.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain = backbone_of(case)
+    compiled = load_backbone(BackboneConfig(id=str(root / case), device="cpu", compile=True), plain.frames)
+    for hooks in (["blocks.0", "blocks.-1"], ["blocks.1"]):
+        for clips in (2, 3, 2):
+            pixels = pixels_for(plain, clips)
+            wanted, found = plain.activations(pixels, hooks), compiled.activations(pixels, hooks)
+            for hook in hooks:
+                torch.testing.assert_close(found[hook].tokens, wanted[hook].tokens, rtol=1e-4, atol=1e-4)
+    assert compiled.describe() == {**plain.describe(), "compiled": True}

@@ -101,9 +101,7 @@ def test_torchcodec_agrees_to_the_bit_or_refuses(barcode_clips, name):
     assert np.array_equal(ours.frames, theirs.frames)
     np.testing.assert_allclose(ours.timestamps_s, theirs.timestamps_s)
     for number in (theirs.video_frames - 1, theirs.video_frames // 2, 0):
-        one = torchcodec_backend.decode(
-            path, probe(path), lambda _, n=number: FrameChoice(np.array([n]), 0), allocate
-        )
+        one = torchcodec_backend.decode(path, probe(path), lambda _, n=number: FrameChoice(np.array([n]), 0), allocate)
         assert np.array_equal(one.frames[0], ours.frames[number])
 
 

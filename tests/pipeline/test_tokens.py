@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import extract_here
 
+from in_process import extract_here
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.tokens import AllTokens, PatchSubset, PooledGrid, TokenSelector
 from tubelet_store import Grid, Moments, Store, TubeletError, open_store

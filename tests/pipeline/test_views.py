@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_process import extract_here
 from pydantic import ValidationError
 
+from in_process import extract_here
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
 from tubelet_pipeline.clips import build_clip_table
 from tubelet_pipeline.clips.dataset import Folder
@@ -32,14 +32,15 @@ RULES = {
 
 
 def pixels_of(views, rule, frames, patch=8):
-    found = []
-    for number in range(views_per_window(views)):
-        found.append(rule(frames, place(views, locate(views, number), (patch, patch))))
-    return found
+    places = [place(views, locate(views, number), (patch, patch)) for number in range(views_per_window(views))]
+    return [rule(frames, where) for where in places]
 
 
 @given(
-    rule=st.sampled_from(sorted(RULES)), height=st.integers(60, 130), width=st.integers(60, 130), shift=st.integers(1, 3)
+    rule=st.sampled_from(sorted(RULES)),
+    height=st.integers(60, 130),
+    width=st.integers(60, 130),
+    shift=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
 def test_shifted_crops_are_the_same_pixels_where_they_overlap(rule, height, width, shift):

@@ -31,8 +31,8 @@ def stores(tmp_path_factory) -> tuple[Store, Store]:
 @pytest.fixture
 def catalog(stores, tmp_path) -> str:
     url = str(tmp_path / "catalog.yaml")
-    add_store(url, stores[0].url, describe(stores[0], "a", licence="CC-BY-4.0", owner="team"))
-    add_store(url, stores[1].url, describe(stores[1], "b"))
+    add_store(url, stores[0].url, describe(stores[0].state, "a", licence="CC-BY-4.0", owner="team"))
+    add_store(url, stores[1].url, describe(stores[1].state, "b"))
     return url
 
 
@@ -139,7 +139,9 @@ HOSTILE = {
     "a url that is none": lambda t: url_of(t, ["x"]),
     "another hook's data": lambda t: t["data"][TOKEN]["kwargs"].update(root="activations/blocks.2"),
     "a digest that is none": lambda t: t["entries"][KEY]["metadata"]["tubelet"].update(id="sha256:abc"),
-    "two digests for one store": lambda t: t["entries"][KEY]["metadata"]["tubelet"].update(id="sha256:" + "0" * 64),
+    "two digests for one store": lambda t: t["entries"]["a/blocks.2"]["metadata"]["tubelet"].update(
+        id="sha256:" + "0" * 64
+    ),
     "two places for one store": lambda t: t["data"][TOKEN]["kwargs"].update(url="{CATALOG_DIR}/other.zarr"),
     "an unknown field": lambda t: t["entries"][KEY]["metadata"]["tubelet"].update(exec="x"),
     "no block of ours": lambda t: t["entries"][KEY].update(metadata={}),
@@ -199,7 +201,7 @@ def test_a_name_opens_the_store_it_means(stores, catalog):
 def test_another_store_in_its_place_is_an_error(tmp_path):
     catalog = str(tmp_path / "catalog.yaml")
     store = make_store(tmp_path / "s.zarr")
-    add_store(catalog, store.url, describe(store, "s"))
+    add_store(catalog, store.url, describe(store.state, "s"))
     (tmp_path / "s.zarr").rename(tmp_path / "gone")
     assert main(["catalog", "check", "--catalog", catalog]) == 1
     make_store(tmp_path / "s.zarr", seed=9)
@@ -210,7 +212,7 @@ def test_another_store_in_its_place_is_an_error(tmp_path):
 
 def test_a_new_version_takes_the_name_and_the_old_digest_still_opens(stores, catalog):
     first, second = stores
-    kept = add_store(catalog, second.url, describe(second, "a"), replace=True)
+    kept = add_store(catalog, second.url, describe(second.state, "a"), replace=True)
     assert tubelet_store.open(f"{catalog}#a").identity == second.identity
     assert tubelet_store.open(f"{catalog}#{kept}").identity == first.identity
     assert Catalog.read(catalog).find("a").about.parents == (first.identity,)
@@ -250,7 +252,7 @@ def test_editing_touches_no_other_line(stores, tmp_path, end):
     catalog = tmp_path / "catalog.yaml"
     catalog.write_text(COMMENTED + end)
     before = COMMENTED.splitlines()
-    add_store(str(catalog), stores[0].url, describe(stores[0], "a"))
+    add_store(str(catalog), stores[0].url, describe(stores[0].state, "a"))
     after = catalog.read_text().splitlines()
     assert [line for line in after if line in before and line.strip()] == [line for line in before if line.strip()]
     assert [entry.name for entry in Catalog.read(str(catalog)).stores] == ["x", "a"]
@@ -261,7 +263,7 @@ def test_editing_touches_no_other_line(stores, tmp_path, end):
     assert "about x" not in left
     assert "# the entries" in left
     assert Catalog.read(str(catalog)).stores == []
-    add_store(str(catalog), stores[1].url, describe(stores[1], "b"))
+    add_store(str(catalog), stores[1].url, describe(stores[1].state, "b"))
     assert [entry.name for entry in Catalog.read(str(catalog)).stores] == ["b"]
 
 
@@ -276,7 +278,7 @@ def test_a_catalogue_in_braces_is_read_but_not_edited(stores, catalog):
 def test_names_in_use_and_names_unknown(stores, catalog):
     before = Path(catalog).read_text()
     with pytest.raises(TubeletError, match="already has a store 'a'"):
-        add_store(catalog, stores[1].url, describe(stores[1], "a"))
+        add_store(catalog, stores[1].url, describe(stores[1].state, "a"))
     with pytest.raises(TubeletError, match="lists no store 'z'"):
         remove(catalog, "z")
     assert Path(catalog).read_text() == before
@@ -284,7 +286,7 @@ def test_names_in_use_and_names_unknown(stores, catalog):
 
 def test_nested_catalogues_are_read_once_whatever_their_circle(stores, tmp_path):
     one, two = str(tmp_path / "one.yaml"), f"memory://{uuid.uuid4().hex}/two.yaml"
-    add_store(one, stores[0].url, describe(stores[0], "a"))
+    add_store(one, stores[0].url, describe(stores[0].state, "a"))
     folder, name = two.rsplit("/", 1)
     open_root(folder).replace(
         name, b"version: 2\nmetadata: {}\nuser_parameters: {}\naliases: {}\ndata: {}\nentries: {}\n"
@@ -302,10 +304,10 @@ def test_nested_catalogues_are_read_once_whatever_their_circle(stores, tmp_path)
 
 def test_a_chain_of_catalogues_ends_and_a_broken_one_hides_nothing(stores, tmp_path):
     urls = [str(tmp_path / f"{i}.yaml") for i in range(8)]
-    add_store(urls[7], stores[0].url, describe(stores[0], "deep"))
+    add_store(urls[7], stores[0].url, describe(stores[0].state, "deep"))
     for above, below in zip(reversed(urls[:-1]), reversed(urls[1:]), strict=True):
         add_catalog(above, below, "n")
-    add_store(urls[0], stores[0].url, describe(stores[0], "mine"))
+    add_store(urls[0], stores[0].url, describe(stores[0].state, "mine"))
     catalog = Catalog.read(urls[0])
     assert [entry.name for entry in catalog.stores] == ["mine"]
     assert ["nested too deep" in problem for problem in catalog.problems] == [True]

@@ -154,7 +154,7 @@ def test_a_manifest_cannot_make_a_copy_write_elsewhere(store, key):
 def test_pull_and_push_know_names(store, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(store.url, tmp_path / "there/s.zarr")
-    add_store("there/catalog.yaml", "there/s.zarr", describe(store, "demo"))
+    add_store("there/catalog.yaml", "there/s.zarr", describe(store.state, "demo"))
     assert main(["pull", "there/catalog.yaml#demo"]) == 0
     assert open_store("demo.zarr").identity == store.identity
     shutil.rmtree("there/s.zarr")

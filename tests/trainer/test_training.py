@@ -208,7 +208,7 @@ def test_other_trackers_are_asked_for_the_same(store, tmp_path, monkeypatch, kin
 @pytest.mark.parametrize("kind", ["wandb", "mlflow"])
 def test_the_libraries_themselves_take_it(store, tmp_path, kind):
     pytest.importorskip(kind)
-    tracker = {"wandb": {"mode": "offline"}, "mlflow": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}[kind]
+    tracker = {"wandb": {"mode": "offline"}, "mlflow": {"uri": str(tmp_path / "mlruns")}}[kind]
     config = configure(store, tmp_path / "run", steps=10, sae={"k": 4}, tracker={"kind": kind, **tracker})
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     code = "import sys; from tubelet_store.cli import main; sys.exit(main(['train', sys.argv[1]]))"

@@ -1,6 +1,6 @@
 """The processes of one run, and what they tell each other.
 
-    torchrun --nproc-per-node 4 -m tubelet_store.cli train run.yaml
+    torchrun --no-python --nproc-per-node 4 tubelet train run.yaml
 
 Every rank computes the loss of the *whole* batch from sums over ranks, and the gradient of its own part; parameter
 gradients are then summed. So one process and many give the same weights up to rounding, whatever the loss is made of.

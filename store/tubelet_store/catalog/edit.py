@@ -29,7 +29,7 @@ from tubelet_store.catalog.entry import (
 from tubelet_store.errors import TubeletError
 from tubelet_store.keys import ACTIVATIONS
 from tubelet_store.objects import ObjectRoot
-from tubelet_store.reader import Store
+from tubelet_store.state import StoreState
 
 _EMPTY = """\
 # Activation stores. A valid Intake v2 catalogue: intake.open_catalog opens it, `tubelet catalog list` searches it.
@@ -47,17 +47,17 @@ _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def describe(
-    store: Store,
+    state: StoreState,
     name: str,
     licence: str | None = None,
     owner: str | None = None,
     description: str | None = None,
     pin: bool = True,
 ) -> tuple[HookBlock, ...]:
-    """What a catalogue says of `store`, called `name`, per hook.
+    """What a catalogue says of a store, called `name`, per hook.
 
     Args:
-        store: A complete store.
+        state: Of the store, complete.
         name: What the catalogue calls it.
         licence: Its licence.
         owner: Who answers for it.
@@ -67,9 +67,9 @@ def describe(
     Raises:
         TubeletError: the store is unfinished.
     """
-    if not store.complete:
-        raise TubeletError(f"{store.url} is unfinished", "Finish its extraction, then add it")
-    plan, provenance = store.plan, store.state.provenance
+    if not state.complete:
+        raise TubeletError(f"The store of '{name}' is unfinished", "Finish its extraction, then add it")
+    plan, provenance = state.plan, state.provenance
     grid = (plan.grid.time, plan.grid.height, plan.grid.width)
     created = str(provenance.get("created_utc") or datetime.now(UTC).isoformat(timespec="seconds"))
     parents = provenance.get("parents")
@@ -77,7 +77,7 @@ def describe(
         HookBlock(
             store=name,
             hook=hook.name,
-            id=store.identity if pin else None,
+            id=state.identity if pin else None,
             shape=(plan.clips if pin else None, *plan.clip_shape(hook)),
             dtype=plan.dtype,
             grid=grid,
@@ -207,16 +207,19 @@ def _editing(catalog: str) -> Iterator[_Text]:
 
 
 def _items(url: str, blocks: tuple[HookBlock, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    data, entries = {}, {}
+    data: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for block in blocks:
         name = f"{block.store}/{block.hook}"
         # Intake recurses for ever where a data item has the name of its entry.
         token = f"{name}.zarr"
         data[token] = _data(ZARR, {"url": url, "root": f"{ACTIVATIONS}/{block.hook}"})
         said = block.model_dump(mode="json", exclude_none=True)
-        entries[name] = _entry(
-            DASK_ZARR, token, DASK_ARRAY, {key: value for key, value in said.items() if value not in ({}, [])}
-        )
+        said = {key: value for key, value in said.items() if value not in ({}, [])}
+        if entries:
+            # The store is described once, at its first hook.
+            said = {key: said[key] for key in ("store", "hook", "shape")}
+        entries[name] = _entry(DASK_ZARR, token, DASK_ARRAY, said)
     return data, entries
 
 

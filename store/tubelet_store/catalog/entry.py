@@ -38,7 +38,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
 class HookBlock(Config):
-    """`metadata.tubelet` of an entry: one hook of one store."""
+    """`metadata.tubelet` of an entry: one hook of one store. What is left out is as in the store's first entry."""
 
     store: Name
     """Name of the store: an alias, to be changed at will."""
@@ -135,6 +135,7 @@ def read_entries(document: Document, origin: str, folder: str) -> tuple[list[Sto
     _check_top(tree, origin)
     hooks: dict[str, list[HookBlock]] = {}
     urls: dict[str, str] = {}
+    firsts: dict[str, dict[str, JsonValue]] = {}
     links = []
     for key, raw in tree["entries"].items():
         where = f"{origin}: entry '{key}'"
@@ -145,7 +146,10 @@ def read_entries(document: Document, origin: str, folder: str) -> tuple[list[Sto
             link = _validated(_LINK, entry.metadata.get("tubelet"), f"{where}, metadata.tubelet")
             links.append(Link(link.catalog, url))
             continue
-        block = _validated(_HOOK, entry.metadata.get("tubelet"), f"{where}, metadata.tubelet")
+        said = entry.metadata.get("tubelet")
+        if isinstance(said, dict) and isinstance(said.get("store"), str):
+            said = {**firsts.setdefault(said["store"], said), **said}
+        block = _validated(_HOOK, said, f"{where}, metadata.tubelet")
         if data.kwargs.get("root") != f"{ACTIVATIONS}/{block.hook}":
             raise TubeletError(f"{where}: its data is not of hook {block.hook}", f"root: {ACTIVATIONS}/{block.hook}")
         if urls.setdefault(block.store, url) != url or (block.store in hooks and hooks[block.store][0].id != block.id):

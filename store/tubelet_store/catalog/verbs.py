@@ -115,7 +115,8 @@ def _show(config: CatalogConfig) -> int:
 
 def _add(config: CatalogConfig) -> int:
     from tubelet_store.catalog.edit import add_catalog, add_store, describe
-    from tubelet_store.reader import open_store
+    from tubelet_store.objects import open_root
+    from tubelet_store.state import read_state
 
     name = _named(config)
     if config.store is None:
@@ -124,12 +125,15 @@ def _add(config: CatalogConfig) -> int:
         add_catalog(config.catalog, config.store, name, config.description)
         print(f"{config.catalog}: nested {config.store} as {name}")
         return 0
-    store = open_store(config.store)
+    root = open_root(config.store)
+    state = read_state(root)
+    if state is None:
+        raise TubeletError(f"No store at {config.store}", "Check the path; `tubelet extract` prints where it wrote")
     blocks = describe(
-        store, name, licence=config.licence, owner=config.owner, description=config.description, pin=config.pin
+        state, name, licence=config.licence, owner=config.owner, description=config.description, pin=config.pin
     )
-    kept = add_store(config.catalog, store.url, blocks, config.replace)
-    print(f"{config.catalog}: added {name}, {len(blocks)} hooks, identity {store.identity}")
+    kept = add_store(config.catalog, root.url, blocks, config.replace)
+    print(f"{config.catalog}: added {name}, {len(blocks)} hooks, identity {state.identity}")
     if kept is not None:
         print(f"What {name} meant before is now {kept}")
     return 0

@@ -128,8 +128,9 @@ class SAE(nn.Module):
         moments.
         """
         if self.W_dec.grad is not None:
-            along_F1 = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
-            self.W_dec.grad.sub_(along_F1 * self.W_dec)
+            # As a batched dot product and one fused pass: both arrays are far larger than any cache.
+            along_F11 = self.W_dec.grad[:, None] @ self.W_dec[:, :, None]
+            self.W_dec.grad.addcmul_(along_F11[:, 0], self.W_dec, value=-1)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

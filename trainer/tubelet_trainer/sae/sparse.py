@@ -16,6 +16,10 @@ Measured with N 1024, F 6144, D 768, one CPU thread, forward and backward of `de
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +28,16 @@ from torch import Tensor
 
 # From the measurement above the dense product wins when a token keeps more than about one latent in six.
 _DENSE_FROM = 6
+
+
+@lru_cache(maxsize=1)
+def _triton_kernels() -> ModuleType | None:
+    return import_module("tubelet_trainer.sae.kernels") if find_spec("triton") is not None else None
+
+
+def _kernels(tensor: Tensor) -> ModuleType | None:
+    """The Triton kernels, for tensors on CUDA where Triton is installed. They have no float64."""
+    return _triton_kernels() if tensor.is_cuda and tensor.dtype != torch.float64 else None
 
 
 def every_latent(pre_NF: Tensor) -> Tensor:
@@ -50,6 +64,9 @@ def decode_dense(values_NK: Tensor, indices_NK: Tensor, weight_FD: Tensor) -> Te
 
 def decode_sparse(values_NK: Tensor, indices_NK: Tensor, weight_FD: Tensor) -> Tensor:
     """`decode_dense` without the dense code."""
+    if (kernels := _kernels(values_NK)) is not None:
+        out: Tensor = kernels.decode(values_NK, indices_NK, weight_FD)
+        return out
     return nnf.embedding_bag(indices_NK, weight_FD, per_sample_weights=values_NK, mode="sum")
 
 
@@ -84,7 +101,7 @@ def decode_groups(values_NK: Tensor, indices_NK: Tensor, group_NK: Tensor, group
         per_sample_weights=values_NK.reshape(-1),
         mode="sum",
     )
-    return bags.view(tokens, groups + 1, -1)[:, :groups]
+    return bags.view(tokens, groups + 1, bags.shape[1])[:, :groups]
 
 
 def select(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, pre_NF: Tensor, indices_NK: Tensor) -> Tensor:
@@ -132,10 +149,13 @@ def _outer_sum(values_NK: Tensor, indices_NK: Tensor, rows_ND: Tensor, latents: 
     """sum_n values_nk rows_n, collected per latent indices_nk: [F, D]."""
     if _DENSE_FROM * indices_NK.shape[1] > latents:
         return densify(values_NK, indices_NK, latents).T @ rows_ND
+    if (kernels := _kernels(values_NK)) is not None:
+        summed: Tensor = kernels.outer_sum(values_NK, indices_NK, rows_ND, latents)
+        return summed
     flat = indices_NK.flatten()
     # Stable, so that each latent's sum runs over tokens in their order: repeatable bit by bit.
     by_latent = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=latents)
+    counts = torch.zeros(latents, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
     return nnf.embedding_bag(
         by_latent // indices_NK.shape[1],
         rows_ND,

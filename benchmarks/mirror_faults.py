@@ -1,0 +1,149 @@
+"""At least a thousand faults between a store and its readers: does a wrong byte come through?
+
+    python benchmarks/mirror_faults.py [--out benchmarks/results/mirror_faults.txt] [--faults 1000]
+
+An S3 server on loopback holds a store; a proxy in front of it spoils reads (tests/faulty_proxy.py). Eight processes
+share one mirror whose budget is twelve shards of eighty, map shards at random and compare every byte with the original.
+A read that fails must name its object; it is tried again later, as a user would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from faulty_proxy import KINDS, faulty_proxy
+from object_server import create_bucket, s3_environment, s3_server
+from stores import make_plan, make_store
+from tubelet_store.mirror import Mirror, MirrorConfig
+from tubelet_store.objects import LocalRoot, open_root
+
+PROCESSES = 8
+SHARDS_IN_BUDGET = 12
+SHARE = 0.3
+TIMEOUT_S = 1.5
+LONGEST_S = 150
+
+READER = """
+import sys
+from pathlib import Path
+import numpy as np
+import tubelet_store.transport
+from tubelet_store import TubeletError, open_store
+from tubelet_store.mirror import MirrorConfig
+tubelet_store.transport._FIRST_WAIT_S = 0.01
+folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
+mirror = MirrorConfig(
+    directory=Path(folder), budget=int(budget), timeout_s=float(timeout_s), transport=transport, attempts=6
+)
+truth, rng = open_store(local), np.random.default_rng(int(seed))
+store = open_store("s3://bucket/s.zarr", mirror=mirror)
+while True:
+    shard = int(rng.integers(store.plan.shards))
+    store.expect("h", [shard, *rng.integers(0, store.plan.shards, 2)])
+    try:
+        mapped = store.shard_map("h", shard)
+    except TubeletError as error:
+        named = f"activations/h/c/{shard}/0/0/0" in str(error)
+        print("named" if named else f"unnamed: {error}", flush=True)
+        continue
+    right = mapped.tobytes() == truth.shard_map("h", shard).tobytes()
+    print("right" if right else f"WRONG {shard}", flush=True)
+    del mapped
+"""
+
+
+def run() -> int:
+    """The campaign; 0 if nothing wrong came through."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--faults", type=int, default=1000)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tubelet-faults-") as name, s3_server() as server:
+        folder = Path(name)
+        plan = make_plan(clips=320, clips_per_shard=4, grid=(4, 4, 4), hooks={"h": 64})
+        local = make_store(folder / "s.zarr", plan)
+        with faulty_proxy(server, stall_s=2 * TIMEOUT_S) as (proxy, url):
+            os.environ |= s3_environment(server)
+            create_bucket(server, "bucket")
+            root = open_root("s3://bucket/s.zarr")
+            for key in LocalRoot(Path(local.url)).list_keys():
+                root.replace(key, local.root.read(key))
+            os.environ["AWS_ENDPOINT_URL"] = url
+            proxy.only = lambda path: "/activations/" in path
+            proxy.share = SHARE
+            size_bytes = local.root.size("activations/h/c/0/0/0/0") or 0
+            budget = SHARDS_IN_BUDGET * size_bytes
+            start = time.monotonic()
+
+            def given_to(seed: int) -> tuple[str, ...]:
+                transport = "obstore" if seed % 2 else "fsspec"
+                return str(folder / "m"), str(budget), local.url, str(seed), str(TIMEOUT_S), transport
+
+            logs = [folder / f"log-{seed}" for seed in range(PROCESSES)]
+            readers = [
+                subprocess.Popen(
+                    [sys.executable, "-c", READER, *given_to(seed)],
+                    stdout=log.open("w"),
+                )
+                for seed, log in enumerate(logs)
+            ]
+            watch, most = Mirror("s3://bucket/s.zarr", MirrorConfig(directory=folder / "m")), 0
+            while proxy.faults.total() < given.faults and time.monotonic() - start < LONGEST_S:
+                most = max(most, watch.held_bytes())
+                time.sleep(0.01)
+            crashed = sum(reader.poll() is not None for reader in readers)
+            for reader in readers:
+                reader.kill()
+                reader.wait()
+            # A kill may have cut the last line short.
+            lines = [line for log in logs for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            outcomes = Counter(line.split(":")[0].split()[0] for line in lines)
+            faults = Counter(proxy.faults)
+        wrong_files = wrong_in(folder / "m")
+    text = table(faults, outcomes, most, budget, crashed, wrong_files, time.monotonic() - start)
+    print(text, end="")
+    if given.out is not None:
+        given.out.write_text(text)
+    bad = outcomes["WRONG"] + outcomes["unnamed"] + crashed + wrong_files + (most > budget)
+    return 1 if bad or faults.total() < given.faults else 0
+
+
+def wrong_in(folder: Path) -> int:
+    """Kept files whose bytes do not have the digest they are named by."""
+    return sum(hashlib.sha256(path.read_bytes()).hexdigest() != path.name for path in (folder / "objects").iterdir())
+
+
+def table(
+    faults: Counter[str], outcomes: Counter[str], most: int, budget: int, crashed: int, wrong_files: int, wall_s: float
+) -> str:
+    """The result as text."""
+    lines = [
+        f"{PROCESSES} processes, one mirror of {SHARDS_IN_BUDGET} shards of 80, {SHARE:.0%} of the reads spoilt,"
+        f" {wall_s:.0f} s",
+        "",
+        *(f"fault {kind:<40}{faults[kind]:>8}" for kind in KINDS),
+        f"{'faults in all':<46}{faults.total():>8}",
+        "",
+        f"{'shards mapped, every byte right':<46}{outcomes['right']:>8}",
+        f"{'shards mapped with a wrong byte':<46}{outcomes['WRONG']:>8}",
+        f"{'reads that failed, naming the object':<46}{outcomes['named']:>8}",
+        f"{'reads that failed otherwise':<46}{outcomes['unnamed']:>8}",
+        f"{'processes that crashed':<46}{crashed:>8}",
+        f"{'files kept with wrong bytes':<46}{wrong_files:>8}",
+        f"{'most bytes held / budget':<46}{most / budget:>8.3f}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,210 @@
+"""What a training step costs beside its encoder's matrix product, and what feeding it from the store costs.
+
+    python benchmarks/train_step.py [--sizes 4096 8192] [--out benchmarks/results/train_step.txt]
+
+The encoder's product has to be paid by any SAE; everything else (choosing, decoding, both gradients, clipping, Adam,
+unit norm) is overhead. On a CPU times are processor seconds of one thread, so that other work on the machine does not
+count; on a GPU they are wall clock between synchronisations. The dense row is the same step with dense codes and plain
+autograd, same optimiser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from loader import HOOK, make_store
+from torch import Tensor
+
+from tubelet_trainer.config import OptimiserConfig
+from tubelet_trainer.learner import Learner
+from tubelet_trainer.objective import Objective
+from tubelet_trainer.sae.config import TopKConfig
+from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.normalisation import Normalisation
+from tubelet_trainer.sae.penalties import sae_terms
+from tubelet_trainer.source import Source
+from tubelet_trainer.windows import Windows
+
+CHANNELS = 768
+KS = (32, 64)
+SIZES = (4096, 8192, 16384, 32768, 65536)
+CPU_BATCH, GPU_BATCH = 1024, 8192
+REPEATS = 3
+
+FEED_LATENTS, FEED_BATCH, FEED_STEPS = 6144, 1024, 24
+
+
+class Stopwatch:
+    """Seconds on a device: of this process's threads on a CPU, of the wall on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def best(self, work: Callable[[], object], repeats: int = REPEATS) -> float:
+        """Fewest seconds of several calls, after one that is not counted."""
+        work()
+        return min(self.once(work) for _ in range(repeats))
+
+    def once(self, work: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        if self.device.type == "cpu":
+            start = time.process_time()
+            work()
+            return time.process_time() - start
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def make_learner(latents: int, k: int, device: torch.device, precision: torch.dtype) -> Learner:
+    """A TopK SAE whose latents are all alive, as most are after the start of a run."""
+    config = TopKConfig(latents=latents, k=k)
+    sae = SAE(config, Normalisation.identity(CHANNELS)).to(device)
+    terms = sae_terms(config, CHANNELS, float(CHANNELS), 1000, device)
+    return Learner(sae, Objective(terms), OptimiserConfig(), 1000, 2**62, precision)
+
+
+def dense_step(learner: Learner, x_BD: Tensor) -> None:
+    """The step of `learner`, through dense codes and plain autograd."""
+    sae = learner.sae
+    pre_BF = (x_BD - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    top = pre_BF.topk(sae.config.k, dim=1, sorted=False)  # type: ignore[attr-defined]
+    codes_BF = torch.zeros_like(pre_BF).scatter(1, top.indices, top.values.relu())
+    error = (x_BD - codes_BF @ sae.W_dec - sae.b_dec).square().sum() / x_BD.numel()
+    learner.optimiser.zero_grad(set_to_none=True)
+    error.backward()
+    learner.apply_gradients()
+
+
+def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
+    """Lines of the table of steps."""
+    cuda = device.type == "cuda"
+    batch, precision = (GPU_BATCH, torch.bfloat16) if cuda else (CPU_BATCH, torch.float32)
+    watch = Stopwatch(device)
+    x_BD = torch.randn(batch, CHANNELS, device=device)
+    yield f"batch {batch}, {CHANNELS} channels, {str(precision).removeprefix('torch.')} encoder product"
+    extra = f"{'tokens/s':>10} {'of matrix rate':>15}" if cuda else ""
+    yield f"{'latents':>8} {'k':>4} {'encoder ms':>11} {'step ms':>9} {'x encoder':>10} {'dense x':>8}{extra}"
+    rate = _matrix_rate(watch, device, precision) if cuda else 0.0
+    for latents in sizes:
+        for k in KS:
+            learner = make_learner(latents, k, device, precision)
+            weight, low = learner.sae.W_enc.detach().to(precision), x_BD.to(precision)
+            encoder = watch.best(lambda low=low, weight=weight: low @ weight.T)  # type: ignore[misc]
+            step = watch.best(lambda learner=learner: learner.learn(learner.forward(x_BD, 5)))  # type: ignore[misc]
+            dense = watch.best(lambda learner=learner: dense_step(learner, x_BD), 1) if k == KS[0] else None  # type: ignore[misc]
+            line = f"{latents:>8} {k:>4} {encoder * 1e3:>11.1f} {step * 1e3:>9.1f} {step / encoder:>10.2f} "
+            line += f"{dense / encoder:>8.2f}" if dense is not None else " " * 8
+            if cuda:
+                line += f"{batch / step:>10.0f} {2 * batch * latents * CHANNELS / step / rate:>15.1%}"
+            yield line
+
+
+def parts_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
+    """Where the time of a step goes."""
+    learner, watch = make_learner(latents, k, device, torch.float32), Stopwatch(device)
+    sae, x_BD = learner.sae, torch.randn(CPU_BATCH, CHANNELS, device=device)
+    learner.learn(learner.forward(x_BD, 5))
+    pre_BF = sae.pre_activations(x_BD)
+    forward = learner.forward(x_BD, 5)
+    parts = {
+        "encoder product": watch.best(lambda: sae.pre_activations(x_BD)),
+        "choosing k": watch.best(lambda: sae.sparsifier(pre_BF)),
+        "forward, all": watch.best(lambda: learner.forward(x_BD, 5)),
+        "backward": watch.once(lambda: learner.objective(forward).loss.backward()),
+        "project, clip, Adam, unit norm": watch.best(learner.apply_gradients),
+    }
+    yield f"parts of a step, {latents} latents, k {k}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in parts.items())
+
+
+def feeding_table(device: torch.device) -> Iterator[str]:
+    """Training fed by the store over training fed by a resident tensor."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder) / "store.zarr")
+        clips = np.arange(store.plan.clips)
+        source = Source(store, HOOK)
+        precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+        learner = make_learner(FEED_LATENTS, KS[0], device, precision)
+        options = {"batch_tokens": FEED_BATCH, "total_tokens": FEED_STEPS * FEED_BATCH, "device": device}
+        resident = torch.from_numpy(store.shard_map(HOOK, 0).reshape(-1, CHANNELS).copy()).to(device)
+
+        def from_store() -> None:
+            for number, batch in enumerate(Windows(source, clips, window_tokens=8 * FEED_BATCH, **options)):
+                learner.learn(learner.forward(batch.tokens, number))
+
+        def from_memory() -> None:
+            order = torch.randperm(len(resident), device=device)
+            for number in range(FEED_STEPS):
+                rows = order[number * FEED_BATCH % len(resident) :][:FEED_BATCH]
+                learner.learn(learner.forward(resident[rows].float(), number))
+
+        watch, wall = Stopwatch(device), []
+        from_memory()
+        processor = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            stored = watch.once(from_store)
+            middle = time.perf_counter()
+            processor.append(watch.once(from_memory) / stored)
+            wall.append((time.perf_counter() - middle) / (middle - start))
+    yield (
+        f"training fed by the store / by a resident tensor ({FEED_STEPS} steps of {FEED_BATCH}, {FEED_LATENTS} latents, "
+        f"k {KS[0]}, windows of {8 * FEED_BATCH} tokens, page cache): {statistics.median(wall):.3f} of its speed by the "
+        f"wall, {statistics.median(processor):.3f} by processor time"
+    )
+
+
+def _matrix_rate(watch: Stopwatch, device: torch.device, dtype: torch.dtype) -> float:
+    side = 8192
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / watch.best(lambda: a @ a, 10)
+
+
+def main() -> None:
+    """Print the tables, and write them where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    arguments = parser.parse_args()
+    lines = [
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.0f} at the start, Python {platform.python_version()}, "
+        f"torch {torch.__version__}"
+    ]
+
+    def tell(part: Iterator[str]) -> None:
+        for line in part:
+            print(line, flush=True)
+            lines.append(line)
+
+    print(lines[0])
+    tell(iter(["", "CPU: processor seconds, one thread"]))
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    tell(steps_table(cpu, tuple(arguments.sizes)))
+    tell(iter([""]))
+    tell(parts_table(cpu, 16384, 32))
+    tell(feeding_table(cpu))
+    tell(iter(["", "CUDA: bf16 encoder product, fused Adam, Triton kernels"]))
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda")
+        tell(steps_table(gpu, tuple(arguments.sizes)))
+        tell(feeding_table(gpu))
+    else:
+        tell(iter(["not measured: no CUDA device"]))
+    if arguments.out is not None:
+        arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

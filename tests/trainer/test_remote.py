@@ -1,0 +1,186 @@
+"""Training from object storage is training: the same weights, from a mirror that holds a fifth of the store."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from object_server import create_bucket, s3_environment, s3_server
+from stores import make_plan, make_store
+from tubelet_store import TubeletError, open_store
+from tubelet_store.mirror import Mirror, MirrorConfig
+from tubelet_store.objects import LocalRoot, open_root
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.order import EpochOrder
+from tubelet_trainer.source import Source
+from tubelet_trainer.train import train
+from tubelet_trainer.windows import Windows
+
+PLAN = make_plan(clips=80, clips_per_shard=4, grid=(4, 3, 5), hooks={"h": 16})
+STORE_BYTES = 80 * 60 * 16 * 2
+SHARD_BYTES = STORE_BYTES // 20 + 68
+BUDGET = 20 * SHARD_BYTES // 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("local") / "s.zarr", PLAN, failed=(3, 20, 21), clips_per_video=2)
+
+
+@pytest.fixture(scope="module")
+def url(local):
+    with s3_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_environment(endpoint).items():
+            patch.setenv(name, value)
+        create_bucket(endpoint, "bucket")
+        root = open_root("s3://bucket/s.zarr")
+        for key in LocalRoot(local.root.directory).list_keys():
+            root.replace(key, local.root.read(key))
+        yield root.url
+
+
+def configure(store: str, out: Path, **fields) -> TrainConfig:
+    tree = {
+        "store": store,
+        "out": out,
+        "epochs": 2,
+        "batch_tokens": 256,
+        "window_tokens": 512,
+        "sae": {"k": 4},
+        "log_every": 10,
+        "eval_every": 10,
+        "eval_tokens": 256,
+        "checkpoint_every": 7,
+        "holdout": {"fraction": 0.2},
+        "device": "cpu",
+    }
+    return TrainConfig.model_validate({**tree, **fields})
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = (load_file(out / "sae.safetensors") for out in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_weights_are_those_of_a_local_copy_bit_for_bit(local, url, tmp_path):
+    mirror = {"directory": tmp_path / "mirror", "budget": BUDGET}
+    remote = train(configure(url, tmp_path / "remote", mirror=mirror))
+    recorded = (remote / "config.yaml").read_text()
+    assert "resident_shards: 2" in recorded
+    assert same(remote, train(configure(local.url, tmp_path / "local", resident_shards=2)))
+    assert not same(remote, train(configure(local.url, tmp_path / "all")))
+    assert Mirror(url, MirrorConfig(directory=tmp_path / "mirror")).held_bytes() <= BUDGET
+
+
+def test_a_mirror_that_holds_all_gives_the_order_of_a_local_store(local, url, tmp_path):
+    remote = train(configure(url, tmp_path / "remote", epochs=1, mirror={"directory": tmp_path / "mirror"}))
+    assert same(remote, train(configure(local.url, tmp_path / "local", epochs=1)))
+
+
+def test_a_run_continues_with_its_own_order_whatever_the_budget_is_now(local, url, tmp_path):
+    out = tmp_path / "run"
+    train(configure(url, out, mirror={"directory": tmp_path / "m", "budget": BUDGET}))
+    (out / "sae.json").unlink()
+    train(configure(url, out, mirror={"directory": tmp_path / "m", "budget": 2 * BUDGET}))
+    train(configure(local.url, out))
+    with pytest.raises(TubeletError, match="resident_shards: 2 -> 3"):
+        train(configure(local.url, out, resident_shards=3))
+
+
+def test_a_budget_below_one_shard_is_refused_with_the_figure(url, tmp_path):
+    with pytest.raises(TubeletError, match=f"at least {SHARD_BYTES} bytes"):
+        train(configure(url, tmp_path / "run", mirror={"directory": tmp_path / "m", "budget": 1000}))
+
+
+@pytest.mark.parametrize("together", [None, 1, 3, 7, 19, 20, 50])
+def test_every_block_is_seen_once_an_epoch_and_few_shards_at_a_time(together):
+    sizes = np.random.default_rng(0).integers(1, 9, 20)
+    first_block = np.concatenate([[0], np.cumsum(sizes)])
+    orders = [EpochOrder(first_block, together, (0, epoch)) for epoch in (0, 1)]
+    whole = orders[0].slice(0, int(first_block[-1]))
+    assert sorted(whole) == list(range(first_block[-1]))
+    assert np.array_equal(np.concatenate([orders[0].slice(i, i + 1) for i in range(len(whole))]), whole)
+    assert not np.array_equal(orders[1].slice(0, len(whole)), whole)
+    if together is not None and together < 20:
+        shards = np.searchsorted(first_block, whole, side="right") - 1
+        groups = np.array([orders[0].group(i) for i in range(len(whole))])
+        for group in range(groups[-1] + 1):
+            present = set(shards[groups == group])
+            assert len(present) <= together
+            assert set(orders[0].shards_from(group)[: len(present)]) == present
+
+
+def test_all_shards_together_is_the_order_there_always_was(local):
+    source = Source(local, "h")
+    clips = np.flatnonzero(local.ok())
+    streams = [
+        Windows(source, clips, batch_tokens=256, window_tokens=512, resident_shards=resident)
+        for resident in (None, 20, 1000)
+    ]
+    assert len({stream.digest for stream in streams}) == 1
+    assert streams[0].digest != Windows(source, clips, batch_tokens=256, window_tokens=512, resident_shards=3).digest
+
+
+TRAIN = """
+import sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from tubelet_trainer.config import TrainConfig
+from tubelet_store.config import load_config
+from tubelet_trainer.train import train
+train(load_config(TrainConfig, Path(sys.argv[1]), {"out": sys.argv[2], "seed": sys.argv[3]}))
+"""
+
+
+def test_jobs_of_a_node_train_through_one_small_mirror(local, url, tmp_path):
+    from tubelet_store.config import dump_yaml
+
+    # Each job holds one shard at a time; less than one for each could not do.
+    jobs, budget = 3, 4 * SHARD_BYTES
+    mirror = {"directory": tmp_path / "m", "budget": budget}
+    (tmp_path / "run.yaml").write_text(dump_yaml(configure(url, tmp_path, mirror=mirror, resident_shards=2, epochs=1)))
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN, str(tmp_path / "run.yaml"), str(tmp_path / f"job-{seed}"), str(seed)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ),
+        )
+        for seed in range(jobs)
+    ]
+    watch, most = Mirror(url, MirrorConfig(directory=tmp_path / "m")), 0
+    while any(job.poll() is None for job in running):
+        most = max(most, watch.held_bytes())
+        time.sleep(0.01)
+    for seed, job in enumerate(running):
+        errors = job.communicate()[1]
+        assert job.returncode == 0, errors
+        alone = train(configure(local.url, tmp_path / f"alone-{seed}", resident_shards=2, epochs=1, seed=seed))
+        assert same(tmp_path / f"job-{seed}", alone)
+    assert 0 < most <= budget
+
+
+def test_a_remote_source_holds_one_map(url, tmp_path):
+    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=SHARD_BYTES))
+    source = Source(store, "h")
+    clips = np.arange(80, dtype=np.int64)
+    out = np.empty((80 * source.groups, source.grid.time, source.block_patches, 16), source.bits)
+    source.copy_blocks(np.repeat(clips, source.groups), np.tile(np.arange(source.groups), 80), out)
+    assert store.mirror.held_bytes() == SHARD_BYTES
