@@ -1,6 +1,6 @@
 """A fault campaign: one extraction to object storage, spoilt some 200 times, then run once more undisturbed.
 
-    python benchmarks/faults.py [--faults 200] [--seed 0] [--videos 40]
+    python benchmarks/faults.py [--faults 200] [--seed 0] [--videos 40] [--minutes 30]
 
 Faults come from a seed, two at a time: a proxy before the S3 server spoils requests (500, 503, bodies cut short in both
 directions, lost and late answers), and an adversary kills workers, the scheduler and the job, sends SIGTERM, and takes
@@ -47,19 +47,25 @@ object_server = importlib.import_module("object_server")
 
 URL = "s3://campaign/store.zarr"
 # The adversary lets the job come so far between two strikes: starting workers anew takes longer than all the work.
-_SHARDS_BETWEEN = (1, 6)
+_SHARDS_BETWEEN = (4, 12)
 _RUNS = 60
 
 
 class Adversary(threading.Thread):
     """Spoils the running job from outside, one thing after the other, until it is told to stop."""
 
-    def __init__(self, cluster: Cluster, proxy: Any, seed: int, wanted: int) -> None:
+    def __init__(self, cluster: Cluster, proxy: Any, seed: int, wanted: int, until: float) -> None:
         super().__init__(daemon=True)
-        self.cluster, self.proxy, self.random, self.wanted = cluster, proxy, random.Random(seed), wanted
+        self.cluster, self.proxy, self.random = cluster, proxy, random.Random(seed)
+        self.wanted, self.until = wanted, until
         self.job: subprocess.Popen[str] | None = None
         self.done: collections.Counter[str] = collections.Counter()
         self.over = threading.Event()
+
+    @property
+    def enough(self) -> bool:
+        """As many faults as were wanted, or no time left for more."""
+        return self.faults >= self.wanted or time.monotonic() > self.until
 
     @property
     def faults(self) -> int:
@@ -70,7 +76,7 @@ class Adversary(threading.Thread):
         """Choose, strike, wait."""
         strikes = [self.kill_worker, self.kill_worker, self.outage, self.outage, self.stop_job, self.kill_scheduler]
         next_at = self.random.randint(*_SHARDS_BETWEEN)
-        while not self.over.wait(0.2) and self.faults < self.wanted:
+        while not self.over.wait(0.2) and not self.enough:
             job = self.job
             if job is not None and job.poll() is None and self.shards_done() >= next_at:
                 self.random.choice(strikes)(job)
@@ -165,7 +171,7 @@ def tubelet(environment: dict[str, str], *arguments: str) -> subprocess.Popen[st
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def campaign(folder: Path, faults: int, seed: int, videos: int) -> dict[str, Any]:
+def campaign(folder: Path, faults: int, seed: int, videos: int, minutes: float) -> dict[str, Any]:
     """Run it; counts and verdicts."""
     make_dataset(
         VideosConfig(out=folder / "videos", videos=videos, frames=20, height=64, width=64, validation_share=0.0)
@@ -198,8 +204,8 @@ def campaign(folder: Path, faults: int, seed: int, videos: int) -> dict[str, Any
         cluster = Cluster(folder, environment)
         job = {**settings, "store": URL, "cluster": {"scheduler_file": str(cluster.file), "threads": 1}}
         (folder / "job.yaml").write_text(yaml.safe_dump(job))
-        adversary = Adversary(cluster, proxy, seed, faults)
-        proxy.share = 0.25
+        adversary = Adversary(cluster, proxy, seed, faults, time.monotonic() + 60 * minutes)
+        proxy.share = 0.3
         adversary.start()
         ends: collections.Counter[str] = collections.Counter()
         try:
@@ -207,7 +213,7 @@ def campaign(folder: Path, faults: int, seed: int, videos: int) -> dict[str, Any
                 process = adversary.job = tubelet(environment, "extract", str(folder / "job.yaml"))
                 _, err = process.communicate(timeout=900)
                 ends[_ending(process.returncode, err)] += 1
-                if process.returncode == 0 and adversary.faults >= faults:
+                if process.returncode == 0 and adversary.enough:
                     break
                 if process.returncode == 0:
                     # Done too early: all shards but the first again; their objects stay, and are found and adopted.
@@ -304,12 +310,13 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--videos", type=int, default=40)
+    parser.add_argument("--minutes", type=float, default=30, help="inject no faults after so long")
     parser.add_argument("--keep", action="store_true", help="keep the working folder")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    folder = Path(tempfile.mkdtemp(prefix="tubelet-faults-"))
+    folder = Path(tempfile.mkdtemp(prefix="tubelet-extract-faults-"))
     try:
-        result = campaign(folder, options.faults, options.seed, options.videos)
+        result = campaign(folder, options.faults, options.seed, options.videos, options.minutes)
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)

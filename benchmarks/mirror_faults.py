@@ -31,7 +31,7 @@ PROCESSES = 8
 SHARDS_IN_BUDGET = 12
 SHARE = 0.3
 TIMEOUT_S = 1.5
-LONGEST_S = 150
+LONGEST_S = 300
 
 READER = """
 import sys
@@ -100,7 +100,7 @@ def run() -> int:
             watch, most = Mirror("s3://bucket/s.zarr", MirrorConfig(directory=folder / "m")), 0
             while proxy.faults.total() < given.faults and time.monotonic() - start < LONGEST_S:
                 most = max(most, watch.held_bytes())
-                time.sleep(0.01)
+                time.sleep(0.05)
             crashed = sum(reader.poll() is not None for reader in readers)
             for reader in readers:
                 reader.kill()

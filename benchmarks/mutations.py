@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,8 @@ from tubelet_store import Store, TubeletError, open_store
 KINDS = ("flipped bits", "cut short", "blocks shuffled")
 BLOCK_BYTES = 4096
 SAMPLING = UniformSampling(frames=8)
-OTHERS: tuple[Literal["decord", "torchcodec"], ...] = ("decord", "torchcodec")
+Other = Literal["decord", "torchcodec"]
+OTHERS: tuple[Other, ...] = ("decord", "torchcodec")
 SEED = 0
 
 
@@ -107,15 +108,20 @@ def _digest(picture: NDArray[np.uint8]) -> bytes:
 class Found:
     """What became of one file."""
 
-    kind: str
+    mutant: Mutant
     outcome: str
     """`right`, `differs`, or the failure's code."""
     flagged: bool
-    silent_in: dict[str, str]
-    """For clips that differ without a flag: what the other decoders do with them."""
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    """Of silent ones: what the other decoders do with them."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Other pictures, and nobody says so."""
+        return self.outcome == "differs" and not self.flagged
 
 
-def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[str] = OTHERS) -> list[Found]:
+def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[Other] = OTHERS) -> list[Found]:
     """Compare what was stored of each mutant with its parent.
 
     Raises:
@@ -127,26 +133,29 @@ def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[str] = OTH
     truth = {parent: frame_digests(parent) for parent in {mutant.parent for mutant in mutants}}
     (hook,) = (hook.name for hook in store.plan.hooks)
     found = []
-    stored = [m for m in mutants if rows[f"mutants/{m.path.name}"]["status"] == "ok"]
-    clips = dict(zip(stored, _decode(stored, "auto"), strict=True))
+    stored = (m for m in mutants if rows[f"mutants/{m.path.name}"]["status"] == "ok")
+    clips = _decode((m.path for m in stored), "auto")
     for mutant in mutants:
         row = rows[f"mutants/{mutant.path.name}"]
         flagged = bool(row["truncated"] or row["corrupt_frames"])
         if row["status"] != "ok":
-            found.append(Found(mutant.kind, row["error"].partition(":")[0], flagged, {}))
+            found.append(Found(mutant, row["error"].partition(":")[0], flagged))
             continue
-        clip = clips[mutant]
+        clip = next(clips)
         if isinstance(clip, DecodeFailure) or clip.frame_indices.tolist() != row["frame_indices"]:
             raise TubeletError(f"{mutant.path.name} decodes otherwise than in the extraction", "Run it again")
         right = _is_right(clip, truth[mutant.parent])
-        parent = rows.get(f"sound/{mutant.parent.name}")
-        if right and parent is not None and parent["frame_indices"] == row["frame_indices"]:
+        parent = rows[f"sound/{mutant.parent.name}"]
+        if right and parent["frame_indices"] == row["frame_indices"]:
             # The same frames: the same activations, up to the rounding of another batch.
             np.testing.assert_allclose(
                 _activations(store, hook, row), _activations(store, hook, parent), rtol=1e-2, atol=1e-2
             )
-        silent_in = {} if right or flagged else {name: _verdict(mutant, name) for name in others}
-        found.append(Found(mutant.kind, "right" if right else "differs", flagged, silent_in))
+        found.append(Found(mutant, "right" if right else "differs", flagged))
+    silent = [entry for entry in found if entry.is_silent]
+    for name in others:
+        for entry, verdict in zip(silent, _verdicts([entry.mutant for entry in silent], name), strict=True):
+            entry.elsewhere[name] = verdict
     return found
 
 
@@ -162,21 +171,22 @@ def _is_right(clip: DecodedClip, truth: list[bytes]) -> bool:
     )
 
 
-def _decode(
-    mutants: Sequence[Mutant], backend: Literal["auto", "decord", "torchcodec"]
-) -> Iterable[DecodedClip | DecodeFailure]:
+def _decode(paths: Iterable[Path], backend: Literal["auto"] | Other) -> Iterator[DecodedClip | DecodeFailure]:
     with DecodePool(DecodeConfig(backend=backend)) as pool:
-        yield from pool.map_ordered((DecodeRequest(str(m.path), SAMPLING) for m in mutants), 4)
+        yield from pool.map_ordered((DecodeRequest(str(path), SAMPLING) for path in paths), 4)
 
 
-def _verdict(mutant: Mutant, backend: Any) -> str:
+def _verdicts(mutants: Sequence[Mutant], other: Other) -> Iterator[str]:
     """`silent`, `notices`, or `not for this file` where that decoder does not read the undamaged one either."""
-    with DecodePool(DecodeConfig(backend=backend, processes=1)) as pool:
-        requests = [DecodeRequest(str(path), SAMPLING) for path in (mutant.path, mutant.parent)]
-        damaged, sound = pool.map_ordered(requests, 2)
-    if isinstance(sound, DecodeFailure) or not sound.decoder.startswith(backend):
-        return "not for this file"
-    return "silent" if isinstance(damaged, DecodedClip) and damaged.decoder.startswith(backend) else "notices"
+    results = _decode((path for m in mutants for path in (m.path, m.parent)), other)
+    for damaged in results:
+        sound = next(results)
+        if isinstance(sound, DecodeFailure) or not sound.decoder.startswith(other):
+            yield "not for this file"
+        elif isinstance(damaged, DecodedClip) and damaged.decoder.startswith(other):
+            yield "silent"
+        else:
+            yield "notices"
 
 
 def job(root: Path, backbone: Path, store: Path) -> dict[str, Any]:
@@ -209,7 +219,7 @@ def run_campaign(
     return open_store(str(folder / "store.zarr")), mutants
 
 
-def print_table(store: Store, mutants: Sequence[Mutant], found: Sequence[Found]) -> None:
+def print_table(store: Store, found: Sequence[Found]) -> None:
     """Everything there is to say."""
     rows = store.clips().to_pylist()
     stored = sum(row["status"] == "ok" for row in rows)
@@ -224,7 +234,7 @@ def print_table(store: Store, mutants: Sequence[Mutant], found: Sequence[Found])
     columns = ("files", "refused", "right", "right+flag", "differs+flag", "differs, no flag")
     print(f"{'mutants':<18}" + "".join(f"{column:>18}" for column in columns))
     for kind in (*KINDS, "all"):
-        of_kind = [f for f in found if kind in (f.kind, "all")]
+        of_kind = [f for f in found if kind in (f.mutant.kind, "all")]
         counts = [
             len(of_kind),
             sum(f.outcome not in ("right", "differs") for f in of_kind),
@@ -236,14 +246,14 @@ def print_table(store: Store, mutants: Sequence[Mutant], found: Sequence[Found])
         print(f"{kind:<18}" + "".join(f"{count:>18}" for count in counts))
     refused = Counter(f.outcome for f in found if f.outcome not in ("right", "differs"))
     print("reasons of the refused: " + ", ".join(f"{n} {code}" for code, n in refused.most_common()))
-    silent = [(m, f) for m, f in zip(mutants, found, strict=True) if f.outcome == "differs" and not f.flagged]
+    silent = [f for f in found if f.is_silent]
     print(f"\n{len(silent)} mutants decode to other pictures and no flag is raised (PyAV). Other decoders on these:")
-    for name in sorted({name for _, f in silent for name in f.silent_in}):
-        verdicts = Counter(f.silent_in[name] for _, f in silent)
+    for name in sorted({name for f in silent for name in f.elsewhere}):
+        verdicts = Counter(f.elsewhere[name] for f in silent)
         print(f"  {name:<12}" + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()))
-    everywhere = [(m, f) for m, f in silent if "notices" not in f.silent_in.values()]
+    everywhere = [f.mutant for f in silent if "notices" not in f.elsewhere.values()]
     print(f"Silent in every decoder that reads the undamaged file: {len(everywhere)}. Of these, by codec and damage:")
-    for (codec, kind), number in sorted(Counter((_codec(m.parent), m.kind) for m, _ in everywhere).items()):
+    for (codec, kind), number in sorted(Counter((_codec(m.parent), m.kind) for m in everywhere).items()):
         print(f"  {codec:<10}{kind:<18}{number:>4}")
 
 
@@ -272,7 +282,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store, mutants = run_campaign(sound, broken, count, Path(scratch), _extract_by_command)
         extracted_s = time.perf_counter() - began
-        print_table(store, mutants, inspect(store, mutants))
+        print_table(store, inspect(store, mutants))
     print(f"\nseed {SEED}; extraction {extracted_s:.0f} s, with the comparison {time.perf_counter() - began:.0f} s")
 
 

@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tubelet_store.config import Config
 from tubelet_store.errors import TubeletError, nearest
 
 _CONNECT_TIMEOUT_S = 30
+_FILE_POLL_S = 0.5
 
 _JOB_QUEUES = ("HTCondor", "LSF", "Moab", "OAR", "PBS", "SGE", "SLURM")
 
@@ -143,8 +145,12 @@ def _client(config: ClusterConfig) -> Client:
     file = config.scheduler_file
     where = config.address or f"the address in {file}"
     try:
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"there is no {file}")
+        deadline = time.monotonic() + _CONNECT_TIMEOUT_S
+        while file is not None and not file.is_file():
+            # A scheduler that was just submitted writes it soon.
+            if time.monotonic() > deadline:
+                raise FileNotFoundError(file)
+            time.sleep(_FILE_POLL_S)
         place = {"address": config.address} if file is None else {"scheduler_file": str(file)}
         return Client(**place, timeout=_CONNECT_TIMEOUT_S)
     except (OSError, TimeoutError, ValueError) as error:
@@ -186,7 +192,8 @@ def start_cluster(config: ClusterConfig) -> Iterator[Any]:
         cluster = cluster_class(**config.kwargs)
     except Exception as error:  # each manager has its own; all mean that there is no cluster
         raise TubeletError(
-            f"{config.class_} does not start: {_causes(error)}", "Compare cluster.kwargs with the documentation of that class"
+            f"{config.class_} does not start: {_causes(error)}",
+            "Compare cluster.kwargs with the documentation of that class",
         ) from error
     with cluster:
         # Runners find their size in the allocation, LocalCUDACluster in the machine.

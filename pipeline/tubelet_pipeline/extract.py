@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distributed import Client
+from distributed import CancelledError, Client
+from distributed.comm import CommClosedError
 
 from tubelet_pipeline.cluster import ClusterConfig, connect
 from tubelet_pipeline.extract_config import ExtractConfig
@@ -124,7 +125,7 @@ class _Run:
                     with connect(self.cluster) as fresh:
                         self._once(fresh)
                 return
-            except SchedulerLost as error:
+            except (SchedulerLost, CancelledError, CommClosedError) as error:
                 self.log("lost", reason=str(error))
                 if lost == _RECONNECTS or not self.cluster.lasting:
                     raise TubeletError(

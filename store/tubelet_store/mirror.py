@@ -189,6 +189,13 @@ class Mirror:
 
     def held_bytes(self) -> int:
         """Bytes in the directory: complete objects and room reserved for those that are coming."""
+        if not self.folder.is_dir():
+            return 0
+        # Without the lock a file that goes and one that takes its room could both be counted.
+        with self._locked():
+            return self._held_bytes()
+
+    def _held_bytes(self) -> int:
         return sum(status.st_size for _, status in self._files())
 
     def _has(self, wanted: ShardObject) -> bool:
@@ -264,7 +271,7 @@ class Mirror:
         start = time.monotonic()
         while True:
             with self._locked():
-                excess_bytes = self.held_bytes() - partial.reserved_bytes + stored.size_bytes - int(self.config.budget)
+                excess_bytes = self._held_bytes() - partial.reserved_bytes + stored.size_bytes - int(self.config.budget)
                 while self._make_room(partial, excess_bytes, demanded):
                     if partial.allocate(stored.size_bytes):
                         return

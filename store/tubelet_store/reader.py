@@ -344,14 +344,15 @@ def open_store(url: str, allow_unfinished: bool = False, mirror: MirrorConfig | 
         TubeletError: nothing is there, it is not a Tubelet store, it is unfinished, or it is another one than the
             catalogue means.
     """
-    identity = None
+    identity, remedy = None, "Check the path; `tubelet extract` prints where it wrote"
     if is_reference(url):
         entry = resolve(url)
         url, identity = entry.url, entry.identity
+        remedy = f"The catalogue says of it: {entry.about.description or 'nothing about where else it lies'}"
     root = open_root(url)
     state = _received(root, lambda: read_state(root))
     if state is None:
-        raise TubeletError(f"No store at {url}", "Check the path; `tubelet extract` prints where it wrote")
+        raise TubeletError(f"No store at {url}", remedy)
     store = Store(root, state, mirror)
     if identity is not None and store.identity != identity:
         raise TubeletError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pages
@@ -18,6 +19,7 @@ def demo_folder(tmp_path_factory) -> Path:
     from tubelet_trainer.train import train
 
     folder = tmp_path_factory.mktemp("docs")
+    shutil.copy(pages.ROOT / "catalog.yaml", folder)
     store = make_store(folder / "demo" / "train.zarr", make_plan(hooks={"blocks.2": 96}), failed=[3])
     train(TrainConfig(store=store.url, out=folder / "demo" / "run", steps=2, batch_tokens=64, device="cpu"))
     return folder

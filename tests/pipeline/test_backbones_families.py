@@ -237,16 +237,16 @@ def test_every_family_runs_in_half_precision(
     assert rough.describe()["precision"] == precision
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_family_can_be_compiled_as_one_graph(
+@pytest.mark.parametrize("case", ["videomae", "timesformer", "siglip2"])
+def test_compiled_as_one_graph_it_says_the_same(
     backbone_of: Callable[[str], Backbone], root: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The tracing is the real one; machine code for thirteen models would take minutes.
+    # The tracing is the real one; machine code would take minutes.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain = backbone_of(case)
     compiled = load_backbone(BackboneConfig(id=str(root / case), device="cpu", compile=True), plain.frames)
-    for hooks in (["blocks.0", "blocks.-1"], ["blocks.1"]):
-        for clips in (2, 3, 2):
+    for hooks, sizes in ((["blocks.0", "blocks.1"], (2, 3, 2)), (["blocks.1"], (2,))):
+        for clips in sizes:
             pixels = pixels_for(plain, clips)
             wanted, found = plain.activations(pixels, hooks), compiled.activations(pixels, hooks)
             for hook in hooks:

@@ -181,6 +181,43 @@ def test_a_matroska_file_cut_short_is_marked_truncated(barcode_clips, tmp_path):
     assert read_indices("mkv", clip.frames) == clip.frame_indices.tolist()
 
 
+def test_an_avi_cut_short_is_marked_truncated(barcode_clips, tmp_path):
+    """Its header announces the frames; FFmpeg reckons the duration from what is left."""
+    assert not probe(str(barcode_clips["mpeg4_avi"])).truncated
+    whole = barcode_clips["mpeg4_avi"].read_bytes()
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(whole[: len(whole) * 3 // 4])
+    clip = decode(str(cut), "pyav", lambda n: FrameChoice(np.arange(n - 1), 0), allocate, lambda _: None)
+    assert clip.truncated
+    assert read_indices("mpeg4_avi", clip.frames) == clip.frame_indices.tolist()
+
+
+def test_a_damaged_title_is_no_damage_to_the_video(tmp_path):
+    path = tmp_path / "title.mp4"
+    spec = barcode.CLIPS["five_frames"]
+    barcode.make_clip(path, spec)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "titled.mp4"), "w") as target:
+        target.metadata["title"] = "plain letters"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes((tmp_path / "titled.mp4").read_bytes().replace(b"plain letters", b"plain \xcc\xef\xccters"))
+    clip = decode(str(damaged), "auto", CHOICES["every"], allocate, lambda _: None)
+    assert read_indices("five_frames", clip.frames) == list(range(5))
+
+
+def test_a_codec_that_nobody_knows_is_named(barcode_clips, tmp_path):
+    whole = barcode_clips["five_frames"].read_bytes()
+    assert whole.count(b"avc1") >= 1
+    at = whole.rindex(b"avc1")
+    (path := tmp_path / "unknown.mp4").write_bytes(whole[:at] + b"zzzz" + whole[at + 4 :])
+    with pytest.raises(DecodeFailure, match="open_failed: the video's codec"):
+        decode(str(path), "auto", CHOICES["every"], allocate, lambda _: None)
+
+
 def test_damage_is_counted(barcode_clips, tmp_path):
     # The first group's key frame stays whole; bytes of a later packet do not.
     whole = bytearray(barcode_clips["h264_no_b"].read_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import fcntl
 import gc
 import os
@@ -14,12 +13,14 @@ import time
 import uuid
 from pathlib import Path
 
+import fsspec.config
 import numpy as np
 import pytest
 
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
 from tubelet_store import Store, TubeletError, open_store
+from tubelet_store.cli import main
 from tubelet_store.mirror import Mirror, MirrorConfig
 from tubelet_store.objects import LocalRoot, open_root
 from tubelet_store.transport import FsspecTransport, ObstoreTransport, Patience, open_transport
@@ -316,7 +317,7 @@ def read_in_processes(count: int, rounds: int, *arguments: str) -> list[subproce
 
 def test_eight_processes_share_a_mirror_that_is_too_small_for_them(local, s3_url, tmp_path):
     budget = 9 * SHARD
-    readers = read_in_processes(8, 12, s3_url, local.url, str(tmp_path), str(budget))
+    readers = read_in_processes(8, 8, s3_url, local.url, str(tmp_path), str(budget))
     watch = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path, budget=budget)).mirror
     most = 0
     while any(reader.poll() is None for reader in readers):
@@ -347,7 +348,6 @@ class TestAfterAFork:
     def in_child(self, work) -> int:
         child = os.fork()
         if child == 0:
-            faulthandler.dump_traceback_later(20)
             os._exit(0 if work() else 3)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -408,10 +408,11 @@ def test_what_travels_holds_no_credentials(s3_url, tmp_path):
     assert arrived.open(store.shard_object("h", 1)).read(4)
 
 
-def test_endpoint_and_anonymous_access_come_from_fsspecs_settings_too(s3_url, endpoint, monkeypatch):
+def test_endpoint_and_credentials_come_from_fsspecs_settings_too(s3_url, endpoint, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.setitem(__import__("fsspec").config.conf, "s3", {"endpoint_url": endpoint, "anon": True})
+    settings = {"endpoint_url": endpoint, "key": "AKIAEXAMPLE", "secret": "a-secret"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings)
     for name in ("fsspec", "obstore"):
         assert open_transport(s3_url, name, Patience(attempts=2)).size("zarr.json") > 0
 
@@ -425,3 +426,33 @@ def test_nobody_else_locks_a_kept_file(url, tmp_path):
         del mapped
         gc.collect()
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class TestTheVerb:
+    """`tubelet mirror` fills the directory ahead."""
+
+    def test_it_fetches_the_hooks_asked_for(self, url, local, tmp_path, capsys):
+        assert main(["mirror", url, "--directory", str(tmp_path), "--hooks", "[g]"]) == 0
+        assert "10 of 10 shard objects" in capsys.readouterr().out
+        store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+        names = {store.shard_object("g", shard).stored.sha256 for shard in range(PLAN.shards)}
+        assert {path.name for path in files(tmp_path)} == names
+
+    def test_it_stops_at_the_budget_and_says_so(self, url, tmp_path, capsys):
+        assert main(["mirror", url, "--directory", str(tmp_path), "--budget", str(3 * SHARD), "--hooks", "[h]"]) == 0
+        out = capsys.readouterr().out
+        assert "3 of 10 shard objects" in out
+        assert "budget" in out
+        assert len(files(tmp_path)) == 3
+
+    def test_mistakes_are_one_clear_line(self, url, local, tmp_path, capsys):
+        for arguments, words in [
+            ((local.url,), "is local"),
+            ((url, "--hooks", "[q]"), "no hook 'q'"),
+            ((url, "--budget", "10"), "Set the mirror's budget to at least"),
+            ((url, "--transport", "obstore"), "cannot be read with obstore"),
+        ]:
+            assert main(["mirror", *arguments, "--directory", str(tmp_path)]) == 2
+            error = capsys.readouterr().err
+            assert words in error
+            assert len(error.splitlines()) == 1

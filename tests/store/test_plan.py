@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from stores import make_plan, planned_table
 from tubelet_store import Grid, Hook, Plan, StoreWriter, TubeletError
-from tubelet_store.plan import canonical_json, sha256_of_json
+from tubelet_store.plan import TokenSelection, canonical_json, sha256_of_json
 
 BASE = make_plan(
     hooks={"blocks.1": 8, "blocks.3": 8}, special_tokens=("cls",), special_time=4, dtype="float16", clips=10
@@ -31,6 +31,7 @@ CHANGES: dict[str, Any] = {
     "preprocessing": {"size": 224},
     "backbone": {"family": "random", "id": "none", "revision": "2"},
     "grid": Grid(time=4, height=5, width=3),
+    "tokens": TokenSelection(kind="pooled", grid=Grid(time=4, height=6, width=10)),
     "hooks": (Hook(name="blocks.3", channels=8), Hook(name="blocks.1", channels=8)),
     "special_tokens": ("register.0",),
     "special_time": 1,

@@ -14,6 +14,7 @@ import scripted
 
 from stores import make_plan, make_store, planned_table
 from tubelet_store import ClipOutcome, StoreWriter, TubeletError, open_store
+from tubelet_store.clips import FINISHED, PLANNED, from_parquet, to_parquet
 from tubelet_store.verify import orphans, verify
 
 
@@ -220,3 +221,20 @@ def test_a_finished_store_is_intact_and_nothing_is_left_over(tmp_path):
 def test_the_identity_names_the_content(tmp_path):
     identities = {make_store(tmp_path / f"{seed}-{copy}", seed=seed).identity for seed in (0, 1) for copy in "ab"}
     assert len(identities) == 2
+
+
+def test_tables_of_an_older_tubelet_lack_columns_and_still_read(tmp_path):
+    """Columns that may be null may be absent, in finished stores and in begun ones."""
+    added = ["temporal_view", "spatial_view", "shift_patches", "shift_tubelets", "patches"]
+    path = tmp_path / "s.zarr"
+    make_store(path)
+    for name in ("clips.parquet", "plan.parquet"):
+        table = from_parquet((path / name).read_bytes())
+        older = table.drop_columns([column for column in added if column in table.column_names])
+        (path / name).write_bytes(to_parquet(older))
+    store = open_store(str(path))
+    assert store.clips().schema.equals(FINISHED)
+    assert all(store.clips()[name].null_count == store.plan.clips for name in added)
+    assert store.kept_patches is None
+    planned = StoreWriter.attach(str(path), store.plan.digest).planned_clips()
+    assert planned.schema.equals(PLANNED)

@@ -76,7 +76,12 @@ def test_info_nce_is_the_formula(pairs, clips, seed, similarity, temperature):
     u, v = rng.standard_normal((2, pairs, 5))
     clip, valid = rng.integers(0, clips, pairs), rng.random(pairs) < 0.8
     found = info_nce(
-        torch.from_numpy(u), torch.from_numpy(v), torch.from_numpy(clip), torch.from_numpy(valid), similarity, temperature
+        torch.from_numpy(u),
+        torch.from_numpy(v),
+        torch.from_numpy(clip),
+        torch.from_numpy(valid),
+        similarity,
+        temperature,
     )
     expected = naive_info_nce(u.tolist(), v.tolist(), clip.tolist(), valid.tolist(), similarity, temperature)
     assert float(found) == pytest.approx(expected, rel=1e-10, abs=1e-12)
@@ -154,7 +159,7 @@ def test_what_is_compared_are_the_anchors_and_their_neighbours(store):
     rows, pairs = batch.temporal.rows, batch.temporal
     for codes, width in (("pre", F), ("post", F), ("prefix", prefix_length(ObjectiveConfig(), KINDS[0], F))):
 
-        def coded(x):
+        def coded(x, codes=codes, width=width):
             pre = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
             dense = pre.relu() if codes == "pre" else sae.encode(x)
             return dense[:, :width].detach().double()

@@ -117,9 +117,8 @@ def test_several_continue_where_they_were_cut(store, tmp_path):
 
 
 def test_a_sweep_is_the_product_of_its_lists_and_of_the_list_of_saes(store, tmp_path):
-    config = configure(
-        store, tmp_path, saes=[{"name": "a"}, {"sae": {"kind": "batchtopk"}}], sweep={"sae": {"k": [2, 3]}, "objective.lambda_s": [0, 1]}
-    )  # fmt: skip
+    listed = [{"name": "a"}, {"sae": {"kind": "batchtopk"}}]
+    config = configure(store, tmp_path, saes=listed, sweep={"sae": {"k": [2, 3]}, "objective.lambda_s": [0, 1]})
     found = specs(config)
     assert [(s.config.sae.kind, s.config.sae.k, s.config.objective.lambda_s) for s in found] == [
         (kind, k, weight) for kind in ("topk", "batchtopk") for k in (2, 3) for weight in (0, 1)

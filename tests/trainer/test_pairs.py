@@ -149,7 +149,9 @@ def test_drawing_pairs_changes_no_batch_and_resuming_gives_the_same_pairs(store)
 def test_impossible_pairs_are_named(store, tmp_path):
     def loader(config, block_patches=SPACE, clips=CLIPS, **kinds):
         draw = PairDraw(PairsConfig(**config), **{"temporal": False, "spatial": False, **kinds})
-        return Windows(Source(store, "h", block_patches), np.arange(clips), batch_tokens=8, window_tokens=99, pairs=draw)
+        return Windows(
+            Source(store, "h", block_patches), np.arange(clips), batch_tokens=8, window_tokens=99, pairs=draw
+        )
 
     with pytest.raises(TubeletError, match=r"max_delta 4 does not fit the 4 latent steps"):
         loader({"max_delta": 4}, temporal=True)

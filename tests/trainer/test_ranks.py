@@ -109,8 +109,12 @@ def assert_equal_up_to_rounding(one, other, names):
         mine, theirs = (load_file(folder / name / "sae.safetensors") for folder in (one, other))
         assert mine.keys() == theirs.keys()
         for key in mine:
-            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key, n=name: f"{n} {k}: {m}")
-        logs = [[json.loads(line) for line in (f / name / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+            torch.testing.assert_close(
+                mine[key], theirs[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key, n=name: f"{n} {k}: {m}"
+            )
+        logs = [
+            [json.loads(line) for line in (f / name / "metrics.jsonl").read_text().splitlines()] for f in (one, other)
+        ]
         for a, b in zip(*logs, strict=True):
             assert a.keys() == b.keys()
             for key in a.keys() - {"tokens_per_s", "kind"}:

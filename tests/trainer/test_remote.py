@@ -153,7 +153,7 @@ def test_jobs_of_a_node_train_through_one_small_mirror(local, url, tmp_path):
     from tubelet_store.config import dump_yaml
 
     # Each job holds one shard at a time; less than one for each could not do.
-    jobs, budget = 3, 4 * SHARD_BYTES
+    jobs, budget = 2, 3 * SHARD_BYTES
     mirror = {"directory": tmp_path / "m", "budget": budget}
     (tmp_path / "run.yaml").write_text(dump_yaml(configure(url, tmp_path, mirror=mirror, resident_shards=2, epochs=1)))
     running = [

@@ -65,6 +65,8 @@ class CompiledCapture:
         self.hooks = tuple(modules)
         # Registered once: hooks that come and go would be compiled anew at each call.
         self._handles = [module.register_forward_hook(listener(name)) for name, module in modules.items()]
+        # torch counts what it compiles of one function, for earlier models of this process too, and stops at eight.
+        torch.compiler.reset()
         self._run = torch.compile(run, fullgraph=True)
 
     def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:

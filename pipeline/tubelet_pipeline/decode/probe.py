@@ -41,6 +41,7 @@ class VideoIndex:
         time_base_s: Seconds per unit of `pts`.
         fps: Average frame rate; NaN where unknown.
         duration_s: What the stream says, else the container; NaN where neither does.
+        announced_frames: What an AVI's header says, whose duration FFmpeg reckons from what is there; else 0.
         container, codec: FFmpeg's short names.
         hazard: Why decord must not be trusted with this file; None: it is exact here.
         torchcodec_hazard: The same of torchcodec.
@@ -52,6 +53,7 @@ class VideoIndex:
     time_base_s: float
     fps: float
     duration_s: float
+    announced_frames: int
     container: str
     codec: str
     hazard: str | None
@@ -59,13 +61,15 @@ class VideoIndex:
 
     @property
     def truncated(self) -> bool:
-        """Whether the last frame ends more than max(0.5 s, two frames) before `duration_s`.
+        """Whether the last frame ends more than max(0.5 s, two frames) before `duration_s` or the last announced frame.
 
         Half a second, because containers without a duration per stream count their audio, which may run on a little.
         """
+        frame_s = 1 / self.fps if self.fps > 0 else 0.0
+        if (self.announced_frames - self.frames) * frame_s > max(0.5, 2 * frame_s):
+            return True
         if self.pts is None or not self.frames or np.isnan(self.duration_s):
             return False
-        frame_s = 1 / self.fps if self.fps > 0 else 0.0
         # Matroska's duration runs from time zero, that of the others from the first frame.
         begin = 0 if self.container == "matroska" else self.pts[0]
         shown_s = float(self.pts[-1] - begin) * self.time_base_s + frame_s
@@ -84,10 +88,14 @@ def probe(path: str) -> VideoIndex:
         DecodeFailure: `open_failed`, `no_video_stream`, `no_frames`.
     """
     try:
-        with av.open(path) as container:
+        # Damaged titles and comments are no reason to refuse a video.
+        with av.open(path, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise DecodeFailure("no_video_stream", f"{path} holds no video")
+            # PyAV gives none, whatever its types say, where FFmpeg has no decoder.
+            if getattr(stream, "codec_context", None) is None:
+                raise DecodeFailure("open_failed", "the video's codec is none FFmpeg knows")
             return _index(container, stream)
     except av.FFmpegError as error:
         raise DecodeFailure("open_failed", f"{type(error).__name__}: {error.strerror}") from error
@@ -151,6 +159,7 @@ def _index(container: av.container.InputContainer, stream: VideoStream) -> Video
         time_base_s=time_base_s,
         fps=float(rate) if rate else float("nan"),
         duration_s=duration_s,
+        announced_frames=stream.frames if name == "avi" else 0,
         container=name,
         codec=codec,
         hazard=first_hazard(_DECORD_CODECS, open_gop=False),

@@ -105,7 +105,7 @@ def _clip(index: VideoIndex, choice: FrameChoice, picture: _Picture, corrupt: in
 def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: list[int], picture: _Picture) -> int:
     """Fill `picture` by matching timestamps, entering at `keys`; number of damaged frames on the way."""
     corrupt = 0
-    with av.open(path) as container:
+    with av.open(path, metadata_errors="replace") as container:
         stream = _single_threaded(container)
         frames = _forward(container, stream, index.frames)
         first = at = entered = int(pts[0])
@@ -151,7 +151,7 @@ def _by_counting(path: str, frames: int, picture: _Picture) -> int:
 
 
 def _decoded(path: str, expected: int) -> Iterator[av.VideoFrame]:
-    with av.open(path) as container:
+    with av.open(path, metadata_errors="replace") as container:
         yield from _forward(container, _single_threaded(container), expected)
 
 

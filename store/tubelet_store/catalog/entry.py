@@ -33,6 +33,8 @@ SCHEMES = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "m
 # Intake runs `{func(...)}`, `{import(...)}`, `{pickle64(...)}` and reads `{env(...)}` wherever it finds them.
 _CODE = re.compile(r"\w\s*\(")
 
+_KEY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$", max_length=200)]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
@@ -183,7 +185,7 @@ def _check_top(tree: dict[str, Any], origin: str) -> None:
 
 
 def _is_safe_key(key: str) -> bool:
-    return len(key) <= 500 and re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", key, re.ASCII) is not None
+    return len(key) <= 500 and _KEY.fullmatch(key) is not None
 
 
 def _data_of(tree: dict[str, Any], entry: _Entry, where: str) -> _Data:
