@@ -29,9 +29,9 @@ from tubelet_store.objects import LocalRoot, open_root
 
 PROCESSES = 8
 SHARDS_IN_BUDGET = 12
-SHARE = 0.3
-TIMEOUT_S = 1.5
-LONGEST_S = 300
+SHARE = 0.5
+TIMEOUT_S = 0.8
+LONGEST_S = 170
 
 READER = """
 import sys
@@ -43,7 +43,7 @@ from tubelet_store.mirror import MirrorConfig
 tubelet_store.transport._FIRST_WAIT_S = 0.01
 folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
 mirror = MirrorConfig(
-    directory=Path(folder), budget=int(budget), timeout_s=float(timeout_s), transport=transport, attempts=6
+    directory=Path(folder), budget=int(budget), timeout_s=float(timeout_s), transport=transport, attempts=8
 )
 truth, rng = open_store(local), np.random.default_rng(int(seed))
 store = open_store("s3://bucket/s.zarr", mirror=mirror)

@@ -64,7 +64,7 @@ def test_it_looks_like_an_array(store, whole):
     for bad in (CLIPS, -CLIPS - 1, [CLIPS], [True], "x", 1.5, None):
         with pytest.raises(IndexError):
             array[bad]
-    with pytest.raises(TubeletError, match="no hook 'blocks.2'"):
+    with pytest.raises(TubeletError, match=r"no hook 'blocks.2'"):
         store["blocks.2"]
     assert store.special_tokens("blocks.1")[:].shape == (CLIPS, 1, 1, 4)
 

@@ -192,7 +192,7 @@ def test_a_name_opens_the_store_it_means(stores, catalog):
     for name in ("a", "a/blocks.2"):
         store = tubelet_store.open(f"{catalog}#{name}")
         assert store.identity == stores[0].identity
-    with pytest.raises(TubeletError, match="no store 'aa'. Did you mean 'a'"):
+    with pytest.raises(TubeletError, match=r"no store 'aa'. Did you mean 'a'"):
         tubelet_store.open(f"{catalog}#aa")
     with pytest.raises(TubeletError, match="No catalogue at"):
         tubelet_store.open(f"{catalog}.yaml#a")

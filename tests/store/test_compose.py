@@ -1,4 +1,4 @@
-"""Stores out of stores: a part is what a filter gives, a merge is one extraction of both, and the old ones still read."""
+"""Stores out of stores: a part is what a filter gives, a merge is one extraction of both, and the old ones stay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tubelet_store.objects import LocalRoot
 from tubelet_store.verify import verify
 
 PLAN = make_plan(clips_per_shard=4, grid=(2, 2, 3), hooks={"blocks.1": 4, "blocks.3": 6}, special_tokens=("cls",))
-FAILED, NONFINITE = (3, 9), (6,)
+FAILED, NONFINITE = (3, 9), (6, 13)
 
 
 def extract(path: Path, videos: range, clips_per_shard: int = 4) -> Store:
@@ -145,11 +145,11 @@ def test_a_damaged_clip_does_not_travel_into_a_new_store(store, tmp_path):
 
 def test_what_was_made_differently_is_not_joined(store, tmp_path):
     other = made(Composition(str(tmp_path / "h.zarr"), [whole(store)], hooks=["blocks.1"]))
-    with pytest.raises(TubeletError, match="made differently.*hooks"):
+    with pytest.raises(TubeletError, match=r"made differently.*hooks"):
         Composition(str(tmp_path / "m.zarr"), [whole(store), whole(other)])
-    with pytest.raises(TubeletError, match="View 0 of video video-0000 comes twice"):
+    with pytest.raises(TubeletError, match=r"View 0 of video video-0000 comes twice"):
         Composition(str(tmp_path / "m.zarr"), [whole(store), whole(store)])
-    with pytest.raises(TubeletError, match="has split 'tran'. Did you mean 'train'"):
+    with pytest.raises(TubeletError, match=r"has split 'tran'. Did you mean 'train'"):
         choose_clips(store, splits=["tran"])
     with pytest.raises(TubeletError, match="meets all"):
         choose_clips(store, videos=["video-0000"], splits=["train"])
@@ -166,13 +166,13 @@ def test_a_damaged_record_or_a_stray_name_is_an_error_in_one_line(tmp_path):
     moments = commits / "000001.moments.safetensors"
     raw = moments.read_bytes()
     moments.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    with pytest.raises(TubeletError, match="000001.moments.safetensors is damaged"):
+    with pytest.raises(TubeletError, match=r"000001.moments.safetensors is damaged"):
         writer.finish()
     moments.write_bytes(raw)
     record = commits / "000002.json"
     whole_record = record.read_bytes()
     record.write_bytes(whole_record[:50])
-    with pytest.raises(TubeletError, match="000002.json is damaged") as caught:
+    with pytest.raises(TubeletError, match=r"000002.json is damaged") as caught:
         writer.finish()
     assert "\n" not in str(caught.value)
     assert main(["info", str(tmp_path / "s.zarr")]) == 2

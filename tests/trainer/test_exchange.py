@@ -53,7 +53,9 @@ def trained(folder, config, whitened=False):
     if whitened:
         matrix = torch.eye(D) + 0.1 * torch.randn(D, D, generator=generator)
         normalisation = Normalisation(normalisation.mean, torch.tensor(1.0), matrix, matrix.inverse())
-        config = config.model_copy(update={"normalisation": config.normalisation.model_copy(update={"whitening": "zca"})})
+        config = config.model_copy(
+            update={"normalisation": config.normalisation.model_copy(update={"whitening": "zca"})}
+        )
     sae = SAE(config, normalisation)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -114,7 +116,9 @@ def test_saelens_itself_reads_every_kind(tmp_path):
         sae = trained(tmp_path / kind, recipe)
         out = export_sae(ExportConfig(run=tmp_path / kind, out=tmp_path / f"{kind}-out"))
         expected = {"x": tokens(3), "codes": sae.encode(tokens(3)), "recon": sae(tokens(3))}
-        save_file({name: tensor.detach().contiguous() for name, tensor in expected.items()}, out / "expected.safetensors")
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in expected.items()}, out / "expected.safetensors"
+        )
     code = """
 import sys, torch
 from pathlib import Path

@@ -173,16 +173,19 @@ def test_the_gradient_of_grouped_decoding_is_right():
     # Empty groups, a token without any entry in a group, entries beyond the last group.
     group = torch.tensor([[0, 0, 1, 2, 2], [1, 1, 1, 1, 1], [2, 2, 2, 2, 2], [0, 2, 2, 2, 2]])
     out = decode_groups(values, indices, group, 2, weight)
-    expected = torch.stack(
-        [((values * (group == g))[..., None] * weight[indices]).sum(dim=1) for g in range(2)], dim=1
-    )
+    expected = torch.stack([((values * (group == g))[..., None] * weight[indices]).sum(dim=1) for g in range(2)], dim=1)
     torch.testing.assert_close(out, expected)
     assert gradcheck(lambda v, w: decode_groups(v, indices, group, 2, w), (values, weight))
 
 
 @pytest.mark.parametrize(
     "nesting",
-    [Groups(fractions=(1.0,), bias_alone=False), RandomPrefixes(prefixes=1), NestedK(ks=(K,)), Hierarchical(levels=(K,))],
+    [
+        Groups(fractions=(1.0,), bias_alone=False),
+        RandomPrefixes(prefixes=1),
+        NestedK(ks=(K,)),
+        Hierarchical(levels=(K,)),
+    ],
     ids=lambda n: n.kind,
 )
 def test_matryoshka_with_one_prefix_is_the_plain_sae(nesting):
@@ -335,7 +338,9 @@ def test_whitening_equalises_directions_and_folds_away(whitening, tmp_path):
     config = recipe("topk", normalisation=NormalisationConfig(whitening=whitening, shrinkage=1e-9))
     normalisation = Normalisation.from_moments(moments, config.normalisation)
     whitened = normalisation.double()(raw)
-    torch.testing.assert_close(torch.cov(whitened.T, correction=0), torch.eye(D, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.cov(whitened.T, correction=0), torch.eye(D, dtype=torch.float64), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(normalisation.inverse(whitened), raw, atol=1e-4, rtol=1e-4)
     assert math.isclose(normalisation.variance(moments), D, rel_tol=1e-5)
     if whitening == "zca":

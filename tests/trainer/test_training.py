@@ -123,7 +123,10 @@ def test_evaluation_and_export_use_the_running_mean(store, tmp_path):
 @pytest.mark.parametrize(
     ("sae", "words"),
     [
-        ({"kind": "relu", "sparsity": 1e4, "sparsity_warmup_steps": 0}, r"(dead|No latent is active).*Lower sae\.sparsity"),
+        (
+            {"kind": "relu", "sparsity": 1e4, "sparsity_warmup_steps": 0},
+            r"(dead|No latent is active).*Lower sae\.sparsity",
+        ),
         ({"kind": "topk", "k": 4, "nesting": {"kind": "flat"}}, r"(not finite|diverges).*Lower optimiser\.lr"),
     ],
 )
@@ -196,7 +199,8 @@ def test_other_trackers_are_asked_for_the_same(store, tmp_path, monkeypatch, kin
     cut_after(config, 17)
     out = train(config)
     steps = [
-        (next(iter(values)) if kind == "mlflow" else list(values)[1]).split("/")[0] + f"-{kwargs.get('step', values.get('step'))}"
+        (next(iter(values)) if kind == "mlflow" else list(values)[1]).split("/")[0]
+        + f"-{kwargs.get('step', values.get('step'))}"
         for (values,), kwargs in library.asked(write)
     ]
     assert steps == [f"{line['kind']}-{line['step']}" for line in log(out)]

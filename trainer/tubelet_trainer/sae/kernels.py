@@ -101,9 +101,7 @@ class _Decode(torch.autograd.Function):
         out = weight_FD.new_empty(tokens, channels)
         if tokens:
             grid = (tokens, triton.cdiv(channels, _BLOCK))
-            _decode_kernel[grid](
-                values_NK, indices_NK, weight_FD.contiguous(), out, width, channels, BLOCK=_BLOCK
-            )
+            _decode_kernel[grid](values_NK, indices_NK, weight_FD.contiguous(), out, width, channels, BLOCK=_BLOCK)
         return out
 
     @staticmethod

@@ -163,7 +163,9 @@ class SAE(nn.Module):
             "b_dec": self.b_dec.to(f64) @ undo + normalisation.mean.to(f64),
         }
         kept = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("normalisation.")}
-        folded.load_state_dict({**folded.state_dict(), **kept, **{n: w.to(self.W_dec.dtype) for n, w in weights.items()}})
+        folded.load_state_dict(
+            {**folded.state_dict(), **kept, **{n: w.to(self.W_dec.dtype) for n, w in weights.items()}}
+        )
         return folded.train(self.training)
 
 

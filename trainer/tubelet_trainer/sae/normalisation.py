@@ -1,7 +1,7 @@
 """Normalisation of tokens by the store's moments, always an affine map that can be folded into an SAE's weights.
 
-    x_n = (x - mean) / scale                 centre, scale
-    x_n = (x - mean) whiten                  whitening, [D, D]
+x_n = (x - mean) / scale                 centre, scale
+x_n = (x - mean) whiten                  whitening, [D, D]
 """
 
 from __future__ import annotations

@@ -183,7 +183,9 @@ def _weights(config: SAEConfig, described: dict[str, Any], tensors: dict[str, Te
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise TubeletError(f"No SAELens SAE in {folder}: {name} is missing", f"A folder with {CONFIG} and {WEIGHTS}")
+            raise TubeletError(
+                f"No SAELens SAE in {folder}: {name} is missing", f"A folder with {CONFIG} and {WEIGHTS}"
+            )
     try:
         described = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
@@ -193,5 +195,3 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing:
         raise TubeletError(f"{folder / CONFIG} lacks {' and '.join(missing)}", "Copy the file again")
     return described, tensors
-
-
