@@ -45,7 +45,12 @@ RENDERED = {
     "720p 120f gop 48": ClipSpec(".mp4", frames=120, width=1280, height=720, gop=48, options=FAST),
     "1080p 120f gop 48": ClipSpec(".mp4", frames=120, width=1920, height=1080, gop=48, options=FAST),
     "open gop 340x256 300f gop 48": ClipSpec(
-        ".mp4", frames=300, width=340, height=256, gop=48, options={**FAST, "bf": "3", "x264-params": "open-gop=1"}
+        ".mp4",
+        frames=300,
+        width=340,
+        height=256,
+        gop=48,
+        options={**FAST, "bf": "3", "x264-params": "open-gop=1:b-adapt=0"},
     ),
     "hevc 340x256 120f gop 48": ClipSpec(
         ".mp4",

@@ -57,7 +57,10 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 tokens = 0
 windows = Windows(
-    Source(store, sys.argv[2]), np.arange(store.plan.clips), batch_tokens=int(sys.argv[3]), window_tokens=int(sys.argv[4])
+    Source(store, sys.argv[2]),
+    np.arange(store.plan.clips),
+    batch_tokens=int(sys.argv[3]),
+    window_tokens=int(sys.argv[4]),
 )
 for batch in windows:
     tokens += len(batch)
@@ -135,8 +138,12 @@ def main() -> None:
                 )
                 print(line, flush=True)
                 lines.append(line)
-    lines += ["", "anonymous: what the process holds; mapped: pages of the store, which the kernel takes back at need."]
-    print("\n".join(lines[-2:]))
+    lines += [
+        "",
+        "anonymous: what the process holds; mapped: pages of the store, which the kernel takes back at need.",
+        f"Windows of a store are of equal size: the small one's ({CLIPS * GRID.tokens} tokens) are smaller than asked.",
+    ]
+    print("\n".join(lines[-3:]))
     if arguments.out is not None:
         arguments.out.write_text("\n".join(lines) + "\n")
 

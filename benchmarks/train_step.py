@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from loader import HOOK, make_store
 from torch import Tensor
 
+from loader import HOOK, make_store
 from tubelet_trainer.config import OptimiserConfig
 from tubelet_trainer.learner import Learner
 from tubelet_trainer.objective import Objective
@@ -136,11 +136,18 @@ def feeding_table(device: torch.device) -> Iterator[str]:
         source = Source(store, HOOK)
         precision = torch.bfloat16 if device.type == "cuda" else torch.float32
         learner = make_learner(FEED_LATENTS, KS[0], device, precision)
-        options = {"batch_tokens": FEED_BATCH, "total_tokens": FEED_STEPS * FEED_BATCH, "device": device}
         resident = torch.from_numpy(store.shard_map(HOOK, 0).reshape(-1, CHANNELS).copy()).to(device)
 
         def from_store() -> None:
-            for number, batch in enumerate(Windows(source, clips, window_tokens=8 * FEED_BATCH, **options)):
+            windows = Windows(
+                source,
+                clips,
+                batch_tokens=FEED_BATCH,
+                window_tokens=8 * FEED_BATCH,
+                total_tokens=FEED_STEPS * FEED_BATCH,
+                device=device,
+            )
+            for number, batch in enumerate(windows):
                 learner.learn(learner.forward(batch.tokens, number))
 
         def from_memory() -> None:
@@ -159,9 +166,9 @@ def feeding_table(device: torch.device) -> Iterator[str]:
             processor.append(watch.once(from_memory) / stored)
             wall.append((time.perf_counter() - middle) / (middle - start))
     yield (
-        f"training fed by the store / by a resident tensor ({FEED_STEPS} steps of {FEED_BATCH}, {FEED_LATENTS} latents, "
-        f"k {KS[0]}, windows of {8 * FEED_BATCH} tokens, page cache): {statistics.median(wall):.3f} of its speed by the "
-        f"wall, {statistics.median(processor):.3f} by processor time"
+        f"training fed by the store / by a resident tensor ({FEED_STEPS} steps of {FEED_BATCH}, "
+        f"{FEED_LATENTS} latents, k {KS[0]}, windows of {8 * FEED_BATCH} tokens, page cache): "
+        f"{statistics.median(wall):.3f} of its speed by the wall, {statistics.median(processor):.3f} by processor time"
     )
 
 

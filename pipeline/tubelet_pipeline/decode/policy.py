@@ -1,7 +1,7 @@
 """Which decoder reads a file.
 
-auto        PyAV: see `benchmarks/results/decode.txt` for how the three compare. It alone tells damaged frames, and it
-            alone is exact on every file.
+auto        PyAV: it takes less time than decord on every file that `benchmarks/results/decode.txt` compares them on,
+            and than torchcodec on all but a few; it alone tells damaged frames, and it alone is exact on every file.
 pyav        PyAV, whatever a later benchmark says.
 decord      decord on the files it numbers rightly (`VideoIndex.hazard is None`), PyAV on the others and where it gives
             up.

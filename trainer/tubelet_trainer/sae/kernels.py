@@ -26,12 +26,12 @@ _BLOCK = 256
 
 
 @triton.jit
-def _decode_kernel(values, indices, weight, out, K, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _decode_kernel(values, indices, weight, out, K, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < D
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for entry in range(0, K):
+    for entry in range(K):
         latent = tl.load(indices + token * K + entry)
         value = tl.load(values + token * K + entry).to(tl.float32)
         row = tl.load(weight + latent * D + channel, mask=inside, other=0.0).to(tl.float32)
@@ -40,7 +40,7 @@ def _decode_kernel(values, indices, weight, out, K, D, BLOCK: tl.constexpr):  # 
 
 
 @triton.jit
-def _dots_kernel(grad, indices, weight, out, K, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _dots_kernel(grad, indices, weight, out, K, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1)
     latent = tl.load(indices + token * K + entry)
@@ -55,7 +55,7 @@ def _dots_kernel(grad, indices, weight, out, K, D, BLOCK: tl.constexpr):  # type
 
 
 @triton.jit
-def _outer_sum_kernel(values, entries, offsets, rows, out, K, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _outer_sum_kernel(values, entries, offsets, rows, out, K, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     latent = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < D

@@ -18,8 +18,8 @@ from tubelet_trainer.sae.nesting import cuts
 from tubelet_trainer.sae.sparse import decode, every_latent
 from tubelet_trainer.sae.sparsifiers import Choice, JumpReLU
 
-# Integral control on a logarithmic scale [RECON]: each step multiplies the weight by (L0 / target) ^ rate, by a factor
-# of at most e ^ rate. From L0 40 to a target of 5 on planted features: 0.003 took 1500 steps, 0.01 600 with L0 4.3 on the
+# Integral control on a logarithmic scale [RECON]: each step multiplies the weight by (L0 / target) ^ rate, by at most
+# e ^ rate. From L0 40 to a target of 5 on planted features, 0.003 took 1500 steps, 0.01 600 with L0 4.3 on the
 # way, 0.03 300; at full size L0 answers more slowly, so not the fastest.
 _STEERING_RATE = 0.01
 
