@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from barcode import ClipSpec, make_clip  # type: ignore[import-not-found]
+from barcode import ClipSpec, make_clip
 from tubelet_pipeline.clips.root import VIDEO_SUFFIXES
 from tubelet_pipeline.decode import decord_backend, policy, pyav_backend, torchcodec_backend
 from tubelet_pipeline.decode.child import FrameMemory

@@ -15,6 +15,16 @@ from tubelet_store.config import validate
 from tubelet_store.fields import fields_of
 
 NAMES = entry_points(group="tubelet.verbs").names
+REQUIRED = {
+    "extract": {
+        "dataset": {"kind": "folder", "root": "videos"},
+        "sampling": {"kind": "dense", "frames": 16},
+        "backbone": {"id": "model"},
+        "hooks": ["blocks.-1"],
+        "store": "store.zarr",
+    }
+}
+"""What a part of a configuration is completed with."""
 _SWITCHES = {"--help", "--print-config", "--version"}
 
 
@@ -50,12 +60,13 @@ def test_there_are_commands_for_every_verb():
 
 @pytest.mark.parametrize("snippet", pages.snippets("yaml"), ids=lambda snippet: snippet.where)
 def test_a_configuration_on_a_page_is_valid(snippet):
-    """Its first line names the file, `# VERB....yaml`, and so the verb."""
+    """Its first line names the file, `# VERB....yaml` or `# part of VERB.yaml`, and so the verb."""
     from fields import load_verb
 
-    named = re.match(r"# (\w+)[\w-]*\.yaml", snippet.text)
+    named = re.match(r"# (part of )?(\w+)[\w-]*\.yaml", snippet.text)
     assert named is not None, "say which file it is: # extract-something.yaml"
-    config = validate(load_verb(named[1]).config(), yaml.safe_load(snippet.text), snippet.where)
+    rest = REQUIRED[named[2]] if named[1] else {}
+    config = validate(load_verb(named[2]).config(), {**rest, **yaml.safe_load(snippet.text)}, snippet.where)
     assert config is not None
 
 

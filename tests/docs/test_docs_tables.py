@@ -9,7 +9,7 @@ import pages
 import pytest
 
 VERBS = sorted(entry_points(group="tubelet.verbs").names)
-FILES = (".json", ".safetensors", ".yaml")
+FILES = (".json", ".pt", ".safetensors", ".yaml")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -237,7 +237,7 @@ def test_every_family_runs_in_half_precision(
     assert rough.describe()["precision"] == precision
 
 
-@pytest.mark.parametrize("case", ["videomae", "timesformer", "siglip2"])
+@pytest.mark.parametrize("case", ["videomae", "timesformer"])
 def test_compiled_as_one_graph_it_says_the_same(
     backbone_of: Callable[[str], Backbone], root: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +245,7 @@ def test_compiled_as_one_graph_it_says_the_same(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain = backbone_of(case)
     compiled = load_backbone(BackboneConfig(id=str(root / case), device="cpu", compile=True), plain.frames)
-    for hooks, sizes in ((["blocks.0", "blocks.1"], (2, 3, 2)), (["blocks.1"], (2,))):
+    for hooks, sizes in ((["blocks.0", "blocks.1"], (2, 3)), (["blocks.1"], (2,))):
         for clips in sizes:
             pixels = pixels_for(plain, clips)
             wanted, found = plain.activations(pixels, hooks), compiled.activations(pixels, hooks)

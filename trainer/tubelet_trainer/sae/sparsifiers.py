@@ -236,7 +236,7 @@ class _Heaviside(torch.autograd.Function):
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[None, Tensor, None]:
         pre_NF, threshold_F = ctx.saved_tensors
         near = (_kernel(pre_NF, threshold_F, ctx.bandwidth) * grad_NF).sum(dim=0)
-        return None, -near, None
+        return None, -near / ctx.bandwidth, None
 
 
 def build_sparsifier(config: SAEConfig, latents: int) -> Sparsifier:
