@@ -44,7 +44,7 @@ RENDERED = {
     "128x96 40f gop 12": ClipSpec(".mp4", options=FAST),
     "720p 120f gop 48": ClipSpec(".mp4", frames=120, width=1280, height=720, gop=48, options=FAST),
     "1080p 120f gop 48": ClipSpec(".mp4", frames=120, width=1920, height=1080, gop=48, options=FAST),
-    "open gop 340x256 300f gop 48": ClipSpec(
+    "340x256 300f bf 3 open-gop=1": ClipSpec(
         ".mp4",
         frames=300,
         width=340,
