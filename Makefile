@@ -9,8 +9,8 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## Render videos, extract, train, evaluate; print a table and where the report lies.
 	$(BIN)/tubelet demo
 
-test: $(INSTALLED)  ## The test suite.
-	$(BIN)/pytest
+test: $(INSTALLED)  ## The test suite, two files at a time: many tests wait for processes that they watch.
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

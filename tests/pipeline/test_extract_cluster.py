@@ -9,6 +9,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,10 @@ def settings(job_settings: dict[str, Any], store: str, tmp_path: Path, **fields:
 
 def events(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+
+
+def spooled(tmp_path: Path) -> list[int]:
+    return [event["shard"] for event in events(tmp_path) if event["event"] == "spooled"]
 
 
 def deadly(job_json: str, shard: int) -> ShardReport:
@@ -139,14 +144,20 @@ def test_preemption_is_one_line_and_a_rerun_completes(job: Path, undisturbed: Pa
 def test_a_network_that_is_away_for_a_while_costs_nothing(
     proxy: FaultyProxy, job_settings: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
+    def come_back() -> None:
+        deadline = time.monotonic() + 60
+        while not spooled(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        proxy.refuse = False
+
     def away(summary: Any) -> None:
         if summary.shards_this_run == 1:
             proxy.refuse = True
-            threading.Timer(12, lambda: setattr(proxy, "refuse", False)).start()
+            threading.Thread(target=come_back).start()
 
     url = f"s3://bucket/{uuid.uuid4().hex}.zarr"
     summary = extract(settings(job_settings, url, tmp_path), away)
     assert summary.identity == open_store(str(undisturbed)).identity
     assert summary.shards_done == 9
-    assert any(event["event"] == "spooled" for event in events(tmp_path))
+    assert spooled(tmp_path)
     assert not list((tmp_path / "spool").rglob("commit.json"))
