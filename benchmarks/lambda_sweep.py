@@ -39,9 +39,9 @@ from tubelet_store import Store, cli, open_store
 from tubelet_trainer import Source, Windows, load_sae
 from tubelet_trainer.config import ObjectiveConfig, TrainConfig
 from tubelet_trainer.evaluation import evaluate
+from tubelet_trainer.loop import train
 from tubelet_trainer.pairs import fresh_steps
 from tubelet_trainer.sae.config import TopKConfig
-from tubelet_trainer.train import train
 
 HOOK = "blocks.2"
 VIDEOS = 240

@@ -28,7 +28,7 @@ from tubelet_lens.timing import latent_time
 from tubelet_lens.training import training_section
 from tubelet_lens.windows import clip_bytes, windows
 from tubelet_store import Store, open_store
-from tubelet_trainer.train import choose_device, software
+from tubelet_trainer.machine import choose_device, software
 
 METRICS: tuple[Callable[[Setting], Metric], ...] = (Reconstruction, Coherence, Sparsity)
 """What is measured, in the report's order."""

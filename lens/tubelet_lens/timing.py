@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tubelet_store import Store, TubeletError
+from tubelet_store import Store
+from tubelet_trainer.pairs import fresh_steps, repeated_frames
 
 
 @dataclass(frozen=True)
@@ -42,32 +43,19 @@ def latent_time(store: Store, clips: NDArray[np.int64]) -> LatentTime:
     Raises:
         TubeletError: a clip's frames do not divide into the grid's steps.
     """
-    steps = store.plan.grid.time
-    table = store.clips()
-    valid_CT = np.ones((store.plan.clips, steps), dtype=bool)
+    valid_CT = fresh_steps(store)
     trailing = store.plan.sampling.get("kind") != "uniform"
     step_frames, step_seconds = [], []
     wanted = np.zeros(store.plan.clips, dtype=bool)
     wanted[clips] = True
-    for clip, indices, times, fps, padded in _rows(table):
+    for clip, indices, times, fps, padded in _rows(store.clips()):
         if not wanted[clip] or not indices:
             continue
-        frames = len(indices)
-        if frames % steps:
-            raise TubeletError(
-                f"{store.url}: clip {clip} has {frames} frames, which do not divide into {steps} latent steps",
-                "Extract the store again: its clip table does not fit its grid",
-            )
-        index = np.asarray(indices)
-        repeated = np.concatenate([[False], index[1:] == index[:-1]])
-        if padded and trailing:
-            repeated[frames - padded :] = True
-        valid_CT[clip] = ~repeated.reshape(steps, -1).any(axis=1)
-        kept = np.flatnonzero(~repeated)
+        kept = np.flatnonzero(~repeated_frames(indices, padded if trailing else None))
         if len(kept) < 2:
             continue
-        tubelet, last = frames // steps, kept[-1]
-        span = (index[last] - index[0]) / last * tubelet
+        tubelet, last = len(indices) // store.plan.grid.time, kept[-1]
+        span = (indices[last] - indices[0]) / last * tubelet
         step_frames.append(span)
         if times:
             step_seconds.append((times[last] - times[0]) / last * tubelet)

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from tubelet_pipeline.backbones import Backbone, load_backbone
-from tubelet_pipeline.clips import build_clip_table, table_digest
+from tubelet_pipeline.clips import build_clip_table
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.tokens import AllTokens, TokenSelector
 from tubelet_pipeline.views import ShiftedViews, ThreeCrops, describe_clips
 from tubelet_store import Hook, Plan, TubeletError
+from tubelet_store.clips import clip_table_digest
 from tubelet_store.plan import NUMPY_DTYPES
 
 # One S3 object of a few hundred MiB reads and writes at full speed and is cheap to redo.
@@ -51,7 +52,7 @@ def make_plan(config: ExtractConfig) -> Planned:
     plan = Plan(
         # Which videos and where they lie is told by the clip table and the provenance.
         dataset=config.dataset.model_dump(mode="json", exclude={"root", "annotations"}),
-        clip_table=table_digest(clips),
+        clip_table=clip_table_digest(clips),
         clips=clips.num_rows,
         clips_per_shard=config.clips_per_shard or _clips_per_shard(config, backbone, selector, clips.num_rows, hooks),
         sampling=describe_clips(config.sampling, config.views, backbone.tubelet_frames),

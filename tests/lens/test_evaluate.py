@@ -20,8 +20,8 @@ from tubelet_lens.section import Figure
 from tubelet_lens.verbs import EVALUATE
 from tubelet_store import TubeletError, open_store
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.loop import train
 from tubelet_trainer.split import HoldoutConfig, held_out
-from tubelet_trainer.train import train
 
 HOLDOUT = HoldoutConfig(fraction=0.4)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tubelet_pipeline.clips import Folder, Kinetics, Ssv2, build_clip_table, missing_videos, resolve_uri, table_digest
+from tubelet_pipeline.clips import Folder, Kinetics, Ssv2, build_clip_table, missing_videos, resolve_uri
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
+from tubelet_store.clips import clip_table_digest
 from tubelet_store.errors import TubeletError
 
 ONE = UniformSampling(frames=4)
@@ -161,20 +162,20 @@ def test_linked_folders_are_followed_once(tmp_path):
 def test_the_digest_follows_content_and_not_place(tmp_path):
     write_ssv2(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    digest = table_digest(build_clip_table(Ssv2(root=str(tmp_path / "one")), ONE))
-    assert digest == table_digest(build_clip_table(Ssv2(root=str(tmp_path / "two")), ONE))
-    assert digest == table_digest(build_clip_table(Ssv2(root=f"file://{tmp_path}/one/"), ONE))
+    digest = clip_table_digest(build_clip_table(Ssv2(root=str(tmp_path / "one")), ONE))
+    assert digest == clip_table_digest(build_clip_table(Ssv2(root=str(tmp_path / "two")), ONE))
+    assert digest == clip_table_digest(build_clip_table(Ssv2(root=f"file://{tmp_path}/one/"), ONE))
     others = [
         build_clip_table(Ssv2(root=str(tmp_path / "one"), limit=2), ONE),
         build_clip_table(Ssv2(root=str(tmp_path / "one")), UniformSampling(frames=4, clips=2)),
         build_clip_table(Ssv2(root=str(tmp_path / "one")), ONE).take([1, 0, 2]),
     ]
-    assert len({digest, *map(table_digest, others)}) == 4
+    assert len({digest, *map(clip_table_digest, others)}) == 4
 
 
 def test_the_digest_is_the_one_it_always_was(tmp_path):
     table = build_clip_table(Ssv2(root=str(write_ssv2(tmp_path))), ONE)
-    assert table_digest(table) == "sha256:fba0dd225a727a114b514857d6e52f2eb117a6118157305f01742f39b2e26645"
+    assert clip_table_digest(table) == "sha256:fba0dd225a727a114b514857d6e52f2eb117a6118157305f01742f39b2e26645"
 
 
 def test_a_remote_root_is_listed_once(tmp_path):
@@ -185,7 +186,7 @@ def test_a_remote_root_is_listed_once(tmp_path):
     assert rows(table, "uri", "label_name") == [("a/1.mp4", "a"), ("b/2.mp4", "b")]
     assert resolve_uri("memory://clips-test/", "a/1.mp4") == "memory://clips-test/a/1.mp4"
     touch(tmp_path, "a/1.mp4", "b/2.mp4")
-    assert table_digest(table) == table_digest(
+    assert clip_table_digest(table) == clip_table_digest(
         build_clip_table(Folder(root=str(tmp_path), labels="from_directory"), ONE)
     )
 
@@ -195,7 +196,7 @@ def test_a_quarter_of_a_million_rows_take_seconds(tmp_path):
     (tmp_path / "train.csv").write_text("".join(f"train/class {i % 400}/{i}.mp4 {i % 400}\n" for i in range(240_000)))
     begin = time.monotonic()
     table = build_clip_table(Kinetics(root=str(tmp_path), split="train"), ONE)
-    table_digest(table)
+    clip_table_digest(table)
     assert len(table) == 240_000
     assert time.monotonic() - begin < 20
 

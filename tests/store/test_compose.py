@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -222,9 +221,3 @@ class TestGc:
         assert scripted.fingerprint(tmp_path / "s.zarr") == before
         scripted.write_all(url)
         assert open_store(url).complete
-
-
-def test_the_clip_table_digest_is_the_extractions(tmp_path):
-    table = pytest.importorskip("tubelet_pipeline.clips")
-    assert clip_table_digest(planned_table(5)) == table.table_digest(planned_table(5))
-    assert hashlib.sha256(b"").hexdigest() not in clip_table_digest(planned_table(5))

@@ -16,13 +16,13 @@ from stores import make_plan, make_store
 from tubelet_store import TubeletError
 from tubelet_trainer.coherence import Contrast, Smoothness, coherence_terms, info_nce, prefix_length
 from tubelet_trainer.config import ObjectiveConfig, PairsConfig, TrainConfig
+from tubelet_trainer.loop import train
 from tubelet_trainer.objective import Forward
 from tubelet_trainer.pairs import PairDraw
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, Groups, JumpReLUConfig, ReLUConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalisation import Normalisation
 from tubelet_trainer.source import Source
-from tubelet_trainer.train import train
 from tubelet_trainer.windows import Windows
 
 D, F = 16, 48

@@ -14,9 +14,10 @@ from tubelet_store import TubeletError
 from tubelet_store.cli import main
 from tubelet_trainer.checkpoint import load_latest
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.loop import train
+from tubelet_trainer.run import Run
 from tubelet_trainer.sae.export import load_record
 from tubelet_trainer.specs import specs
-from tubelet_trainer.train import Run, train
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stores import make_plan, make_store
 from tubelet_trainer.checkpoint import load_latest
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.train import train
+from tubelet_trainer.loop import train
 
 RANKS = 2
 BATCH, STEPS = 64, 12
@@ -157,7 +157,7 @@ def test_a_run_of_one_process_is_continued_by_two(store, tmp_path, parallel):
 def test_what_a_split_dictionary_cannot_do_is_named(store, tmp_path):
     from tubelet_store import TubeletError
     from tubelet_trainer.ranks import Ranks
-    from tubelet_trainer.train import Run
+    from tubelet_trainer.run import Run
 
     def run(spec):
         config = configure(store, tmp_path / "run", {"a": spec}, parallel="dictionary")

@@ -21,9 +21,10 @@ from tubelet_store import TubeletError, open_store
 from tubelet_store.cli import main
 from tubelet_trainer.checkpoint import Checkpoint, load_latest, save_checkpoint
 from tubelet_trainer.config import OptimiserConfig, TrainConfig
+from tubelet_trainer.loop import train
+from tubelet_trainer.run import Run
 from tubelet_trainer.sae.export import load_record, load_sae
 from tubelet_trainer.split import HoldoutConfig, held_out
-from tubelet_trainer.train import Run, train
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,8 +16,9 @@ from stores import make_plan, make_store
 from tubelet_store import TubeletError
 from tubelet_trainer import trackers
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.loop import train
+from tubelet_trainer.run import Run
 from tubelet_trainer.sae.export import load_record, load_sae
-from tubelet_trainer.train import Run, train
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tubelet_trainer.config import TrainConfig
+    from tubelet_trainer.loop import train
     from tubelet_trainer.sae.export import load_record, load_sae
     from tubelet_trainer.sae.model import SAE
     from tubelet_trainer.source import Source
     from tubelet_trainer.split import held_out
-    from tubelet_trainer.train import train
     from tubelet_trainer.windows import Windows
 
 __all__ = ["SAE", "Source", "TrainConfig", "Windows", "held_out", "load_record", "load_sae", "train"]
@@ -30,13 +30,11 @@ _HOMES = {
     "held_out": "split",
     "load_record": "sae.export",
     "load_sae": "sae.export",
+    "train": "loop",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        # The function and its module share a name; importing the module binds it here, so give the function.
-        return import_module("tubelet_trainer.train").train
     if name in _HOMES:
         return getattr(import_module(f"tubelet_trainer.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'tubelet_trainer' has no attribute '{name}'")

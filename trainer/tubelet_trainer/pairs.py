@@ -202,11 +202,16 @@ def fresh_steps(store: Store) -> NDArray[np.bool_]:
                 f"{store.url}: clip {clip} has {len(indices)} frames, which do not divide into {steps} latent steps",
                 "Extract the store again: its clip table does not fit its grid",
             )
-        repeated = np.concatenate([[False], np.diff(indices) == 0])
-        if padded and trailing:
-            repeated[len(indices) - padded :] = True
-        fresh[clip] = ~repeated.reshape(steps, -1).any(axis=1)
+        fresh[clip] = ~repeated_frames(indices, padded if trailing else None).reshape(steps, -1).any(axis=1)
     return fresh
+
+
+def repeated_frames(indices: Sequence[int], trailing: int | None) -> NDArray[np.bool_]:
+    """bool [frames]: frames whose index equals their predecessor's, and the `trailing` last."""
+    repeated = np.concatenate([[False], np.diff(indices) == 0])
+    if trailing:
+        repeated[len(indices) - trailing :] = True
+    return repeated
 
 
 def _draws(places: Tensor, key: tuple[str | int, ...]) -> Tensor:

@@ -49,7 +49,7 @@ def specs(config: TrainConfig) -> list[Spec]:
         for values in itertools.product(*grid.values()):
             swept = dict(zip(grid, values, strict=True))
             tree = deepcopy(base)
-            for dotted, value in {**_flat(own), **swept}.items():
+            for dotted, value in {**flat(own), **swept}.items():
                 _refuse_shared(dotted)
                 set_dotted(tree, dotted, value)
             words = [name, *(f"{_short(dotted, grid)}={value}" for dotted, value in swept.items())]
@@ -61,7 +61,7 @@ def specs(config: TrainConfig) -> list[Spec]:
 
 
 def _grid(sweep: Mapping[str, Any]) -> dict[str, list[Any]]:
-    grid = _flat(sweep)
+    grid = flat(sweep)
     for dotted, values in grid.items():
         if not isinstance(values, list) or not values:
             raise TubeletError(
@@ -97,11 +97,12 @@ def _short(dotted: str, grid: Mapping[str, Any]) -> str:
     return leaf if sum(other.rpartition(".")[2] == leaf for other in grid) == 1 else dotted
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`tree` with dotted names in place of levels."""
+    found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found

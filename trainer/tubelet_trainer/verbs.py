@@ -18,7 +18,7 @@ def _config() -> type[TrainConfig]:
 
 
 def _run(config: TrainConfig) -> int:
-    from tubelet_trainer.train import train
+    from tubelet_trainer.loop import train
 
     print(train(config))
     return 0

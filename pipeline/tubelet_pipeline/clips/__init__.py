@@ -5,7 +5,7 @@ DatasetConfig (ssv2 | kinetics | folder) ─▶ list of videos ─▶ clip table
 
 from tubelet_pipeline.clips.dataset import DatasetConfig, Folder, Kinetics, Ssv2
 from tubelet_pipeline.clips.root import resolve_uri
-from tubelet_pipeline.clips.table import MissingVideos, build_clip_table, missing_videos, table_digest
+from tubelet_pipeline.clips.table import MissingVideos, build_clip_table, missing_videos
 
 __all__ = [
     "DatasetConfig",
@@ -16,5 +16,4 @@ __all__ = [
     "build_clip_table",
     "missing_videos",
     "resolve_uri",
-    "table_digest",
 ]

@@ -6,7 +6,6 @@ root, so that the same data set at two places gives the same table, and the same
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -92,15 +91,6 @@ def missing_videos(table: pa.Table) -> MissingVideos:
     """What `build_clip_table` did not find."""
     found = json.loads(table.schema.metadata[_MISSING])
     return MissingVideos(found["count"], tuple(found["examples"]))
-
-
-def table_digest(table: pa.Table) -> str:
-    """ "sha256:…" over order, video ids, paths, labels and views: equal wherever the data set lies."""
-    digest = hashlib.sha256()
-    names = ("clip", "video_id", "uri", "label", "view")
-    for row in zip(*(table[name].to_pylist() for name in names), strict=True):
-        digest.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _is_outside(uri: str) -> bool:

@@ -19,9 +19,9 @@ from tubelet_store import TubeletError, open_store
 from tubelet_store.mirror import Mirror, MirrorConfig
 from tubelet_store.objects import LocalRoot, open_root
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.loop import train
 from tubelet_trainer.order import EpochOrder
 from tubelet_trainer.source import Source
-from tubelet_trainer.train import train
 from tubelet_trainer.windows import Windows
 
 PLAN = make_plan(clips=80, clips_per_shard=4, grid=(4, 3, 5), hooks={"h": 16})
@@ -144,7 +144,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tubelet_trainer.config import TrainConfig
 from tubelet_store.config import load_config
-from tubelet_trainer.train import train
+from tubelet_trainer.loop import train
 train(load_config(TrainConfig, Path(sys.argv[1]), {"out": sys.argv[2], "seed": sys.argv[3]}))
 """
 

@@ -1,0 +1,234 @@
+"""A run in training: its data, its SAEs, its position; everything that a checkpoint holds.
+
+All SAEs of a run see the same batches; each learns as if it were alone, so that training several together gives the
+weights that each would have alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from tubelet_store import Moments, Store, TubeletError
+from tubelet_trainer.checkpoint import Checkpoint
+from tubelet_trainer.coherence import coherence_terms
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.learner import Learner
+from tubelet_trainer.machine import software
+from tubelet_trainer.objective import Objective
+from tubelet_trainer.ranks import ALONE, Ranks
+from tubelet_trainer.sae.initialisation import initialise, needs_tokens
+from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.normalisation import Normalisation
+from tubelet_trainer.sae.penalties import sae_terms
+from tubelet_trainer.sharding import (
+    ShardedSAE,
+    gather_state,
+    own_state,
+    refuse_unsplittable,
+    sharded_terms,
+    split_batch,
+)
+from tubelet_trainer.source import choose_hook
+from tubelet_trainer.specs import Spec, flat, specs
+from tubelet_trainer.stream import Streams
+from tubelet_trainer.windows import Batch
+
+# Latents silent for 10 million tokens are dead (Gao et al. 2024, appendix A.2). A short run would never get there:
+# a tenth of its tokens, if that is less. [RECON]
+_DEAD_AFTER_TOKENS = 10_000_000
+_DEAD_AFTER_SHARE = 10
+
+# Fields that change what is shown or kept, or where it lies, not what is learnt. The store is compared by identity.
+_FREE_FIELDS = (
+    "store",
+    "out",
+    "log_every",
+    "eval_every",
+    "eval_tokens",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "device",
+    "mirror",
+    "tracker",
+    "parallel",
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One SAE of a run."""
+
+    spec: Spec
+    hook: str
+    learner: Learner
+    moments: Moments
+    """Of the tokens it learns from."""
+
+    @property
+    def name(self) -> str:
+        """Its folder below the run's; empty where it is the only one."""
+        return self.spec.name
+
+    @property
+    def out(self) -> Path:
+        """Its folder."""
+        return self.spec.config.out
+
+
+class Run:
+    """SAEs in training: their data, weights, optimisers and position. `learn` advances them by one batch.
+
+    Args:
+        config: The configuration.
+        store: The open store.
+        device: Where to train.
+        ranks: The processes of the run.
+
+    Raises:
+        TubeletError: the configuration does not fit the store.
+    """
+
+    def __init__(self, config: TrainConfig, store: Store, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.config, self.store, self.device, self.ranks = config, store, device, ranks
+        self.sharded = ranks.size > 1 and config.parallel == "dictionary"
+        found = specs(config)
+        self.streams = Streams(config, found, store, device, ALONE if self.sharded else ranks)
+        self.windows = self.streams.training
+        self.heldout = self.streams.heldout
+        self.members = [self._begin(spec) for spec in found]
+
+    @property
+    def member(self) -> Member:
+        """The first (or only) SAE."""
+        return self.members[0]
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE in training, where there is one."""
+        return self.member.learner.sae
+
+    def _begin(self, spec: Spec) -> Member:
+        """An SAE before its first step."""
+        config, total = spec.config, self.streams.total_tokens
+        hook = choose_hook(self.store, config.hook)
+        moments = self.streams.moments(hook)
+        normalisation = Normalisation.from_moments(moments, config.sae.normalisation)
+        sae = SAE(config.sae, normalisation).to(self.device)
+        wanted = needs_tokens(config.sae.init)
+        initialise(sae, moments, self.streams.first_tokens(hook, config.sae.init.tokens) if wanted else None)
+        variance = normalisation.variance(moments)
+        terms = sae_terms(config.sae, sae.channels, variance, self.windows.steps, self.device)
+        terms += coherence_terms(config.objective, config.sae, sae.latents, variance)
+        if self.sharded:
+            refuse_unsplittable(config)
+            sae, terms = ShardedSAE(sae, self.ranks), sharded_terms(terms, self.ranks)
+        else:
+            split_batch(sae, self.ranks)
+        learner = Learner(
+            sae,
+            Objective(terms),
+            config.optimiser,
+            self.windows.steps,
+            _dead_after(config, total),
+            torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32,
+            ALONE if self.sharded else self.ranks,
+        )
+        return Member(spec, hook, learner, moments)
+
+    def learn(self, batch: Batch, step: int) -> list[Mapping[str, Tensor]]:
+        """Step number `step` (from 0): learn from `batch`; metrics of each SAE, on the device, with `grad_norm`."""
+        return [
+            member.learner.learn(member.learner.forward(batch.hooks[member.hook], step, batch, member.hook))
+            for member in self.members
+        ]
+
+    def result(self, member: Member) -> SAE:
+        """The SAE to evaluate and export, whole; a collective call."""
+        sae = member.learner.result()
+        return sae.gathered() if isinstance(sae, ShardedSAE) else sae
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Everything that decides the rest of the run, after `step` steps; a collective call."""
+        record = {
+            "config": self.config.model_dump(mode="json"),
+            "store_identity": self.store.identity,
+            "hook": self.member.hook,
+            "loader": {**self.windows.state_dict(), "step": step},
+            "software": software(),
+        }
+        tensors: dict[str, Tensor] = {}
+        for member in self.members:
+            state = member.learner.state()
+            state = gather_state(state, self.ranks) if self.sharded else state
+            tensors |= {_inside(member, name): tensor for name, tensor in state.items()}
+        return Checkpoint(step, tensors, record)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from `checkpoint`, with any number of ranks.
+
+        Raises:
+            TubeletError: it was made with another configuration or store.
+        """
+        self._refuse_other_run(checkpoint.record)
+        for member in self.members:
+            prefix = _inside(member, "")
+            found = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
+            member.learner.load_state(own_state(found, self.ranks) if self.sharded else found)
+        self.windows.load_state_dict(checkpoint.record["loader"])
+
+    def _refuse_other_run(self, record: Mapping[str, Any]) -> None:
+        then, now = flat(record["config"]), flat(self.config.model_dump(mode="json"))
+        differ = [
+            f"{name}: {then.get(name)} -> {now.get(name)}"
+            for name in sorted(then.keys() | now.keys())
+            if name.partition(".")[0] not in _FREE_FIELDS and then.get(name) != now.get(name)
+        ]
+        if record["store_identity"] != self.store.identity:
+            differ.append(f"store identity: {record['store_identity']} -> {self.store.identity}")
+        if differ:
+            raise TubeletError(
+                f"{self.config.out} holds a run with another configuration: {'; '.join(differ)}",
+                "Use the run's own configuration to continue it, or another --out",
+            )
+
+    def provenance(self, member: Member, metrics: Mapping[str, float]) -> dict[str, JsonValue]:
+        """Where an SAE comes from, for `sae.json`."""
+        plan, config = self.store.plan, member.spec.config
+        described = {
+            "store": Path(self.store.url).name,
+            "store_identity": self.store.identity,
+            "plan_digest": plan.digest,
+            "hook": member.hook,
+            "backbone": plan.backbone,
+            "dataset": plan.dataset,
+            "mix": [
+                {"store": Path(store.url).name, "store_identity": store.identity, "share": float(share)}
+                for store, share in list(zip(self.streams.stores, self.streams.shares, strict=True))[1:]
+            ],
+            "holdout": config.holdout.model_dump(mode="json"),
+            "objective": config.objective.model_dump(mode="json"),
+            "pairs": config.pairs.model_dump(mode="json"),
+            "loader": self.windows.state_dict(),
+            "tokens": self.windows.total_tokens,
+            "metrics": dict(metrics),
+            "software": software(),
+        }
+        return cast("dict[str, JsonValue]", described)
+
+
+def _dead_after(config: TrainConfig, total_tokens: int) -> int:
+    chosen = config.sae.dead_after_tokens
+    return chosen if chosen is not None else max(1, min(_DEAD_AFTER_TOKENS, total_tokens // _DEAD_AFTER_SHARE))
+
+
+def _inside(member: Member, name: str) -> str:
+    """Key of a tensor in a checkpoint."""
+    return f"{member.name}/{name}" if member.name else name
