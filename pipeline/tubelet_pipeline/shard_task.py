@@ -115,7 +115,6 @@ class _Runtime:
         self.job = job
         torch.set_num_threads(job.threads)
         self.backbone: Backbone = load_backbone(job.backbone, frames=job.sampling.frames)
-        self.decoder = DecodePool(job.decode)
         self.forward_lock = threading.Lock()
         self.store, table = patiently(lambda: _attach(job), job.upload.patience_s)
         self.spool = Spool(job.upload, job.store, self.store.plan)
@@ -129,6 +128,8 @@ class _Runtime:
             if job.batch_size == "auto"
             else job.batch_size
         )
+        # Last: it starts processes, and nothing after it may fail.
+        self.decoder = DecodePool(job.decode)
 
     def view(self, clip: int) -> View:
         return locate(self.job.views, self.views[clip])
@@ -163,6 +164,7 @@ def _runtime(job: ShardJob) -> _Runtime:
         if _current is None or _current.job != job:
             if _current is not None:
                 _current.decoder.close()
+                _current = None
             _current = _Runtime(job)
         return _current
 

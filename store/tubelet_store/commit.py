@@ -39,6 +39,11 @@ class StoredObject(Config):
     crc32c: tuple[int, ...] = ()
     """Checksum of each clip, in order; empty for objects that hold no clips."""
 
+    @classmethod
+    def of(cls, key: str, data: bytes) -> StoredObject:
+        """The object at `key` that holds `data`, and no clips."""
+        return cls(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
 
 class Commit(Config):
     """Commit record of one shard."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import google_crc32c
@@ -25,7 +24,7 @@ from zarr.storage import MemoryStore
 
 from tubelet_store import bfloat16
 from tubelet_store.errors import TubeletError
-from tubelet_store.keys import ACTIVATIONS, DIMENSIONS, MOMENTS, SPECIAL, SPECIAL_DIMENSIONS, shard_key
+from tubelet_store.keys import ACTIVATIONS, DIMENSIONS, MOMENTS, SPECIAL, SPECIAL_DIMENSIONS
 from tubelet_store.moments import Moments
 from tubelet_store.plan import Hook, Plan
 
@@ -149,14 +148,3 @@ def read_moments(documents: dict[str, bytes], hook: str) -> Moments:
         if (chunk := "/".join([MOMENTS, hook, name, "c", *["0"] * array.ndim])) not in documents:
             raise ValueError(f"{chunk} is missing")
     return Moments.from_arrays({name: np.asarray(array[...]) for name, array in arrays.items()})
-
-
-def missing_objects(plan: Plan, shards: Iterable[int], present: set[str]) -> list[str]:
-    """Keys of shard objects that `shards` should have and `present` lacks."""
-    return [
-        key
-        for shard in shards
-        for kind in array_kinds(plan)
-        for hook in plan.hooks
-        if (key := shard_key(kind, hook.name, shard)) not in present
-    ]

@@ -270,14 +270,15 @@ class Mirror:
         """Make room for the object and allocate its partial file whole."""
         start = time.monotonic()
         while True:
+            disk_full = False
             with self._locked():
                 excess_bytes = self._held_bytes() - partial.reserved_bytes + stored.size_bytes - int(self.config.budget)
                 while self._make_room(partial, excess_bytes, demanded):
                     if partial.allocate(stored.size_bytes):
                         return
                     # The disk is fuller than the budget knows: go on while there is something to evict.
-                    excess_bytes = 1
-                if excess_bytes == 1:
+                    excess_bytes, disk_full = 1, True
+                if disk_full:
                     raise TubeletError(
                         f"{self.folder}: the disk has no room for {stored.size_bytes} bytes"
                         f" ({shutil.disk_usage(self.folder).free} are free)",
@@ -488,7 +489,7 @@ class _Workers:
                 self._changed.wait_for(lambda: self._ahead)
                 wanted = self._ahead.pop(0)
             # What fails here fails again, and is told, where it is needed.
-            with contextlib.suppress(TubeletError, OSError, RuntimeError):
+            with contextlib.suppress(Exception):
                 fetch(wanted)
 
 

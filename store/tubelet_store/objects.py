@@ -175,7 +175,7 @@ class LocalRoot(ObjectRoot):
                 os.link(temporary, target)
             except FileExistsError:
                 return False
-            _sync_directory(target.parent)
+            synchronise(target.parent)
         return True
 
     def publish(self, key: str, finished: Path) -> None:
@@ -207,13 +207,21 @@ class LocalRoot(ObjectRoot):
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """See ObjectRoot. A lock held inside tells that the owner lives."""
-        folder = self.directory / SCRATCH / uuid.uuid4().hex
-        folder.mkdir(parents=True)
-        try:
-            with _locked(folder / _OWNER):
+        with contextlib.ExitStack() as lock:
+            folder = self._owned_folder(lock)
+            try:
                 yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _owned_folder(self, lock: contextlib.ExitStack) -> Path:
+        while True:
+            folder = self.directory / SCRATCH / uuid.uuid4().hex
+            # Until its lock is held, `discard_scratch` may take it for a dead writer's.
+            with contextlib.suppress(FileNotFoundError):
+                folder.mkdir(parents=True)
+                lock.enter_context(_locked(folder / _OWNER))
+                return folder
 
     def discard_scratch(self) -> None:
         """See ObjectRoot."""
@@ -224,8 +232,10 @@ class LocalRoot(ObjectRoot):
                     shutil.rmtree(lock.parent, ignore_errors=True)
                 else:
                     lock.unlink()
-        with contextlib.suppress(OSError):
-            scratch.rmdir()
+        # Killed before they locked theirs, writers leave empty folders.
+        for folder in [*scratch.glob("*/"), scratch]:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def local_path(self, key: str) -> Path | None:
         """See ObjectRoot."""
@@ -252,7 +262,7 @@ class LocalRoot(ObjectRoot):
         target = self.directory / key
         target.parent.mkdir(parents=True, exist_ok=True)
         finished.replace(target)
-        _sync_directory(target.parent)
+        synchronise(target.parent)
 
 
 class RemoteRoot(ObjectRoot):
@@ -421,14 +431,19 @@ def _reaching(url: str, writing: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
     # The kernel frees the lock when its holder dies, by kill -9 too.
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever held it may have removed the file: a lock on what has no name any more excludes nobody.
+            if not os.fstat(file.fileno()).st_nlink:
+                continue
+            yield
+            return
 
 
-def _sync_directory(directory: Path) -> None:
-    # A rename is durable only once its directory is.
-    descriptor = os.open(directory, os.O_RDONLY)
+def synchronise(path: Path) -> None:
+    """Make the file's bytes, or the directory's names, outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

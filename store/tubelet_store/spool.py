@@ -26,7 +26,7 @@ from tubelet_store.commit import Commit
 from tubelet_store.config import Config
 from tubelet_store.errors import StoreUnreachable
 from tubelet_store.finished_shard import FinishedShard, publish
-from tubelet_store.objects import ObjectRoot
+from tubelet_store.objects import ObjectRoot, synchronise
 from tubelet_store.plan import Plan
 
 T = TypeVar("T")
@@ -102,6 +102,8 @@ class Spool:
                 shutil.move(finished.files[stored.key], partial / str(number))
             (partial / _MOMENTS).write_bytes(finished.moments)
             (partial / _COMMIT).write_text(finished.commit.model_dump_json())
+            for path in [*partial.iterdir(), partial]:
+                synchronise(path)
             partial.rename(self._mine / str(shard))
         return True
 
@@ -121,7 +123,10 @@ class Spool:
                     publish(root, self._plan, self._read(entry))
                 except StoreUnreachable:
                     break
-                shutil.rmtree(entry)
+                # Half an entry must not be taken for a whole one.
+                gone = self._mine / f"partial-{uuid.uuid4().hex}"
+                entry.rename(gone)
+                shutil.rmtree(gone)
                 (self._mine / f"{shard}.lock").unlink()
             done.append(shard)
         return done

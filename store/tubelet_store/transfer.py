@@ -9,7 +9,6 @@ goes last, so nobody opens half a copy.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -69,7 +68,7 @@ class StoreCopy:
         for _ in in_parallel(self._copy, self._records(), threads):
             pass
         for key in (MANIFEST, GROUP):
-            self._copy(_described(key, self._source.root.read(key)))
+            self._copy(StoredObject.of(key, self._source.root.read(key)))
 
     def _copy(self, stored: StoredObject) -> bool:
         if holds(self._target, stored, self._read_back):
@@ -84,11 +83,11 @@ class StoreCopy:
         """The planned table and the commit records: not in the manifest, but what appending later builds on."""
         root = self._source.root
         if root.size(PLAN_TABLE) is not None:
-            yield _described(PLAN_TABLE, root.read(PLAN_TABLE))
+            yield StoredObject.of(PLAN_TABLE, root.read(PLAN_TABLE))
         for shard in committed_shards(root):
             commit = self._checked(self._source.commit(shard))
             yield commit.moments
-            yield _described(commit_key(shard), root.read(commit_key(shard)))
+            yield StoredObject.of(commit_key(shard), root.read(commit_key(shard)))
 
     def _checked(self, commit: Commit) -> Commit:
         for stored in commit.objects:
@@ -174,7 +173,3 @@ def _download(root: ObjectRoot, key: str, path: Path) -> ObjectDigest:
         file.flush()
         os.fsync(file.fileno())
     return digest
-
-
-def _described(key: str, data: bytes) -> StoredObject:
-    return StoredObject(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

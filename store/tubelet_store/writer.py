@@ -8,7 +8,6 @@ Resuming is the same call: the shards that have a record are done, the others ar
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,7 @@ class StoreWriter:
         for key in metadata_documents(self.plan, {}):
             if key != GROUP:
                 documents[key] = self._root.read(key)
-        manifest = Manifest.of([*objects, *(_described(key, data) for key, data in documents.items())], self.plan)
+        manifest = Manifest.of([*objects, *(StoredObject.of(key, data) for key, data in documents.items())], self.plan)
         self._root.replace(MANIFEST, manifest.to_parquet())
         self.state = self.state.model_copy(
             update={
@@ -193,7 +192,3 @@ class StoreWriter:
             for hook, moments in read_commit_moments(self._root, commit).items():
                 merged[hook] = merged[hook].merge(moments)
         return merged
-
-
-def _described(key: str, data: bytes) -> StoredObject:
-    return StoredObject(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

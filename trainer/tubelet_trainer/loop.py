@@ -172,7 +172,8 @@ def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> list[d
             checkpoint = run.checkpoint(step)
             if run.ranks.first:
                 save_checkpoint(folder, checkpoint, config.keep_checkpoints)
-    return _evaluate(run, steps, logs, report) or latest
+    # Killed after its last checkpoint, a run has no step left to read metrics from.
+    return _evaluate(run, steps, logs, report) or latest or [{} for _ in run.members]
 
 
 def _read(run: Run, member: Member, metrics: Mapping[str, Tensor], whole: bool) -> dict[str, float]:

@@ -432,14 +432,16 @@ class Windows:
                 shapes = [(tokens, source.channels) for source in self.sources]
                 host = tuple(torch.empty(shape, dtype=dtype, pin_memory=cuda) for shape in shapes)
                 on_device = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape in shapes if cuda)
-                self._slots.append(
-                    _Slot(
-                        host=host,
-                        device=on_device if cuda else host,
-                        copied=torch.cuda.Event() if cuda else None,
-                        released=torch.cuda.Event() if cuda else None,
-                    )
+                slot = _Slot(
+                    host=host,
+                    device=on_device if cuda else host,
+                    copied=torch.cuda.Event() if cuda else None,
+                    released=torch.cuda.Event() if cuda else None,
                 )
+                if slot.released is not None:
+                    # The allocator may hand out memory that earlier work on this stream still reads.
+                    slot.released.record()
+                self._slots.append(slot)
         return self._slots
 
     def _first_block_of(self, window: int) -> int:

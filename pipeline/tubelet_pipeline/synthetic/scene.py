@@ -72,11 +72,6 @@ class Scene:
         return fill(self.template, list(self.placeholders))
 
 
-def template_of(index: int) -> str:
-    """Template of video `index`; needs no drawing."""
-    return TEMPLATES[index % len(TEMPLATES)]
-
-
 def scene_at(seed: int, index: int, frames: int, height: int, width: int) -> Scene:
     """The scene of video `index` (0, 1, 2, ...): a pure function of its arguments."""
     twins, backward = divmod(index, 2)

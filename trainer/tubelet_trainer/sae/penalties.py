@@ -9,6 +9,8 @@ A penalty is a term of the objective (see `tubelet_trainer.objective`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ class PenaltyWeight:
             self.log_gain += _STEERING_RATE * excess
 
 
-class SparsityPenalty:
+class SparsityPenalty(ABC):
     """Base of the penalties: a weight, and its state for checkpoints."""
 
     def __init__(self, weight: PenaltyWeight) -> None:
@@ -74,9 +76,9 @@ class SparsityPenalty:
             loss = loss + beside
         return Term(loss, {"sparsity": penalty.detach(), "sparsity_weight": weight})
 
+    @abstractmethod
     def penalty(self, forward: Forward) -> tuple[Tensor, Tensor | None]:
         """The unweighted penalty, and a part of the loss that belongs to it but is not weighted with it."""
-        raise NotImplementedError
 
 
 class L1Penalty(SparsityPenalty):

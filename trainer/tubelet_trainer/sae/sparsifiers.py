@@ -10,6 +10,7 @@ takes the dense path by itself.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -37,12 +38,12 @@ class Choice(NamedTuple):
     """bool; False entries are padding or not active: their code is 0."""
 
 
-class Sparsifier(nn.Module):
+class Sparsifier(nn.Module, ABC):
     """Chooses from pre-activations; `training` tells a training batch from inference."""
 
+    @abstractmethod
     def forward(self, pre_NF: Tensor) -> Choice:
         """Choose latents from pre-activations [N, F] (no gradient flows through the choice)."""
-        raise NotImplementedError
 
     def values(self, selected_NK: Tensor, choice: Choice, _b_enc: Tensor) -> Tensor:
         """Codes [N, K] from the chosen pre-activations.
