@@ -7,6 +7,8 @@ A step that an earlier run finished is not done again: that is how the verbs the
 
 from __future__ import annotations
 
+import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import yaml
 
 from tubelet_lens.config import DemoConfig
-from tubelet_store import cli
+from tubelet_store import cli, open_store
 from tubelet_store.errors import TubeletError
+from tubelet_store.summary import human_bytes, summarise
 
 
 def demo(config: DemoConfig) -> None:
@@ -59,11 +62,37 @@ def demo(config: DemoConfig) -> None:
         "split": "all",
     }
     _step("Evaluate it", "evaluate", _settings_file(out, "evaluate", settings))
+    print()
+    for name, text in _summary(out):
+        print(f"{name:<22}{text}")
     print(f"\nThe demo took {time.perf_counter() - began:.0f} s. Open {report / 'report.html'}")
 
 
+_SHORT = {
+    "reconstruction.fvu": "FVU",
+    "coherence.lag1.sae": "autocorrelation",
+    "coherence.drop": "  drop from raw",
+    "sparsity.l0": "L0",
+    "sparsity.dead_fraction": "dead latents",
+}
+
 # The last block but one: the last is closest to the pre-training's pixels.
 _HOOK = "blocks.2"
+
+
+def _summary(out: Path) -> list[tuple[str, str]]:
+    stores = [summarise(open_store(str(out / f"{split}.zarr"))) for split in ("train", "validation")]
+    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    speed = statistics.median(line["tokens_per_s"] for line in lines if line["kind"] == "train")
+    evaluation = json.loads((out / "report" / "evaluation.json").read_text())
+    figures = [figure for section in evaluation["sections"] for figure in section["figures"] if figure["headline"]]
+    return [
+        ("clips decoded", f"{sum(s['clips']['ok'] for s in stores)}"),
+        ("clips failed", f"{sum(s['clips']['failed'] for s in stores)}"),
+        ("activations stored", human_bytes(sum(s["size_bytes"] for s in stores))),
+        ("training speed", f"{speed:,.0f} tokens/s (median)"),
+        *((_SHORT.get(figure["name"], figure["title"]), f"{figure['value']:.4g}") for figure in figures),
+    ]
 
 
 def _settings_file(out: Path, name: str, settings: dict[str, Any]) -> str:
