@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from tubelet_lens.config import DemoConfig
+from tubelet_lens.section import readable
 from tubelet_store import cli, open_store
 from tubelet_store.errors import TubeletError
 from tubelet_store.summary import human_bytes, summarise
@@ -85,13 +86,16 @@ def _summary(out: Path) -> list[tuple[str, str]]:
     lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(line["tokens_per_s"] for line in lines if line["kind"] == "train")
     evaluation = json.loads((out / "report" / "evaluation.json").read_text())
-    figures = [figure for section in evaluation["sections"] for figure in section["figures"] if figure["headline"]]
+    figures = [f for section in evaluation["sections"] for f in section["figures"] if f["headline"]]
     return [
         ("clips decoded", f"{sum(s['clips']['ok'] for s in stores)}"),
         ("clips failed", f"{sum(s['clips']['failed'] for s in stores)}"),
         ("activations stored", human_bytes(sum(s["size_bytes"] for s in stores))),
         ("training speed", f"{speed:,.0f} tokens/s (median)"),
-        *((_SHORT.get(figure["name"], figure["title"]), f"{figure['value']:.4g}") for figure in figures),
+        *(
+            (_SHORT.get(figure["name"], figure["title"]), readable(figure["value"], figure["style"]))
+            for figure in figures
+        ),
     ]
 
 

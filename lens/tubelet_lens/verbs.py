@@ -8,13 +8,13 @@ from tubelet_store.cli import Verb
 
 def _run(config: EvaluateConfig) -> int:
     from tubelet_lens.evaluate import evaluate, write_evaluation
+    from tubelet_lens.section import readable
 
     evaluation = evaluate(config)
     report = write_evaluation(evaluation, config.out if config.out is not None else config.run / "evaluation")
     for figure in evaluation.figures():
         if figure.headline:
-            value = "undefined" if figure.value is None else f"{figure.value:.4g}"
-            print(f"{figure.title}: {value}")
+            print(f"{figure.title}: {readable(figure.value, figure.style)}")
     print(report)
     return 0
 

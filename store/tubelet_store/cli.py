@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,10 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit status 0: done; 1: done, with findings; 2: a mistake to mend; 130: interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run(arguments)
+        status = run(arguments)
+        sys.stdout.flush()
+        return status
     except TubeletError as error:
         print(f"tubelet: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # `tubelet info STORE | head` closed the pipe: what is left to print, the exit's flush included, goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

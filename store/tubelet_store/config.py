@@ -8,7 +8,7 @@ A field that does not exist is an error that names the nearest one that does.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -28,6 +28,8 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+_COMMAND_LINE = "the command line"
+
 
 def load_config(model: type[C], path: Path | None, overrides: Mapping[str, str]) -> C:
     """Read `path` (YAML; none: start empty), apply dotted `overrides` (texts, read as YAML), validate as `model`.
@@ -41,7 +43,7 @@ def load_config(model: type[C], path: Path | None, overrides: Mapping[str, str])
     # `--name 007` and `--name no` are a number and a truth value in YAML; a text field means the letters.
     for dotted in _texts_wanted(model, tree) & overrides.keys():
         set_dotted(tree, dotted, overrides[dotted])
-    return validate(model, tree, str(path) if path is not None else "the command line")
+    return validate(model, tree, str(path) if path is not None else _COMMAND_LINE, typed=overrides.keys())
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
@@ -71,8 +73,12 @@ def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def validate(model: type[C], tree: dict[str, Any], origin: str) -> C:
-    """Validate `tree` as `model`; the first fault becomes one line that names the field and the remedy."""
+def validate(model: type[C], tree: dict[str, Any], origin: str, typed: Collection[str] = ()) -> C:
+    """Validate `tree`, read from `origin` but for the fields `typed` on the command line, as `model`.
+
+    Raises:
+        TubeletError: it does not fit; one line that names the first field at fault, and the remedy.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -81,6 +87,7 @@ def validate(model: type[C], tree: dict[str, Any], origin: str) -> C:
         # pydantic puts the tag of a discriminated union into the path; users never write it.
         path, owner = _walk(model, fault["loc"])
         field = ".".join(path)
+        origin = _COMMAND_LINE if field in typed else origin
         if fault["type"] == "extra_forbidden":
             known = [name for cls in owner for name in _field_names(cls)]
             raise TubeletError(f"Unknown field '{field}' in {origin}", nearest(path[-1], known)) from error

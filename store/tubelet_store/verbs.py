@@ -10,6 +10,8 @@ from pydantic import Field
 from tubelet_store.cli import Verb
 from tubelet_store.config import Config
 
+# The formula's text is for `--format json`.
+_SAMPLING = ("kind", "frames", "stride", "clips")
 # Beyond this many, failures are for `--format json`.
 _FAILURES_SHOWN = 20
 
@@ -70,7 +72,7 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
             "backbone",
             ", ".join(f"{k} {backbone[k]}" for k in ("family", "id", "revision", "precision") if backbone.get(k)),
         ),
-        ("sampling", ", ".join(f"{k} {v}" for k, v in summary["sampling"].items())),
+        ("sampling", ", ".join(f"{k} {summary['sampling'][k]}" for k in _SAMPLING if k in summary["sampling"])),
         ("grid", f"{grid['time']} time x {grid['height']} height x {grid['width']} width, {summary['dtype']}"),
         ("size", human_bytes(summary["size_bytes"])),
     ]

@@ -67,7 +67,7 @@ def load_record(folder: Path | str) -> SAERecord:
 
 
 def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
-    """The SAE in `folder`, ready for inference (`eval` mode), with its normalisation.
+    """The SAE in `folder`, ready for inference (`eval` mode, no gradients), with its normalisation.
 
     Raises:
         TubeletError: there is none, or its files are damaged or do not belong together.
@@ -83,4 +83,4 @@ def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
         raise TubeletError(
             f"{path} does not hold the SAE that {RECORD} describes: {reason}", "Copy both again"
         ) from error
-    return sae.to(device).eval()
+    return sae.to(device).eval().requires_grad_(False)
