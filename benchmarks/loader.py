@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 import zarr
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from tubelet_store import ClipOutcome, Grid, Hook, Plan, Store, StoreWriter, open_store
-from tubelet_store.clips import PLANNED
+from random_store import random_store
+from tubelet_store import Grid, Hook, Store
 from tubelet_trainer.source import Source
 from tubelet_trainer.windows import Windows
 
@@ -54,36 +53,8 @@ class Row:
 
 
 def make_store(folder: Path) -> Store:
-    """A store of random float16 tokens, written by the real writer."""
-    plan = Plan(
-        dataset={"kind": "random"},
-        clip_table="sha256:benchmark",
-        clips=CLIPS,
-        clips_per_shard=CLIPS_PER_SHARD,
-        sampling={},
-        preprocessing={},
-        backbone={},
-        grid=GRID,
-        hooks=(Hook(name=HOOK, channels=CHANNELS),),
-    )
-    columns = {
-        "clip": list(range(CLIPS)),
-        "video_id": [f"video-{clip}" for clip in range(CLIPS)],
-        "uri": [f"{clip}.mp4" for clip in range(CLIPS)],
-        "view": [0] * CLIPS,
-    }
-    table = pa.table({name: columns.get(name, [None] * CLIPS) for name in PLANNED.names}, schema=PLANNED)
-    writer = StoreWriter.begin(str(folder), plan, table, {})
-    rng = np.random.default_rng(0)
-    frames = tuple(range(2 * GRID.time))
-    for shard in writer.pending():
-        with writer.shard(shard) as shard_writer:
-            for _ in plan.shard_range(shard):
-                tokens = rng.standard_normal((GRID.time, GRID.space, CHANNELS), dtype=np.float32)
-                shard_writer.append(ClipOutcome(status="ok", frame_indices=frames, padded_frames=0), {HOOK: tokens})
-            shard_writer.commit()
-    writer.finish()
-    return open_store(str(folder))
+    """The store that all ways of reading read."""
+    return random_store(folder, GRID, Hook(name=HOOK, channels=CHANNELS), CLIPS, CLIPS_PER_SHARD)
 
 
 def memcpy_seconds(size_bytes: int) -> float:

@@ -19,11 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-
-from tubelet_store import ClipOutcome, Grid, Hook, Plan, StoreWriter
-from tubelet_store.clips import PLANNED
+from random_store import random_store
+from tubelet_store import Grid, Hook
 
 CLIPS, TIMES, CHANNELS, HOOK = 48, 20, 384, "blocks.6"
 GRID = Grid(time=8, height=14, width=14)
@@ -71,34 +68,8 @@ print(json.dumps({"tokens": tokens, **{name: peak[name] - start[name] for name i
 
 
 def write_store(folder: Path, clips: int) -> int:
-    """A store of random float16 tokens; its bytes."""
-    plan = Plan(
-        dataset={"kind": "random"},
-        clip_table="sha256:benchmark",
-        clips=clips,
-        clips_per_shard=48,
-        sampling={},
-        preprocessing={},
-        backbone={},
-        grid=GRID,
-        hooks=(Hook(name=HOOK, channels=CHANNELS),),
-    )
-    columns = {
-        "clip": list(range(clips)),
-        "video_id": [f"video-{clip}" for clip in range(clips)],
-        "uri": [f"{clip}.mp4" for clip in range(clips)],
-        "view": [0] * clips,
-    }
-    table = pa.table({name: columns.get(name, [None] * clips) for name in PLANNED.names}, schema=PLANNED)
-    writer = StoreWriter.begin(str(folder), plan, table, {})
-    tokens = np.random.default_rng(0).standard_normal((GRID.time, GRID.space, CHANNELS), dtype=np.float32)
-    for shard in writer.pending():
-        with writer.shard(shard) as shard_writer:
-            for _ in plan.shard_range(shard):
-                outcome = ClipOutcome(status="ok", frame_indices=tuple(range(2 * GRID.time)), padded_frames=0)
-                shard_writer.append(outcome, {HOOK: tokens})
-            shard_writer.commit()
-    writer.finish()
+    """A store of `clips` clips; the bytes of its tokens."""
+    random_store(folder, GRID, Hook(name=HOOK, channels=CHANNELS), clips, clips_per_shard=48)
     return clips * GRID.tokens * CHANNELS * 2
 
 

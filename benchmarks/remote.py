@@ -27,13 +27,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import obstore
-import pyarrow as pa
 import s3fs
 import zarr
 
+from random_store import random_store
 from range_server import range_server
-from tubelet_store import ClipOutcome, Grid, Hook, Plan, Store, StoreWriter, open_store
-from tubelet_store.clips import PLANNED
+from tubelet_store import Grid, Hook, Store, open_store
 from tubelet_store.mirror import MirrorConfig
 from tubelet_store.transport import TransportName, open_transport
 
@@ -52,39 +51,6 @@ class Row:
     name: str
     mb_per_s: float
     cpu_s_per_gb: float
-
-
-def make_store(folder: Path) -> Store:
-    """A store of random float16 tokens, written by the real writer."""
-    plan = Plan(
-        dataset={"kind": "random"},
-        clip_table="sha256:benchmark",
-        clips=CLIPS,
-        clips_per_shard=CLIPS_PER_SHARD,
-        sampling={},
-        preprocessing={},
-        backbone={},
-        grid=GRID,
-        hooks=(Hook(name=HOOK, channels=CHANNELS),),
-    )
-    columns = {
-        "clip": list(range(CLIPS)),
-        "video_id": [f"video-{clip}" for clip in range(CLIPS)],
-        "uri": [f"{clip}.mp4" for clip in range(CLIPS)],
-        "view": [0] * CLIPS,
-    }
-    table = pa.table({name: columns.get(name, [None] * CLIPS) for name in PLANNED.names}, schema=PLANNED)
-    writer = StoreWriter.begin(str(folder), plan, table, {})
-    tokens = np.random.default_rng(0).standard_normal((GRID.time, GRID.space, CHANNELS), dtype=np.float32)
-    frames = tuple(range(2 * GRID.time))
-    for shard in writer.pending():
-        with writer.shard(shard) as shard_writer:
-            for clip in plan.shard_range(shard):
-                outcome = ClipOutcome(status="ok", frame_indices=frames, padded_frames=0)
-                shard_writer.append(outcome, {HOOK: np.roll(tokens, clip)})
-            shard_writer.commit()
-    writer.finish()
-    return open_store(str(folder))
 
 
 class Bench:
@@ -264,7 +230,8 @@ def run() -> None:
         folder = Path(name)
         (folder / "bucket").mkdir()
         (folder / "scratch").mkdir()
-        truth = make_store(folder / "bucket" / "s.zarr")
+        hook = Hook(name=HOOK, channels=CHANNELS)
+        truth = random_store(folder / "bucket" / "s.zarr", GRID, hook, CLIPS, CLIPS_PER_SHARD)
         for title, limit in [
             ("As fast as the machine can", None),
             (f"Behind a limit of {LIMIT_MB_PER_S:.0f} MB/s", LIMIT_MB_PER_S),
