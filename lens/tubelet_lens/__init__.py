@@ -1,8 +1,9 @@
 """What looks at a trained SAE: metrics with nulls beside them, one JSON file, one HTML report.
 
     from tubelet_lens.evaluate import evaluate
-    evaluation = evaluate(EvaluateConfig(run="runs/a", store="demo/videomae.zarr"))
-    evaluation.figure("reconstruction.fvu").value
+    result = evaluate(EvaluateConfig(run="runs/a", store="demo/videomae.zarr"))
+    result.evaluation.figure("reconstruction.fvu").value
+    result.latents                                   # one row per latent
 
 A metric is one file (see `metric`). Nothing heavy is imported here: the command line reads
 configurations without torch.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tubelet_lens.autocorrelation import PooledAutocorrelation, PooledValue, WithinAutocorrelation
+from tubelet_lens.latents import LatentColumn
 from tubelet_lens.metric import Setting
 from tubelet_lens.section import Curve, Figure, Line, Section, Subject
 from tubelet_lens.series import Series, active_series, shuffled_steps
@@ -110,6 +111,19 @@ class Coherence:
                 "Differences between clips and between patches count as coherence: the shuffled columns say "
                 "how much of a "
                 "figure they make up.",
+            ),
+        )
+
+    def latents(self) -> tuple[LatentColumn, ...]:
+        """Pooled lag-1 autocorrelation of every latent."""
+        if not self._lags:
+            return ()
+        return (
+            LatentColumn(
+                "coherence",
+                self._sae.pooled.per_feature(1).cpu().numpy(),
+                "Pearson correlation of the latent over all pairs of tokens one latent step apart (same clip, same "
+                f"patch). {_PAIRS} Undefined where the latent does not vary.",
             ),
         )
 

@@ -23,6 +23,10 @@ class EvaluateConfig(Config):
     """Which videos: those held out of training, those trained on, or both."""
     other_store: bool = False
     """Accept a store other than the one trained on (another data set or sampling); hook and backbone must agree."""
+    fit_store: str | None = None
+    """Store whose clips probes and maps are fitted on; none: the clips of `store` that the SAE was trained on."""
+    fit_clips: int = Field(default=20_000, ge=1)
+    """Fit on at most this many clips, evenly spaced."""
     limit_clips: int | None = Field(default=None, ge=1)
     """Evaluate at most this many clips, evenly spaced through the split; none: all of them."""
     lags: int = Field(default=4, ge=1)

@@ -1,29 +1,35 @@
 """One evaluation: stream the chosen clips once through every metric.
 
-run folder ─▶ SAE ┐
-store ─▶ clips ───┴─▶ windows ─▶ metrics ─▶ Evaluation ─▶ evaluation.json, report.html
+run folder ─▶ SAE ┐            ┌─▶ metrics over tokens ────────────────┐
+store ─▶ clips ───┴─▶ windows ─┴─▶ pooled clips ─▶ metrics over clips ─┴─▶ evaluation.json, report.html, latents.parquet
+
+Probes and maps are fitted on the side of the split that the SAE was trained on and measured on the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from pydantic import JsonValue
 from rich.progress import Progress
 
+from tubelet_lens.clip_metric import ClipMetric, ClipSetting, Side, side
 from tubelet_lens.codes import SparseCoder
 from tubelet_lens.coherence import Coherence
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.evaluation import Coverage, Evaluation
+from tubelet_lens.latents import latent_table, write_latents
 from tubelet_lens.metric import Metric, Setting
+from tubelet_lens.pooled import Pooling
 from tubelet_lens.reconstruction import Reconstruction
 from tubelet_lens.report import render_report
-from tubelet_lens.section import Section
 from tubelet_lens.selection import choose_clips
 from tubelet_lens.sparsity import Sparsity
-from tubelet_lens.subject import check_store, load_trained
+from tubelet_lens.subject import TrainedSae, check_store, load_trained
 from tubelet_lens.timing import latent_time
 from tubelet_lens.training import training_section
 from tubelet_lens.windows import clip_bytes, windows
@@ -31,10 +37,31 @@ from tubelet_store import Store, open_store
 from tubelet_trainer.machine import choose_device, software
 
 METRICS: tuple[Callable[[Setting], Metric], ...] = (Reconstruction, Coherence, Sparsity)
-"""What is measured, in the report's order."""
+"""What is measured over tokens, in the report's order."""
+
+CLIP_METRICS: tuple[ClipMetric, ...] = ()
+"""What is measured over clips, in the report's order."""
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What an evaluation found."""
+
+    evaluation: Evaluation
+    latents: pa.Table
+    """One row per latent, see `latents.latent_table`."""
+
+    def write(self, out: Path) -> Path:
+        """Write `evaluation.json`, `report.html` and `latents.parquet` into `out`; the report's path."""
+        out.mkdir(parents=True, exist_ok=True)
+        self.evaluation.write(out / "evaluation.json")
+        write_latents(self.latents, out)
+        report = out / "report.html"
+        report.write_text(render_report(self.evaluation))
+        return report
+
+
+def evaluate(config: EvaluateConfig) -> Result:
     """Evaluate the SAE of a training run on a store.
 
     Raises:
@@ -57,24 +84,61 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         seed=config.seed,
         device=device,
     )
-    per_window = max(1, config.window_mib * 2**20 // clip_bytes(store, trained.hook, trained.coder.latents))
-    sections = measure(setting, trained.coder, clips_per_window=per_window)
+    metrics = [make(setting) for make in METRICS]
+    pooling = Pooling({})
+    per_window = _clips_per_window(config, trained, store)
+    stream(setting, trained.coder, [*metrics, pooling], clips_per_window=per_window)
+    sections = [metric.section() for metric in metrics]
+    columns = [column for metric in metrics for column in metric.latents()]
+    over_clips = ClipSetting(
+        setting=setting,
+        config=config,
+        sae=trained.coder,
+        fit=_fit_side(config, trained, setting),
+        test=side(store, pooling),
+    )
+    for measure in CLIP_METRICS:
+        found = measure(over_clips)
+        if found is not None:
+            sections.append(found.section)
+            columns += found.latents
     training = training_section(config.run)
-    return Evaluation(
+    evaluation = Evaluation(
         coverage=_coverage(setting, config.split),
         config=config.model_dump(mode="json"),
         sae={"run": trained.folder.name, "latents": trained.coder.latents, "recipe": trained.recipe}
         | {"provenance": trained.provenance},
         store=_describe(store, trained.hook),
         software={**software(), "numpy": np.__version__, "device": device.type},
-        sections=(*sections, training) if training is not None else sections,
+        sections=(*sections, training) if training is not None else tuple(sections),
     )
+    return Result(evaluation, latent_table(columns, trained.coder.latents))
 
 
-def measure(setting: Setting, sae: SparseCoder, *, clips_per_window: int) -> tuple[Section, ...]:
-    """Stream `setting.clips` through every metric, `clips_per_window` at a time."""
-    metrics = [make(setting) for make in METRICS]
-    stream = windows(
+def _fit_side(config: EvaluateConfig, trained: TrainedSae, setting: Setting) -> Side | None:
+    """Clips to fit probes and maps on, apart by video from those evaluated; None if there are none."""
+    if config.fit_store is not None:
+        store = open_store(config.fit_store)
+        check_store(trained, store, other_store=True)
+        clips = choose_clips(store, "all", trained.holdout, config.fit_clips)
+    elif config.split == "held_out":
+        store = setting.store
+        clips = choose_clips(store, "train", trained.holdout, config.fit_clips)
+    else:
+        return None
+    pooling = Pooling({})
+    there = replace(setting, store=store, clips=clips, time=latent_time(store, clips))
+    stream(there, trained.coder, [pooling], clips_per_window=_clips_per_window(config, trained, store))
+    return side(store, pooling)
+
+
+def _clips_per_window(config: EvaluateConfig, trained: TrainedSae, store: Store) -> int:
+    return max(1, config.window_mib * 2**20 // clip_bytes(store, trained.hook, trained.coder.latents))
+
+
+def stream(setting: Setting, sae: SparseCoder, takers: Sequence[Metric | Pooling], *, clips_per_window: int) -> None:
+    """Stream `setting.clips` once through all `takers`, `clips_per_window` at a time."""
+    passing = windows(
         setting.store,
         setting.hook,
         sae,
@@ -85,20 +149,10 @@ def measure(setting: Setting, sae: SparseCoder, *, clips_per_window: int) -> tup
     )
     with Progress(transient=True) as progress:
         task = progress.add_task("Evaluating clips", total=len(setting.clips))
-        for window in stream:
-            for metric in metrics:
-                metric.add(window)
+        for window in passing:
+            for taker in takers:
+                taker.add(window)
             progress.advance(task, len(window.clips))
-    return tuple(metric.section() for metric in metrics)
-
-
-def write_evaluation(evaluation: Evaluation, out: Path) -> Path:
-    """Write `evaluation.json` and `report.html` into `out`; the report's path."""
-    out.mkdir(parents=True, exist_ok=True)
-    evaluation.write(out / "evaluation.json")
-    report = out / "report.html"
-    report.write_text(render_report(evaluation))
-    return report
 
 
 def _coverage(setting: Setting, split: str) -> Coverage:

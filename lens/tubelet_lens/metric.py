@@ -2,11 +2,10 @@
 
     metric = Reconstruction(setting)
     for window in windows(...): metric.add(window)
-    metric.section()
+    metric.section(), metric.latents()
 
-One file per metric. A metric that needs labels or captions looks up `window.clips` in `setting.store.clips()`; one that
-trains something (a probe, a map) gathers pooled codes in `add` and fits in `section`. To add one, write the file and
-put its class into `evaluate.METRICS`.
+One file per metric. To add one, write the file and put its class into `evaluate.METRICS`. What is fitted on clips
+(a probe, a map) is a `clip_metric.ClipMetric` instead.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tubelet_lens.latents import LatentColumn
 from tubelet_lens.section import Section
 from tubelet_lens.timing import LatentTime
 from tubelet_lens.windows import Window
@@ -60,3 +60,6 @@ class Metric(Protocol):
 
     def section(self) -> Section:
         """The figures over everything added."""
+
+    def latents(self) -> tuple[LatentColumn, ...]:
+        """The same by latent; empty if the metric says nothing of single latents."""

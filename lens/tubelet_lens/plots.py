@@ -19,15 +19,20 @@ from matplotlib.ticker import MaxNLocator
 from tubelet_lens.section import Curve, Line
 
 _INK, _GRID = "#010101", "#020202"
-_SUBJECTS = {"sae": "#030303", "raw": "#040404", "sae_shuffled": "#050505", "raw_shuffled": "#060606"}
+# One stand-in colour per role; controls and nulls share the colour of neither the SAE nor the raw activations.
+_ROLES = {"sae": "#030303", "raw": "#040404", "control": "#050505"}
 _VARIABLES = {
     _INK: "var(--ink-soft)",
     _GRID: "var(--line)",
-    _SUBJECTS["sae"]: "var(--sae)",
-    _SUBJECTS["raw"]: "var(--raw)",
-    _SUBJECTS["sae_shuffled"]: "var(--sae)",
-    _SUBJECTS["raw_shuffled"]: "var(--raw)",
+    _ROLES["sae"]: "var(--sae)",
+    _ROLES["raw"]: "var(--raw)",
+    _ROLES["control"]: "var(--control)",
 }
+
+
+def _colour(line: Line) -> str:
+    return _ROLES.get(line.subject.removesuffix("_shuffled"), _ROLES["control"])
+
 
 # Small on purpose: scaled to a phone's width, 10 pt text stays readable.
 _SIZE_INCHES = (5.0, 3.1)
@@ -85,7 +90,7 @@ def _bars(axes: Axes, curve: Curve) -> None:
     edges = np.asarray(curve.x)
     for line in curve.lines:
         heights = [0.0 if value is None else value for value in line.y]
-        axes.bar(edges[:-1], heights, width=0.92 * np.diff(edges), align="edge", color=_SUBJECTS[line.subject])
+        axes.bar(edges[:-1], heights, width=0.92 * np.diff(edges), align="edge", color=_colour(line))
 
 
 def _line(axes: Axes, curve: Curve, line: Line) -> None:
@@ -93,12 +98,12 @@ def _line(axes: Axes, curve: Curve, line: Line) -> None:
     if not points:
         return
     x, y = zip(*points, strict=True)
-    null = line.subject.endswith("shuffled")
+    null = line.subject not in ("sae", "raw")
     axes.plot(
         x,
         y,
         label=line.label,
-        color=_SUBJECTS[line.subject],
+        color=_colour(line),
         linestyle=(0, (4, 3)) if null else "-",
         linewidth=1.4 if null else 2.0,
         marker="o" if len(points) <= 16 else "",
@@ -106,7 +111,7 @@ def _line(axes: Axes, curve: Curve, line: Line) -> None:
     )
     if line.low is not None and line.high is not None:
         low, high = _numbers(line.low), _numbers(line.high)
-        axes.fill_between(curve.x, low, high, color=_SUBJECTS[line.subject], alpha=0.18, linewidth=0)
+        axes.fill_between(curve.x, low, high, color=_colour(line), alpha=0.18, linewidth=0)
 
 
 def _numbers(values: tuple[float | None, ...]) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from tubelet_lens.latents import LatentColumn
 from tubelet_lens.metric import Setting
 from tubelet_lens.section import Figure, Section, ratio
 from tubelet_lens.windows import Window
@@ -104,3 +105,7 @@ class Reconstruction:
                 ),
             ),
         )
+
+    def latents(self) -> tuple[LatentColumn, ...]:
+        """Nothing: reconstruction is of tokens."""
+        return ()

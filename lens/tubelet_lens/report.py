@@ -17,6 +17,11 @@ SUBJECTS = {
     "raw": "Raw",
     "sae_shuffled": "SAE, time shuffled",
     "raw_shuffled": "Raw, time shuffled",
+    "untrained": "Untrained SAE",
+    "random_topk": "Random projection, TopK",
+    "pca": "PCA",
+    "permuted": "Clips permuted",
+    "random": "Random control",
 }
 """Columns of the tables, in order."""
 

@@ -14,8 +14,20 @@ from pydantic import Field
 
 from tubelet_store.config import Config
 
-Subject = Literal["sae", "raw", "sae_shuffled", "raw_shuffled"]
-"""What a figure is about: the SAE's codes, the raw activations, or either with time shuffled (the null)."""
+Subject = Literal[
+    "sae",
+    "raw",
+    "sae_shuffled",
+    "raw_shuffled",
+    "untrained",
+    "random_topk",
+    "pca",
+    "permuted",
+    "random",
+]
+"""What a figure is about: the SAE's codes; the raw activations; either with time shuffled (a null); the codes of the
+same SAE before training; a random projection with TopK of the same width; principal components; the codes with their
+clips permuted (a null); latents or directions drawn at random (a control of edits)."""
 
 
 class Figure(Config):

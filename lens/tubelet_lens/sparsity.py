@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tubelet_lens.latents import LatentColumn
 from tubelet_lens.metric import Setting
 from tubelet_lens.section import Curve, Figure, Line, Section, ratio
 from tubelet_lens.windows import Window
@@ -23,6 +24,8 @@ class Sparsity:
 
     def __init__(self, setting: Setting) -> None:
         self._fired_F = torch.zeros(setting.latents, dtype=torch.int64, device=setting.device)
+        self._sum_F = torch.zeros(setting.latents, dtype=torch.float64, device=setting.device)
+        self._largest_F = torch.zeros(setting.latents, dtype=torch.float32, device=setting.device)
         # Tokens by number of active latents, 0 ... F: quantiles are exact.
         self._tokens_by_L0 = torch.zeros(setting.latents + 1, dtype=torch.int64, device=setting.device)
 
@@ -31,6 +34,9 @@ class Sparsity:
         for codes_TSF in window.codes_CTSF:
             active_NF = codes_TSF.flatten(0, 1) != 0
             self._fired_F += active_NF.sum(0)
+            size_NF = codes_TSF.flatten(0, 1).abs()
+            self._sum_F += size_NF.sum(0, dtype=torch.float64)
+            self._largest_F = torch.maximum(self._largest_F, size_NF.amax(0))
             self._tokens_by_L0 += torch.bincount(active_NF.sum(1), minlength=len(self._tokens_by_L0))
 
     def section(self) -> Section:
@@ -114,6 +120,21 @@ class Sparsity:
                 ),
             ),
             curves=(_density_histogram(alive_density, tokens, dead),) if len(alive_density) else (),
+        )
+
+    def latents(self) -> tuple[LatentColumn, ...]:
+        """Frequency and size of every latent."""
+        fired_F = self._fired_F.cpu().double()
+        tokens = int(self._tokens_by_L0.sum())
+        where = f"the {tokens:,} evaluated tokens"
+        return (
+            LatentColumn("frequency", (fired_F / tokens).numpy(), f"Fraction of {where} on which the latent fires."),
+            LatentColumn(
+                "mean_activation",
+                (self._sum_F.cpu() / fired_F).numpy(),
+                f"Mean size of the code over those of {where} on which it fires; undefined where it never does.",
+            ),
+            LatentColumn("max_activation", self._largest_F.cpu().double().numpy(), f"Largest code over {where}."),
         )
 
 

@@ -7,12 +7,12 @@ from tubelet_store.cli import Verb
 
 
 def _run(config: EvaluateConfig) -> int:
-    from tubelet_lens.evaluate import evaluate, write_evaluation
+    from tubelet_lens.evaluate import evaluate
     from tubelet_lens.section import readable
 
-    evaluation = evaluate(config)
-    report = write_evaluation(evaluation, config.out if config.out is not None else config.run / "evaluation")
-    for figure in evaluation.figures():
+    result = evaluate(config)
+    report = result.write(config.out if config.out is not None else config.run / "evaluation")
+    for figure in result.evaluation.figures():
         if figure.headline:
             print(f"{figure.title}: {readable(figure.value, figure.style)}")
     print(report)

@@ -14,7 +14,8 @@ import pytest
 
 from stores import make_plan, make_store
 from tubelet_lens import EvaluateConfig, Evaluation, read_evaluation
-from tubelet_lens.evaluate import evaluate, write_evaluation
+from tubelet_lens.evaluate import Result, evaluate
+from tubelet_lens.latents import read_latents
 from tubelet_lens.report import show
 from tubelet_lens.section import Figure
 from tubelet_lens.verbs import EVALUATE
@@ -43,8 +44,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(trained: Path) -> Evaluation:
+def found(trained: Path) -> Result:
     return evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def result(found: Result) -> Evaluation:
+    return found.evaluation
+
+
+def evaluation(config: EvaluateConfig) -> Evaluation:
+    return evaluate(config).evaluation
 
 
 def test_only_held_out_clips_that_hold_activations_are_evaluated(trained: Path, result: Evaluation) -> None:
@@ -66,18 +76,20 @@ def test_fvu_and_l0_agree_with_the_trainers_own(trained: Path, result: Evaluatio
 
 @pytest.mark.parametrize("split", ["train", "all"])
 def test_the_other_splits_are_the_other_clips(trained: Path, result: Evaluation, split: str) -> None:
-    there = evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), split=split, device="cpu"))  # type: ignore[arg-type]
+    there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), split=split, device="cpu"))  # type: ignore[arg-type]
     held = result.coverage.clips
     assert there.coverage.clips == (28 if split == "all" else 28 - held)
 
 
 def test_a_limit_takes_clips_evenly(trained: Path) -> None:
-    there = evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=3, device="cpu"))
+    there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=3, device="cpu"))
     assert there.coverage.clips == 3
 
 
-def test_the_json_is_versioned_and_defines_every_figure(trained: Path, result: Evaluation, tmp_path: Path) -> None:
-    write_evaluation(result, tmp_path)
+def test_the_json_is_versioned_and_defines_every_figure(
+    trained: Path, found: Result, result: Evaluation, tmp_path: Path
+) -> None:
+    found.write(tmp_path)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert (tree["format"], tree["schema_version"]) == ("tubelet-evaluation", 1)
     figures = [figure for section in tree["sections"] for figure in section["figures"]]
@@ -97,12 +109,12 @@ def test_every_headline_about_time_stands_beside_raw_and_null(result: Evaluation
 
 
 def test_the_same_evaluation_twice_is_the_same(trained: Path, result: Evaluation) -> None:
-    again = evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), device="cpu"))
+    again = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), device="cpu"))
     assert again == result
 
 
-def test_the_report_stands_alone(result: Evaluation, tmp_path: Path) -> None:
-    page = write_evaluation(result, tmp_path).read_text()
+def test_the_report_stands_alone(found: Result, result: Evaluation, tmp_path: Path) -> None:
+    page = found.write(tmp_path).read_text()
     assert "://" not in page
     assert not re.search(r"<(script|link|img|iframe)\b", page)
     assert not re.search(r"""(?:src|href)=["'](?!#)""", page)
@@ -110,8 +122,8 @@ def test_the_report_stands_alone(result: Evaluation, tmp_path: Path) -> None:
     assert re.findall(r"url\((?!#)", page) == []
 
 
-def test_the_report_shows_every_figure_and_its_definition(result: Evaluation, tmp_path: Path) -> None:
-    page = write_evaluation(result, tmp_path).read_text()
+def test_the_report_shows_every_figure_and_its_definition(found: Result, result: Evaluation, tmp_path: Path) -> None:
+    page = found.write(tmp_path).read_text()
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(set(ids)) == len(ids)
     links = set(re.findall(r'href="#([^"]+)"', page))
@@ -129,9 +141,22 @@ def test_the_report_shows_every_figure_and_its_definition(result: Evaluation, tm
     assert page.count("<svg") == sum(len(section.curves) for section in result.sections) == 4
 
 
-def test_names_from_a_store_cannot_break_the_page(result: Evaluation, tmp_path: Path) -> None:
+def test_every_latent_has_a_row_that_agrees_with_the_figures(found: Result, result: Evaluation, tmp_path: Path) -> None:
+    found.write(tmp_path)
+    table = read_latents(tmp_path)
+    assert table["latent"].to_pylist() == list(range(16))
+    frequency = table["frequency"].to_numpy()
+    assert frequency.sum() == pytest.approx(result.figure("sparsity.l0").value)
+    assert (frequency == 0).sum() == result.figure("sparsity.dead").value
+    coherence = np.array([value for value in table["coherence"].to_pylist() if value is not None])
+    assert coherence.mean() == pytest.approx(result.figure("coherence.lag1.sae").value)
+    assert all(field.metadata[b"definition"] for field in table.schema if field.name != "latent")
+
+
+def test_names_from_a_store_cannot_break_the_page(found: Result, result: Evaluation, tmp_path: Path) -> None:
     hostile = result.model_copy(update={"store": {**result.store, "name": "<script>alert(1)</script>"}})
-    assert "<script" not in write_evaluation(hostile, tmp_path).read_text()
+    page = Result(hostile, found.latents).write(tmp_path).read_text()
+    assert "<script" not in page
 
 
 @pytest.mark.parametrize(
@@ -163,7 +188,7 @@ def test_a_store_of_another_plan_is_refused_unless_asked_for(trained: Path, tmp_
     with pytest.raises(TubeletError, match=r"another plan.*dataset"):
         evaluate(EvaluateConfig(run=trained / "run", store=other.url))
     asked = EvaluateConfig(run=trained / "run", store=other.url, other_store=True, split="all", device="cpu")
-    assert evaluate(asked).coverage.clips == 10
+    assert evaluation(asked).coverage.clips == 10
 
 
 def test_a_store_of_another_backbone_or_width_is_always_refused(trained: Path, tmp_path: Path) -> None:
@@ -190,11 +215,11 @@ def test_a_folder_without_an_sae_is_refused(trained: Path, tmp_path: Path) -> No
         evaluate(EvaluateConfig(run=tmp_path, store=str(trained / "s.zarr")))
 
 
-def test_the_verb_writes_both_files_into_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_writes_its_files_into_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=2)
     assert EVALUATE.run(config) == 0
     out = trained / "run" / "evaluation"
-    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "latents.parquet", "report.html"]
     assert "FVU" in capsys.readouterr().out
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stores import make_plan, make_store, planned_table
 from tubelet_lens.autocorrelation import PooledAutocorrelation, WithinAutocorrelation
-from tubelet_lens.evaluate import measure
+from tubelet_lens.evaluate import METRICS, stream
 from tubelet_lens.metric import Setting
-from tubelet_lens.section import Curve, Figure
+from tubelet_lens.section import Curve, Figure, Section
 from tubelet_lens.series import active_series, shuffled_steps
 from tubelet_lens.stability import StepStability
 from tubelet_lens.timing import LatentTime, latent_time
@@ -68,6 +68,12 @@ def setting_of(store: Store, latents: int, clips: np.ndarray | None = None, **fi
     options = {"lags": 3, "null_draws": 3, "seed": 0} | fields
     time = latent_time(store, chosen)
     return Setting(store=store, hook=HOOK, clips=chosen, latents=latents, time=time, device=CPU, **options)
+
+
+def measure(setting: Setting, sae: Identity, *, clips_per_window: int) -> list[Section]:
+    metrics = [make(setting) for make in METRICS]
+    stream(setting, sae, metrics, clips_per_window=clips_per_window)
+    return [metric.section() for metric in metrics]
 
 
 def figures_of(setting: Setting, sae: Identity, window: int = 4) -> dict[str, Figure]:

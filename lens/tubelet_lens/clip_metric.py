@@ -1,0 +1,89 @@
+"""The shape of a metric over whole clips: it sees pooled vectors of two sides, fits on one, measures on the other.
+
+    fit side  ─▶ probes and maps are fitted here; what they choose among is chosen on a part of it, by video
+    test side ─▶ every figure is measured here
+
+One file per metric. To add one, write the function and put it into `evaluate.CLIP_METRICS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet_lens.codes import SparseCoder
+from tubelet_lens.config import EvaluateConfig
+from tubelet_lens.latents import LatentColumn
+from tubelet_lens.metric import Setting
+from tubelet_lens.pooled import Pooled, Pooling
+from tubelet_lens.section import Section, Subject
+from tubelet_store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """N clips with what is known of them.
+
+    Attributes:
+        store: Where they lie.
+        clips: int64 [N] Their numbers there.
+        videos: object [N] Video ids.
+        labels: int64 [N] Class, -1 where the store knows none.
+        label_names: object [N] Its name, None where unknown.
+        captions: object [N] Caption, None where unknown.
+        pooled: Vectors by subject: "sae", "raw" and the controls.
+    """
+
+    store: Store
+    clips: NDArray[np.int64]
+    videos: NDArray[np.object_]
+    labels: NDArray[np.int64]
+    label_names: NDArray[np.object_]
+    captions: NDArray[np.object_]
+    pooled: Mapping[Subject, Pooled]
+
+
+def side(store: Store, pooling: Pooling) -> Side:
+    """The clips that `pooling` has seen, all of `store`."""
+    rows = store.clips().take(pooling.clips)
+    labels = rows["label"].to_pylist()
+    return Side(
+        store=store,
+        clips=pooling.clips,
+        videos=np.asarray(rows["video_id"].to_pylist(), dtype=object),
+        labels=np.asarray([-1 if label is None else label for label in labels], dtype=np.int64),
+        label_names=np.asarray(rows["label_name"].to_pylist(), dtype=object),
+        captions=np.asarray(rows["caption"].to_pylist(), dtype=object),
+        pooled=pooling.pooled(),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ClipSetting:
+    """What a metric over clips may know."""
+
+    setting: Setting
+    config: EvaluateConfig
+    sae: SparseCoder
+    fit: Side | None
+    """None: no clips to fit on; then a metric that must fit something has nothing to say."""
+    test: Side
+
+
+@dataclass(frozen=True, eq=False)
+class ClipResult:
+    """What a metric over clips found."""
+
+    section: Section
+    latents: tuple[LatentColumn, ...] = ()
+
+
+class ClipMetric(Protocol):
+    """A statistic of pooled vectors."""
+
+    def __call__(self, clips: ClipSetting, /) -> ClipResult | None:
+        """The figures; None where the store lacks what the metric needs (labels, captions, ...)."""
