@@ -1,9 +1,14 @@
-"""The lens's verbs: `tubelet evaluate`, `tubelet demo`."""
+"""The lens's verbs: `tubelet evaluate`, `study`, `demo`. Heavy imports wait until a verb runs."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tubelet_lens.config import DemoConfig, EvaluateConfig
 from tubelet_store.cli import Verb
+
+if TYPE_CHECKING:
+    from tubelet_lens.study.config import StudyConfig
 
 
 def _run(config: EvaluateConfig) -> int:
@@ -40,4 +45,31 @@ DEMO = Verb(
     "Render videos, extract, train, evaluate: the whole path in minutes.",
     lambda: DemoConfig,
     _demo,
+)
+
+
+def _study_config() -> type[StudyConfig]:
+    from tubelet_lens.study.config import StudyConfig
+
+    return StudyConfig
+
+
+def _study(config: StudyConfig) -> int:
+    from tubelet_lens.study.run import study
+
+    summary = study(config)
+    done = summary.cells - len(summary.failures)
+    print(f"{done} of {summary.cells} cells done ({summary.done_before} before), {len(summary.failures)} failed")
+    for name, reason in summary.failures.items():
+        print(f"  {name}: {reason}")
+    if summary.page is not None:
+        print(summary.page)
+    return 1 if summary.failures else 0
+
+
+STUDY = Verb(
+    "study",
+    "Train and evaluate a grid of SAEs over existing stores: tables, plots.",
+    _study_config,
+    _study,
 )

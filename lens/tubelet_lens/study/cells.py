@@ -1,0 +1,135 @@
+"""The cells of a study: one SAE, trained on one store with one seed, and its evaluation.
+
+cells/SOURCE/VARIANT/seed=S/run/           what `tubelet train` writes
+                           /evaluation/    what `tubelet evaluate` writes
+                           /cell.json      written last: the cell is done, and with which settings
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tubelet_lens.config import EvaluateConfig
+from tubelet_lens.evaluation import Evaluation, read_evaluation
+from tubelet_lens.study.config import SourceConfig, StudyConfig
+from tubelet_store import TubeletError, open_store
+from tubelet_store.config import validate
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.specs import specs
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One SAE of the grid."""
+
+    source: str
+    variant: str
+    """Name of the variant, with the values of its swept fields."""
+    seed: int
+    folder: Path
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    digest: str
+    """Over the settings and the identities of the stores: what the cell's result depends on."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.source}/{self.variant}/seed={self.seed}"
+
+    @property
+    def done(self) -> bool:
+        """Whether it was finished with these settings on these stores."""
+        mark = self.folder / "cell.json"
+        try:
+            return bool(json.loads(mark.read_text())["digest"] == self.digest)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    @property
+    def stale(self) -> bool:
+        """Whether the folder holds the cell made with other settings or on other stores."""
+        return (self.folder / "begun.json").is_file() and not self.begun
+
+    @property
+    def begun(self) -> bool:
+        """Whether work in the folder was begun with these settings on these stores."""
+        try:
+            return bool(json.loads((self.folder / "begun.json").read_text())["digest"] == self.digest)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def evaluation(self) -> Evaluation:
+        """What was measured of a finished cell."""
+        return read_evaluation(self.folder / "evaluation" / "evaluation.json")
+
+
+def cells(config: StudyConfig) -> list[Cell]:
+    """All cells, in the order source, variant, weights, seed.
+
+    Raises:
+        TubeletError: a store cannot be opened, or a field does not exist or fit; nothing has run then.
+    """
+    found = []
+    for source_name, source in config.sources.items():
+        stores = [open_store(source.train), *([open_store(source.test)] if source.test is not None else [])]
+        identities = [store.identity for store in stores]
+        for variant_name, variant in config.variants.items():
+            for seed in config.seeds:
+                base = _base(config, source, variant_name, variant.settings, variant.weights, seed)
+                for spec in specs(base):
+                    variant_full = spec.name
+                    folder = config.out / "cells" / source_name / variant_full / f"seed={seed}"
+                    train = spec.config.model_copy(update={"out": folder / "run"})
+                    evaluate = _evaluate_config(config, source, folder)
+                    told = {
+                        "train": train.model_dump(mode="json", exclude={"out"}),
+                        "evaluate": evaluate.model_dump(mode="json", exclude={"run", "out"}),
+                        "stores": identities,
+                    }
+                    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+                    found.append(Cell(source_name, variant_full, seed, folder, train, evaluate, digest))
+    return sorted(found, key=lambda cell: list(config.sources).index(cell.source))
+
+
+def _base(
+    config: StudyConfig,
+    source: SourceConfig,
+    name: str,
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    seed: int,
+) -> TrainConfig:
+    """A variant and its sweep as one configuration of several SAEs, which `specs` takes apart."""
+    own = deepcopy(dict(settings))
+    sae = own.setdefault("sae", {})
+    if not isinstance(sae, dict):
+        raise TubeletError(f"variants.{name}.settings.sae is {sae!r}, not a section", "Write sae: {kind: topk, k: 16}")
+    sae.setdefault("seed", seed)
+    tree = {
+        **config.train,
+        "store": source.train,
+        "out": str(config.out),
+        "seed": seed,
+        "saes": [{"name": name, **own}],
+        "sweep": dict(weights),
+    }
+    tree.setdefault("hook", source.hook)
+    if source.test is not None:
+        # What the SAE is measured on lies elsewhere; it may learn from every video.
+        tree.setdefault("holdout", {"fraction": 0})
+    return validate(TrainConfig, tree, f"train and variants.{name}")
+
+
+def _evaluate_config(config: StudyConfig, source: SourceConfig, folder: Path) -> EvaluateConfig:
+    tree: dict[str, Any] = {"run": str(folder / "run"), "store": source.test or source.train}
+    if source.test is not None:
+        tree |= {"other_store": True, "split": "all", "fit_store": source.train}
+    tree |= {**config.evaluate, **source.evaluate, "out": str(folder / "evaluation")}
+    return validate(EvaluateConfig, tree, "evaluate")

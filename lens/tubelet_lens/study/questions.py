@@ -1,0 +1,156 @@
+"""What a study's tables ask, and which figures answer: after the paper on spatio-temporal SAEs (science 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure in a table."""
+
+    figure: str
+    """Its name in the evaluation."""
+    title: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One table."""
+
+    name: str
+    """Of its files."""
+    title: str
+    lead: str
+    """What it asks, and what to keep in mind when reading it."""
+    columns: tuple[Column, ...]
+
+
+def _columns(**figures: str) -> tuple[Column, ...]:
+    return tuple(Column(name.replace("__", "."), title) for name, title in figures.items())
+
+
+QUESTIONS: tuple[Question, ...] = (
+    Question(
+        "reconstruction",
+        "Reconstruction and sparsity",
+        "How much of the activations the code keeps, with how many latents.",
+        _columns(
+            reconstruction__fvu="FVU",
+            reconstruction__cosine="cosine",
+            sparsity__l0="L0",
+            sparsity__dead_fraction="dead",
+            sparsity__always_on="always on",
+        ),
+    ),
+    Question(
+        "coherence",
+        "Temporal coherence",
+        "Does the code of a patch last from one latent step to the next as the raw activation does? Read it beside "
+        "FVU, L0 and dead latents: a few always-on latents look coherent whatever they say. The null shuffles time "
+        "within each clip.",
+        _columns(
+            coherence__lag1__raw="lag 1, raw",
+            coherence__lag1__sae="lag 1, SAE",
+            coherence__lag1__sae_shuffled="null",
+            coherence__drop="drop",
+            coherence__drop_above_null="drop above null",
+            coherence__lag1_weighted__sae="weighted by activity",
+            coherence__jaccard__sae="support Jaccard",
+            coherence__flip_rate__sae="flip rate",
+        ),
+    ),
+    Question(
+        "action",
+        "Action classification",
+        "A linear probe on a clip's pooled codes, beside the same probe on what the code was made from. A wider vector "
+        "helps a linear probe by itself: the random projection and the untrained SAE have the SAE's width.",
+        _columns(
+            action__top1__sae="SAE",
+            action__top1__raw="raw",
+            action__top1__random_topk="random TopK",
+            action__top1__untrained="untrained SAE",
+            action__top1__pca="PCA",
+            action__top5__sae="SAE, top 5",
+            action__top5__raw="raw, top 5",
+        ),
+    ),
+    Question(
+        "interpretability",
+        "Monosemanticity",
+        "Do the clips on which a latent fires resemble each other? MS has a floor at the mean similarity of any two "
+        "clips (the null), and flatters SAEs on the backbone whose embedding judges: only a neutral embedding compares "
+        "backbones.",
+        _columns(
+            monosemanticity__mean__sae="MS, SAE",
+            monosemanticity__mean__raw="MS, raw dimensions",
+            monosemanticity__mean__permuted="null",
+            monosemanticity__above_null="above null",
+            collinearity__mean="nearest |cosine|",
+        ),
+    ),
+    Question(
+        "cross_backbone",
+        "Backbones side by side",
+        "Coherence at one distance in time for all sources: latent steps of different backbones cover different "
+        "numbers of frames. Other figures as in their own tables.",
+        _columns(
+            coherence__equal_frames__raw="autocorrelation, raw",
+            coherence__equal_frames__sae="autocorrelation, SAE",
+            coherence__equal_frames__sae_shuffled="null",
+            reconstruction__fvu="FVU",
+            action__top1__sae="action, SAE",
+            action__top1__raw="action, raw",
+            monosemanticity__mean__sae="MS",
+        ),
+    ),
+    Question(
+        "retrieval",
+        "Text-video retrieval",
+        "A ridge map from pooled codes to text embeddings, fitted on other videos; the same map for the raw "
+        "activations.",
+        _columns(
+            retrieval__text_to_video_r1__sae="text to video R@1",
+            retrieval__text_to_video_r1__raw="raw",
+            retrieval__text_to_video_r5__sae="R@5",
+            retrieval__text_to_video_r5__raw="raw, R@5",
+            retrieval__text_to_video_medr__sae="MedR",
+            retrieval__video_to_text_r1__sae="video to text R@1",
+            retrieval__video_to_text_r1__raw="raw, video to text",
+        ),
+    ),
+    Question(
+        "ablation",
+        "Causal ablation",
+        "How many latents carry what the probe reads? Latents are removed from the code, best first, beside random "
+        "ones matched in activation.",
+        _columns(
+            ablation__m50__sae="latents for half",
+            ablation__m50__random="random",
+            ablation__gini="concentration (Gini)",
+        ),
+    ),
+    Question(
+        "scope",
+        "Information scope",
+        "Does a latent follow the content when the view shifts (low), or stay with the frame (high)? Temporal scope is "
+        "exactly 0 for a backbone that sees one frame at a time.",
+        _columns(
+            scope__spatial__sae="spatial CDS",
+            scope__spatial_vanished="vanished",
+            scope__temporal__sae="temporal CDS",
+            scope__temporal_vanished="vanished, time",
+        ),
+    ),
+    Question(
+        "seeds",
+        "Stability between seeds",
+        "Do SAEs that differ only in their seed find the same latents? Dictionaries are matched one to one.",
+        _columns(
+            seeds__cosine="matched cosine",
+            seeds__cosine__random="null",
+            seeds__above_07="share above 0.7",
+            seeds__above_09="share above 0.9",
+        ),
+    ),
+)
