@@ -1,15 +1,18 @@
 """What extraction costs beside its parts, one run: decode, forward, write alone, the pipeline, a plain script.
 
-    python benchmarks/extract.py [--videos 64] [--size 224] [--layers 6] [--width 192]
+    python benchmarks/extract.py [--videos 128] [--size 224] [--layers 6] [--width 192]
 
 Ratios count, not seconds. The yardstick is the busiest resource: on a machine without a GPU the cores (CPU seconds of
-all three stages over the number of cores), with one the GPU or the cores, whichever is needed longer.
+all three stages over the number of cores), with one the GPU or the cores, whichever is needed longer. A job of minutes
+pays for the start of its workers and for its last shards, when not all of them have work; a job of hours hardly does:
+the row `steady` is the rate between the first and the last eighth of the shards.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import resource
 import shutil
@@ -36,6 +39,8 @@ from tubelet_pipeline.synthetic.dataset import make_dataset
 from tubelet_store import ClipOutcome, StoreWriter
 
 CORES = len(os.sched_getaffinity(0))
+# The plain script is slow, and each clip costs it the same: a part of them will do.
+_PLAIN_SHARE = 4
 
 
 def measured(work: Callable[[], object]) -> tuple[float, float]:
@@ -66,8 +71,8 @@ def decode_all(config: ExtractConfig, requests: list[DecodeRequest]) -> list[Dec
         return [clip for clip in pool.map_ordered(requests, prefetch=8) if isinstance(clip, DecodedClip)]
 
 
-def plain_script(config: ExtractConfig, folder: Path) -> None:
-    """What one writes first: decode, forward, zarr with its defaults, one clip after the other."""
+def plain_script(config: ExtractConfig, folder: Path, clips: int) -> None:
+    """What one writes first: decode, forward, zarr with its defaults, one clip after the other, the first `clips`."""
     planned = make_plan(config)
     backbone = load_backbone(config.backbone, frames=config.sampling.frames)
     torch.set_num_threads(CORES)
@@ -81,7 +86,9 @@ def plain_script(config: ExtractConfig, folder: Path) -> None:
     }
     root = str(config.dataset.root)
     with DecodePool(config.decode.model_copy(update={"processes": 1})) as pool:
-        requests = (DecodeRequest(resolve_uri(root, uri.as_py()), config.sampling) for uri in planned.clips["uri"])
+        requests = (
+            DecodeRequest(resolve_uri(root, uri.as_py()), config.sampling) for uri in planned.clips["uri"][:clips]
+        )
         for number, clip in enumerate(pool.map_ordered(requests, prefetch=1)):
             assert isinstance(clip, DecodedClip)
             captured = backbone.activations(backbone.preprocess(clip.frames)[0][None], list(arrays))
@@ -89,10 +96,26 @@ def plain_script(config: ExtractConfig, folder: Path) -> None:
                 arrays[hook][number] = values.tokens[0].numpy().astype(np.float16)
 
 
+def _where_workers_were(log: Path) -> str:
+    """What the tasks' own threads did with their time, of all shards."""
+    events = [json.loads(line) for line in log.open()]
+    shards = [event["seconds"] for event in events if event["event"] == "shard"]
+    spent = {name: sum(shard[name] for shard in shards) for name in ("decode", "forward", "total", "publish")}
+    spent["whole"] = spent["total"] + spent["publish"]
+    rest = spent["total"] - spent["decode"] - spent["forward"]
+    parts = {
+        "waiting for pixels": spent["decode"],
+        "in the forward pass or waiting for their turn": spent["forward"],
+        "waiting for the writer": rest,
+        "publishing": spent["publish"],
+    }
+    return "tasks were " + ", ".join(f"{seconds / spent['whole']:.1%} {name}" for name, seconds in parts.items())
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--videos", type=int, default=128)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=192)
@@ -127,7 +150,7 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
             "hooks": [f"blocks.{options.layers // 2}", f"blocks.{options.layers - 1}"],
             "store": str(folder / "store.zarr"),
             "batch_size": 4,
-            "clips_per_shard": max(1, options.videos // (4 * options.workers)),
+            "clips_per_shard": 8,
             "decode": {"processes": 1},
             "cluster": {"workers": options.workers, "threads": 1},
         }
@@ -173,10 +196,11 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
 
     whole_wall, _ = measured(lambda: extract(config, mark))
     (begun, begun_cpu, _), (last, last_cpu, _) = marks[0], marks[-1]
-    # Every worker's first shard holds its imports and the loading of the model.
-    warm, warm_cpu, warm_clips = marks[options.workers]
-    per_all = len(clips) / (len(clips) - warm_clips)
-    plain = measured(lambda: plain_script(config, folder / "plain.zarr"))
+    eighth = max(1, len(marks) // 8)
+    (warm, warm_cpu, warm_clips), (late, late_cpu, late_clips) = marks[eighth], marks[-1 - eighth]
+    per_all = len(clips) / (late_clips - warm_clips)
+    few = max(1, len(clips) // _PLAIN_SHARE)
+    plain_wall, plain_cpu = measured(lambda: plain_script(config, folder / "plain.zarr", few))
 
     cpu = decode[1] + forward_cost[1] + write_cost[1]
     need = max(forward_cost[0], (decode[1] + write_cost[1]) / CORES) if on_gpu else cpu / CORES
@@ -185,17 +209,18 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
         ("forward alone", *forward_cost),
         ("write alone", *write_cost),
         (f"busiest resource ({'GPU or cores' if on_gpu else 'cores'}) needs", need, cpu),
+        ("pipeline, steady, scaled to all clips", (late - warm) * per_all, (late_cpu - warm_cpu) * per_all),
         ("pipeline, workers there to last shard", last - begun, last_cpu - begun_cpu),
-        ("pipeline, warm, scaled to all clips", (last - warm) * per_all, (last_cpu - warm_cpu) * per_all),
         ("pipeline, from nothing to complete", whole_wall, float("nan")),
-        ("plain script, zarr defaults", *plain),
+        (f"plain script, zarr defaults ({few} clips)", plain_wall * len(clips) / few, plain_cpu * len(clips) / few),
     ]
     shape = f"16x{options.size}x{options.size}"
     print(f"{len(clips)} clips {shape}, {options.layers} layers of {options.width}, {CORES} cores")
     print(f"load average {os.getloadavg()[0]:.1f}: other work on the machine makes walls longer, CPU seconds less so")
-    print(f"{'':38}{'seconds':>9}{'CPU s':>9}{'wall/need':>11}{'CPU/CPU':>9}")
+    print(f"{'':41}{'seconds':>9}{'CPU s':>9}{'wall/need':>11}{'CPU/CPU':>9}")
     for name, wall, used in rows:
-        print(f"{name:38}{wall:9.2f}{used:9.2f}{wall / need:11.2f}{used / cpu:9.2f}")
+        print(f"{name:41}{wall:9.2f}{used:9.2f}{wall / need:11.2f}{used / cpu:9.2f}")
+    print(_where_workers_were(Path(f"{config.store}.log.jsonl")))
     if on_gpu:
         print(f"GPU busy fraction {forward_cost[0] / (last - begun):.2f}")
         print(f"decode cores that feed one GPU {decode[1] / forward_cost[0]:.1f}")

@@ -1,20 +1,27 @@
 """How fast batches come, and how well they are mixed, beside what a loader is usually made of.
 
-    python benchmarks/loader.py [--out benchmarks/results/loader.txt]
+    python benchmarks/loader.py [--out benchmarks/results/loader.txt] [--peer sae_lens=ENV/bin/python ...]
 
-Every speed is a ratio to one thread copying the same bytes from memory to memory, measured in the same run right
-before, so that the table means something on another machine. Data: a store of about 0.6 GB in a temporary folder, in
-the page cache. A GPU is not used: shuffling, which a GPU would do, is on the CPU here, and its row is marked.
+Every speed is a ratio to one thread copying the same bytes (the tokens as float16) from memory to memory, measured in
+the same run right after, so that the table means something on another machine. Data: a store of about 0.6 GB in a
+temporary folder, in the page cache. A GPU is not used: shuffling, which a GPU would do, is on the CPU here, and its
+rows are marked. `--peer` adds the loader of another project, run by an interpreter that has it (see peer_loaders.py).
 
 Mixing of a batch of 4096: how many clips it has tokens of, and the entropy of its clips relative to independent draws.
+
+A second table is for stores larger than memory: the page cache is dropped before each reading (as far as the machine's
+own disk cache lets one), and speeds are ratios to reading a shard's file from its beginning to its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import os
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,16 +34,19 @@ import zarr
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from peer_loaders import BATCH, clip_entropy, memcpy_seconds
 from random_store import random_store
-from tubelet_store import Grid, Hook, Store
+from tubelet_store import Grid, Hook, Store, open_store
 from tubelet_trainer.source import Source
 from tubelet_trainer.windows import Windows
 
 CLIPS, CLIPS_PER_SHARD, GRID, CHANNELS = 256, 32, Grid(time=8, height=14, width=14), 768
 HOOK = "blocks.6"
 TOKEN_BYTES = 2 * CHANNELS
-BATCH = 4096
-REPEATS = 3
+REPEATS = 5
+
+# Clips that peers get: what they write first takes long.
+PEER_CLIPS = 64
 
 
 @dataclass(frozen=True)
@@ -55,15 +65,6 @@ class Row:
 def make_store(folder: Path) -> Store:
     """The store that all ways of reading read."""
     return random_store(folder, GRID, Hook(name=HOOK, channels=CHANNELS), CLIPS, CLIPS_PER_SHARD)
-
-
-def memcpy_seconds(size_bytes: int) -> float:
-    """Seconds one thread needs to copy `size_bytes` between warm buffers of at most 256 MiB."""
-    block = min(size_bytes, 1 << 28)
-    source, target = np.ones(block, np.uint8), np.ones(block, np.uint8)
-    start = time.perf_counter()
-    np.copyto(target, source)
-    return (time.perf_counter() - start) * size_bytes / block
 
 
 def ratio(work: Callable[[], int]) -> float:
@@ -89,45 +90,56 @@ def mixing(batches: Iterator[NDArray[np.int64]]) -> tuple[float, float]:
     return statistics.mean(distinct), statistics.mean(entropies)
 
 
-def clip_entropy(clips: NDArray[np.int64]) -> float:
-    """Entropy in nats of the clips of a batch."""
-    shares = np.unique(clips, return_counts=True)[1] / len(clips)
-    return float(-(shares * np.log(shares)).sum())
+def staging(store: Store, block_patches: int, check: bool = False, fresh: bool = False) -> float:
+    """Copying the blocks of a window from the memory maps into a reused buffer, one thread.
 
-
-def staging(store: Store, block_patches: int, check: bool) -> float:
-    """Copying the blocks of a window from the memory maps into a reused buffer, one thread."""
+    Args:
+        store: The store.
+        block_patches: Patches of a block.
+        check: Also search for NaN, as is done once for each block where batches are wanted on the CPU.
+        fresh: Map the shards anew for each window, as in the first epoch of a run: every page faults.
+    """
     source = Source(store, HOOK, block_patches)
     rng = np.random.default_rng(0)
     count = 131_072 // source.block_tokens
-    out = np.zeros((count, GRID.time, block_patches, CHANNELS), dtype=source.bits)
+    out = np.empty((count, GRID.time, block_patches, CHANNELS), dtype=source.bits)
+    everything = np.divmod(np.arange(CLIPS * source.groups), source.groups)
+    for first in range(0, CLIPS * source.groups - count + 1, count):
+        source.copy_blocks(*(each[first : first + count] for each in everything), out)
+    source.copy_blocks(*(each[-count:] for each in everything), out)
 
     def work() -> int:
+        reader = Source(open_store(store.url), HOOK, block_patches) if fresh else source
         blocks = np.sort(rng.choice(CLIPS * source.groups, count, replace=False))
         clips, groups = np.divmod(blocks, source.groups)
-        source.copy_blocks(clips, groups, out)
+        reader.copy_blocks(clips, groups, out)
         if check:
-            source.refuse_nonfinite(clips, groups, out)
+            reader.refuse_nonfinite(clips, groups, out)
         return out.nbytes
 
     return ratio(work)
 
 
-def ours(store: Store, block_patches: int, window_tokens: int) -> Row:
-    """Whole epochs of shuffled float32 batches."""
+def ours(store: Store, block_patches: int, window_tokens: int, dtype: torch.dtype | None) -> Row:
+    """Shuffled batches of a long run: the epochs after the first one."""
     source = Source(store, HOOK, block_patches)
-    windows = Windows(source, np.arange(CLIPS), batch_tokens=BATCH, window_tokens=window_tokens)
-
-    def work() -> int:
-        windows.step = 0
-        return sum(len(batch) for batch in windows) * TOKEN_BYTES
-
-    work()  # the first pass allocates the buffers
-    speed = ratio(work)
-    windows.step = 0
-    clips, entropy = mixing(batch.clip.numpy() for batch in windows)
-    patches = f"{block_patches} patches x {GRID.time}"
-    return Row(f"tubelet, blocks of {patches}, window {window_tokens // 1024}k tokens (*)", speed, clips, entropy)
+    per_epoch = CLIPS * GRID.tokens // BATCH
+    windows = Windows(
+        source,
+        np.arange(CLIPS),
+        batch_tokens=BATCH,
+        window_tokens=window_tokens,
+        total_tokens=(REPEATS + 1) * per_epoch * BATCH,
+        dtype=dtype,
+    )
+    stream = iter(windows)
+    clips, entropy = mixing(next(stream).clip.numpy() for _ in range(per_epoch))
+    speed = ratio(lambda: sum(len(next(stream)) for _ in range(per_epoch)) * TOKEN_BYTES)
+    kind = "float16" if dtype is None else "float32"
+    name = (
+        f"tubelet, {kind}, blocks of {block_patches} patches x {GRID.time}, window {window_tokens // 1024}k tokens (*)"
+    )
+    return Row(name, speed, clips, entropy)
 
 
 class RandomRows(Dataset[torch.Tensor]):
@@ -145,9 +157,20 @@ class RandomRows(Dataset[torch.Tensor]):
         return torch.from_numpy(self.maps[shard][row].astype(np.float32))
 
 
-def data_loader(store: Store, workers: int) -> float:
+class RandomBatches(RandomRows):
+    """The same with a whole batch gathered at once: the best that can be written for a DataLoader."""
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        shards, rows = np.divmod(np.asarray(indices), self.per_shard)
+        batch = np.empty((len(rows), CHANNELS), np.float16)
+        for shard in np.unique(shards):
+            batch[shards == shard] = self.maps[shard][rows[shards == shard]]
+        return torch.from_numpy(batch).float()
+
+
+def data_loader(dataset: RandomRows, workers: int) -> float:
     """torch's DataLoader, shuffle=True, batches of 4096 rows."""
-    dataset = RandomRows(store)
+    whole = isinstance(dataset, RandomBatches)
 
     def work() -> int:
         # Spawned workers would copy the maps; a loader over memory maps is forked in practice.
@@ -156,6 +179,7 @@ def data_loader(store: Store, workers: int) -> float:
             batch_size=BATCH,
             shuffle=True,
             num_workers=workers,
+            collate_fn=_as_it_is if whole else None,
             multiprocessing_context="fork" if workers else None,
         )
         size_bytes = 0
@@ -166,6 +190,10 @@ def data_loader(store: Store, workers: int) -> float:
         return size_bytes
 
     return ratio(work)
+
+
+def _as_it_is(batch: torch.Tensor) -> torch.Tensor:
+    return batch
 
 
 def gather_rows(store: Store) -> float:
@@ -196,44 +224,133 @@ def zarr_reads(store: Store, whole_clips: bool) -> float:
     return ratio(work)
 
 
-def measure(store: Store) -> list[Row]:
-    """All rows of the table."""
+def peers(store: Store, interpreters: dict[str, str], folder: Path) -> list[Row]:
+    """The rows of other projects' loaders."""
+    tokens = np.concatenate(
+        [np.asarray(store.shard_map(HOOK, shard)) for shard in range(PEER_CLIPS // CLIPS_PER_SHARD)]
+    )
+    tokens = tokens.reshape(PEER_CLIPS, GRID.tokens, CHANNELS)
+    tokens[..., 0] = np.arange(PEER_CLIPS)[:, None]
+    np.save(folder / "tokens.npy", tokens)
+    rows = []
+    for name, interpreter in interpreters.items():
+        (folder / name).mkdir()
+        script = Path(__file__).with_name("peer_loaders.py")
+        command = [interpreter, str(script), name, str(folder / "tokens.npy"), str(folder / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows += [Row(**row) for row in json.loads(done.stdout)]
+    return rows
+
+
+def cold(store: Store) -> list[Row]:
+    """Reading with a cold page cache, as ratios to reading one file from end to end."""
+    paths = [Path(store.shard_map(HOOK, shard).filename) for shard in range(store.plan.shards)]
+
+    def drop() -> None:
+        gc.collect()  # pages that are mapped stay
+        for path in paths:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def sequential() -> int:
+        buffer, size_bytes = bytearray(1 << 22), 0
+        with paths[0].open("rb", buffering=0) as file:
+            while read := file.readinto(buffer):
+                size_bytes += read
+        return size_bytes
+
+    def scattered(share: float, ask: bool) -> Callable[[], int]:
+        def work() -> int:
+            source = Source(store, HOOK, GRID.width)
+            count = int(CLIPS * source.groups * share)
+            out = np.empty((count, GRID.time, GRID.width, CHANNELS), source.bits)
+            rng = np.random.default_rng(0)
+            blocks = np.sort(rng.choice(CLIPS * source.groups, count, replace=False))
+            clips, groups = np.divmod(blocks, source.groups)
+            if ask:
+                source.read_ahead(clips, groups)
+            source.copy_blocks(clips, groups, out)
+            return out.nbytes
+
+        return work
+
+    def rows() -> int:
+        dataset = RandomBatches(store)
+        return dataset.__getitems__(np.random.default_rng(0).integers(0, len(dataset), 512).tolist()).nbytes // 2
+
+    def speed(work: Callable[[], int]) -> float:
+        found = []
+        for _ in range(REPEATS):
+            drop()
+            start = time.perf_counter()
+            found.append(work() / (time.perf_counter() - start))
+        return statistics.median(found)
+
+    reference = speed(sequential)
+    ways = {
+        "tubelet staging, 1/3 of the blocks of all shards": scattered(1 / 3, ask=True),
+        "  the same without asking the kernel to read ahead": scattered(1 / 3, ask=False),
+        "tubelet staging, 1/30 of the blocks of all shards": scattered(1 / 30, ask=True),
+        "  the same, without asking the kernel to read ahead": scattered(1 / 30, ask=False),
+        "NumPy gather of random rows from the memory maps": rows,
+    }
+    found = [Row(f"one file from end to end ({reference / 1e9:.1f} GB/s)", 1.0)]
+    found += [Row(name, speed(work) / reference) for name, work in list(ways.items())]
+    return found
+
+
+def measure(store: Store, interpreters: dict[str, str], folder: Path) -> list[Row]:
+    """All rows of the first table."""
     rng = np.random.default_rng(1)
     iid = mixing(rng.integers(0, CLIPS, BATCH) for _ in range(50))
+    rows, batches = RandomRows(store), RandomBatches(store)
     return [
         Row("memcpy, one thread", 1.0),
-        Row("tubelet staging, whole clips", staging(store, GRID.space, check=False)),
-        Row("tubelet staging, rows of the grid", staging(store, GRID.width, check=False)),
+        Row("tubelet staging, whole clips", staging(store, GRID.space)),
+        Row("tubelet staging, rows of the grid", staging(store, GRID.width)),
         Row("tubelet staging, rows of the grid, checked for NaN", staging(store, GRID.width, check=True)),
-        ours(store, GRID.width, 262_144),
-        ours(store, GRID.width, 65_536),
-        ours(store, GRID.space, 65_536),
-        Row("NumPy gather of random rows from a memory map", gather_rows(store), *iid),
-        Row("torch DataLoader on memory maps, random rows, 0 workers", data_loader(store, 0), *iid),
-        Row("torch DataLoader on memory maps, random rows, 2 workers", data_loader(store, 2), *iid),
+        Row("tubelet staging, rows of the grid, maps never touched", staging(store, GRID.width, fresh=True)),
+        ours(store, GRID.width, 262_144, None),
+        ours(store, GRID.width, 262_144, torch.float32),
+        ours(store, GRID.width, 65_536, None),
+        ours(store, GRID.width, 65_536, torch.float32),
+        ours(store, GRID.space, 65_536, torch.float32),
+        Row("NumPy gather of random rows from one shard's map, float16", gather_rows(store), *iid),
+        Row("torch DataLoader on memory maps, random rows, 0 workers", data_loader(rows, 0), *iid),
+        Row("torch DataLoader on memory maps, random rows, 2 workers", data_loader(rows, 2), *iid),
+        Row("torch DataLoader, batches gathered at once, 0 workers", data_loader(batches, 0), *iid),
+        Row("torch DataLoader, batches gathered at once, 2 workers", data_loader(batches, 2), *iid),
         Row("zarr-python, random rows", zarr_reads(store, whole_clips=False), *iid),
-        Row("zarr-python, random clips, no shuffle inside", zarr_reads(store, whole_clips=True)),
+        Row("zarr-python, random clips, no shuffle inside", zarr_reads(store, whole_clips=True), 1, 0),
+        *peers(store, interpreters, folder),
     ]
 
 
-def table(rows: list[Row], gigabytes_per_s: float, load: float) -> str:
-    """The table as text."""
+def table(rows: list[Row], from_disk: list[Row], gigabytes_per_s: float, load: float) -> str:
+    """The tables as text."""
     data = f"{CLIPS} clips of {GRID.tokens} tokens x {CHANNELS} float16, batches of {BATCH}, warm page cache"
     machine = (
         f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
     )
     # Other work on the machine slows threads and page faults more than a single copy: it belongs beside the figures.
     lines = [data, f"{machine}; memcpy {gigabytes_per_s:.1f} GB/s; load average {load:.1f}", ""]
-    lines.append(f"{'':<64}{'x memcpy':>10}{'clips':>8}{'entropy':>9}")
+    best = max(row.ratio for row in rows if row.name.startswith("tubelet, float32") and (row.entropy or 0) > 0.95)
+    lines.append(f"{'':<66}{'x memcpy':>10}{'clips':>8}{'entropy':>9}{'we are':>9}")
     for row in rows:
         clips = "" if row.clips is None else f"{row.clips:.0f}"
         entropy = "" if row.entropy is None else f"{row.entropy:.3f}"
-        lines.append(f"{row.name:<64}{row.ratio:>10.2g}{clips:>8}{entropy:>9}")
+        times = "" if row.clips is None or row.name.startswith("tubelet") else f"{best / row.ratio:.3g} x"
+        lines.append(f"{row.name:<66}{row.ratio:>10.2g}{clips:>8}{entropy:>9}{times:>9}")
     lines += [
         "",
         "(*) Shuffle and conversion to float32 run on the CPU here; on a GPU only the staging is the host's work.",
+        "clips: distinct clips in a batch; entropy: of a batch's clips, 1 = independent draws.",
+        f"we are: speed of our best float32 row of entropy above 0.95 over this row's. Peers read {PEER_CLIPS} clips.",
+        "",
+        f"{'with a cold page cache':<66}{'x a file':>10}",
     ]
-    lines.append("clips: distinct clips in a batch; entropy: of a batch's clips, 1 = independent draws.")
+    lines += [f"{row.name:<66}{row.ratio:>10.2g}" for row in from_disk]
     return "\n".join(lines) + "\n"
 
 
@@ -241,16 +358,19 @@ def run() -> None:
     """Measure, print, and write to `--out` if given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    arguments = parser.parse_args()
+    interpreters: dict[str, str] = dict(each.split("=", 1) for each in arguments.peer)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="tubelet-bench-") as folder:
         store = make_store(Path(folder) / "store.zarr")
         speed = 1e-9 * (1 << 28) / statistics.median(memcpy_seconds(1 << 28) for _ in range(5))
         load = os.getloadavg()[0]
-        text = table(measure(store), speed, load)
+        rows = measure(store, interpreters, Path(folder))
+        text = table(rows, cold(store), speed, load)
     print(text, end="")
-    if out is not None:
-        out.write_text(text)
+    if arguments.out is not None:
+        arguments.out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ READER = """
 import sys
 from pathlib import Path
 import numpy as np
-import tubelet_store.transport
+import tubelet_store.transport.transport as transport_module
 from tubelet_store import TubeletError, open_store
 from tubelet_store.mirror import MirrorConfig
-tubelet_store.transport._FIRST_WAIT_S = 0.01
+transport_module._FIRST_WAIT_S = 0.01
 folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
 mirror = MirrorConfig(
     directory=Path(folder), budget=int(budget), timeout_s=float(timeout_s), transport=transport, attempts=8

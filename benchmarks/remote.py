@@ -181,9 +181,11 @@ def rows(bench: Bench) -> list[Row]:
     ways: list[tuple[str, Callable[[], int]]] = [
         ("raw sockets, into memory", lambda: bench.raw(write=False)),
         ("raw sockets, into files", lambda: bench.raw(write=True)),
-        ("mirror over obstore (checked, in files, mapped)", bench.mirror("obstore", "crc32c")),
-        ("mirror over obstore, with SHA-256", bench.mirror("obstore", "sha256")),
+        ("mirror over http (checked, in files, mapped)", bench.mirror("http", "crc32c")),
+        ("mirror over http, with SHA-256", bench.mirror("http", "sha256")),
+        ("mirror over obstore", bench.mirror("obstore", "crc32c")),
         ("mirror over s3fs", bench.mirror("fsspec", "crc32c")),
+        ("http ranges, into memory", bench.ranges_of("http")),
         ("obstore ranges, into memory", bench.ranges_of("obstore")),
         ("s3fs ranges, into memory", bench.ranges_of("fsspec")),
         ("s3fs get_file, one after another", bench.s3fs_whole),

@@ -1,4 +1,4 @@
-"""Makes the helpers beside it (`barcode`, `stores`) importable, and renders the barcode clips once."""
+"""Makes the helpers beside it (`barcode`, `families`, `stores`) importable, and renders the barcode clips once."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ class FaultyProxy:
         write_kinds: Kinds of fault of writes; none by default.
         refuse: Hang up on every request, as a server that is being restarted.
         drop_headers: Headers of requests that do not reach the server.
+        forbid_headers: Headers with which a request is refused (403).
         only: Whether the read of a path may be spoilt.
         faults: Faults done, by kind.
     """
@@ -50,6 +51,7 @@ class FaultyProxy:
         self.kinds: Sequence[str] = KINDS
         self.write_kinds: Sequence[str] = ()
         self.drop_headers: Sequence[str] = ()
+        self.forbid_headers: Sequence[str] = ()
         self.refuse = False
         self.only: Callable[[str], bool] = lambda path: True
         self.stall_s = stall_s
@@ -106,6 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length) if length else None
         if self.proxy.refuse:
             self._hang_up()
+            return
+        if any(name in self.headers for name in self.proxy.forbid_headers):
+            self._answer_error(403, "AccessDenied")
             return
         kind, where = (None, 0.0)
         if self.command in ("GET", "HEAD", "PUT", "POST"):

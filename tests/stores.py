@@ -86,7 +86,9 @@ def make_store(
                 if clip in failed:
                     shard_writer.append(ClipOutcome.failure("open_failed", "broken on purpose"))
                     continue
-                outcome = ClipOutcome(status="ok", frame_indices=tuple(range(2 * plan.grid.time)), padded_frames=0)
+                patches = None if plan.position_grid == plan.grid else tuple(range(plan.grid.space))
+                frames = tuple(range(2 * plan.grid.time))
+                outcome = ClipOutcome(status="ok", frame_indices=frames, padded_frames=0, patches=patches)
                 tokens = {name: values[clip] for name, values in activations.items()}
                 tail = {name: values[clip] for name, values in special.items()} if plan.special_tokens else None
                 shard_writer.append(outcome, tokens, tail)

@@ -3,14 +3,16 @@
     fit side  ─▶ probes and maps are fitted here; what they choose among is chosen on a part of it, by video
     test side ─▶ every figure is measured here
 
-One file per metric. To add one, write the function and put it into `evaluate.CLIP_METRICS`.
+One file per metric. To add one, write the function and put it into `evaluate.CLIP_METRICS`, its name into
+`config.Topic`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +21,14 @@ from tubelet_lens.codes import SparseCoder
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.latents import LatentColumn
 from tubelet_lens.metric import Setting
+from tubelet_lens.partition import Parts, partition
 from tubelet_lens.pooled import Pooled, Pooling
 from tubelet_lens.section import Section, Subject
+from tubelet_lens.subject import TrainedSae
 from tubelet_store import Store
+
+if TYPE_CHECKING:
+    from tubelet_lens.edits.running import Running
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +42,7 @@ class Side:
         labels: int64 [N] Class, -1 where the store knows none.
         label_names: object [N] Its name, None where unknown.
         captions: object [N] Caption, None where unknown.
-        pooled: Vectors by subject: "sae", "raw" and the controls.
+        draws: Vectors by subject ("sae", "raw" and the controls), one entry per draw of what is random.
     """
 
     store: Store
@@ -44,7 +51,12 @@ class Side:
     labels: NDArray[np.int64]
     label_names: NDArray[np.object_]
     captions: NDArray[np.object_]
-    pooled: Mapping[Subject, Pooled]
+    draws: Mapping[Subject, tuple[Pooled, ...]]
+
+    @property
+    def pooled(self) -> dict[Subject, Pooled]:
+        """Vectors by subject, the first draw of each."""
+        return {subject: draws[0] for subject, draws in self.draws.items()}
 
 
 def side(store: Store, pooling: Pooling) -> Side:
@@ -58,7 +70,7 @@ def side(store: Store, pooling: Pooling) -> Side:
         labels=np.asarray([-1 if label is None else label for label in labels], dtype=np.int64),
         label_names=np.asarray(rows["label_name"].to_pylist(), dtype=object),
         captions=np.asarray(rows["caption"].to_pylist(), dtype=object),
-        pooled=pooling.pooled(),
+        draws=pooling.draws(),
     )
 
 
@@ -69,9 +81,29 @@ class ClipSetting:
     setting: Setting
     config: EvaluateConfig
     sae: SparseCoder
+    trained: TrainedSae
     fit: Side | None
     """None: no clips to fit on; then a metric that must fit something has nothing to say."""
     test: Side
+
+    @cached_property
+    def running(self) -> Running | None:
+        """The backbone, run again on the test side's videos; None unless `config.running` asks for it."""
+        if self.config.running is None:
+            return None
+        from tubelet_lens.edits.running import start
+
+        return start(self, self.config.running)
+
+    @cached_property
+    def parts(self) -> Parts | None:
+        """The fit side's clips, shared out by video for what is chosen and for what is ranked."""
+        if self.fit is None:
+            return None
+        config = self.config
+        return partition(
+            list(self.fit.videos), validation=config.fit_validation, ranking=config.fit_ranking, seed=config.seed
+        )
 
 
 @dataclass(frozen=True, eq=False)

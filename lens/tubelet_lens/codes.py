@@ -1,4 +1,4 @@
-"""What the lens asks of a sparse autoencoder."""
+"""What the lens asks of a sparse autoencoder, and of what stands in for one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 
+class Encoder(Protocol):
+    """From raw activations to codes. Normalisation is its own business."""
+
+    def encode(self, x_ND: Tensor, /) -> Tensor:
+        """Dense codes [N, F] of raw activations [N, D]; a latent that does not fire is exactly 0."""
+
+
 @runtime_checkable
-class SparseCoder(Protocol):
-    """An SAE from raw activations to codes and back. Normalisation is its own business."""
+class SparseCoder(Encoder, Protocol):
+    """An SAE from raw activations to codes and back."""
 
     @property
     def latents(self) -> int:
         """Width F of the code."""
-
-    def encode(self, x_ND: Tensor, /) -> Tensor:
-        """Dense codes [N, F] of raw activations [N, D]; a latent that does not fire is exactly 0."""
 
     def decode(self, codes_NF: Tensor, /) -> Tensor:
         """Reconstructions [N, D], in raw units, of codes [N, F]."""

@@ -3,11 +3,96 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tubelet_lens.edits.running_config import RunningConfig
+from tubelet_lens.monosemanticity_config import MonosemanticityConfig
+from tubelet_lens.scope_config import ScopeConfig
 from tubelet_store.config import Config
+
+Topic = Literal[
+    "reconstruction",
+    "coherence",
+    "sparsity",
+    "action",
+    "labels",
+    "ablation",
+    "retrieval",
+    "monosemanticity",
+    "collinearity",
+    "scope",
+    "recovery",
+    "backbone_ablation",
+    "classification_edits",
+    "segmentation_edits",
+]
+"""What an evaluation can look at, in the report's order."""
+
+
+class ActionConfig(Config):
+    """Linear probe of what is done in a video, on pooled vectors."""
+
+    poolings: tuple[Literal["mean", "max", "mean_max"], ...] = Field(default=("mean", "max", "mean_max"), min_length=1)
+    """How a clip's tokens become one vector; the first one's figures stand at the top. mean_max: both, end to end."""
+    penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-3, 1e-2, 1e-1, 1.0), min_length=1)
+    """L2 penalties to choose from on the validation videos; C of other programs is 1 / (penalty x clips)."""
+    bootstrap: int = Field(default=2000, ge=1)
+    """Draws of the test videos behind the intervals."""
+
+
+class AblationConfig(Config):
+    """Latents of the probe's classes set to 0."""
+
+    largest: int = Field(default=256, ge=1)
+    """Most latents taken away at once; never more than half of those alive."""
+    draws: int = Field(default=20, ge=1)
+    """Random sets of latents per size."""
+
+
+class Words(Config):
+    """Bag of words, no model: unit vectors of the words of a caption, rare ones weighing more (tf-idf)."""
+
+    kind: Literal["words"] = "words"
+
+
+class TransformersText(Config):
+    """A frozen text model in transformers' format."""
+
+    kind: Literal["transformers"] = "transformers"
+    id: str
+    """Hub id or folder."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; none: its default."""
+    pooling: Literal["auto", "mean", "cls"] = "auto"
+    """auto: the model's own text embedding where it has one (CLIP, SigLIP), else the mean of its last tokens."""
+    batch: int = Field(default=64, ge=1)
+    """Captions per forward pass."""
+
+
+class PrecomputedText(Config):
+    """Embeddings that something else has made."""
+
+    kind: Literal["array"] = "array"
+    path: Path
+    """Parquet with columns `caption` and `embedding`, or .npy [captions, E] beside a .txt of one caption a line."""
+
+
+AnyText = Annotated[Words | TransformersText | PrecomputedText, Field(discriminator="kind")]
+
+
+class RetrievalConfig(Config):
+    """Text to video and back, through a ridge map from pooled vectors to frozen text embeddings."""
+
+    text: AnyText = Words()
+    """What embeds the captions."""
+    pooling: Literal["mean", "max", "mean_max"] = "mean"
+    """How a clip's tokens become one vector."""
+    penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0), min_length=1
+    )
+    """Ridge penalties per clip to choose from on the validation videos."""
 
 
 class EvaluateConfig(Config):
@@ -27,6 +112,29 @@ class EvaluateConfig(Config):
     """Store whose clips probes and maps are fitted on; none: the clips of `store` that the SAE was trained on."""
     fit_clips: int = Field(default=20_000, ge=1)
     """Fit on at most this many clips, evenly spaced."""
+    fit_validation: float = Field(default=0.2, gt=0, lt=0.5)
+    """Share of the fitted-on videos on which penalties are chosen."""
+    fit_ranking: float = Field(default=0.25, gt=0, lt=0.5)
+    """Share of the fitted-on videos on which latents are ranked for ablation."""
+    controls: bool = True
+    """Measure an untrained SAE and a random projection with TopK beside the SAE."""
+    control_draws: int = Field(default=3, ge=1)
+    """Draws of each of these two."""
+    action: ActionConfig = ActionConfig()
+    """The action probe."""
+    ablation: AblationConfig = AblationConfig()
+    """Ablation of the probe's latents."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """Text-video retrieval."""
+    monosemanticity: MonosemanticityConfig = MonosemanticityConfig()
+    """Monosemanticity."""
+    scope: ScopeConfig = ScopeConfig()
+    """Information scope, from shifted views."""
+    running: RunningConfig | None = None
+    """Measure in the running backbone too (recovery, ablation, edits of paper B); needs the videos. null: do not;
+    `{}`: with the defaults."""
+    skip: tuple[Topic, ...] = ()
+    """Topics to leave out."""
     limit_clips: int | None = Field(default=None, ge=1)
     """Evaluate at most this many clips, evenly spaced through the split; none: all of them."""
     lags: int = Field(default=4, ge=1)
@@ -34,7 +142,7 @@ class EvaluateConfig(Config):
     null_draws: int = Field(default=4, ge=1)
     """Random orders of time behind the shuffled-time null."""
     seed: int = 0
-    """Chooses those orders."""
+    """Chooses those orders, and whatever else is drawn at random."""
     window_mib: int = Field(default=512, ge=1)
     """Memory for the clips held at once; never less than one clip."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

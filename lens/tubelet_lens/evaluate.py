@@ -8,7 +8,7 @@ Probes and maps are fitted on the side of the split that the SAE was trained on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,16 +17,29 @@ import pyarrow as pa
 from pydantic import JsonValue
 from rich.progress import Progress
 
+from tubelet_lens.action import action
 from tubelet_lens.clip_metric import ClipMetric, ClipSetting, Side, side
-from tubelet_lens.codes import SparseCoder
+from tubelet_lens.code_ablation import code_ablation
+from tubelet_lens.codes import Encoder, SparseCoder
 from tubelet_lens.coherence import Coherence
-from tubelet_lens.config import EvaluateConfig
+from tubelet_lens.collinearity import measure_collinearity
+from tubelet_lens.config import EvaluateConfig, Topic
+from tubelet_lens.controls import controls
+from tubelet_lens.edits.backbone_ablation import backbone_ablation
+from tubelet_lens.edits.classification import classification_edits
+from tubelet_lens.edits.recovery import recovery
+from tubelet_lens.edits.segmentation import segmentation_edits
 from tubelet_lens.evaluation import Coverage, Evaluation
+from tubelet_lens.label_metric import label_purity
 from tubelet_lens.latents import latent_table, write_latents
 from tubelet_lens.metric import Metric, Setting
+from tubelet_lens.monosemanticity_metric import measure_monosemanticity
 from tubelet_lens.pooled import Pooling
 from tubelet_lens.reconstruction import Reconstruction
 from tubelet_lens.report import render_report
+from tubelet_lens.retrieval import retrieval
+from tubelet_lens.scope_metric import measure_information_scope
+from tubelet_lens.section import Subject
 from tubelet_lens.selection import choose_clips
 from tubelet_lens.sparsity import Sparsity
 from tubelet_lens.subject import TrainedSae, check_store, load_trained
@@ -36,10 +49,26 @@ from tubelet_lens.windows import clip_bytes, windows
 from tubelet_store import Store, open_store
 from tubelet_trainer.machine import choose_device, software
 
-METRICS: tuple[Callable[[Setting], Metric], ...] = (Reconstruction, Coherence, Sparsity)
+METRICS: dict[Topic, Callable[[Setting], Metric]] = {
+    "reconstruction": Reconstruction,
+    "coherence": Coherence,
+    "sparsity": Sparsity,
+}
 """What is measured over tokens, in the report's order."""
 
-CLIP_METRICS: tuple[ClipMetric, ...] = ()
+CLIP_METRICS: dict[Topic, ClipMetric] = {
+    "action": action,
+    "labels": label_purity,
+    "ablation": code_ablation,
+    "retrieval": retrieval,
+    "monosemanticity": measure_monosemanticity,
+    "collinearity": measure_collinearity,
+    "scope": measure_information_scope,
+    "recovery": recovery,
+    "backbone_ablation": backbone_ablation,
+    "classification_edits": classification_edits,
+    "segmentation_edits": segmentation_edits,
+}
 """What is measured over clips, in the report's order."""
 
 
@@ -84,8 +113,15 @@ def evaluate(config: EvaluateConfig) -> Result:
         seed=config.seed,
         device=device,
     )
-    metrics = [make(setting) for make in METRICS]
-    pooling = Pooling({})
+    metrics = [make(setting) for topic, make in METRICS.items() if topic not in config.skip]
+    to_fit = _clips_to_fit(config, trained, setting)
+    standing_in: dict[Subject, tuple[Encoder, ...]] = {}
+    if config.controls:
+        where = to_fit or setting
+        standing_in = controls(
+            trained, where.store, where.clips, draws=config.control_draws, seed=config.seed, device=device
+        )
+    pooling = Pooling(standing_in)
     per_window = _clips_per_window(config, trained, store)
     stream(setting, trained.coder, [*metrics, pooling], clips_per_window=per_window)
     sections = [metric.section() for metric in metrics]
@@ -94,11 +130,12 @@ def evaluate(config: EvaluateConfig) -> Result:
         setting=setting,
         config=config,
         sae=trained.coder,
-        fit=_fit_side(config, trained, setting),
+        trained=trained,
+        fit=_fit_side(config, trained, to_fit, standing_in) if to_fit is not None else None,
         test=side(store, pooling),
     )
-    for measure in CLIP_METRICS:
-        found = measure(over_clips)
+    for topic, measure in CLIP_METRICS.items():
+        found = measure(over_clips) if topic not in config.skip else None
         if found is not None:
             sections.append(found.section)
             columns += found.latents
@@ -115,21 +152,27 @@ def evaluate(config: EvaluateConfig) -> Result:
     return Result(evaluation, latent_table(columns, trained.coder.latents))
 
 
-def _fit_side(config: EvaluateConfig, trained: TrainedSae, setting: Setting) -> Side | None:
+def _clips_to_fit(config: EvaluateConfig, trained: TrainedSae, setting: Setting) -> Setting | None:
     """Clips to fit probes and maps on, apart by video from those evaluated; None if there are none."""
+    store = setting.store
     if config.fit_store is not None:
         store = open_store(config.fit_store)
         check_store(trained, store, other_store=True)
         clips = choose_clips(store, "all", trained.holdout, config.fit_clips)
     elif config.split == "held_out":
-        store = setting.store
         clips = choose_clips(store, "train", trained.holdout, config.fit_clips)
     else:
         return None
-    pooling = Pooling({})
-    there = replace(setting, store=store, clips=clips, time=latent_time(store, clips))
-    stream(there, trained.coder, [pooling], clips_per_window=_clips_per_window(config, trained, store))
-    return side(store, pooling)
+    return replace(setting, store=store, clips=clips, time=latent_time(store, clips))
+
+
+def _fit_side(
+    config: EvaluateConfig, trained: TrainedSae, setting: Setting, standing_in: Mapping[Subject, Sequence[Encoder]]
+) -> Side:
+    pooling = Pooling(standing_in)
+    per_window = _clips_per_window(config, trained, setting.store)
+    stream(setting, trained.coder, [pooling], clips_per_window=per_window)
+    return side(setting.store, pooling)
 
 
 def _clips_per_window(config: EvaluateConfig, trained: TrainedSae, store: Store) -> int:

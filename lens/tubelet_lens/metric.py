@@ -4,8 +4,8 @@
     for window in windows(...): metric.add(window)
     metric.section(), metric.latents()
 
-One file per metric. To add one, write the file and put its class into `evaluate.METRICS`. What is fitted on clips
-(a probe, a map) is a `clip_metric.ClipMetric` instead.
+One file per metric. To add one, write the file and put its class into `evaluate.METRICS`, its name into
+`config.Topic`. What is fitted on clips (a probe, a map) is a `clip_metric.ClipMetric` instead.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from tubelet_lens.section import Curve, Line
 
@@ -72,6 +72,9 @@ def svg(curve: Curve) -> str:
                 _line(axes, curve, line)
         axes.set_xlabel(curve.x_label)
         axes.set_ylabel(curve.y_label)
+        if curve.log_x:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
         if curve.log_y:
             axes.set_yscale("log")
         if curve.zero_line:

@@ -41,7 +41,8 @@ class Figure(Config):
     value: float | None
     """None: undefined on these data (the definition says when)."""
     low: float | None = None
-    """Lowest value over repeated draws, where the figure is a mean over draws."""
+    """Lower end of the range shown beside the value: lowest of repeated draws, or end of an interval; the definition
+    says which."""
     high: float | None = None
     n: int = Field(ge=0)
     """How many things the figure is computed from."""
@@ -79,6 +80,8 @@ class Curve(Config):
     """Positions; of bars, their n + 1 edges."""
     lines: tuple[Line, ...]
     definition: str = Field(min_length=1)
+    log_x: bool = False
+    """Powers of two."""
     log_y: bool = False
     zero_line: bool = False
     """Draw y = 0, where that is a reference."""

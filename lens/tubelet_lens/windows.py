@@ -73,7 +73,7 @@ def windows(
     """
     for start in range(0, len(clips), clips_per_window):
         chosen = clips[start : start + clips_per_window]
-        x_CTSD = torch.stack([_read_clip(store, hook, int(clip)) for clip in chosen]).to(device)
+        x_CTSD = torch.stack([read_clip(store, hook, int(clip)) for clip in chosen]).to(device)
         for clip, x_TSD in zip(chosen, x_CTSD, strict=True):
             if not bool(torch.isfinite(x_TSD).all()):
                 raise TubeletError(
@@ -90,7 +90,7 @@ def windows(
         yield Window(chosen, x_CTSD, torch.stack(codes), torch.stack(xhat), valid)
 
 
-def _read_clip(store: Store, hook: str, clip: int) -> Tensor:
+def read_clip(store: Store, hook: str, clip: int) -> Tensor:
     """One clip as float32 [T, S, D]."""
     shard, place = divmod(clip, store.plan.clips_per_shard)
     values = np.array(store.shard_map(hook, shard)[place])

@@ -214,9 +214,10 @@ def count_requests(plan: Plan) -> dict[str, int]:
             put += plan.shards * part_count(shard_bytes(plan, kind, hook, 0))
             # Is it there? Did it arrive, whole? And once more when the store is finished.
             get += plan.shards * 4
-    # Record and moments: written once, read once; whether the record is there, asked twice.
+    # Record and moments: written once; at the end the record is read twice, the moments once; whether the record is
+    # there, asked twice.
     put += plan.shards * 2
-    get += plan.shards * 4
+    get += plan.shards * 5
     documents = count_objects(plan) - plan.shards * (len(plan.hooks) * len(array_kinds(plan)) + 2)
     return {"put": put + documents, "get": get + 2 * documents}
 

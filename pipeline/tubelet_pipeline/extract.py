@@ -79,10 +79,8 @@ def extract(config: ExtractConfig, on_shard: Callable[[ExtractSummary], None] | 
         writer.drain(Spool(config.upload, writer.url, writer.plan))
         pending = writer.pending()
         summary = ExtractSummary(config.store, "", planned.plan.shards)
-        for shard in sorted(set(range(planned.plan.shards)) - set(pending)):
-            commit = writer.committed(shard)
-            if commit is not None:
-                summary.add(report(commit))
+        for commit in writer.commits(sorted(set(range(planned.plan.shards)) - set(pending))):
+            summary.add(report(commit))
         log = stack.enter_context(RunLog(config.log_path))
         began = time.perf_counter()
         try:

@@ -5,6 +5,7 @@ Decode children choose frames themselves (only they know how many a video holds)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,15 @@ def uniform_frames(
     bins = np.arange(first, first + frames, dtype=np.int64)
     indices = (2 * clips * bins + 2 * view + 1) * video_frames // (2 * clips * (frames + more))
     return FrameChoice(indices, int((indices[1:] == indices[:-1]).sum()))
+
+
+_FORMULAS: dict[str, Callable[..., FrameChoice]] = {"dense": dense_frames, "uniform": uniform_frames}
+
+
+def chosen_frames(rule: Mapping[str, str | int], video_frames: int, view: int, first: int, more: int) -> FrameChoice:
+    """Frames by the formula of `rule`'s kind, with its other fields: a sampling as JSON has them."""
+    fields = {name: value for name, value in rule.items() if name != "kind"}
+    return _FORMULAS[str(rule["kind"])](video_frames, **fields, view=view, first=first, more=more)
 
 
 def _check(video_frames: int, clips: int, view: int, first: int, more: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
 from distributed import CancelledError, Client, Future, KilledWorker, as_completed
@@ -61,6 +61,7 @@ class HandOut:
         self._submitted: dict[int, int] = {}
         self._counted_at = 0.0
         self._window = 0
+        self._raised: Counter[int] = Counter()
         self.failures: dict[int, list[str]] = {}
         """Why each shard failed, try by try; shards that were done in the end are in it too."""
 
@@ -124,12 +125,16 @@ class HandOut:
             elif isinstance(error, CancelledError):
                 raise SchedulerLost(str(error))
             elif isinstance(error, KilledWorker):
-                self._failed(shard, "its worker died again and again (out of memory, or a crash in native code?)")
+                self._retry(shard, "its worker died again and again (out of memory, or a crash in native code?)")
                 suspects.append(shard)
             elif not isinstance(error, StoreUnreachable) and _is_everybodys(error):
                 raise error
-            elif self._failed(shard, f"{type(error).__name__}: {error}") < _ATTEMPTS:
-                waiting.appendleft(shard)
+            else:
+                self._retry(shard, f"{type(error).__name__}: {error}")
+                # Deaths do not count: they may have been another shard's.
+                self._raised[shard] += 1
+                if self._raised[shard] < _ATTEMPTS:
+                    waiting.appendleft(shard)
             future.release()
 
     def _submit(self, shard: int, host: str | None) -> Future:
@@ -154,10 +159,9 @@ class HandOut:
         self._log("shard", shard=report.shard, clips=report.clips, size_bytes=report.size_bytes, seconds=report.seconds)
         self._on_done(report)
 
-    def _failed(self, shard: int, reason: str) -> int:
+    def _retry(self, shard: int, reason: str) -> None:
         self.failures.setdefault(shard, []).append(reason)
         self._log("retry", shard=shard, reason=reason)
-        return len(self.failures[shard])
 
     def _room(self) -> int:
         """How many shards may be in flight: workers come and go."""

@@ -57,7 +57,7 @@ class ExtractProgress:
         done = sum(summary.clips.values())
         failed = done - summary.clips["ok"]
         rate = f"{summary.clips_this_run / seconds:.1f} clips/s, {summary.tokens_this_run / seconds:.0f} tokens/s"
-        rate += f", {failed} clips failed" if failed else ""
+        rate += f", {failed} clip{'s' * (failed > 1)} failed" if failed else ""
         self._bar.update(self._task, total=summary.shards, completed=summary.shards_done, rate=rate)
         if self._log is not None and (now - self._logged > _LOG_EVERY_S or summary.shards_done == summary.shards):
             self._logged = now

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tubelet_pipeline.frames import FrameChoice, dense_frames, uniform_frames
+from tubelet_pipeline.frames import FrameChoice, chosen_frames
 from tubelet_store.config import Config
 
 
@@ -51,9 +51,7 @@ def choose_frames(
     Raises:
         ValueError: the video has no frames, `view` is not in range(sampling.clips), or `first` not in range(more + 1).
     """
-    rule = sampling.model_dump(exclude={"kind"})
-    formula = dense_frames if isinstance(sampling, DenseSampling) else uniform_frames
-    return formula(video_frames, **rule, view=view, first=first, more=more)
+    return chosen_frames(sampling.model_dump(), video_frames, view, first, more)
 
 
 _FORMULAS = {

@@ -119,9 +119,7 @@ class _Runtime:
         self.store, table = patiently(lambda: _attach(job), job.upload.patience_s)
         self.spool = Spool(job.upload, job.store, self.store.plan)
         self.spool.discard_partial()
-        self.uris: list[str] = table["uri"].to_pylist()
-        self.video_ids: list[str] = table["video_id"].to_pylist()
-        self.views: list[int] = table["view"].to_pylist()
+        self.clips = table.select(["uri", "video_id", "view"]).combine_chunks()
         self.selector = TokenSelector(job.tokens, self.backbone.grid)
         self.batch_size = (
             find_batch_size(self.backbone, job.hooks, self.store.plan.clips_per_shard)
@@ -131,11 +129,14 @@ class _Runtime:
         # Last: it starts processes, and nothing after it may fail.
         self.decoder = DecodePool(job.decode)
 
+    def of_clip(self, column: str, clip: int) -> Any:
+        return self.clips[column][clip].as_py()
+
     def view(self, clip: int) -> View:
-        return locate(self.job.views, self.views[clip])
+        return locate(self.job.views, self.of_clip("view", clip))
 
     def request(self, clip: int) -> DecodeRequest:
-        job, uri = self.job, resolve_uri(self.job.dataset_root, self.uris[clip])
+        job, uri = self.job, resolve_uri(self.job.dataset_root, self.of_clip("uri", clip))
         return clip_request(uri, job.sampling, job.views, self.view(clip), self.backbone.tubelet_frames)
 
     def decoded(self, clips: Iterable[int], prefetch: int) -> Iterator[tuple[int, DecodedClip | DecodeFailure]]:
@@ -260,7 +261,8 @@ def _prepare(runtime: _Runtime, batch: list[tuple[int, DecodedClip | DecodeFailu
         crop_place = place(views, runtime.view(number), backbone.patch_size)
         clip_pixels, crop = backbone.preprocess(clip.frames, crop_place)
         pixels.append(clip_pixels)
-        patches.append(runtime.selector.patches(runtime.video_ids[number], runtime.views[number]))
+        video_id, view = runtime.of_clip("video_id", number), runtime.of_clip("view", number)
+        patches.append(runtime.selector.patches(video_id, view))
         outcomes.append(_outcome(clip, (crop.top, crop.left, crop.height, crop.width), patches[-1]))
     stacked = torch.stack(pixels) if pixels else None
     if stacked is not None and runtime.backbone.device.type == "cuda":

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import islice
 from typing import Literal
 
 import pyarrow as pa
@@ -58,6 +59,8 @@ OUTCOME = pa.schema(
 SHARD = pa.field("shard", pa.int32(), nullable=False)
 
 FINISHED = pa.schema([*PLANNED, *OUTCOME, SHARD])
+
+_ROWS_AT_ONCE = 4096
 
 
 class ClipOutcome(Config):
@@ -119,12 +122,16 @@ def completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table.select(schema.names)
 
 
-def finished_table(planned: pa.Table, outcomes: Sequence[ClipOutcome], clips_per_shard: int) -> pa.Table:
-    """`planned` rows with their outcomes and shard numbers, in array order."""
-    rows = [outcome.model_dump() for outcome in outcomes]
-    columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in OUTCOME]
-    shards = pa.array([clip // clips_per_shard for clip in range(len(rows))], type=SHARD.type)
-    return pa.table([*completed(planned, PLANNED).columns, *columns, shards], schema=FINISHED)
+def finished_table(planned: pa.Table, outcomes: Iterable[ClipOutcome], clips_per_shard: int) -> pa.Table:
+    """`planned` rows with their outcomes, which come in the same order, and shard numbers."""
+    source, pieces = iter(outcomes), [OUTCOME.empty_table()]
+    # Outcomes are a hundred times larger than their rows: few of them exist at a time.
+    while some := list(islice(source, _ROWS_AT_ONCE)):
+        columns = [pa.array([getattr(outcome, field.name) for outcome in some], type=field.type) for field in OUTCOME]
+        pieces.append(pa.table(columns, schema=OUTCOME))
+    outcome = pa.concat_tables(pieces).combine_chunks()
+    shards = pa.array(planned["clip"].to_numpy() // clips_per_shard, type=SHARD.type)
+    return pa.table([*completed(planned, PLANNED).columns, *outcome.columns, shards], schema=FINISHED)
 
 
 def outcomes_of(finished: pa.Table) -> list[ClipOutcome]:
@@ -136,8 +143,9 @@ def clip_table_digest(planned: pa.Table) -> str:
     """`sha256:` over clip numbers, video ids, paths, labels and views: what a plan calls its clip table by."""
     digest = hashlib.sha256()
     names = ("clip", "video_id", "uri", "label", "view")
-    for row in zip(*(planned[name].to_pylist() for name in names), strict=True):
-        digest.update(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+    for some in planned.select(names).to_batches(max_chunksize=_ROWS_AT_ONCE):
+        for row in zip(*(column.to_pylist() for column in some.columns), strict=True):
+            digest.update(json.dumps(row, separators=(",", ":")).encode() + b"\n")
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -42,9 +42,9 @@ class Manifest(Sequence[StoredObject]):
     @classmethod
     def of(cls, objects: Iterable[StoredObject], plan: Plan) -> Manifest:
         """Manifest of `objects`, sorted by key."""
-        rows = [stored.model_dump() for stored in sorted(objects, key=lambda stored: stored.key)]
-        columns = [pa.array([row[field.name] for row in rows], type=field.type) for field in SCHEMA]
-        return cls(pa.table(columns, schema=SCHEMA), plan.digest)
+        rows = ManifestRows()
+        rows.add(objects)
+        return rows.manifest(plan)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -114,6 +114,31 @@ class Manifest(Sequence[StoredObject]):
         if not pc.all(safe, min_count=0).as_py():
             raise ValueError(f"the key {table['key'].filter(pc.invert(safe))[0].as_py()!r} leaves the store")
         return cls(table, plan_digest)
+
+
+class ManifestRows:
+    """A manifest being gathered, a shard's objects at a time, in little more memory than it takes in the end."""
+
+    def __init__(self) -> None:
+        self._objects: list[StoredObject] = []
+        self._pieces = [SCHEMA.empty_table()]
+
+    def add(self, objects: Iterable[StoredObject]) -> None:
+        """Take `objects` in."""
+        for stored in objects:
+            self._objects.append(stored)
+            if len(self._objects) == _ROWS_AT_ONCE:
+                self._to_arrow()
+
+    def manifest(self, plan: Plan) -> Manifest:
+        """Manifest of all that was taken in, sorted by key."""
+        self._to_arrow()
+        return Manifest(pa.concat_tables(self._pieces).sort_by("key"), plan.digest)
+
+    def _to_arrow(self) -> None:
+        columns = [[getattr(stored, field.name) for stored in self._objects] for field in SCHEMA]
+        self._pieces.append(pa.table([pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)], SCHEMA))
+        self._objects.clear()
 
 
 def _objects(table: pa.Table) -> Iterator[StoredObject]:

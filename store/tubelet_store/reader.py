@@ -55,6 +55,9 @@ class Store:
         self.root = root
         self.mirror = Mirror(root.url, mirror) if root.local_path(GROUP) is None else None
         """Keeps shards of a remote store on a local disk; None: the store is local."""
+        if self.mirror is not None:
+            sizes = [shard_bytes(state.plan, ACTIVATIONS, hook, 0) for hook in state.plan.hooks]
+            self.mirror.check_budget(min(sizes), max(sizes))
         self.state = state
         self.plan: Plan = state.plan
         self.url: str = root.url

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from pydantic import Field
 
+from tubelet_store.cache import cache_folder
 from tubelet_store.commit import Commit
 from tubelet_store.config import Config
 from tubelet_store.errors import StoreUnreachable
@@ -39,7 +40,7 @@ class UploadConfig(Config):
     """What happens while object storage does not answer."""
 
     spool_dir: Path | None = None
-    """Where finished shards wait. None: `tubelet/spool` in $XDG_CACHE_HOME or ~/.cache."""
+    """Where finished shards wait; none: `spool` in $TUBELET_CACHE, else in ~/.cache/tubelet."""
     spool_mb: int = Field(default=20_480, ge=0)
     """Room for waiting shards on each machine, in MiB, over all stores and workers."""
     patience_s: float = Field(default=900, ge=0)
@@ -75,8 +76,7 @@ class Spool:
     """
 
     def __init__(self, config: UploadConfig, url: str, plan: Plan) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.directory = config.spool_dir or cache / "tubelet" / "spool"
+        self.directory = config.spool_dir or cache_folder("spool")
         self.limit_bytes = config.spool_mb << 20
         self._plan = plan
         self._mine = self.directory / hashlib.sha256(f"{url} {plan.digest}".encode()).hexdigest()[:24]

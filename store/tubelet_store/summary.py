@@ -31,6 +31,8 @@ def summarise(store: Store) -> dict[str, Any]:
         ),
         "dtype": plan.dtype,
         "grid": plan.grid.model_dump(),
+        "tokens": _tokens(store),
+        "views": _views(store),
         "special_tokens": list(plan.special_tokens),
         "hooks": [_hook(store, hook.name) for hook in plan.hooks],
         "dataset": plan.dataset,
@@ -56,6 +58,22 @@ def human_bytes(size_bytes: float) -> str:
         size_bytes /= 1024
         units.pop(0)
     return f"{size_bytes:.0f} B" if units[0] == "B" else f"{size_bytes:.1f} {units[0]}"
+
+
+def _tokens(store: Store) -> dict[str, Any]:
+    """Which of the backbone's tokens are stored."""
+    plan = store.plan
+    if plan.tokens is None:
+        return {"kind": "all", "backbone_grid": plan.grid.model_dump(), "stored": plan.grid.tokens}
+    said = plan.tokens.model_dump(exclude={"grid"}, exclude_none=True)
+    whole = plan.tokens.grid
+    return {**said, "backbone_grid": whole.model_dump(), "stored": plan.grid.tokens, "of": whole.tokens}
+
+
+def _views(store: Store) -> dict[str, Any]:
+    """How many clips show each view of a video; a view is a stretch of time and a crop."""
+    counts = Counter(store.clips()["view"].to_pylist())
+    return {"number": len(counts), "clips": {str(view): count for view, count in sorted(counts.items())}}
 
 
 def _hook(store: Store, name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tubelet_store.digest import ObjectDigest, digest_of
 from tubelet_store.errors import TubeletError
 from tubelet_store.keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key
 from tubelet_store.manifest import Manifest
-from tubelet_store.objects import ObjectRoot, open_root
+from tubelet_store.objects import ObjectRoot, link_or_copy, open_root
 from tubelet_store.parallel import in_parallel
 from tubelet_store.reader import Store
 from tubelet_store.state import read_state
@@ -115,7 +115,7 @@ def transfer(source: ObjectRoot, target: ObjectRoot, stored: StoredObject, read_
         for _ in range(ATTEMPTS):
             upload = folder / "upload"
             # Publishing takes the file away, and a damaged arrival needs it again.
-            os.link(path, upload)
+            link_or_copy(path, upload)
             target.publish(stored.key, upload)
             if holds(target, stored, read_back):
                 return

@@ -16,6 +16,7 @@ from pathlib import Path
 from tubelet_store.digest import digest_of
 from tubelet_store.errors import StoreUnreachable, TubeletError
 from tubelet_store.transport import FsspecTransport, Patience
+from tubelet_store.transport.s3 import is_s3
 
 # Objects of twice this size and more go up in parts of it; four parts at a time stay in memory.
 _PART_BYTES = 32 * 2**20
@@ -48,7 +49,7 @@ class Uploader(FsspecTransport):
 
     def __init__(self, url: str, patience: Patience = _PATIENCE) -> None:
         super().__init__(url, patience)
-        self._is_s3 = self.url.startswith(("s3://", "s3a://"))
+        self._is_s3 = is_s3(self.url)
         self._conditional = True
 
     def replace(self, key: str, data: bytes) -> None:

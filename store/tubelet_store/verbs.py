@@ -74,6 +74,8 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("sampling", ", ".join(f"{k} {summary['sampling'][k]}" for k in _SAMPLING if k in summary["sampling"])),
         ("grid", f"{grid['time']} time x {grid['height']} height x {grid['width']} width, {summary['dtype']}"),
+        ("tokens", _tokens_line(summary["tokens"], grid)),
+        ("views", _views_line(summary["views"])),
         ("size", human_bytes(summary["size_bytes"])),
     ]
     return lines + [
@@ -84,6 +86,30 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         )
         for hook in summary["hooks"]
     ]
+
+
+def _tokens_line(tokens: dict[str, Any], stored: dict[str, int]) -> str:
+    whole = tokens["backbone_grid"]
+    if tokens["kind"] == "all":
+        return f"all {tokens['stored']} of the backbone's grid"
+    if tokens["kind"] == "patches":
+        return (
+            f"{stored['width']} of {whole['height'] * whole['width']} patches, drawn for each clip (seed"
+            f" {tokens.get('seed')}), at every time step"
+        )
+    sizes = [f"{w // s}" for w, s in zip(whole.values(), stored.values(), strict=True)]
+    return (
+        f"averages over {' x '.join(sizes)} (time x height x width) of the backbone's grid"
+        f" {' x '.join(map(str, whole.values()))}"
+    )
+
+
+def _views_line(views: dict[str, Any]) -> str:
+    if views["number"] <= 1:
+        return "one per video"
+    counts = sorted(set(views["clips"].values()))
+    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{views['number']} per video, {each} clips each"
 
 
 def _verify(config: VerifyConfig) -> int:

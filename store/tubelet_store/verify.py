@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from tubelet_store.cache import cache_folder
 from tubelet_store.commit import StoredObject, committed_shards
 from tubelet_store.digest import digest_of
 from tubelet_store.errors import TubeletError
@@ -89,7 +88,7 @@ class Progress:
     """
 
     def __init__(self, store: Store, fresh: bool = False) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tubelet" / "verify"
+        cache = cache_folder("verify")
         name = hashlib.sha256(f"{store.url} {store.identity}".encode()).hexdigest()[:32]
         self._path = cache / f"{name}.txt"
         if fresh:

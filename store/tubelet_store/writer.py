@@ -8,13 +8,13 @@ Resuming is the same call: the shards that have a record are done, the others ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from tubelet_store.clips import PLANNED, check_planned, completed, finished_table, from_parquet, to_parquet
+from tubelet_store.clips import PLANNED, ClipOutcome, check_planned, completed, finished_table, from_parquet, to_parquet
 from tubelet_store.commit import (
     Commit,
     StoredObject,
@@ -26,13 +26,19 @@ from tubelet_store.errors import TubeletError
 from tubelet_store.finished_shard import FinishedShard, publish
 from tubelet_store.keys import CLIPS, GROUP, MANIFEST, PLAN_TABLE
 from tubelet_store.layout import metadata_documents, moments_documents
-from tubelet_store.manifest import Manifest
+from tubelet_store.manifest import ManifestRows
 from tubelet_store.moments import Moments
 from tubelet_store.objects import ObjectRoot, open_root
+from tubelet_store.parallel import in_parallel
 from tubelet_store.plan import Plan
 from tubelet_store.shard import ShardWriter
 from tubelet_store.spool import Spool
 from tubelet_store.state import StoreState, read_state, state_document
+
+# On object storage each record is a request, and a large store has 100,000 of them.
+_READERS = 16
+# A shard's moments may be 100 MB, and a few of them a reader lie ready.
+_MOMENTS_READERS = 2
 
 
 class StoreWriter:
@@ -75,13 +81,14 @@ class StoreWriter:
             # The group document comes last: where it stands, the store was begun.
             for key in sorted(documents, key=lambda key: key == GROUP):
                 root.replace(key, documents[key])
-            root.probe_create()
         elif state.plan_digest != plan.digest:
             differences = "; ".join(state.plan.differences(plan))
             raise TubeletError(
                 f"{url} was begun with another plan ({differences})",
                 "Give the earlier settings to continue it, or another store path to start anew",
             )
+        if not state.complete:
+            root.probe_create()
         return cls(root, state)
 
     @classmethod
@@ -112,6 +119,14 @@ class StoreWriter:
     def committed(self, shard: int) -> Commit | None:
         """The commit record of `shard`, None while it is pending."""
         return read_commit(self._root, shard)
+
+    def commits(self, shards: Iterable[int]) -> Iterator[Commit]:
+        """The commit records of `shards`, in order.
+
+        Raises:
+            TubeletError: one of them is not committed.
+        """
+        return (commit for _, commit in in_parallel(self._commit, shards, _READERS))
 
     def shard(self, shard: int) -> ShardWriter:
         """A writer for the whole of shard `shard`."""
@@ -149,29 +164,32 @@ class StoreWriter:
         if self.state.complete:
             self._root.discard_scratch()
             return self.state
-        commits = [self._commit(shard) for shard in range(self.plan.shards)]
-        objects = [stored for commit in commits for stored in commit.objects]
-        for stored in objects:
-            if self._root.size(stored.key) != stored.size_bytes:
-                raise TubeletError(
-                    f"{stored.key} of {self._root.url} is missing or not {stored.size_bytes} bytes long",
-                    "Delete the commit record of its shard and run the extraction again",
-                )
-        outcomes = [outcome for commit in commits for outcome in commit.clips]
-        table = finished_table(self.planned_clips(), outcomes, self.plan.clips_per_shard)
-        documents = {CLIPS: to_parquet(table), **moments_documents(self._merged_moments(commits))}
+        shards = range(self.plan.shards)
+        rows = ManifestRows()
+        failed = 0
+
+        def outcomes() -> Iterator[ClipOutcome]:
+            nonlocal failed
+            for _, commit in in_parallel(self._sound_commit, shards, _READERS):
+                rows.add(commit.objects)
+                failed += sum(outcome.status == "failed" for outcome in commit.clips)
+                yield from commit.clips
+
+        table = finished_table(self.planned_clips(), outcomes(), self.plan.clips_per_shard)
+        documents = {CLIPS: to_parquet(table), **moments_documents(self._merged_moments())}
         for key, data in documents.items():
             self._root.replace(key, data)
         for key in metadata_documents(self.plan, {}):
             if key != GROUP:
                 documents[key] = self._root.read(key)
-        manifest = Manifest.of([*objects, *(StoredObject.of(key, data) for key, data in documents.items())], self.plan)
+        rows.add(StoredObject.of(key, data) for key, data in documents.items())
+        manifest = rows.manifest(self.plan)
         self._root.replace(MANIFEST, manifest.to_parquet())
         self.state = self.state.model_copy(
             update={
                 "state": "complete",
                 "identity": manifest.identity,
-                "clips_failed": sum(outcome.status == "failed" for outcome in outcomes),
+                "clips_failed": failed,
             }
         )
         self._root.replace(GROUP, state_document(self.state))
@@ -186,9 +204,23 @@ class StoreWriter:
             )
         return commit
 
-    def _merged_moments(self, commits: list[Commit]) -> dict[str, Moments]:
+    def _sound_commit(self, shard: int) -> Commit:
+        commit = self._commit(shard)
+        for stored in commit.objects:
+            if self._root.size(stored.key) != stored.size_bytes:
+                raise TubeletError(
+                    f"{stored.key} of {self._root.url} is missing or not {stored.size_bytes} bytes long",
+                    "Delete the commit record of its shard and run the extraction again",
+                )
+        return commit
+
+    def _merged_moments(self) -> dict[str, Moments]:
         merged = {hook.name: Moments.empty(hook.channels) for hook in self.plan.hooks}
-        for commit in commits:
-            for hook, moments in read_commit_moments(self._root, commit).items():
+
+        def read(shard: int) -> dict[str, Moments]:
+            return read_commit_moments(self._root, self._commit(shard))
+
+        for _, of_shard in in_parallel(read, range(self.plan.shards), _MOMENTS_READERS):
+            for hook, moments in of_shard.items():
                 merged[hook] = merged[hook].merge(moments)
         return merged

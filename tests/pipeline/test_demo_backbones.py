@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_card_states_recipe_data_and_limits(name: str, recipe: videomae.Recipe |
 
 def test_training_videos_are_not_the_demos() -> None:
     assert VideosConfig.model_fields["seed"].default != corpus.SEED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_name_is_an_id_that_leads_to_the_same_weights_on_every_machine(name: str, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(demo_backbone(name), tmp_path / name)
+    by_name, by_folder = (load_backbone(BackboneConfig(id=id, device="cpu")) for id in (name, str(elsewhere)))
+    assert by_name.describe() == by_folder.describe()
+    assert by_name.describe()["id"] == name
+    assert str(demo_backbone(name).parent) not in json.dumps(by_name.describe())
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pickle
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import make_plan, make_store
 from tubelet_store import Store, TubeletError, open_store
+from tubelet_store.cli import main
 from tubelet_store.transfer import StoreCopy
 
 CLIPS = 11
@@ -70,7 +73,6 @@ def test_it_looks_like_an_array(store, whole):
 
 
 def test_torch_sees_the_same_bits(store, whole):
-    torch = pytest.importorskip("torch")
     tensor = store["blocks.1"].torch(1)
     assert tensor.dtype == getattr(torch, store.plan.dtype)
     bits = tensor.view(torch.int16 if whole.dtype.itemsize == 2 else torch.int32).numpy()
@@ -107,5 +109,31 @@ def test_a_remote_store_gives_the_same(store, whole, tmp_path, monkeypatch):
         pass
     array = open_store(url)["blocks.1"]
     assert same(array[[1, 9, 4]], whole[[1, 9, 4]])
-    pytest.importorskip("torch")
     assert array.torch(2).shape == (3, 2, 6, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_torch_tensors_of_a_local_and_of_a_mirrored_store_are_the_mapped_files(tmp_path, monkeypatch, dtype):
+    monkeypatch.setenv("TUBELET_CACHE", str(tmp_path / "cache"))
+    local = make_store(tmp_path / "s.zarr", make_plan(grid=(2, 2, 3), hooks={"blocks.1": 4}, dtype=dtype))
+    remote = f"memory://{uuid.uuid4().hex}/s.zarr"
+    assert main(["copy", local.url, remote]) == 0
+    for store in (local, open_store(remote)):
+        tensor = store["blocks.1"].torch(0)
+        assert tensor.dtype == getattr(torch, dtype)
+        # The address is in a mapping of a file, not in memory that something was copied to.
+        assert mapped_file(tensor.data_ptr()).endswith(("c/0/0/0/0", store.shard_object("blocks.1", 0).stored.sha256))
+        view = store.shard_map("blocks.1", 0, private=True)
+        bits = torch.from_numpy(view.view(np.int16)).view(getattr(torch, dtype))
+        assert bits.data_ptr() == view.ctypes.data
+        assert np.shares_memory(view, bits.view(torch.int16).numpy())
+        assert torch.equal(bits.view(torch.int16), tensor.view(torch.int16))
+
+
+def mapped_file(address: int) -> str:
+    """Path of the file that is mapped at `address` of this process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= address < last:
+            return line.partition("/")[2]
+    return ""

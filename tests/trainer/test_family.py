@@ -288,12 +288,17 @@ def test_the_gated_penalty_equals_its_formula():
 
 def test_a_penalty_warms_up_and_is_steered_towards_its_target():
     weight = PenaltyWeight(2.0, warmup_steps=4, target_l0=None, device=CPU)
-    assert [round(float(weight.at(step)), 6) for step in range(6)] == [0.4, 0.8, 1.2, 1.6, 2.0, 2.0]
+    found = []
+    for step in range(6):
+        weight.begin(step)
+        found.append(round(float(weight.now()), 6))
+    assert found == [0.4, 0.8, 1.2, 1.6, 2.0, 2.0]
     steered = PenaltyWeight(1.0, warmup_steps=0, target_l0=8.0, device=CPU)
     for step in range(4000):
         # A plant in which twice the weight halves L0; it should settle at a weight of 16.
-        steered.observe(128 / steered.at(step), step)
-    assert math.isclose(float(steered.at(4000)), 16, rel_tol=0.01)
+        steered.begin(step)
+        steered.observe(128 / steered.now())
+    assert math.isclose(float(steered.now()), 16, rel_tol=0.01)
 
 
 def test_batchtopk_inference_looks_at_one_token_at_a_time():

@@ -48,6 +48,10 @@ SAES = {
     "batch": {"sae": {"kind": "batchtopk", "k": 6, "nesting": {"kind": "groups"}}},
     "time": {"sae": {"k": 4}, "objective": {"lambda_t": 0.3, "codes": "post"}},
     "space": {"sae": {"k": 4}, "objective": {"lambda_s": 0.3}, "optimiser": {"lr": 0.01}},
+    "seeded": {"sae": {"kind": "batchtopk", "k": 6, "seed": 3}, "optimiser": {"ema": 0.9, "lr": 0.003}},
+    "slow": {"sae": {"k": 4}, "objective": {"lambda_smooth": 0.1, "lambda_slow": 0.5, "codes": "prefix"}},
+    "signed": {"sae": {"kind": "abstopk", "k": 4}, "optimiser": {"resample_every": 6}},
+    "signed too": {"sae": {"kind": "abstopk", "k": 4, "seed": 2, "nesting": {"kind": "hierarchical"}}},
     "random": {"sae": {"k": 4, "seed": 5, "nesting": {"kind": "random"}, "init": {"directions": "data"}}},
     "jump": {"sae": {"kind": "jumprelu"}, "hook": "g"},
 }
@@ -76,6 +80,29 @@ def test_trained_together_equals_trained_alone(together, tmp_path, name):
     alone = train(TrainConfig.model_validate({**tree, "out": tmp_path / "alone"}))
     assert same(weights(alone), weights(together / name))
     assert log(alone) == log(together / name)
+    if name == "plain":
+        assert any(line.get("auxk") for line in log(alone)), "no latent died: AuxK went untested"
+
+
+def test_saes_of_equal_shape_step_as_one(store, tmp_path):
+    listed = [{"name": name, **spec} for name, spec in SAES.items()]
+    run = Run(configure(store, tmp_path, sae={"dead_after_tokens": 128}, saes=listed), store, torch.device("cpu"))
+    names = [[run.members[run.team.learners.index(own)].name for own in c.learners] for c in run.team.cohorts]
+    assert names == [["plain", "time", "space", "slow", "random"], ["batch", "seeded"], ["signed", "signed too"], ["jump"]]
+    for cohort in run.team.cohorts:
+        # One array of weights for all; storages differ between arrays.
+        arrays = {sae.W_enc.untyped_storage().data_ptr() for sae in cohort.saes}
+        assert len(arrays) == 1
+    together, alone = [], []
+    for step, batch in zip(range(3), run.windows, strict=False):
+        run.learn(batch, step)
+        cohort = run.team.cohorts[0]
+        x = cohort.saes[0].normalisation(batch.hooks["h"])
+        together.append(cohort.losses(batch, x)[0])
+        alone.append([own.forward(batch.hooks["h"], step, batch, "h") for own in cohort.learners])
+    for ours, theirs in zip(sum(together, []), sum(alone, []), strict=True):
+        assert torch.equal(ours.pre_BF, theirs.pre_BF)
+        assert torch.equal(ours.recon_BD, theirs.recon_BD)
 
 
 def log(folder):

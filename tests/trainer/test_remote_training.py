@@ -11,11 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from faulty_proxy import faulty_proxy
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
+from tubelet_pipeline.backbones.tiny import write_tiny_videomae
+from tubelet_pipeline.extract import extract
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.synthetic.config import VideosConfig
+from tubelet_pipeline.synthetic.dataset import make_dataset
 from tubelet_store import TubeletError, open_store
+from tubelet_store.cli import main
+from tubelet_store.config import dump_yaml
 from tubelet_store.mirror import Mirror, MirrorConfig
 from tubelet_store.objects import LocalRoot, open_root
 from tubelet_trainer.config import TrainConfig
@@ -123,7 +132,7 @@ def test_every_block_is_seen_once_an_epoch_and_few_shards_at_a_time(together):
         for group in range(groups[-1] + 1):
             present = set(shards[groups == group])
             assert len(present) <= together
-            assert set(orders[0].shards_from(group)[: len(present)]) == present
+            assert set(orders[0].groups_from(group)[0]) == present
 
 
 def test_all_shards_together_is_the_order_there_always_was(local):
@@ -150,8 +159,6 @@ train(load_config(TrainConfig, Path(sys.argv[1]), {"out": sys.argv[2], "seed": s
 
 
 def test_jobs_of_a_node_train_through_one_small_mirror(local, url, tmp_path):
-    from tubelet_store.config import dump_yaml
-
     # Each job holds one shard at a time; less than one for each could not do.
     jobs, budget = 2, 3 * SHARD_BYTES
     mirror = {"directory": tmp_path / "m", "budget": budget}
@@ -184,3 +191,64 @@ def test_a_remote_source_holds_one_map(url, tmp_path):
     out = np.empty((80 * source.groups, source.grid.time, source.block_patches, 16), source.bits)
     source.copy_blocks(np.repeat(clips, source.groups), np.tile(np.arange(source.groups), 80), out)
     assert store.mirror.held_bytes() == SHARD_BYTES
+
+
+def test_jobs_of_a_node_train_through_one_small_mirror_over_a_bad_network(local, url, tmp_path, monkeypatch):
+    jobs, budget = 4, 5 * SHARD_BYTES
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], stall_s=1.2) as (proxy, spoilt):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", spoilt)
+        proxy.only, proxy.share = lambda path: "/activations/" in path, 0.3
+        mirror = {"directory": tmp_path / "m", "budget": budget, "timeout_s": 0.7}
+        settings = configure(url, tmp_path, mirror=mirror, resident_shards=2, epochs=1)
+        (tmp_path / "run.yaml").write_text(dump_yaml(settings))
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", TRAIN, str(tmp_path / "run.yaml"), str(tmp_path / f"job-{seed}"), str(seed)],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for seed in range(jobs)
+        ]
+        watch, most = Mirror(url, MirrorConfig(directory=tmp_path / "m")), 0
+        while any(job.poll() is None for job in running):
+            most = max(most, watch.held_bytes())
+            time.sleep(0.01)
+        for job in running:
+            errors = job.communicate()[1]
+            assert job.returncode == 0, errors
+        assert proxy.faults.total() >= 10
+    assert 0 < most <= budget
+    for seed in range(jobs):
+        alone = train(configure(local.url, tmp_path / f"alone-{seed}", resident_shards=2, epochs=1, seed=seed))
+        assert same(tmp_path / f"job-{seed}", alone)
+
+
+def test_videos_extracted_straight_to_object_storage_train_as_from_a_local_copy(url, tmp_path):
+    videos, backbone = tmp_path / "ssv2", tmp_path / "tiny-videomae"
+    make_dataset(VideosConfig(out=videos, videos=40, frames=20, height=64, width=64, validation_share=0.0, workers=1))
+    write_tiny_videomae(backbone, image_size=32, patch_size=8, frames=8, hidden=32, layers=2)
+    remote = "s3://bucket/extracted.zarr"
+    job = {
+        "store": remote,
+        "dataset": {"kind": "ssv2", "root": str(videos), "split": "train"},
+        "sampling": {"kind": "dense", "frames": 8, "stride": 2},
+        "backbone": {"id": str(backbone)},
+        "hooks": ["blocks.-1"],
+        "clips_per_shard": 2,
+        "decode": {"processes": 1},
+        "cluster": {"workers": 2, "threads": 1},
+        "upload": {"spool_dir": str(tmp_path / "spool")},
+    }
+    identity = extract(ExtractConfig.model_validate(job)).identity
+    assert main(["pull", remote, str(tmp_path / "copy.zarr")]) == 0
+    copy = open_store(str(tmp_path / "copy.zarr"))
+    assert copy.identity == identity
+    hook = copy.plan.hooks[0].name
+    store_bytes = sum(copy.shard_object(hook, shard).stored.size_bytes for shard in range(copy.plan.shards))
+    mirror = {"directory": tmp_path / "mirror", "budget": store_bytes // 5}
+    fields = {"hook": hook, "window_tokens": 256, "batch_tokens": 128}
+    from_remote = train(configure(remote, tmp_path / "remote", mirror=mirror, **fields))
+    together = yaml.safe_load((from_remote / "config.yaml").read_text())["resident_shards"]
+    assert 1 <= together < copy.plan.shards
+    assert same(from_remote, train(configure(copy.url, tmp_path / "local", resident_shards=together, **fields)))
+    assert 0 < Mirror(remote, MirrorConfig(directory=tmp_path / "mirror")).held_bytes() <= store_bytes // 5

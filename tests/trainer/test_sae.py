@@ -17,7 +17,7 @@ from tubelet_trainer.sae.config import BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.export import load_sae, save_sae
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.sparse import decode_dense, decode_sparse, select
+from tubelet_trainer.sae.sparse import Bags, decode_dense, decode_sparse, largest, select
 
 D, F, N = 12, 96, 40
 KINDS = [TopKConfig(latents=F, k=5), BatchTopKConfig(latents=F, k=5)]
@@ -80,15 +80,59 @@ def test_select_has_the_gradient_of_a_gather(latents):
     )
     indices = torch.rand(4, latents, generator=generator).argsort(dim=1)[:, :3]
 
-    def chosen(x, weight, bias):
-        return select(x, weight, bias, (x @ weight.T + bias).detach(), indices)
+    b_dec = torch.randn(3, generator=generator, dtype=torch.float64, requires_grad=True)
+    inputs = (x, b_dec, weight, bias)
+
+    def pre(x, b_dec, weight, bias):
+        return (x - b_dec) @ weight.T + bias
+
+    def chosen(*inputs):
+        return select(*inputs, pre(*inputs).detach(), indices)
 
     upstream = torch.randn(4, 3, generator=generator, dtype=torch.float64)
-    expected = torch.autograd.grad((x @ weight.T + bias).gather(1, indices), (x, weight, bias), upstream)
-    found = torch.autograd.grad(chosen(x, weight, bias), (x, weight, bias), upstream)
+    expected = torch.autograd.grad(pre(*inputs).gather(1, indices), inputs, upstream)
+    found = torch.autograd.grad(chosen(*inputs), inputs, upstream)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert gradcheck(chosen, (x, weight, bias))
+    assert gradcheck(chosen, inputs)
+
+
+@given(rows=st.integers(1, 4), length=st.integers(1, 300), share=st.floats(0.01, 1), seed=st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_the_largest_in_two_stages_are_the_largest(rows, length, share, seed):
+    x = torch.randn(rows, 4 * length, generator=torch.Generator().manual_seed(seed))
+    k = max(1, int(share * 4 * length))
+    values, places = largest(x, k)
+    assert torch.equal(values, x.gather(1, places))
+    assert torch.equal(values.sort(dim=1).values, x.topk(k, dim=1).values.sort(dim=1).values)
+    assert all(len(row.unique()) == k for row in places)
+
+
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=6), seed=st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_tokens_that_keep_different_numbers_decode_and_select_as_dense_codes(counts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight, x, b_dec, b_enc = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((30, 3), (len(counts), 3), (3,), (30,))
+    )
+    latents = [torch.randperm(30, generator=generator)[:count].sort().values for count in counts]
+    indices = torch.cat(latents)
+    of_E = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    bags = Bags.sorted(of_E, len(counts))
+    values = torch.randn(len(indices), generator=generator, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(len(counts), 3, generator=generator, dtype=torch.float64)
+    outs = [op(values, indices, weight, bags) for op in (decode_sparse, decode_dense)]
+    torch.testing.assert_close(outs[0], outs[1])
+    for sparse, dense in zip(*(torch.autograd.grad(out, (values, weight), upstream) for out in outs), strict=True):
+        torch.testing.assert_close(sparse, dense)
+    pre = (x - b_dec) @ weight.T + b_enc
+    found = select(x, b_dec, weight, b_enc, pre.detach(), indices, bags)
+    expected = pre[of_E, indices]
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad((out * values.detach()).sum(), (x, b_dec, weight, b_enc)) for out in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda c: c.kind)
@@ -227,7 +271,7 @@ def test_batchtopk_spends_one_budget_over_the_whole_batch():
     sae = make_sae(BatchTopKConfig(latents=F, k=5)).train()
     x = tokens()
     x[: N // 2] *= 10
-    per_token = (sae.encode_sparse(x).values > 0).sum(dim=1)
+    per_token = (sae.encode(x) > 0).sum(dim=1)
     assert per_token.sum() == 5 * N
     assert per_token.min() < per_token.max()
 

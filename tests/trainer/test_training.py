@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,8 +86,8 @@ EVERYTHING = {
         "init": {"directions": "data", "bias": "geometric_median"}, "normalisation": {"whitening": "zca"},
     },
     "batchtopk, random prefixes": {
-        "kind": "batchtopk", "k": 4, "dead_after_tokens": 128, "nesting": {"kind": "random", "prefixes": 4},
-        "init": {"directions": "active_subspace"},
+        "kind": "batchtopk", "k": 4, "dead_after_tokens": 128, "init": {"directions": "active_subspace"},
+        "nesting": {"kind": "random", "prefixes": 4, "sort_every": 7},
     },
     "relu, steered": {"kind": "relu", "target_l0": 4, "dead_after_tokens": 128, "auxk": 8},
     "jumprelu, steered": {"kind": "jumprelu", "target_l0": 4, "dead_after_tokens": 128, "bandwidth": 0.1},
@@ -214,12 +217,18 @@ def test_other_trackers_are_asked_for_the_same(store, tmp_path, monkeypatch, kin
 def test_the_libraries_themselves_take_it(store, tmp_path, kind):
     pytest.importorskip(kind)
     tracker = {"wandb": {"mode": "offline"}, "mlflow": {"uri": str(tmp_path / "mlruns")}}[kind]
+    # Newer MLflow writes to folders only when told to.
+    environment = {**os.environ, "MLFLOW_ALLOW_FILE_STORE": "true"}
     config = configure(store, tmp_path / "run", steps=10, sae={"k": 4}, tracker={"kind": kind, **tracker})
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     code = "import sys; from tubelet_store.cli import main; sys.exit(main(['train', sys.argv[1]]))"
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "run.yaml")], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, str(tmp_path / "run.yaml")],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
@@ -235,3 +244,60 @@ def test_a_missing_tracker_is_one_clear_line_before_training(store, tmp_path, mo
     with pytest.raises(TubeletError, match=f"needs {kind}.*pip install {kind}"):
         train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_batchtopk_keeps_k_on_held_out_tokens_after_a_short_run(tmp_path):
+    generator = np.random.default_rng(0)
+    directions = generator.standard_normal((256, 32))
+    strength = (generator.random((40 * 256, 256)) < 0.05) * generator.exponential(1, (40 * 256, 256))
+    x = (strength @ directions + 3).astype(np.float32).reshape(40, 4, 64, 32)
+    store = make_store(tmp_path / "s.zarr", make_plan(clips=40, grid=(4, 8, 8), hooks={"h": 32}), {"h": x})
+    sae = {"kind": "batchtopk", "k": 16}
+    out = train(configure(store, tmp_path / "run", steps=200, batch_tokens=256, window_tokens=2048, sae=sae))
+    assert abs(load_record(out).provenance["metrics"]["l0"] - 16) < 1.6
+
+
+def test_what_is_not_defined_is_null_and_named(store, tmp_path):
+    """The last batch has one token: it does not differ from its mean."""
+    fields = {"steps": None, "tokens": 5 * 64 + 1, "sae": {"k": 4}, "holdout": {"fraction": 0}, "log_every": 1}
+    out = train(configure(store, tmp_path / "run", **fields, tracker={"kind": "tensorboard"}))
+    text = (out / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    *others, last = log(out)
+    assert last["fvu"] is None
+    assert last["undefined"] == ["fvu"]
+    assert last["l0"] == 4
+    assert all("undefined" not in line and line["fvu"] > 0 for line in others)
+    assert load_record(out).provenance["metrics"]["fvu"] is None
+
+
+def test_a_run_without_held_out_videos_killed_after_its_last_checkpoint_is_finished(store, tmp_path):
+    fields = {"sae": {"k": 4}, "holdout": {"fraction": 0}}
+    whole = train(configure(store, tmp_path / "whole", **fields))
+    config = configure(store, tmp_path / "cut", **fields)
+    out = train(config)
+    # Killed between the last checkpoint and the export: no step is left, and no evaluation to report.
+    for name in ("sae.json", "sae.safetensors"):
+        (out / name).unlink()
+    assert train(config) == out
+    ours, theirs = (load_file(folder / "sae.safetensors") for folder in (out, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert log(out) == log(whole)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_run_learns_the_same(store, tmp_path):
+    outs = [train(configure(store, tmp_path / str(on), steps=12, sae={"k": 4}, compile=on)) for on in (False, True)]
+    ours, theirs = (load_file(out / "sae.safetensors") for out in outs)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def test_steps_that_cannot_be_repeated_are_refused(store, tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(TubeletError, match="cuda_graphs needs a GPU"):
+            train(configure(store, tmp_path / "run", cuda_graphs=True))
+    sae = {"kind": "relu", "nesting": {"kind": "random"}}
+    with pytest.raises(TubeletError, match="another shape in every step"):
+        train(configure(store, tmp_path / "run", sae=sae, compile=True))

@@ -94,9 +94,12 @@ class _Views:
             anchor_AG, neighbour_AG = _pre(sae, forward.x_BD[pairs.rows]), _pre(sae, x_AD)
         else:
             codes = forward.codes
-            anchor_AG = densify(codes.values[pairs.rows], codes.indices[pairs.rows], sae.latents)
+            if codes.bags is None:
+                anchor_AG = densify(codes.values[pairs.rows], codes.indices[pairs.rows], sae.latents)
+            else:
+                anchor_AG = codes.dense(sae.latents)[pairs.rows]
             with _kept_state(sae.sparsifier):
-                neighbour_AG = densify(*sae.activate(x_AD, sae.pre_activations(x_AD)), sae.latents)
+                neighbour_AG = sae.activate(x_AD, sae.pre_activations(x_AD)).dense(sae.latents)
         if config.codes == "prefix":
             anchor_AG, neighbour_AG = anchor_AG[:, :prefix], neighbour_AG[:, :prefix]
         return cls(
@@ -185,7 +188,7 @@ class Contrast:
         views = _Views.of(forward, self.kind, self.config, self.prefix)
         if not views.pairs.several_clips:
             raise TubeletError(
-                f"The {self.kind} contrast has no negatives: all anchors of batch {forward.step} come from one clip",
+                f"The {self.kind} contrast has no negatives: all anchors of a batch come from one clip",
                 "Raise pairs.anchors, batch_tokens or window_tokens, or train on more clips",
             )
         zero_A = ~(views.anchor_AG != 0).any(dim=1) | ~(views.neighbour_AG != 0).any(dim=1)
@@ -242,7 +245,7 @@ class SlowReconstruction:
     def __call__(self, forward: Forward) -> Term:
         """Metrics: `slow` (unweighted)."""
         sae, codes = forward.sae, forward.codes
-        slow_BK = codes.values * (codes.indices < self.prefix)
-        recon_BD = decode(slow_BK, codes.indices, sae.W_dec) + sae.b_dec
+        slow = codes.values * (codes.indices < self.prefix)
+        recon_BD = decode(slow, codes.indices, sae.W_dec, codes.bags) + sae.b_dec
         loss = forward.per_token((forward.x_BD - recon_BD).square().sum()) / self.variance
         return Term(self.weight * loss, {"slow": loss.detach()})

@@ -6,6 +6,8 @@ sum ||x||^2 - ||sum x||^2 / N. In normalised space, where x is nearly centred, t
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tubelet_trainer.sae.model import SAE
@@ -14,7 +16,7 @@ from tubelet_trainer.stream import Stream
 
 @torch.no_grad()
 def evaluate(sae: SAE, windows: Stream, hook: str | None = None) -> dict[str, float]:
-    """`fvu`, `l0`, `dead` (share of latents that never fired over these tokens) and `tokens`.
+    """`fvu` (not a number where the tokens do not differ), `l0`, `dead` (share of latents that never fired over these tokens) and `tokens`.
 
     Args:
         sae: On the windows' device. Left in the mode it was in.
@@ -41,7 +43,7 @@ def evaluate(sae: SAE, windows: Stream, hook: str | None = None) -> dict[str, fl
     tokens = windows.total_tokens
     spread = square - total_D.square().sum() / tokens
     return {
-        "fvu": float(error / spread),
+        "fvu": float(error / spread) if tokens > 1 and spread > 0 else math.nan,
         "l0": float(active) / tokens,
         "dead": 1 - float(fired_F.double().mean()),
         "tokens": tokens,

@@ -1,10 +1,13 @@
 """One SAE while it learns: weights, optimiser, terms, what counts its dead latents. It sees batches, not stores.
 
-    tokens ─▶ Forward ─▶ Objective ─▶ gradient ─▶ project, clip, Adam, unit norm ─▶ average, count, resample
+    step number ─▶ begin ─▶ tokens ─▶ Forward ─▶ Objective ─▶ gradient ─▶ project, Adam (clipped), unit norm ─▶ count
+                                                                              resample, sort, look at the dead ◀─ finish
 
 Everything that a step depends on is either in `state` or a function of the step's number, so a continued run repeats
-the uninterrupted one. Nothing here reads a value back from the device, save what BatchTopK and AuxK need to size their
-codes.
+the uninterrupted one. Between `begin` and `finish` a step is always the same sequence of operations on the device: what
+the host decides from step to step is decided in these two. Nothing in a step waits for the device.
+
+Several learners step together in a `Cohort` (see `cohort`).
 """
 
 from __future__ import annotations
@@ -17,19 +20,23 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from tubelet_trainer.adam import Adam
+from tubelet_trainer.batch import Batch
 from tubelet_trainer.config import OptimiserConfig
-from tubelet_trainer.objective import FiringClock, Forward, Objective
+from tubelet_trainer.objective import FiringClock, Forward, Objective, Term
 from tubelet_trainer.ranks import ALONE, Ranks
-from tubelet_trainer.sae.config import JumpReLUConfig
+from tubelet_trainer.sae.config import JumpReLUConfig, RandomPrefixes
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sharding import clip_gradients
-from tubelet_trainer.windows import Batch
+from tubelet_trainer.sharding import RankedBatchTopK, ShardedSAE, gradient_norm
 
 # Resampled encoder rows are short, so that a new latent disturbs little (Bricken et al. 2023, appendix).
 _RESAMPLED_ENCODER_NORM = 0.2
 
 # What is resampled in the last tenth of a run would not be learnt any more. [RECON]
 _RESAMPLE_UNTIL = 0.9
+
+# Weight of the newest batch in the latents' running energy (Abeshima 2024).
+_ENERGY_RATE = 0.05
 
 
 class Learner:
@@ -62,48 +69,72 @@ class Learner:
         self.device = sae.W_dec.device
         self.precision = precision
         self.ranks = ranks
-        self.clock = FiringClock(sae.latents, dead_after_tokens, self.device)
+        holders = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
+        self.clock = FiringClock(sae.latents, dead_after_tokens, self.device, holders)
         self.averaged = copy.deepcopy(sae) if config.ema is not None else None
         """Running mean of the weights."""
+        nesting = sae.config.nesting
+        self._sort_every = nesting.sort_every if isinstance(nesting, RandomPrefixes) else None
+        self.energy_F = torch.zeros(sae.latents, device=self.device)
+        """Running mean of each latent's squared code, where latents are sorted by it."""
         self._peak_lr = config.peak_lr(sae.latents)
         beta1 = config.beta1 if config.beta1 is not None else (0.0 if isinstance(sae.config, JumpReLUConfig) else 0.9)
-        # Fused: on a CPU 7 times as fast as the loop over operations (16384 x 768, 2 threads: 35 ms against 264 ms).
-        self.optimiser = torch.optim.Adam(
-            sae.parameters(), lr=self._peak_lr, betas=(beta1, config.beta2), eps=config.eps, fused=True
-        )
+        self.adam = Adam(dict(sae.named_parameters()), (beta1, config.beta2), config.eps)
 
     @property
     def lr(self) -> float:
         """Learning rate of the last step."""
-        return float(self.optimiser.param_groups[0]["lr"])
+        return self.adam.lr
+
+    def begin(self, step: int, whole: int | None = None) -> None:
+        """Set what step `step` (from 0) changes, for a batch of `whole` tokens over all ranks."""
+        self.sae.anneal(step, self.steps)
+        if isinstance(self.sae.sparsifier, RankedBatchTopK):
+            self.sae.sparsifier.whole = whole
+        self.objective.begin(self.sae, step)
+        self.adam.set_lr(self._peak_lr * self.config.lr_factor(step, self.steps))
 
     def forward(self, tokens: Tensor, step: int, batch: Batch | None = None, hook: str = "") -> Forward:
         """Raw tokens [B, D] seen in step `step` (from 0): those of `batch` at `hook`."""
-        self.sae.anneal(step, self.steps)
+        self.begin(step, None if batch is None else batch.whole)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            return Forward.of(self.sae, tokens, self.clock.dead_F, step, batch, hook, self.ranks)
+            seen = (step, batch, hook, self.ranks, self.clock.dead_most)
+            return Forward.of(self.sae, tokens, self.clock.dead_F, *seen)
 
     def learn(self, forward: Forward) -> dict[str, Tensor]:
         """Learn from a batch; its metrics, on the device, with `grad_norm`."""
-        step = forward.step
-        self.optimiser.param_groups[0]["lr"] = self._peak_lr * self.config.lr_factor(step, self.steps)
+        self.adam.zero_grad()
         total = self.objective(forward)
-        self.optimiser.zero_grad(set_to_none=True)
         total.loss.backward()
+        metrics = self.update(forward, total)
+        self.finish(forward)
+        return metrics
+
+    def update(self, forward: Forward, total: Term) -> dict[str, Tensor]:
+        """Step from the gradients of `total`, and count; the metrics."""
         norm = self.apply_gradients()
         self.clock.update(forward.codes, forward.whole, self.ranks)
-        every = self.config.resample_every
-        if every is not None and (step + 1) % every == 0 and step < _RESAMPLE_UNTIL * self.steps:
-            self._resample(forward)
+        if self._sort_every is not None:
+            energy_F = self.ranks.sum(forward.codes.energy(self.sae.latents)) / forward.whole
+            self.energy_F.lerp_(energy_F.to(self.energy_F.dtype), _ENERGY_RATE)
         self._average()
         return {**total.metrics, "grad_norm": norm}
+
+    def finish(self, forward: Forward) -> None:
+        """After a step: what is done every so many steps."""
+        step, every = forward.step, self.config.resample_every
+        if every is not None and (step + 1) % every == 0 and step < _RESAMPLE_UNTIL * self.steps:
+            self._resample(forward)
+        if self._sort_every is not None and (step + 1) % self._sort_every == 0:
+            self._sort()
+        self.clock.look(step)
 
     def apply_gradients(self) -> Tensor:
         """One optimiser step from the gradients as they are; their norm before clipping."""
         self.ranks.sum_gradients(self.sae.parameters())
         self.sae.project_decoder_gradient()
-        norm = clip_gradients(self.sae, self.config.grad_clip)
-        self.optimiser.step()
+        norm = gradient_norm(self.sae)
+        self.adam.step(((norm + 1e-6) / self.config.grad_clip).clamp_min(1).float())
         self.sae.normalise_decoder()
         return norm
 
@@ -139,7 +170,10 @@ class Learner:
         generator = torch.Generator(self.device).manual_seed(sae.config.seed * 1_000_003 + forward.step)
         loss_B = (forward.x_BD - forward.recon_BD).square().sum(dim=1)
         x_BD, loss_B = (self.ranks.interleave(part, forward.whole) for part in (forward.x_BD, loss_B))
-        drawn_F = torch.multinomial(loss_B.square() + 1e-30, sae.latents, replacement=True, generator=generator)
+        # Not `multinomial`, which may wait for the device to check its weights.
+        reach_B = (loss_B.double().square() + 1e-30).cumsum(dim=0)
+        places_F = torch.rand(sae.latents, generator=generator, device=self.device, dtype=torch.float64) * reach_B[-1]
+        drawn_F = torch.searchsorted(reach_B, places_F).clamp_max(len(x_BD) - 1)
         rows_FD = nnf.normalize(x_BD[drawn_F] - sae.b_dec, dim=1)
         alive_F1 = (~dead_F)[:, None]
         norm = (sae.W_enc.norm(dim=1, keepdim=True) * alive_F1).sum() / alive_F1.sum().clamp_min(1)
@@ -147,27 +181,48 @@ class Learner:
         fresh = {"W_dec": rows_FD, "W_enc": rows_FD * norm * _RESAMPLED_ENCODER_NORM}
         if isinstance(sae.config, JumpReLUConfig):
             fresh["sparsifier.log_threshold"] = zeros_F + math.log(sae.config.initial_threshold)
-        averages = dict(self.averaged.named_parameters()) if self.averaged is not None else {}
-        for name, parameter in sae.named_parameters():
-            if name == "b_dec":
-                continue
-            mask = dead_F if parameter.ndim == 1 else dead_F[:, None]
-            value = fresh.get(name, zeros_F)
-            for tensor in (parameter, averages[name]) if averages else (parameter,):
-                tensor.copy_(torch.where(mask, value, tensor))
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimiser.state[parameter][moment].masked_fill_(mask, 0)
+        for name, tensors in self._per_latent().items():
+            mask = dead_F if sae.get_parameter(name).ndim == 1 else dead_F[:, None]
+            weights, moments = tensors
+            for tensor in weights:
+                tensor.copy_(torch.where(mask, fresh.get(name, zeros_F), tensor))
+            for tensor in moments:
+                tensor.masked_fill_(mask, 0)
         self.clock.silent_tokens_F.masked_fill_(dead_F, 0)
+
+    @torch.no_grad()
+    def _sort(self) -> None:
+        """Order the latents by falling energy, with everything that is known of each.
+
+        The code of Abeshima 2024 looks for the optimiser's moments where they are not, and leaves them behind.
+        """
+        order_F = self.energy_F.argsort(descending=True, stable=True)
+        found = [tensor for tensors in self._per_latent().values() for part in tensors for tensor in part]
+        for tensor in (*found, self.clock.silent_tokens_F, self.energy_F):
+            tensor.copy_(tensor[order_F])
+
+    def _per_latent(self) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+        """Of each parameter with a row per latent: the weights (and their running mean), the optimiser's moments."""
+        averages = dict(self.averaged.named_parameters()) if self.averaged is not None else {}
+        return {
+            name: (
+                [parameter, averages[name]] if averages else [parameter],
+                [self.adam.moments[name]["exp_avg"], self.adam.moments[name]["exp_avg_sq"]],
+            )
+            for name, parameter in self.sae.named_parameters()
+            if name != "b_dec"
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Everything that decides the rest, by name, by reference."""
         tensors = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for name, parameter in self.sae.named_parameters():
-            tensors |= {f"adam/{name}/{key}": value for key, value in self.optimiser.state[parameter].items()}
+        tensors |= {f"adam/{name}": tensor for name, tensor in self.adam.state().items()}
         if self.averaged is not None:
             tensors |= {f"ema/{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         tensors |= {f"objective/{name}": tensor for name, tensor in self.objective.state().items()}
-        tensors["clock/silent_tokens"] = self.clock.silent_tokens_F
+        tensors |= {f"clock/{name}": tensor for name, tensor in self.clock.state().items()}
+        if self._sort_every is not None:
+            tensors["energy"] = self.energy_F
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -177,14 +232,10 @@ class Learner:
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = tensor
         self.sae.load_state_dict(parts["sae"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for index, (parameter, _) in enumerate(self.sae.named_parameters()):
-            prefix = f"{parameter}/"
-            found = parts.get("adam", {})
-            moments[index] = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        self.adam.load_state(parts["adam"])
         if self.averaged is not None:
             self.averaged.load_state_dict(parts["ema"])
         self.objective.load_state(parts.get("objective", {}))
-        self.clock.silent_tokens_F.copy_(parts["clock"]["silent_tokens"])
+        self.clock.load_state(parts["clock"])
+        if self._sort_every is not None:
+            self.energy_F.copy_(tensors["energy"])

@@ -31,7 +31,7 @@ from tubelet_trainer.checkpoint import Checkpoint, load_latest, save_checkpoint
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.evaluation import evaluate
 from tubelet_trainer.files import replace_file
-from tubelet_trainer.machine import choose_device, software
+from tubelet_trainer.machine import choose_device, keep_memory, software
 from tubelet_trainer.metrics_log import MetricsLog
 from tubelet_trainer.mixing import measure_mixing
 from tubelet_trainer.progress import ProgressReport
@@ -39,8 +39,8 @@ from tubelet_trainer.ranks import Ranks, joined_ranks
 from tubelet_trainer.run import Member, Run
 from tubelet_trainer.sae.export import RECORD, load_record, save_sae
 from tubelet_trainer.sae.initialisation import Offset
-from tubelet_trainer.source import choose_hook
-from tubelet_trainer.specs import flat, specs
+from tubelet_trainer.specs import flat
+from tubelet_trainer.stream import resident_shards
 from tubelet_trainer.trackers import Prefixed, Tracker, open_tracker
 
 
@@ -63,7 +63,10 @@ def _train(config: TrainConfig, ranks: Ranks) -> Path:
     # Everyone has looked before the first one writes.
     ranks.wait()
     config = _with_resident_shards(config, store, found)
-    run = Run(config, store, choose_device(config.device), ranks)
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_memory()
+    run = Run(config, store, device, ranks)
     if found is not None and not config.resume:
         raise TubeletError(
             f"{config.out} already holds a run", "Choose another --out, or let it continue with --resume true"
@@ -135,14 +138,7 @@ def _with_resident_shards(config: TrainConfig, store: Store, found: Checkpoint |
         return config
     if found is not None:
         return config.model_copy(update={"resident_shards": found.record["config"].get("resident_shards")})
-    if store.mirror is None:
-        return config
-    size_bytes = store.shard_object(choose_hook(store, specs(config)[0].config.hook), 0).stored.size_bytes
-    if size_bytes * store.plan.shards <= config.mirror.budget:
-        return config
-    # Twice: while the last blocks of one group are read, the next one is fetched.
-    fitting = max(1, int(config.mirror.budget) // (2 * size_bytes))
-    return config.model_copy(update={"resident_shards": fitting})
+    return config.model_copy(update={"resident_shards": resident_shards(config, store)})
 
 
 def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> list[dict[str, float]]:

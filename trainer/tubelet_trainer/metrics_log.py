@@ -1,8 +1,13 @@
-"""metrics.jsonl: one JSON object per line, appended as training goes."""
+"""metrics.jsonl: one JSON object per line, appended as training goes.
+
+A figure that is not defined (the FVU of a batch of one token, say) is null, and `undefined` names it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +31,26 @@ class MetricsLog:
         self._file = path.open("a")
         self._tracker = tracker
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
+    def write(self, kind: str, step: int, **values: float) -> None:
         """Append a line, unless the log has it from before a kill; it is in the file when this returns."""
         if (kind, step) in self._written:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        line = {"kind": kind, "step": step, **defined(values)}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        self._tracker.write(kind, step, values)
+        self._tracker.write(kind, step, {name: value for name, value in values.items() if math.isfinite(value)})
 
     def close(self) -> None:
         """Close the file and the tracker."""
         self._file.close()
         self._tracker.close()
+
+
+def defined(values: Mapping[str, float]) -> dict[str, Any]:
+    """`values` as JSON holds them: what is not a finite number is None, and named in `undefined`."""
+    missing = [name for name, value in values.items() if not math.isfinite(value)]
+    found = {name: None if name in missing else value for name, value in values.items()}
+    return {**found, "undefined": missing} if missing else found
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

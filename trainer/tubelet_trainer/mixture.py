@@ -19,8 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from tubelet_store import Moments, Store, TubeletError
+from tubelet_trainer.batch import Batch
 from tubelet_trainer.pairs import Pairs, join_pairs
-from tubelet_trainer.windows import Batch, Windows
+from tubelet_trainer.upcoming import refuse_small_mirror
+from tubelet_trainer.windows import Windows
 
 # A share of the whole, as a count of tokens: moments are merged by count.
 _WHOLE = 1 << 40
@@ -31,10 +33,14 @@ class Mixture:
 
     Args:
         parts: Streams of the same batches, whose shares are neighbours and together 1 (see `Windows`).
+
+    Raises:
+        TubeletError: a mirror is too small for what all parts shuffle together.
     """
 
     def __init__(self, parts: Sequence[Windows]) -> None:
         self.parts = tuple(parts)
+        refuse_small_mirror([need for part in self.parts for need in part.needs])
         first = self.parts[0]
         self.batch_tokens, self.total_tokens, self.steps = first.batch_tokens, first.total_tokens, first.steps
         self.tokens_per_epoch = sum(part.tokens_per_epoch for part in self.parts)

@@ -16,13 +16,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tubelet_trainer.batch import Batch
+from tubelet_trainer.knob import Knob
 from tubelet_trainer.ranks import ALONE, Ranks
 from tubelet_trainer.sae.config import Flat
 from tubelet_trainer.sae.model import SAE, Codes
-from tubelet_trainer.sae.nesting import cuts, prefix_reconstructions
-from tubelet_trainer.sae.sparse import decode
+from tubelet_trainer.sae.nesting import Cuts, cuts, prefix_reconstructions
+from tubelet_trainer.sae.sparse import decode, largest
 from tubelet_trainer.sae.sparsifiers import Choice
-from tubelet_trainer.windows import Batch
+
+# Steps between two looks at the number of dead latents, and the age it then has: by far enough for it to arrive, and
+# nothing beside the millions of tokens after which a latent is called dead.
+_LOOK_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Forward:
     """bool: latents that have not fired for long."""
     step: int = 0
     """Of the training, from 0."""
+    dead_most: int | None = None
+    """At most so many latents are dead, as far as the host knows; None: any number may be."""
     batch: Batch | None = None
     """Where the tokens come from, and their neighbours."""
     hook: str = ""
@@ -56,12 +63,13 @@ class Forward:
         batch: Batch | None = None,
         hook: str = "",
         ranks: Ranks = ALONE,
+        dead_most: int | None = None,
     ) -> Forward:
         """Run `sae` on raw tokens."""
         x_BD = sae.normalisation(x_raw_BD)
         pre_BF = sae.pre_activations(x_BD)
         codes = sae.activate(x_BD, pre_BF)
-        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F, step, batch, hook, ranks)
+        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F, step, dead_most, batch, hook, ranks)
 
     @property
     def whole(self) -> int:
@@ -105,27 +113,42 @@ class Reconstruction:
 
     def __init__(self, variance: float) -> None:
         self.variance = variance
+        self._cut: Cuts | None = None
+        self._ends, self._weights = Knob(()), Knob(())
+
+    def begin(self, sae: SAE, step: int) -> None:
+        """Draw the prefixes of step `step`."""
+        config = sae.config
+        cut = cuts(config.nesting, sae.latents, getattr(sae.sparsifier, "k", 0), config.seed, step)
+        if self._cut is None or len(cut.ends) != len(self._cut.ends):
+            self._ends, self._weights = Knob(cut.ends[:-1], torch.int64), Knob(cut.weights[:-1])
+        elif cut != self._cut:
+            self._ends.set(cut.ends[:-1])
+        self._cut = cut
 
     def __call__(self, forward: Forward) -> Term:
-        """Metrics: `fvu` (of the batch, about the batch's mean), `l0`."""
+        """Metrics: `fvu` (of the batch, about the batch's mean; not a number where its tokens do not differ), `l0`."""
         error = (forward.x_BD - forward.recon_BD).square().sum()
         l0 = forward.per_token((forward.codes.values.detach() != 0).sum())
-        fvu = forward.ranks.sum(error.detach()) / forward.spread(forward.x_BD)
+        spread = forward.spread(forward.x_BD)
+        fvu = torch.where(spread > 0, forward.ranks.sum(error.detach()) / spread, torch.nan)
         loss = forward.ranks.total(self._nested(forward, error)) / (forward.whole * self.variance)
         return Term(loss, {"reconstruction": loss.detach(), "fvu": fvu, "l0": l0})
 
     def _nested(self, forward: Forward, error: Tensor) -> Tensor:
         """Weighted mean of the prefixes' squared errors; `error` is that of the whole code."""
-        sae, config = forward.sae, forward.sae.config
-        if isinstance(config.nesting, Flat):
+        sae = forward.sae
+        if isinstance(sae.config.nesting, Flat):
             return error
-        k = getattr(sae.sparsifier, "k", 0)
-        cut = cuts(config.nesting, sae.latents, k, config.seed, forward.step)
+        if self._cut is None:
+            self.begin(sae, forward.step)
+        cut = self._cut
+        assert cut is not None
         total = cut.weights[-1] * error
         if len(cut.ends) > 1:
-            recon_BMD = prefix_reconstructions(sae, forward.codes, cut)
+            recon_BMD = prefix_reconstructions(sae, forward.codes, cut, self._ends.on(error.device))
             errors_M = (forward.x_BD[:, None] - recon_BMD).square().sum(dim=(0, 2))
-            total = total + (errors_M * errors_M.new_tensor(cut.weights[:-1])).sum()
+            total = total + (errors_M * self._weights.on(error.device).to(errors_M.dtype)).sum()
         if cut.bias_weight:
             total = total + cut.bias_weight * (forward.x_BD - sae.b_dec).square().sum()
         return total
@@ -136,6 +159,9 @@ class AuxK:
 
     The k largest pre-activations among dead latents, through ReLU, are decoded without b_dec and compared with the
     detached residual e = x - x^:  coef ||e - e^||^2 / ||e - mean(e)||^2, and 0 where that is not a number.
+
+    How many are looked for is decided by the host, which knows how many latents were dead some steps ago: the next
+    power of 2, at most k. Fewer dead ones leave the rest empty; more have to wait their turn for those few steps.
 
     Args:
         k: Dead latents per token.
@@ -149,17 +175,27 @@ class AuxK:
     def __call__(self, forward: Forward) -> Term:
         """Metrics: `dead` (share of latents), `auxk` (unweighted)."""
         dead_share = forward.dead_F.float().mean()
-        width = min(self.k, int(forward.dead_F.sum()))
+        width = self.width(forward, forward.sae.latents)
         if width == 0:
             zero = forward.x_BD.new_zeros(())
             return Term(zero, {"dead": dead_share, "auxk": zero})
         sae = forward.sae
-        top = forward.pre_BF.masked_fill(~forward.dead_F, -torch.inf).topk(width, dim=1, sorted=False)
-        codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(top.indices, top.values > 0))
+        values, indices = largest(forward.pre_BF.masked_fill(~forward.dead_F, -torch.inf), width)
+        codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(indices, values > 0))
         residual_BD = (forward.x_BD - forward.recon_BD).detach()
         modelled_BD = decode(codes.values, codes.indices, sae.W_dec)
         error = forward.ranks.total((residual_BD - modelled_BD).square().sum())
-        ratio = (error / forward.spread(residual_BD)).nan_to_num(0.0, posinf=0.0)
+        ratio = error / forward.spread(residual_BD)
+        return self.term(ratio, dead_share, forward.dead_F.any())
+
+    def width(self, forward: Forward, latents: int) -> int:
+        """Dead latents looked for per token, of `latents`."""
+        most = latents if forward.dead_most is None else forward.dead_most
+        return min(self.k, latents, 1 << (most - 1).bit_length() if most else 0)
+
+    def term(self, ratio: Tensor, dead_share: Tensor, any_dead: Tensor) -> Term:
+        """The term from what is left of the residual: 0 where nobody is dead, or it is not a number."""
+        ratio = torch.where(any_dead & ratio.isfinite(), ratio, 0)
         return Term(self.coef * ratio, {"dead": dead_share, "auxk": ratio.detach()})
 
 
@@ -175,6 +211,12 @@ class Objective:
         loss = torch.stack([part.loss for part in parts]).sum()
         metrics = {name: value for part in parts for name, value in part.metrics.items()}
         return Term(loss, {"loss": loss.detach(), **metrics})
+
+    def begin(self, sae: SAE, step: int) -> None:
+        """Tell terms which step comes (their `begin`), before they are called."""
+        for term in self.terms:
+            if (begin := getattr(term, "begin", None)) is not None:
+                begin(sae, step)
 
     def state(self) -> dict[str, Tensor]:
         """What terms carry from step to step (their `state`), by reference."""
@@ -193,15 +235,26 @@ class Objective:
 class FiringClock:
     """Tokens since each latent last fired.
 
+    The host learns how many are dead without waiting for the device: every 4 steps the number sets out, and it is read
+    4 steps later, when it is long there.
+
     Args:
         latents: F.
         dead_after_tokens: Beyond this a latent is dead.
         device: Where the SAE is.
+        holders: Who holds the other latents, where the dictionary is split.
     """
 
-    def __init__(self, latents: int, dead_after_tokens: int, device: torch.device) -> None:
+    def __init__(self, latents: int, dead_after_tokens: int, device: torch.device, holders: Ranks = ALONE) -> None:
         self.silent_tokens_F = torch.zeros(latents, dtype=torch.int64, device=device)
         self.dead_after_tokens = dead_after_tokens
+        self.holders = holders
+        self.dead_most = 0
+        """How many latents were dead, 4 to 7 steps ago."""
+        self._coming = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        # Read as plain memory.
+        self._came = self._coming.numpy()
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
 
     @property
     def dead_F(self) -> Tensor:
@@ -210,8 +263,35 @@ class FiringClock:
 
     def update(self, codes: Codes, tokens: int | None = None, ranks: Ranks = ALONE) -> None:
         """Count one batch of `tokens` (None: as many as there are codes), of which `ranks` hold parts."""
-        self.silent_tokens_F += len(codes.values) if tokens is None else tokens
+        self.silent_tokens_F += len(codes) if tokens is None else tokens
         fired_F = codes.fired(len(self.silent_tokens_F))
         if ranks.size > 1:
             fired_F = ranks.sum(fired_F.int()) > 0
         self.silent_tokens_F.masked_fill_(fired_F, 0)
+
+    def look(self, step: int) -> None:
+        """After step `step`: read the number that set out 4 steps ago, and send the next one."""
+        if (step + 1) % _LOOK_EVERY:
+            return
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self.dead_most = int(self._came)
+        self._coming.copy_(self.holders.sum(self.dead_F.sum()), non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a continued run needs, by reference."""
+        counts = torch.stack([torch.tensor(self.dead_most), self._settled()])
+        return {"silent_tokens": self.silent_tokens_F, "dead_counts": counts}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        self.silent_tokens_F.copy_(tensors["silent_tokens"])
+        self.dead_most = int(tensors["dead_counts"][0])
+        self._settled().copy_(tensors["dead_counts"][1])
+
+    def _settled(self) -> Tensor:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._coming

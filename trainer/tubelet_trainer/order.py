@@ -25,6 +25,9 @@ ORDER_VERSION = 1
 # Four rounds make a Feistel network a strong pseudo-random permutation (Luby & Rackoff 1988); two more for small grids.
 _ROUNDS = 6
 
+# Positions worked on together: their intermediate values stay in the cache.
+_TOGETHER = 1 << 13
+
 # Constants of the splitmix64 finaliser (Stafford's mix 13).
 _MIX_A = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_B = np.uint64(0x94D049BB133111EB)
@@ -49,12 +52,15 @@ class Permutation:
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ids at `positions` [N] (each in [0, size)), int64 [N]."""
-        ids = self._rounds(positions.astype(np.uint64))
-        outside = np.flatnonzero(ids >= self.size)
-        while len(outside):
-            ids[outside] = self._rounds(ids[outside])
-            outside = outside[ids[outside] >= self.size]
-        return ids.astype(np.int64)
+        found = np.empty(len(positions), dtype=np.int64)
+        for start in range(0, len(positions), _TOGETHER):
+            ids = self._rounds(positions[start : start + _TOGETHER].astype(np.uint64))
+            outside = np.flatnonzero(ids >= self.size)
+            while len(outside):
+                ids[outside] = self._rounds(ids[outside])
+                outside = outside[ids[outside] >= self.size]
+            found[start : start + _TOGETHER] = ids
+        return found
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
         """Ids at positions [start, stop)."""
@@ -62,12 +68,13 @@ class Permutation:
 
     def _rounds(self, points: NDArray[np.uint64]) -> NDArray[np.uint64]:
         a, b = np.uint64(self._left), np.uint64(self._right)
-        left, right = points // b, points % b
+        left = points // b
+        right = points - left * b
         for number, key in enumerate(self._keys):
             if number % 2:
-                right = (right + _mix(left ^ key) % b) % b
+                right = _modulo(_modulo(_mix(left ^ key), b) + right, b)
             else:
-                left = (left + _mix(right ^ key) % a) % a
+                left = _modulo(_modulo(_mix(right ^ key), a) + left, a)
         return left * b + right
 
 
@@ -115,12 +122,19 @@ class EpochOrder:
         """Group that holds the block at `position`."""
         return int(np.searchsorted(self._blocks[self._first_shard], position, side="right")) - 1
 
-    def shards_from(self, group: int) -> NDArray[np.int64]:
-        """Shards (their numbers in `first_block`) of `group` and of those that follow, in the order of their need."""
-        return self._drawn[self._first_shard[group] :]
+    def groups_from(self, group: int) -> list[NDArray[np.int64]]:
+        """Shards (their numbers in `first_block`) of `group` and of each that follows, in the order of their need."""
+        return np.split(
+            self._drawn[self._first_shard[group] :], self._first_shard[group + 1 : -1] - self._first_shard[group]
+        )
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * _MIX_A
     values = (values ^ (values >> np.uint64(27))) * _MIX_B
     return values ^ (values >> np.uint64(31))
+
+
+def _modulo(values: NDArray[np.uint64], divisor: np.uint64) -> NDArray[np.uint64]:
+    """`values % divisor`; NumPy has fast division by a constant, but no fast remainder."""
+    return values - values // divisor * divisor

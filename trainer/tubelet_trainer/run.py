@@ -16,11 +16,14 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from tubelet_store import Moments, Store, TubeletError
+from tubelet_trainer.batch import Batch
+from tubelet_trainer.capture import refuse_unrepeatable
 from tubelet_trainer.checkpoint import Checkpoint
 from tubelet_trainer.coherence import coherence_terms
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.learner import Learner
 from tubelet_trainer.machine import software
+from tubelet_trainer.metrics_log import defined
 from tubelet_trainer.objective import Objective
 from tubelet_trainer.ranks import ALONE, Ranks
 from tubelet_trainer.sae.initialisation import initialise, needs_tokens
@@ -38,7 +41,7 @@ from tubelet_trainer.sharding import (
 from tubelet_trainer.source import choose_hook
 from tubelet_trainer.specs import Spec, flat, specs
 from tubelet_trainer.stream import Streams
-from tubelet_trainer.windows import Batch
+from tubelet_trainer.team import Team
 
 # Latents silent for 10 million tokens are dead (Gao et al. 2024, appendix A.2). A short run would never get there:
 # a tenth of its tokens, if that is less. [RECON]
@@ -59,6 +62,8 @@ _FREE_FIELDS = (
     "mirror",
     "tracker",
     "parallel",
+    "compile",
+    "cuda_graphs",
 )
 
 
@@ -104,6 +109,15 @@ class Run:
         self.windows = self.streams.training
         self.heldout = self.streams.heldout
         self.members = [self._begin(spec) for spec in found]
+        hooks = [member.hook for member in self.members]
+        refuse_unrepeatable(config, device, ranks)
+        self.team = Team(
+            [member.learner for member in self.members],
+            hooks,
+            config.batch_tokens,
+            compiled=config.compile,
+            captured=config.cuda_graphs,
+        )
 
     @property
     def member(self) -> Member:
@@ -145,10 +159,7 @@ class Run:
 
     def learn(self, batch: Batch, step: int) -> list[Mapping[str, Tensor]]:
         """Step number `step` (from 0): learn from `batch`; metrics of each SAE, on the device, with `grad_norm`."""
-        return [
-            member.learner.learn(member.learner.forward(batch.hooks[member.hook], step, batch, member.hook))
-            for member in self.members
-        ]
+        return self.team.learn(batch, step)
 
     def result(self, member: Member) -> SAE:
         """The SAE to evaluate and export, whole; a collective call."""
@@ -218,7 +229,7 @@ class Run:
             "pairs": config.pairs.model_dump(mode="json"),
             "loader": self.windows.state_dict(),
             "tokens": self.windows.total_tokens,
-            "metrics": dict(metrics),
+            "metrics": defined(metrics),
             "software": software(),
         }
         return cast("dict[str, JsonValue]", described)

@@ -21,7 +21,7 @@ from tubelet_trainer.objective import AuxK, Forward, Reconstruction, Term, TermF
 from tubelet_trainer.ranks import Ranks
 from tubelet_trainer.sae.config import BatchTopKConfig, Flat, TopKConfig
 from tubelet_trainer.sae.model import SAE, Codes
-from tubelet_trainer.sae.sparse import decode, select
+from tubelet_trainer.sae.sparse import decode, largest, select
 from tubelet_trainer.sae.sparsifiers import BatchTopK, Choice, TopK
 
 # Tensors with one row per latent, wherever they stand in a learner's state.
@@ -69,18 +69,16 @@ class ShardedSAE(SAE):
 
     def activate(self, x_ND: Tensor, pre_NF: Tensor) -> Codes:
         """As `SAE.activate`, of this rank's latents."""
-        choice = self.sparsifier(pre_NF)
-        return self.choose(x_ND, pre_NF, choice)
+        return self.choose(x_ND, pre_NF, self.sparsifier(pre_NF))
 
-    def choose(self, x_ND: Tensor, pre_NF: Tensor, choice: Choice) -> Codes:
-        """As `SAE.choose`; the bias gets the gradient of all ranks' latents."""
-        centred_ND = x_ND - self.ranks.shared(self.b_dec)
-        values = select(centred_ND, self.W_enc, self.b_enc, pre_NF, choice.indices_NK)
-        return Codes(values * choice.keep_NK, choice.indices_NK)
+    def _select(self, x_ND: Tensor, pre_NF: Tensor, choice: Choice) -> Tensor:
+        # The bias gets the gradient of all ranks' latents.
+        b_dec = self.ranks.shared(self.b_dec)
+        return select(x_ND, b_dec, self.W_enc, self.b_enc, pre_NF, choice.indices, choice.bags)
 
     def reconstruct(self, codes: Codes) -> Tensor:
         """Normalised tokens [N, D] from all ranks' codes."""
-        return self.ranks.total(decode(codes.values, codes.indices, self.W_dec)) + self.b_dec
+        return self.ranks.total(decode(codes.values, codes.indices, self.W_dec, codes.bags)) + self.b_dec
 
     def gathered(self) -> SAE:
         """The whole SAE, on every rank."""
@@ -105,27 +103,40 @@ class ShardedTopK(TopK):
 
 
 class RankedBatchTopK(BatchTopK):
-    """BatchTopK over a batch whose tokens, or latents, lie on several ranks."""
+    """BatchTopK over a batch whose tokens, or latents, lie on several ranks.
+
+    How many of the kept entries lie on a rank is known to the device alone, so each makes room for twice its even
+    share; what exceeds that is dropped, which two ranks never see. [RECON]
+    """
 
     def __init__(self, k: int, momentum: float, ranks: Ranks, split: Literal["tokens", "latents"]) -> None:
         super().__init__(k, momentum)
         self.ranks = ranks
         self.split = split
+        self.whole: int | None = None
+        """Tokens of the batch over all ranks; None: as many as there are here."""
 
-    def _smallest_kept(self, positive: Tensor, _budget: int) -> Tensor:
-        """The smallest of the N k largest values of all ranks; 0 if there are fewer."""
-        tokens = torch.tensor(len(positive), device=positive.device)
-        budget = self.k * int(self.ranks.sum(tokens) if self.split == "tokens" else tokens)
-        best = positive.flatten().topk(min(budget, positive.numel()), sorted=False).values
+    def budget(self, pre_NF: Tensor) -> int:
+        """Entries that this rank makes room for."""
+        return min(2 * -(-self._all(pre_NF) // self.ranks.size), pre_NF.numel())
+
+    def _all(self, pre_NF: Tensor) -> int:
+        return self.k * (len(pre_NF) if self.whole is None or self.split == "latents" else self.whole)
+
+    def chosen(self, values_E: Tensor, places_E: Tensor, pre_NF: Tensor) -> Choice:
+        """As `BatchTopK.chosen`, of this rank's part of the batch."""
+        wanted = self._all(pre_NF)
+        most = 2 * -(-wanted // self.ranks.size)
         # Padded with zeros, which are never kept.
-        everyones = self.ranks.gather(best, budget)
-        return everyones.topk(budget, sorted=False).values.min()
+        everyones = self.ranks.gather(values_E.relu(), most)
+        self._cut = everyones.topk(min(wanted, len(everyones)), sorted=False).values.min()
+        return super().chosen(values_E, places_E, pre_NF)
 
-    def _learn(self, positive: Tensor, kept: Tensor) -> None:
-        # A rank may have no token of a short last batch.
-        kept_values = torch.cat([positive[kept], positive.new_full((1,), torch.inf)])
-        smallest = self.ranks.min(kept_values.amin())
-        super()._learn(smallest[None], smallest[None].isfinite())
+    def _keep(self, values_E: Tensor) -> Tensor:
+        return (values_E > 0) & (values_E >= self._cut)
+
+    def _learn(self, smallest: Tensor) -> None:
+        super()._learn(self.ranks.min(smallest))
 
 
 def split_batch(sae: SAE, ranks: Ranks) -> None:
@@ -169,19 +180,17 @@ class _ShardedAuxK(AuxK):
     def __call__(self, forward: Forward) -> Term:
         sae, dead_F = forward.sae, forward.dead_F
         dead_share = self.ranks.sum(dead_F.float().mean()) / self.ranks.size
-        width = min(self.k, int(self.ranks.sum(dead_F.sum())))
+        width = self.width(forward, sae.latents * self.ranks.size)
         if width == 0:
             zero = forward.x_BD.new_zeros(())
             return Term(zero, {"dead": dead_share, "auxk": zero})
-        masked_BF = forward.pre_BF.masked_fill(~dead_F, -torch.inf)
-        top = masked_BF.topk(min(width, sae.latents), dim=1, sorted=False)
-        cut_B1 = _largest_of_all(top.values, width, self.ranks)
-        codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(top.indices, (top.values > 0) & (top.values >= cut_B1)))
+        values, indices = largest(forward.pre_BF.masked_fill(~dead_F, -torch.inf), min(width, sae.latents))
+        cut_B1 = _largest_of_all(values, width, self.ranks)
+        codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(indices, (values > 0) & (values >= cut_B1)))
         residual_BD = (forward.x_BD - forward.recon_BD).detach()
         modelled_BD = self.ranks.total(decode(codes.values, codes.indices, sae.W_dec))
         ratio = (residual_BD - modelled_BD).square().sum() / forward.spread(residual_BD)
-        ratio = ratio.nan_to_num(0.0, posinf=0.0)
-        return Term(self.coef * ratio, {"dead": dead_share, "auxk": ratio.detach()})
+        return self.term(ratio, dead_share, dead_share > 0)
 
 
 def _largest_of_all(values_NK: Tensor, k: int, ranks: Ranks) -> Tensor:
@@ -192,18 +201,16 @@ def _largest_of_all(values_NK: Tensor, k: int, ranks: Ranks) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(sae: SAE, limit: float) -> Tensor:
-    """Scale the gradients of the whole SAE to a norm of at most `limit`; the norm before."""
+def gradient_norm(sae: SAE) -> Tensor:
+    """Norm of the gradients of the whole SAE."""
+    named = [(name, p.grad) for name, p in sae.named_parameters() if p.grad is not None]
+    norms = torch._foreach_norm([gradient for _, gradient in named])
     if not isinstance(sae, ShardedSAE):
-        return torch.nn.utils.clip_grad_norm_(sae.parameters(), limit)
-    gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
-    squares = {name: gradient.square().sum() for name, gradient in gradients.items()}
+        return torch.linalg.vector_norm(torch.stack(norms))
+    squares = {name: norm.square() for (name, _), norm in zip(named, norms, strict=True)}
     own = torch.stack([square for name, square in squares.items() if name in _PER_LATENT]).sum()
     common = torch.stack([square for name, square in squares.items() if name not in _PER_LATENT]).sum()
-    norm = (sae.ranks.sum(own) + common).sqrt()
-    for gradient in gradients.values():
-        gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
-    return norm
+    return (sae.ranks.sum(own) + common).sqrt()
 
 
 def gather_state(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -22,8 +22,9 @@ from tubelet_trainer.mixture import Mixture, mixed_moments, refuse_other_kind
 from tubelet_trainer.pairs import PairDraw
 from tubelet_trainer.ranks import ALONE, Ranks
 from tubelet_trainer.source import Source, choose_hook
-from tubelet_trainer.specs import Spec
+from tubelet_trainer.specs import Spec, specs
 from tubelet_trainer.split import held_out
+from tubelet_trainer.upcoming import fitting_shards
 from tubelet_trainer.windows import Windows
 
 Stream = Windows | Mixture
@@ -47,10 +48,10 @@ class Streams:
         self, config: TrainConfig, specs: Sequence[Spec], store: Store, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
         self.config, self.device, self.ranks = config, device, ranks
-        self.stores = [store, *(open_store(url, mirror=config.mirror) for url in config.mix)]
+        self.stores = _stores(config, store)
         others: list[Fraction] = [Fraction(share).limit_denominator(1_000_000) for share in config.mix.values()]
         self.shares = [1 - sum(others, Fraction(0)), *others]
-        self.hooks = list(dict.fromkeys(choose_hook(store, spec.config.hook) for spec in specs))
+        self.hooks = _hooks(specs, store)
         for other in self.stores[1:]:
             refuse_other_kind(store, other, self.hooks)
         temporal = any(spec.config.objective.temporal for spec in specs)
@@ -140,3 +141,20 @@ class Streams:
                 reached += share
             offset += store.plan.clips
         return parts[0] if len(self.stores) == 1 else Mixture(parts)
+
+
+def resident_shards(config: TrainConfig, store: Store) -> int | None:
+    """How many shards a run shuffles together where that is not configured: what its mirror holds twice; None: all.
+
+    A mirror holds the shards of all hooks of the run, and of all its remote stores.
+    """
+    hooks = _hooks(specs(config), store)
+    return fitting_shards([Source(each, hook) for each in _stores(config, store) for hook in hooks])
+
+
+def _stores(config: TrainConfig, store: Store) -> list[Store]:
+    return [store, *(open_store(url, mirror=config.mirror) for url in config.mix)]
+
+
+def _hooks(specs: Sequence[Spec], store: Store) -> list[str]:
+    return list(dict.fromkeys(choose_hook(store, spec.config.hook) for spec in specs))

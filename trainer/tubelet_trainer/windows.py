@@ -10,8 +10,10 @@ the whole store (see `Source`).
 
 The tokens of all epochs form one endless stream; batch i is its tokens [i B, (i + 1) B). So a batch may begin in one
 window and end in the next, or in the next epoch: its size is constant, and every epoch sees every token exactly once.
-Only the last batch of the whole run is short, if the run does not end on a multiple of B. The position in the stream
-is all the state there is: resuming at step k costs one window, and gives the tail of the uninterrupted run.
+Only the last batch of the whole run is short, if the run does not end on a multiple of B: it may be a single token. It
+is served, because every token counts; `Batch.whole` tells it from the others, and what needs a spread (an explained
+variance, a contrast) the consumer must leave out there. The position in the stream is all the state there is: resuming
+at step k costs one window, and gives the tail of the uninterrupted run.
 
 Several hooks of one store share the order: their tokens lie side by side. Several ranks share the stream: rank r takes
 rows r, r + ranks, ... of every batch, so the batches, their number and where to resume do not depend on how many there
@@ -22,11 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import queue
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -35,86 +33,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_store import Grid, TubeletError
-from tubelet_trainer.order import ORDER_VERSION, EpochOrder, Permutation
-from tubelet_trainer.pairs import PairArithmetic, PairDraw, Pairs
+from tubelet_store import TubeletError
+from tubelet_trainer.batch import Batch
+from tubelet_trainer.drawn import DrawnPairs, Part
+from tubelet_trainer.order import ORDER_VERSION
+from tubelet_trainer.pairs import PairArithmetic, PairDraw
+from tubelet_trainer.slots import BatchMemory, Slot
 from tubelet_trainer.source import Source
+from tubelet_trainer.stager import Stager
+from tubelet_trainer.upcoming import refuse_small_mirror, upcoming
+from tubelet_trainer.window_order import WindowOrder
 
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Tokens and where each comes from."""
-
-    hooks: Mapping[str, Tensor]
-    """Per hook [B, D] float32, as stored (not normalised)."""
-    positions: Tensor
-    """[B] int64: (clip x time steps + time) x patches + patch; distance in space and time is arithmetic."""
-    grid: Grid
-    whole: int
-    """Tokens of the batch over all ranks."""
-    temporal: Pairs | None = None
-    """Neighbours in time of some of the tokens, where they are drawn."""
-    spatial: Pairs | None = None
-    """Neighbours in the same frame."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """[B, D] Tokens at the first (or only) hook."""
-        return next(iter(self.hooks.values()))
-
-    @property
-    def clip(self) -> Tensor:
-        """[B] Clip of each token: its row in the store's clip table (in a mixture, counted through all stores)."""
-        return self.positions // self.grid.tokens
-
-    @property
-    def time(self) -> Tensor:
-        """[B] Time step of each token."""
-        return self.positions % self.grid.tokens // self.grid.space
-
-    @property
-    def patch(self) -> Tensor:
-        """[B] Patch of each token: its place on axis `space`, row-major over the grid (see `Store.patch_positions`)."""
-        return self.positions % self.grid.space
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-
-@dataclass
-class _Slot:
-    """Memory of one window: the pinned host side is filled by the stager, the device side is read by the consumer."""
-
-    host: tuple[Tensor, ...]
-    """Per hook [window tokens, D] in the store's dtype."""
-    device: tuple[Tensor, ...]
-    """The same on the device; on the CPU it *is* `host`."""
-    copied: torch.cuda.Event | None
-    """The copy to the device is done."""
-    released: torch.cuda.Event | None
-    """The consumer's last read of the device side is done."""
-
-
-@dataclass(frozen=True)
-class _Staged:
-    """A window ready for use."""
-
-    slot: _Slot
-    order: NDArray[np.int64]
-    """[tokens] Rows of the window in the order they are served."""
-    first_position: NDArray[np.int64]
-    """[blocks] Position (see `Batch.positions`) of each block's first token."""
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A window on the device. Row (block x time steps + time) x block_patches + patch is a token."""
-
-    tokens: tuple[Tensor, ...]
-    first_position: Tensor
-    host_first_position: NDArray[np.int64]
+# On the CPU, rows gathered and converted together: they stay in the cache in between.
+_CACHED_ROWS = 256
 
 
 class Windows:
@@ -129,6 +62,7 @@ class Windows:
         resident_shards: Shards whose blocks are shuffled together, for stores that are not at hand whole; None: all.
         seed: Chooses the order.
         device: Where batches are wanted.
+        dtype: Type of the tokens in batches; None: as stored.
         pairs: Neighbours to draw with every batch; None: none.
         rank: Which of `ranks` strided parts of every batch to serve.
         ranks: In how many parts batches are served.
@@ -136,7 +70,8 @@ class Windows:
         clip_offset: Added to clip numbers in positions.
 
     Raises:
-        TubeletError: no clip is left, or pairs are wanted and there is none.
+        TubeletError: no clip is left, pairs are wanted and there is none, or a mirror is too small for the shards that
+            are shuffled together.
     """
 
     def __init__(
@@ -150,6 +85,7 @@ class Windows:
         resident_shards: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
         pairs: PairDraw | None = None,
         rank: int = 0,
         ranks: int = 1,
@@ -167,17 +103,13 @@ class Windows:
         self.batch_tokens = batch_tokens
         self.seed = seed
         self.device = torch.device(device)
-        self._blocks = len(self.clips) * source.groups
-        shards, first_clip = np.unique(self.clips // source.store.plan.clips_per_shard, return_index=True)
-        self._shards = shards
-        self._first_block = np.append(first_clip, len(self.clips)) * source.groups
-        self.resident_shards = None if resident_shards is None or resident_shards >= len(shards) else resident_shards
-        self.tokens_per_epoch = self._blocks * source.block_tokens
+        self._stored_dtype = _TORCH_DTYPES[source.store.plan.dtype]
+        self._dtype = dtype or self._stored_dtype
+        self._order = WindowOrder(source, self.clips, window_tokens, resident_shards, seed)
+        refuse_small_mirror(self.needs)
+        self.tokens_per_epoch = self._order.tokens
         self.total_tokens = self.tokens_per_epoch if total_tokens is None else total_tokens
         self.steps = -(-self.total_tokens // batch_tokens)
-        # Windows of one epoch differ by at most one block: a small last window would mix few clips.
-        self.windows_per_epoch = -(-self._blocks // max(1, window_tokens // source.block_tokens))
-        self._window_blocks = -(-self._blocks // self.windows_per_epoch)
         self.step = 0
         """Number of the next batch."""
         self.rank, self.ranks, self._share, self.clip_offset = rank, ranks, share, clip_offset
@@ -192,9 +124,17 @@ class Windows:
                 )
             self._arithmetic = PairArithmetic(pairs, source.store, source.block_patches, seed, self.device)
             self._anchors = self._part(min(pairs.config.anchors, batch_tokens))
-        self._expected: tuple[int, int] | None = None
-        self._slots: list[_Slot] = []
-        self._batch: tuple[Tensor, ...] = ()
+        self._upcoming = None if source.store.mirror is None else upcoming(source.store.mirror)
+        self._announced: tuple[int, int] | None = None
+        self._stager = Stager(self.sources, self._order, self.device, clip_offset, self._announce)
+        self._slots: list[Slot] = []
+        # A share of a batch varies by one token, and so does a rank's part of it.
+        self._memory = BatchMemory(-(-(self._part(batch_tokens) + 1) // ranks), self.device)
+
+    @property
+    def needs(self) -> list[tuple[Source, int]]:
+        """Each source, with the number of its shards whose blocks are shuffled together."""
+        return [(source, self._order.together) for source in self.sources]
 
     @property
     def epoch(self) -> int:
@@ -211,10 +151,9 @@ class Windows:
         position, stop = self._cut(step), self._cut(step + 1)
         found = []
         while position < stop:
-            clips, _, order = self._plan(*self._locate(position))
-            skip = position - self._window_start(position)
-            rows = order[skip : skip + stop - position]
-            found.append(clips[rows // self.source.block_tokens] + self.clip_offset)
+            place = self._order.locate(position)
+            rows = self._order.rows(*place)[position - self._order.start(*place) :][: stop - position]
+            found.append(self._order.window(*place).clips[rows // self.source.block_tokens] + self.clip_offset)
             position += len(rows)
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
@@ -246,11 +185,11 @@ class Windows:
             "hooks": [source.hook for source in self.sources],
             "clips": hashlib.sha256(self.clips.astype("<i8").tobytes()).hexdigest(),
             "block_patches": self.source.block_patches,
-            "windows_per_epoch": self.windows_per_epoch,
+            "windows_per_epoch": self._order.windows,
             "batch_tokens": self.batch_tokens,
             "share": [str(bound) for bound in self._share],
             # Absent where all shards are shuffled together, as it was before there was a choice.
-            **({"resident_shards": self.resident_shards} if self.resident_shards else {}),
+            **({"resident_shards": self._order.resident_shards} if self._order.resident_shards else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,233 +218,87 @@ class Windows:
         Raises:
             TubeletError: a token is not finite, or a shard cannot be read.
         """
-        scratch = self._scratch()
-        positions_B = torch.empty(len(scratch[0]), dtype=torch.int64, device=self.device)
-        with closing(self._serve(self._cut(self.step))) as stream:
-            host_rows = np.empty(0, dtype=np.int64)
-            rows, window = torch.from_numpy(host_rows), _Window((), torch.from_numpy(host_rows), host_rows)
-            while self.step < self.steps:
-                wanted, offset = self._cut(self.step + 1) - self._cut(self.step), self._rows_before(self.step)
-                drawn = None if self._draw is None else _Drawn(self, min(self._anchors, wanted), offset)
-                seen = filled = 0
-                while seen < wanted:
-                    if not len(rows):
-                        window, rows, host_rows = next(stream)
-                    taken = min(wanted - seen, len(rows))
-                    mine = slice((self.rank - offset - seen) % self.ranks, taken, self.ranks)
-                    now = rows[:taken][mine]
-                    part = slice(filled, filled + len(now))
-                    for tokens, out in zip(window.tokens, scratch, strict=True):
-                        torch.index_select(tokens, 0, now, out=out[part])
-                    positions_B[part] = self._positions(window, now)
-                    if drawn is not None:
-                        drawn.add(window, rows[:taken], host_rows[:taken], filled)
-                    seen, filled = seen + taken, part.stop
-                    rows, host_rows = rows[taken:], host_rows[taken:]
-                # Copies: the scratch is filled again while the consumer may still hold this batch.
-                tokens_of = {
-                    source.hook: out[:filled].to(torch.float32, copy=True)
-                    for source, out in zip(self.sources, scratch, strict=True)
-                }
-                temporal, spatial = (None, None) if drawn is None else drawn.pairs()
-                batch = Batch(tokens_of, positions_B[:filled].clone(), self.source.grid, wanted, temporal, spatial)
-                self.step += 1
-                yield batch
-
-    def _serve(self, start: int) -> Generator[tuple[_Window, Tensor, NDArray[np.int64]], None, None]:
-        """Windows from stream position `start` on, with their rows still to be served, on the device and the host."""
-        if start >= self._end:
+        if self.step >= self.steps:
             return
-        ready: queue.Queue[_Staged | BaseException] = queue.Queue()
-        free: queue.Queue[_Slot | None] = queue.Queue()
-        for slot in self._memory():
-            free.put(slot)
-        stager = threading.Thread(target=self._stage, args=(start, free, ready), name="tubelet-stager", daemon=True)
-        stager.start()
-        position = start
+        start = self._cut(self.step)
         try:
-            while position < self._end:
-                staged = ready.get()
-                if isinstance(staged, BaseException):
-                    raise staged
-                skip = position - self._window_start(position)
-                take = min(len(staged.order) - skip, self._end - position)
-                if staged.slot.copied is not None:
-                    torch.cuda.current_stream(self.device).wait_event(staged.slot.copied)
-                first_position = torch.from_numpy(staged.first_position).to(self.device)
-                window = _Window(staged.slot.device, first_position, staged.first_position)
-                rows = staged.order[skip : skip + take]
-                yield window, torch.from_numpy(rows).to(self.device), rows
-                position += take
-                self._release(staged.slot)
-                free.put(staged.slot)
+            with self._stager.windows(self._own_slots(), start, self._end) as windows:
+                rows, host_rows = torch.empty(0, dtype=torch.int64), np.empty(0, dtype=np.int64)
+                skip = start - self._order.start(*self._order.locate(start))
+                while self.step < self.steps:
+                    wanted = self._cut(self.step + 1) - self._cut(self.step)
+                    offset = self._rows_before(self.step)
+                    most = -(-wanted // self.ranks)
+                    hooks = [self._memory.empty(most, source.channels, self._dtype) for source in self.sources]
+                    positions_B = torch.empty(most, dtype=torch.int64, device=self.device)
+                    drawn = None if self._draw is None else self._begin_pairs(self._draw, wanted, offset)
+                    seen = filled = 0
+                    while seen < wanted:
+                        if not len(host_rows):
+                            window = next(windows)
+                            host_rows, skip = window.order[skip:], 0
+                            rows = torch.from_numpy(host_rows).to(self.device)
+                        taken = min(wanted - seen, len(host_rows))
+                        now = rows[:taken][(self.rank - offset - seen) % self.ranks :: self.ranks]
+                        part = slice(filled, filled + len(now))
+                        for tokens, out in zip(window.tokens, hooks, strict=True):
+                            self._gather(tokens, now, out[part])
+                        positions_B[part] = window.locations.positions(now)
+                        if drawn is not None:
+                            drawn.add(window, rows[:taken], host_rows[:taken], filled)
+                        seen, filled = seen + taken, part.stop
+                        rows, host_rows = rows[taken:], host_rows[taken:]
+                    names = [source.hook for source in self.sources]
+                    temporal, spatial = (None, None) if drawn is None else drawn.pairs(names)
+                    tokens_of = {name: out[:filled] for name, out in zip(names, hooks, strict=True)}
+                    self.step += 1
+                    yield Batch(tokens_of, positions_B[:filled], self.source.grid, wanted, temporal, spatial)
         finally:
-            for slot in self._slots:
-                self._release(slot)
-            free.put(None)
-            stager.join()
+            self._announced = None
+            if self._upcoming is not None:
+                self._upcoming.withdraw(self)
 
-    def _release(self, slot: _Slot) -> None:
-        if slot.released is not None:
-            slot.released.record(torch.cuda.current_stream(self.device))
+    def _begin_pairs(self, draw: PairDraw, wanted: int, offset: int) -> DrawnPairs:
+        """Pairs of the next batch, of which this stream fills `wanted` rows from `offset` on."""
+        part = Part(
+            rank=self.rank,
+            ranks=self.ranks,
+            step=self.step,
+            offset=offset,
+            anchors=min(self._anchors, wanted),
+            most=-(-min(self._anchors, wanted) // self.ranks),
+            short=(self.step + 1) * self.batch_tokens > self.total_tokens,
+        )
+        return DrawnPairs(draw, self._arithmetic, part)
 
-    def _stage(self, start: int, free: queue.Queue[_Slot | None], ready: queue.Queue[_Staged | BaseException]) -> None:
-        """Body of the background thread: fill free slots with the windows from stream position `start` on."""
-        try:
-            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-            position = self._window_start(start)
-            while position < self._end:
-                slot = free.get()
-                if slot is None:
-                    return
-                staged = self._fill(slot, *self._locate(position), stream)
-                position += len(staged.order)
-                ready.put(staged)
-        except BaseException as error:  # the consumer raises it
-            ready.put(error)
+    def _gather(self, tokens: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Fill `out` with the `rows` of a window's `tokens`, in the type of batches."""
+        if out.dtype == tokens.dtype:
+            torch.index_select(tokens, 0, rows, out=out)
+            return
+        together = _CACHED_ROWS if self.device.type == "cpu" else max(1, len(rows))
+        for some, into in zip(rows.split(together), out.split(together), strict=True):
+            into.copy_(tokens.index_select(0, some))
 
-    def _fill(self, slot: _Slot, epoch: int, window: int, stream: torch.cuda.Stream | None) -> _Staged:
-        source, grid = self.source, self.source.grid
-        if slot.copied is not None:
-            slot.copied.synchronize()  # the host side may still be on its way to the device
-        self._expect(epoch, self._order(epoch).group(self._first_block_of(window)))
-        clips, groups, order = self._plan(epoch, window)
-        for each, host in zip(self.sources, slot.host, strict=True):
-            raw = host[: len(order)].view(torch.int16 if each.bits.itemsize == 2 else torch.int32).numpy()
-            raw = raw.reshape(len(clips), grid.time, each.block_patches, each.channels)
-            each.copy_blocks(clips, groups, raw)
-            each.refuse_nonfinite(clips, groups, raw)
-        if stream is not None and slot.copied is not None and slot.released is not None:
-            stream.wait_event(slot.released)
-            with torch.cuda.stream(stream):
-                for host, device in zip(slot.host, slot.device, strict=True):
-                    device[: len(order)].copy_(host[: len(order)], non_blocking=True)
-                slot.copied.record(stream)
-        first_position = (clips + self.clip_offset) * grid.tokens + groups * source.block_patches
-        return _Staged(slot=slot, order=order, first_position=first_position)
+    def _announce(self, epoch: int, window: int) -> None:
+        """Name the shards of the group in which a window lies and of what follows, when a group begins."""
+        group = self._order.group(epoch, window)
+        if self._upcoming is None or self._announced == (epoch, group):
+            return
+        self._announced = (epoch, group)
+        groups = self._order.groups_from(epoch, group)
+        if self._order.start(epoch + 1, 0) < self._end:
+            groups += self._order.groups_from(epoch + 1, 0)
+        self._upcoming.announce(
+            self, [[(source, int(shard)) for shard in shards for source in self.sources] for shards in groups]
+        )
 
-    def _plan(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Clip and patch group of each block of a window, as they lie in it, and the order [tokens] of its rows."""
-        first, last = self._first_block_of(window), self._first_block_of(window + 1)
-        # Ascending, so that pages are touched in the order of the file; the tokens are shuffled afterwards.
-        blocks = np.sort(self._order(epoch).slice(first, last))
-        chosen, groups = np.divmod(blocks, self.source.groups)
-        tokens = len(blocks) * self.source.block_tokens
-        return self.clips[chosen], groups, Permutation(tokens, ("tokens", self.seed, epoch, window)).slice(0, tokens)
-
-    def _order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(self._first_block, self.resident_shards, (self.seed, epoch))
-
-    def _expect(self, epoch: int, group: int) -> None:
-        """Name the shards of this group and of what follows, into the next epoch, when a group begins."""
-        if self._expected != (epoch, group):
-            self._expected = (epoch, group)
-            following = (self._order(epoch + 1), 0) if (epoch + 1) * self.tokens_per_epoch < self._end else None
-            shards = [self._shards[o.shards_from(g)] for o, g in filter(None, [(self._order(epoch), group), following])]
-            for source in self.sources:
-                source.expect([int(shard) for shard in np.concatenate(shards)])
-
-    def _positions(self, window: _Window, rows: Tensor) -> Tensor:
-        """Positions (see `Batch.positions`) of the tokens at `rows`."""
-        patches, space = self.source.block_patches, self.source.grid.space
-        inside = rows % self.source.block_tokens
-        first = window.first_position[rows // self.source.block_tokens]
-        return first + inside // patches * space + inside % patches
-
-    def _scratch(self) -> tuple[Tensor, ...]:
-        """Per hook [largest part of a batch, D] in the store's dtype, allocated on first use and kept."""
-        if not self._batch:
-            # A share of a batch varies by one token, and so does a rank's part of it.
-            rows = -(-(self._part(self.batch_tokens) + 1) // self.ranks)
-            dtype = _TORCH_DTYPES[self.source.store.plan.dtype]
-            self._batch = tuple(torch.empty((rows, s.channels), dtype=dtype, device=self.device) for s in self.sources)
-        return self._batch
-
-    def _memory(self) -> list[_Slot]:
+    def _own_slots(self) -> list[Slot]:
         """The two slots, allocated on first use and kept."""
         if not self._slots:
-            tokens = self._window_blocks * self.source.block_tokens
-            dtype = _TORCH_DTYPES[self.source.store.plan.dtype]
-            cuda = self.device.type == "cuda"
+            tokens = self._order.window_tokens
             # With a single window in the whole run there is nothing to stage ahead.
             for _ in range(2 if self._end > tokens else 1):
-                shapes = [(tokens, source.channels) for source in self.sources]
-                host = tuple(torch.empty(shape, dtype=dtype, pin_memory=cuda) for shape in shapes)
-                on_device = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape in shapes if cuda)
-                slot = _Slot(
-                    host=host,
-                    device=on_device if cuda else host,
-                    copied=torch.cuda.Event() if cuda else None,
-                    released=torch.cuda.Event() if cuda else None,
-                )
-                if slot.released is not None:
-                    # The allocator may hand out memory that earlier work on this stream still reads.
-                    slot.released.record()
-                self._slots.append(slot)
+                channels = [source.channels for source in self.sources]
+                self._slots.append(Slot.allocate(tokens, channels, self._stored_dtype, self.device))
         return self._slots
-
-    def _first_block_of(self, window: int) -> int:
-        return window * self._blocks // self.windows_per_epoch
-
-    def _locate(self, position: int) -> tuple[int, int]:
-        """Epoch and window that hold stream position `position`."""
-        epoch, offset = divmod(position, self.tokens_per_epoch)
-        block = offset // self.source.block_tokens
-        # The last w with w * blocks // windows <= block.
-        return epoch, ((block + 1) * self.windows_per_epoch - 1) // self._blocks
-
-    def _window_start(self, position: int) -> int:
-        epoch, window = self._locate(position)
-        return epoch * self.tokens_per_epoch + self._first_block_of(window) * self.source.block_tokens
-
-
-class _Drawn:
-    """Collects the pairs of one batch while its windows are at hand. The first rows of a batch are its anchors."""
-
-    def __init__(self, windows: Windows, anchors: int, offset: int) -> None:
-        self._windows, self._anchors, self._offset = windows, anchors, offset
-        self._short = (windows.step + 1) * windows.batch_tokens > windows.total_tokens
-        self._seen = 0
-        self._clips: set[int] = set()
-        self._rows: list[Tensor] = []
-        self._found: dict[str, list[tuple[Tensor, Tensor, tuple[Tensor, ...]]]] = {"temporal": [], "spatial": []}
-
-    def add(self, window: _Window, rows: Tensor, host_rows: NDArray[np.int64], filled: int) -> None:
-        """Draw for the anchors among the next `rows` of the whole batch; this rank's begin at `filled` of its part."""
-        of = self._windows
-        taken = min(len(rows), self._anchors - self._seen)
-        if taken <= 0:
-            return
-        blocks = host_rows[:taken] // of.source.block_tokens
-        ends = window.host_first_position[blocks] // of.source.grid.tokens
-        self._clips |= {int(ends.min()), int(ends.max())}
-        first = (of.rank - self._offset - self._seen) % of.ranks
-        mine = rows[first : taken : of.ranks]
-        self._rows.append(torch.arange(filled, filled + len(mine), device=of.device))
-        places = self._offset + self._seen + first + of.ranks * torch.arange(len(mine), device=of.device)
-        clips = of._positions(window, mine) // of.source.grid.tokens - of.clip_offset
-        for kind, wanted in (("temporal", of._draw.temporal), ("spatial", of._draw.spatial)) if of._draw else ():
-            if wanted:
-                neighbours, valid = getattr(of._arithmetic, kind)(mine, clips, of.step, places)
-                tokens = tuple(t.index_select(0, neighbours).float() for t in window.tokens)
-                self._found[kind].append((of._positions(window, neighbours), valid, tokens))
-        self._seen += taken
-
-    def pairs(self) -> tuple[Pairs | None, Pairs | None]:
-        """Temporal and spatial pairs of the batch."""
-        return self._of("temporal"), self._of("spatial")
-
-    def _of(self, kind: str) -> Pairs | None:
-        if not self._found[kind]:
-            return None
-        positions, valid, tokens = zip(*self._found[kind], strict=True)
-        names = [source.hook for source in self._windows.sources]
-        hooks = {hook: torch.cat(parts) for hook, parts in zip(names, zip(*tokens, strict=True), strict=True)}
-        return Pairs(
-            rows=torch.cat(self._rows),
-            hooks=hooks,
-            positions=torch.cat(positions),
-            valid=torch.cat(valid),
-            most=-(-self._anchors // self._windows.ranks),
-            several_clips=len(self._clips) > 1 or self._short,
-        )

@@ -3,10 +3,12 @@
 load_backbone(BackboneConfig(id=...)) ──▶ Backbone
     .preprocess(uint8 [T, H, W, 3])            ──▶ pixels [T, 3, h, w], crop box
     .activations(pixels [B, T, 3, h, w], hooks) ──▶ {hook: Captured [B, T', S, D]}
+with rewriting(backbone, hook, function):       ──▶ every pass goes on from function(tokens)
 """
 
 from tubelet_pipeline.backbones.base import Backbone, Captured
 from tubelet_pipeline.backbones.config import BackboneConfig
 from tubelet_pipeline.backbones.registry import FAMILIES, load_backbone
+from tubelet_pipeline.backbones.rewrite import rewriting
 
-__all__ = ["FAMILIES", "Backbone", "BackboneConfig", "Captured", "load_backbone"]
+__all__ = ["FAMILIES", "Backbone", "BackboneConfig", "Captured", "load_backbone", "rewriting"]

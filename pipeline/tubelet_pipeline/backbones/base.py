@@ -169,6 +169,14 @@ class Backbone(ABC):
         hint = f"{hint} " if hint.startswith("Did you mean") else ""
         raise TubeletError(f"'{self.checkpoint.name}' has no hook '{name}'", f"{hint}It has {', '.join(forms)}")
 
+    def module(self, hook: str) -> nn.Module:
+        """The module whose output is `hook`, which in some families is the first entry of a tuple.
+
+        Raises:
+            TubeletError: there is no such hook.
+        """
+        return self._modules[self.resolve_hook(hook)]
+
     def channels(self, hook: str) -> int:
         """Width D of the activations at `hook`."""
         self.resolve_hook(hook)

@@ -23,6 +23,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
 from tubelet_store.errors import TubeletError
 
 # 5.6 to 5.17 load VideoMAE without its query and value biases (transformers PR 48675).
@@ -87,7 +88,9 @@ def require_transformers() -> None:
 
 
 def find_checkpoint(id: str, revision: str | None) -> Checkpoint:
-    """The checkpoint `id`: a local folder where there is one, else a hub repository (fetched into the hub's cache).
+    """The checkpoint `id`: a local folder where there is one, a backbone of the demo, else a hub repository.
+
+    The hub's repositories are fetched into its cache.
 
     Raises:
         TubeletError: neither exists, the hub cannot be reached, or the files are not a checkpoint in safetensors.
@@ -99,6 +102,8 @@ def find_checkpoint(id: str, revision: str | None) -> Checkpoint:
                 f"'{id}' is a local folder and has no revision '{revision}'", "Remove revision, or give a hub id"
             )
         return _read_checkpoint(local.resolve().name, local, None)
+    if id in NAMES and revision is None:
+        return _read_checkpoint(id, demo_backbone(id), None)
     if not HUB_ID.fullmatch(id):
         raise TubeletError(f"There is no folder '{id}'", "Check the path; a hub id has the form 'owner/model'")
     folder = _fetch(id, revision)

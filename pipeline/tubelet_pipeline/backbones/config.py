@@ -12,7 +12,8 @@ class BackboneConfig(Config):
     """A frozen vision backbone from the Hugging Face hub or from a local folder."""
 
     id: str
-    """Hub id (`MCG-NJU/videomae-base`) or local folder that holds config.json and model.safetensors."""
+    """Hub id (`MCG-NJU/videomae-base`), local folder that holds config.json and model.safetensors, or a backbone that
+    comes with Tubelet (`videomae-tiny`, `dinov2-tiny`)."""
     revision: str | None = None
     """Commit of the hub repository. None: the newest; the commit that was loaded is recorded in the store."""
     family: str | None = None

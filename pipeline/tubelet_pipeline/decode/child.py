@@ -18,7 +18,6 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +26,9 @@ from numpy.typing import NDArray
 from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.policy import decode
 from tubelet_pipeline.decode.source import local_path
-from tubelet_pipeline.frames import FrameChoice, dense_frames, uniform_frames
+from tubelet_pipeline.frames import FrameChoice, chosen_frames
 
 _PR_SET_PDEATHSIG = 1
-_FORMULAS: dict[str, Callable[..., FrameChoice]] = {"dense": dense_frames, "uniform": uniform_frames}
 
 
 class FrameMemory:
@@ -94,9 +92,9 @@ def main() -> None:
 
 
 def _serve(request: dict[str, Any], memory: FrameMemory, announce: Callable[[str], None]) -> DecodedClip:
-    rule = dict(request["sampling"])
-    window = {name: request[name] for name in ("view", "first", "more")}
-    choose = partial(_FORMULAS[rule.pop("kind")], **rule, **window)
+    def choose(video_frames: int) -> FrameChoice:
+        return chosen_frames(request["sampling"], video_frames, request["view"], request["first"], request["more"])
+
     with local_path(request["uri"]) as path:
         return decode(path, request["backend"], choose, memory.allocate, announce)
 

@@ -20,7 +20,8 @@ import numpy as np
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from tubelet_pipeline.decode.clip import DecodeFailure
+from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.frames import FrameChoice
 
 av.logging.set_level(av.logging.PANIC)
 
@@ -74,6 +75,30 @@ class VideoIndex:
         begin = 0 if self.container == "matroska" else self.pts[0]
         shown_s = float(self.pts[-1] - begin) * self.time_base_s + frame_s
         return self.duration_s - shown_s > max(0.5, 2 * frame_s)
+
+    def clip(
+        self,
+        choice: FrameChoice,
+        frames: NDArray[np.uint8],
+        timestamps_s: NDArray[np.float64],
+        decoder: str,
+        corrupt_frames: int | None,
+    ) -> DecodedClip:
+        """The clip of this video that a decoder made of `choice`; arguments as the attributes of `DecodedClip`."""
+        _, height, width, _ = frames.shape
+        return DecodedClip(
+            frames=frames,
+            frame_indices=choice.indices,
+            timestamps_s=timestamps_s,
+            fps=self.fps,
+            video_frames=self.frames,
+            padded_frames=choice.padded,
+            width=width,
+            height=height,
+            decoder=decoder,
+            truncated=self.truncated,
+            corrupt_frames=corrupt_frames,
+        )
 
     def without_timestamps(self, frames: int) -> VideoIndex:
         """The index after decoding showed `frames` frames and timestamps that do not fit."""

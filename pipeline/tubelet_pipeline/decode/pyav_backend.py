@@ -86,20 +86,7 @@ def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> 
 def _clip(index: VideoIndex, choice: FrameChoice, picture: _Picture, corrupt: int) -> DecodedClip:
     assert picture.frames is not None  # every choice has at least one frame
     seconds = [np.nan if pts is None else pts * index.time_base_s for pts in picture.pts]
-    _, height, width, _ = picture.frames.shape
-    return DecodedClip(
-        frames=picture.frames,
-        frame_indices=choice.indices,
-        timestamps_s=np.array(seconds, np.float64),
-        fps=index.fps,
-        video_frames=index.frames,
-        padded_frames=choice.padded,
-        width=width,
-        height=height,
-        decoder=DECODER,
-        truncated=index.truncated,
-        corrupt_frames=corrupt,
-    )
+    return index.clip(choice, picture.frames, np.array(seconds, np.float64), DECODER, corrupt)
 
 
 def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: list[int], picture: _Picture) -> int:

@@ -48,16 +48,4 @@ def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> 
     _, height, width, _ = pictures.shape
     frames = allocate((len(choice.indices), height, width, 3))
     np.take(pictures, slots, axis=0, out=frames)
-    return DecodedClip(
-        frames=frames,
-        frame_indices=choice.indices,
-        timestamps_s=timestamps_s,
-        fps=index.fps,
-        video_frames=index.frames,
-        padded_frames=choice.padded,
-        width=width,
-        height=height,
-        decoder=DECODER,
-        truncated=index.truncated,
-        corrupt_frames=None,
-    )
+    return index.clip(choice, frames, timestamps_s, DECODER, corrupt_frames=None)

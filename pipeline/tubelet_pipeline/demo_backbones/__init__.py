@@ -1,5 +1,7 @@
 """Backbones that come with the package, so that the demo needs no network: each folder has its model card.
 
+`backbone.id` takes their names, whatever the machine; the store records name and digest of the weights.
+
 They were trained on videos of the demo's own generator (of another seed) by `tubelet_pipeline.pretrain`, and know
 nothing of the world.
 """
@@ -14,7 +16,7 @@ NAMES = ("videomae-tiny", "dinov2-tiny")
 
 
 def demo_backbone(name: str) -> Path:
-    """Folder of the checkpoint `name`, for `BackboneConfig(id=str(...))`.
+    """Folder of the checkpoint `name`.
 
     Raises:
         TubeletError: there is no such demo backbone.

@@ -12,9 +12,7 @@ same on every run.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tubelet_pipeline.backbones.tiny import IMAGENET_MEAN, IMAGENET_STD
+from tubelet_pipeline.pretrain.arguments import parse_arguments
 from tubelet_pipeline.pretrain.augment import draw_clips
 from tubelet_pipeline.pretrain.checkpoint_folder import Clock, write_checkpoint
-from tubelet_pipeline.pretrain.corpus import SIDE, open_corpus
+from tubelet_pipeline.pretrain.corpus import SIDE
 from tubelet_pipeline.pretrain.motion import TARGETS, motion_targets
 from tubelet_pipeline.pretrain.optimisation import Curve, adamw, descend, learning_rate
 
@@ -178,13 +177,8 @@ def _losses(
 
 def main() -> None:
     """Render, train, write the encoder to `--out`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--corpus", type=Path, help="file (.npy) in which the rendered videos are kept between runs")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    recipe = Recipe()
-    corpus = open_corpus(recipe.videos, arguments.corpus)
+    arguments, recipe = parse_arguments(__doc__), Recipe()
+    corpus = arguments.open_corpus(recipe.videos)
     clock = Clock()
     model, curve = train(recipe, corpus)
     write_checkpoint(arguments.out, model.mae.videomae, "VideoMAEImageProcessor", recipe, clock, curve)

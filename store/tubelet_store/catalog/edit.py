@@ -14,6 +14,7 @@ import yaml
 from tubelet_store.catalog.catalog import load, place, read_one
 from tubelet_store.catalog.document import Document, Section, parse
 from tubelet_store.catalog.entry import (
+    ANONYMOUSLY,
     CATALOG_DIR,
     CATALOG_FILE,
     CATALOG_OBJECT,
@@ -30,6 +31,7 @@ from tubelet_store.errors import TubeletError
 from tubelet_store.keys import ACTIVATIONS
 from tubelet_store.objects import ObjectRoot
 from tubelet_store.state import StoreState
+from tubelet_store.transport.s3 import split_anonymous
 
 _EMPTY = """\
 # Activation stores. A valid Intake v2 catalogue: intake.open_catalog opens it, `tubelet catalog list` searches it.
@@ -209,11 +211,13 @@ def _editing(catalog: str) -> Iterator[_Text]:
 def _items(url: str, blocks: tuple[HookBlock, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     data: dict[str, Any] = {}
     entries: dict[str, Any] = {}
+    url, without_credentials = split_anonymous(url)
+    options = {"storage_options": ANONYMOUSLY} if without_credentials else {}
     for block in blocks:
         name = f"{block.store}/{block.hook}"
         # Intake recurses for ever where a data item has the name of its entry.
         token = f"{name}.zarr"
-        data[token] = _data(ZARR, {"url": url, "root": f"{ACTIVATIONS}/{block.hook}"})
+        data[token] = _data(ZARR, {"url": url, **options, "root": f"{ACTIVATIONS}/{block.hook}"})
         said = block.model_dump(mode="json", exclude_none=True)
         said = {key: value for key, value in said.items() if value not in ({}, [])}
         if entries:
@@ -223,7 +227,7 @@ def _items(url: str, blocks: tuple[HookBlock, ...]) -> tuple[dict[str, Any], dic
     return data, entries
 
 
-def _data(datatype: str, kwargs: dict[str, str]) -> dict[str, Any]:
+def _data(datatype: str, kwargs: Mapping[str, object]) -> dict[str, Any]:
     # Intake needs them all, empty or not.
     return {"datatype": datatype, "kwargs": kwargs, "metadata": {}, "user_parameters": {}}
 

@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
-from tubelet_store.catalog.document import Document
+from tubelet_store.catalog.document import Document, collecting_no_garbage
 from tubelet_store.config import Config
 from tubelet_store.errors import TubeletError
 from tubelet_store.keys import ACTIVATIONS
+from tubelet_store.transport.s3 import anonymous, is_s3
 
 SCHEMA = 1
 
@@ -28,6 +29,8 @@ CATALOG_READER = "intake.readers.readers:YAMLCatalogReader"
 CATALOG_OBJECT = "intake.readers.entry:Catalog"
 
 CATALOG_DIR = "{CATALOG_DIR}"
+ANONYMOUSLY = {"anon": True}
+"""storage_options of a store that everybody may read: no credentials are looked for."""
 SCHEMES = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
 
 # Intake runs `{func(...)}`, `{import(...)}`, `{pickle64(...)}` and reads `{env(...)}` wherever it finds them.
@@ -36,6 +39,8 @@ _CODE = re.compile(r"\w\s*\(")
 _KEY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$", max_length=200)]
+# What plain YAML gives. pydantic's JsonValue walks every value in Python, as long as the rest of the schema takes.
+Plain = str | int | float | bool | list[Any] | dict[str, Any] | None
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
@@ -52,9 +57,9 @@ class HookBlock(Config):
     dtype: Literal["float16", "bfloat16", "float32"]
     grid: tuple[int, int, int] | None = None
     """time, height, width"""
-    backbone: dict[str, JsonValue] = Field(default_factory=dict)
-    dataset: dict[str, JsonValue] = Field(default_factory=dict)
-    sampling: dict[str, JsonValue] = Field(default_factory=dict)
+    backbone: dict[str, Plain] = Field(default_factory=dict)
+    dataset: dict[str, Plain] = Field(default_factory=dict)
+    sampling: dict[str, Plain] = Field(default_factory=dict)
     licence: str | None = None
     owner: str | None = None
     description: str | None = None
@@ -104,23 +109,25 @@ class Link:
 
 class _Data(Config):
     datatype: Literal["intake.readers.datatypes:Zarr", "intake.readers.datatypes:CatalogFile"]
-    kwargs: dict[str, JsonValue]
-    metadata: dict[str, JsonValue] = Field(default_factory=dict)
-    user_parameters: dict[str, JsonValue] = Field(default_factory=dict, max_length=0)
+    kwargs: dict[str, Plain]
+    metadata: dict[str, Plain] = Field(default_factory=dict)
+    user_parameters: dict[str, Plain] = Field(default_factory=dict, max_length=0)
 
 
 class _Entry(Config):
     reader: Literal["intake.readers.readers:DaskZarr", "intake.readers.readers:YAMLCatalogReader"]
-    kwargs: dict[str, JsonValue]
-    metadata: dict[str, JsonValue]
+    kwargs: dict[str, Plain]
+    metadata: dict[str, Plain]
     output_instance: Literal["dask.array:Array", "intake.readers.entry:Catalog"]
-    user_parameters: dict[str, JsonValue] = Field(default_factory=dict, max_length=0)
+    user_parameters: dict[str, Plain] = Field(default_factory=dict, max_length=0)
 
 
-_DATA, _ENTRY = TypeAdapter(_Data), TypeAdapter(_Entry)
+# Whole sections at once: ten thousand calls cost more than what they check.
+_DATA, _ENTRIES = TypeAdapter(dict[str, _Data]), TypeAdapter(dict[str, _Entry])
 _HOOK, _LINK = TypeAdapter(HookBlock), TypeAdapter(CatalogBlock)
 
 
+@collecting_no_garbage()
 def read_entries(document: Document, origin: str, folder: str) -> tuple[list[StoreEntry], list[Link]]:
     """The stores and nested catalogues that a parsed catalogue describes.
 
@@ -137,13 +144,17 @@ def read_entries(document: Document, origin: str, folder: str) -> tuple[list[Sto
     _check_top(tree, origin)
     hooks: dict[str, list[HookBlock]] = {}
     urls: dict[str, str] = {}
-    firsts: dict[str, dict[str, JsonValue]] = {}
+    firsts: dict[str, dict[str, Plain]] = {}
     links = []
-    for key, raw in tree["entries"].items():
+    items = _validated(_DATA, tree["data"], f"{origin}: data")
+    for key, entry in _validated(_ENTRIES, tree["entries"], f"{origin}: entries").items():
         where = f"{origin}: entry '{key}'"
-        entry = _validated(_ENTRY, raw, where)
-        data = _data_of(tree, entry, where)
+        data = _data_of(items, tree, entry, where)
         url = resolve_url(data.kwargs.get("url"), folder, where)
+        if data.kwargs.get("storage_options"):
+            if not is_s3(url):
+                raise TubeletError(f"{where}: only S3 knows `anon`", "Leave storage_options out")
+            url = anonymous(url)
         if data.datatype == CATALOG_FILE:
             link = _validated(_LINK, entry.metadata.get("tubelet"), f"{where}, metadata.tubelet")
             links.append(Link(link.catalog, url))
@@ -188,17 +199,17 @@ def _is_safe_key(key: str) -> bool:
     return len(key) <= 500 and _KEY.fullmatch(key) is not None
 
 
-def _data_of(tree: dict[str, Any], entry: _Entry, where: str) -> _Data:
+def _data_of(items: dict[str, _Data], tree: dict[str, Any], entry: _Entry, where: str) -> _Data:
     reference = re.fullmatch(r"\{data\(([^(){}]+)\)\}", str(entry.kwargs.get("data", "")))
     if set(entry.kwargs) != {"data"} or reference is None:
         raise TubeletError(f"{where}: kwargs must be `data: '{{data(TOKEN)}}'` and nothing else", "Mend or remove it")
-    raw = tree["data"].get(reference[1])
-    if raw is None or reference[1] in tree["entries"]:
+    data = items.get(reference[1])
+    if data is None or reference[1] in tree["entries"]:
         raise TubeletError(f"{where}: there is no data item '{reference[1]}' of its own", "Mend or remove it")
-    data = _validated(_DATA, raw, f"{where}, data")
-    if data.kwargs.get("storage_options"):
+    if data.kwargs.get("storage_options") not in (None, {}, ANONYMOUSLY):
         raise TubeletError(
-            f"{where}: storage_options may hold secrets", "Leave them out: endpoint and keys come from the environment"
+            f"{where}: storage_options may hold secrets",
+            "Only {anon: true} may stand there; endpoint and keys come from the environment",
         )
     if unknown := set(data.kwargs) - {"url", "root", "storage_options"}:
         raise TubeletError(f"{where}: data.kwargs has {min(unknown)}", "Only url and root belong there")
@@ -210,7 +221,7 @@ def _data_of(tree: dict[str, Any], entry: _Entry, where: str) -> _Data:
     return data
 
 
-def resolve_url(url: JsonValue, folder: str, where: str) -> str:
+def resolve_url(url: Plain, folder: str, where: str) -> str:
     """`url` of an entry of the catalogue in `folder`, absolute.
 
     Raises:

@@ -76,10 +76,22 @@ def _list(config: CatalogConfig) -> int:
         hooks = ", ".join(block.hook for block in entry.hooks)
         said = [about.dataset.get("name") or about.dataset.get("kind"), about.backbone.get("id"), about.licence]
         words = " · ".join(str(word) for word in said if word)
-        clips = "?" if about.shape[0] is None else about.shape[0]
-        lines.append(f"{entry.name:<{width}}  {clips:>8} clips  {words}  [{hooks}]")
+        clips = _clips(entry)
+        held = f"{'not here yet':>14}" if clips is None else f"{clips:>8} clips"
+        lines.append(f"{entry.name:<{width}}  {held}  {words}  [{hooks}]")
     print("\n".join(lines))
     return 0
+
+
+def _clips(entry: StoreEntry) -> int | None:
+    """How many clips the store has; of one that every user makes himself, here and now. None: there is none yet."""
+    from tubelet_store.objects import open_root
+    from tubelet_store.state import read_state
+
+    if entry.about.shape[0] is not None:
+        return entry.about.shape[0]
+    state = read_state(open_root(entry.url))
+    return None if state is None else state.plan.clips
 
 
 def _show(config: CatalogConfig) -> int:
@@ -93,7 +105,7 @@ def _show(config: CatalogConfig) -> int:
         "name": entry.name,
         "store": entry.url,
         "identity": entry.identity or "not pinned: every user makes this store himself",
-        "clips": "" if about.shape[0] is None else str(about.shape[0]),
+        "clips": "not here yet" if (clips := _clips(entry)) is None else str(clips),
         "grid": f"{time} time x {height} height x {width} width, {about.dtype}",
         "hooks": ", ".join(f"{block.hook} [{block.shape[3]}]" for block in entry.hooks),
         "data set": ", ".join(f"{k} {v}" for k, v in about.dataset.items()),

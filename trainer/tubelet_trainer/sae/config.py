@@ -99,6 +99,9 @@ class RandomPrefixes(Config):
     """Prefixes per step."""
     power: float = Field(default=0.5, gt=0)
     """Pareto power: P(length > l) is proportional to l^-power."""
+    sort_every: int | None = Field(default=100, ge=1)
+    """Steps between sortings of the latents by running energy, so that the strongest stand in most prefixes (Abeshima
+    2024, where it is every step). None: never."""
 
 
 class NestedK(Config):

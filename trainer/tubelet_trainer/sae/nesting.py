@@ -67,8 +67,15 @@ def cuts(nesting: AnyNesting, latents: int, k: int, seed: int, step: int) -> Cut
             return Cuts(ends, (1 / len(ends),) * len(ends), by_rank=True)
 
 
-def prefix_reconstructions(sae: SAE, codes: Codes, cuts: Cuts) -> Tensor:
-    """Reconstructions [N, M - 1, D] of all prefixes but the last, which is the whole code, in normalised space."""
+def prefix_reconstructions(sae: SAE, codes: Codes, cuts: Cuts, ends_M: Tensor) -> Tensor:
+    """Reconstructions [N, M - 1, D] of all prefixes but the last, which is the whole code, in normalised space.
+
+    Args:
+        sae: Whose they are.
+        codes: Of N tokens.
+        cuts: The prefixes.
+        ends_M: int64 [M - 1]: all ends but the last, where the codes are.
+    """
     ends = cuts.ends[:-1]
     if is_dense(codes.indices) and not cuts.by_rank:
         starts = (0, *ends[:-1])
@@ -76,13 +83,15 @@ def prefix_reconstructions(sae: SAE, codes: Codes, cuts: Cuts) -> Tensor:
         return torch.stack(parts, dim=1).cumsum(dim=1) + sae.b_dec
     if cuts.by_rank:
         order = codes.values.detach().abs().argsort(dim=1, descending=True, stable=True)
-        group = torch.bucketize(torch.arange(order.shape[1]), torch.tensor(ends), right=True).to(order.device)
-        group = group.expand_as(order)
+        group = torch.bucketize(torch.arange(order.shape[1], device=order.device), ends_M, right=True)
+        values, indices, group = codes.values.gather(1, order), codes.indices.gather(1, order), group.expand_as(order)
+    elif codes.bags is None:
+        indices, order = codes.indices.sort(dim=1, stable=True)
+        values, group = codes.values.gather(1, order), torch.bucketize(indices, ends_M, right=True)
     else:
-        latents, order = codes.indices.sort(dim=1, stable=True)
-        group = torch.bucketize(latents, torch.tensor(ends, device=latents.device), right=True)
-    values, indices = codes.values.gather(1, order), codes.indices.gather(1, order)
-    return decode_groups(values, indices, group, len(ends), sae.W_dec).cumsum(dim=1) + sae.b_dec
+        # A token's entries are one stretch, ascending by latent.
+        values, indices, group = codes.values, codes.indices, torch.bucketize(codes.indices, ends_M, right=True)
+    return decode_groups(values, indices, group, len(ends), sae.W_dec, codes.bags).cumsum(dim=1) + sae.b_dec
 
 
 def _halves(k: int) -> tuple[int, ...]:

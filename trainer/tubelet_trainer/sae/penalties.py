@@ -14,8 +14,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from tubelet_trainer.knob import Knob
 from tubelet_trainer.objective import AuxK, Forward, Reconstruction, Term, TermFunction
 from tubelet_trainer.sae.config import GatedConfig, JumpReLUConfig, RandomPrefixes, ReLUConfig, SAEConfig
+from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.nesting import cuts
 from tubelet_trainer.sae.sparse import decode, every_latent
 from tubelet_trainer.sae.sparsifiers import Choice, JumpReLU
@@ -41,17 +43,25 @@ class PenaltyWeight:
         self.warmup_steps = warmup_steps
         self.target_l0 = target_l0
         self.log_gain = torch.zeros((), dtype=torch.float64, device=device)
+        self._planned = Knob(0.0, torch.float64)
+        self._rate = Knob(0.0, torch.float64)
+        self.begin(0)
 
-    def at(self, step: int) -> Tensor:
-        """The weight in step `step`, 0-dimensional."""
-        return self.weight * min(1.0, (step + 1) / (self.warmup_steps + 1)) * self.log_gain.exp()
+    def begin(self, step: int) -> None:
+        """Set what the warm-up makes of the weight in step `step`, and whether it is steered."""
+        self._planned.set(self.weight * min(1.0, (step + 1) / (self.warmup_steps + 1)))
+        self._rate.set(_STEERING_RATE if self.target_l0 is not None and step >= self.warmup_steps else 0.0)
 
-    def observe(self, l0: Tensor, step: int) -> None:
+    def now(self) -> Tensor:
+        """The weight in this step, 0-dimensional."""
+        return self._planned.on(self.log_gain.device) * self.log_gain.exp()
+
+    def observe(self, l0: Tensor) -> None:
         """Steer after a batch with `l0` active latents per token; not during warm-up."""
-        if self.target_l0 is not None and step >= self.warmup_steps:
+        if self.target_l0 is not None:
             # No active latent at all is as far below the target as the clamp allows.
             excess = (l0.double().clamp_min(1e-9) / self.target_l0).log().clamp(-1, 1)
-            self.log_gain += _STEERING_RATE * excess
+            self.log_gain += self._rate.on(self.log_gain.device) * excess
 
 
 class SparsityPenalty(ABC):
@@ -65,12 +75,16 @@ class SparsityPenalty(ABC):
         """What a continued run needs, by reference."""
         return {"log_gain": self.weight.log_gain}
 
+    def begin(self, _sae: SAE, step: int) -> None:
+        """Set what step `step` changes."""
+        self.weight.begin(step)
+
     def __call__(self, forward: Forward) -> Term:
         """Metrics: `sparsity` (the unweighted penalty), `sparsity_weight`."""
-        weight = self.weight.at(forward.step)
+        weight = self.weight.now()
         penalty, beside = self.penalty(forward)
         active = forward.per_token((forward.codes.values.detach() != 0).sum())
-        self.weight.observe(active, forward.step)
+        self.weight.observe(active)
         loss = weight.to(penalty.dtype) * penalty
         if beside is not None:
             loss = loss + beside
@@ -84,14 +98,30 @@ class SparsityPenalty(ABC):
 class L1Penalty(SparsityPenalty):
     """Mean L1 norm of the codes. With random prefixes the mean over the prefixes, each with its own latents."""
 
+    def __init__(self, weight: PenaltyWeight) -> None:
+        super().__init__(weight)
+        self._ends = Knob(())
+
+    def begin(self, sae: SAE, step: int) -> None:
+        """Draw the prefixes of step `step`."""
+        super().begin(sae, step)
+        nesting = sae.config.nesting
+        if isinstance(nesting, RandomPrefixes):
+            ends = cuts(nesting, sae.latents, 0, sae.config.seed, step).ends
+            if self._ends.size == len(ends):
+                self._ends.set(ends)
+            else:
+                self._ends = Knob(ends, torch.int64)
+
     def penalty(self, forward: Forward) -> tuple[Tensor, None]:
         """mean_b sum_j |z_bj|."""
-        magnitude, config = forward.codes.values.abs(), forward.sae.config
-        if isinstance(config.nesting, RandomPrefixes):
-            cut = cuts(config.nesting, forward.sae.latents, 0, config.seed, forward.step)
-            ends = torch.tensor(cut.ends, device=magnitude.device)
+        magnitude = forward.codes.values.abs()
+        if isinstance(forward.sae.config.nesting, RandomPrefixes):
+            if not self._ends.size:
+                self.begin(forward.sae, forward.step)
+            ends = self._ends.on(magnitude.device)
             before = torch.bucketize(torch.arange(forward.sae.latents, device=magnitude.device), ends, right=True)
-            magnitude = magnitude * (1 - before / len(cut.ends)).to(magnitude.dtype)
+            magnitude = magnitude * (1 - before / len(ends)).to(magnitude.dtype)
         return forward.per_token(magnitude.sum()), None
 
 
@@ -112,7 +142,7 @@ class GatePenalty(SparsityPenalty):
         sae = forward.sae
         every = Choice(every_latent(forward.pre_BF), forward.pre_BF > 0)
         gates = sae.choose(forward.x_BD, forward.pre_BF, every).values
-        recon_BD = decode(gates, every.indices_NK, sae.W_dec.detach()) + sae.b_dec.detach()
+        recon_BD = decode(gates, every.indices, sae.W_dec.detach()) + sae.b_dec.detach()
         error = forward.per_token((forward.x_BD - recon_BD).square().sum()) / self.variance
         return forward.per_token(gates.sum()), error
 

@@ -2,6 +2,8 @@
 
     pre-activations [N, F] ──choose──▶ indices [N, K], keep [N, K] ──values──▶ codes [N, K]
 
+BatchTopK in training keeps different numbers per token: its choice is one list of entries, with `bags`.
+
 Choosing has no gradient. The model takes the chosen pre-activations with theirs and hands them to `values`; for most
 kinds that is a mask. Kinds that keep many latents choose all of them (K = F, the indices 0 to F - 1); the model then
 takes the dense path by itself.
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tubelet_store import TubeletError
+from tubelet_trainer.knob import Knob
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     BatchTopKConfig,
@@ -26,16 +29,18 @@ from tubelet_trainer.sae.config import (
     SAEConfig,
     TopKConfig,
 )
-from tubelet_trainer.sae.sparse import every_latent
+from tubelet_trainer.sae.sparse import Bags, every_latent, largest
 
 
 class Choice(NamedTuple):
     """Latents chosen per token."""
 
-    indices_NK: Tensor
-    """int64, distinct within a token."""
-    keep_NK: Tensor
-    """bool; False entries are padding or not active: their code is 0."""
+    indices: Tensor
+    """int64 [N, K], or [E] with `bags`; distinct within a token."""
+    keep: Tensor
+    """bool, as indices; False entries are padding or not active: their code is 0."""
+    bags: Bags | None = None
+    """Whose the entries of a list are."""
 
 
 class Sparsifier(nn.Module, ABC):
@@ -53,7 +58,7 @@ class Sparsifier(nn.Module, ABC):
             choice: What was chosen.
             _b_enc: [F] The encoder's bias, which is part of `selected_NK`.
         """
-        return selected_NK * choice.keep_NK
+        return selected_NK * choice.keep
 
 
 class ReLU(Sparsifier):
@@ -75,8 +80,8 @@ class TopK(Sparsifier):
         """The k largest of each token; K = k."""
         if self.k == pre_NF.shape[1]:
             return Choice(every_latent(pre_NF), pre_NF > 0)
-        top = pre_NF.topk(self.k, dim=1, sorted=False)
-        return Choice(top.indices, top.values > 0)
+        values, indices = largest(pre_NF, self.k)
+        return Choice(indices, values > 0)
 
 
 class AbsTopK(Sparsifier):
@@ -94,16 +99,19 @@ class AbsTopK(Sparsifier):
         """The k of largest magnitude of each token; K = k."""
         if self.k == pre_NF.shape[1]:
             return Choice(every_latent(pre_NF), pre_NF != 0)
-        top = pre_NF.abs().topk(self.k, dim=1, sorted=False)
-        return Choice(top.indices, top.values > 0)
+        values, indices = largest(pre_NF.abs(), self.k)
+        return Choice(indices, values > 0)
 
 
 class BatchTopK(Sparsifier):
     """The N k largest positive pre-activations of a training batch; all above a threshold at inference.
 
     The threshold is a running mean of each training batch's smallest kept pre-activation (Bussmann et al. 2024, section
-    3.2), started at the first batch's. At inference a token's code does not depend on the tokens beside it. Ties at the
-    smallest kept value are all kept.
+    3.2), started at the first batch's. At inference a token's code does not depend on the tokens beside it.
+
+    Args:
+        k: Active latents per token, on average.
+        momentum: Weight of the newest batch in the running mean, once `warmth` is lower.
     """
 
     threshold: Tensor
@@ -114,38 +122,45 @@ class BatchTopK(Sparsifier):
         self.momentum = momentum
         # Negative: no batch seen yet. A kept pre-activation is always positive.
         self.register_buffer("threshold", torch.tensor(-1.0))
+        self.warmth = Knob(0.0)
+        """Weight of the newest batch where that is more than `momentum`: early in a run, see `SAE.anneal`."""
 
     def forward(self, pre_NF: Tensor) -> Choice:
-        """K is the largest number kept by any token, at least 1: reading it waits for the device."""
-        positive = pre_NF.relu()
+        """In training a list of N k entries; else K is the largest number kept by any token, at least 1: reading it
+        waits for the device."""
         if self.training:
-            budget = min(self.k * len(positive), positive.numel())
-            smallest = self._smallest_kept(positive, budget)
-            kept = (positive > 0) & (positive >= smallest)
-            self._learn(positive, kept)
-        else:
-            kept = (positive > 0) & (positive >= self.threshold)
+            values_1E, places_1E = largest(pre_NF.reshape(1, -1), self.budget(pre_NF))
+            return self.chosen(values_1E[0], places_1E[0], pre_NF)
+        kept = (pre_NF > 0) & (pre_NF >= self.threshold)
         width = max(1, int(kept.sum(dim=1).max())) if len(kept) else 1
         if width == pre_NF.shape[1]:
             return Choice(every_latent(pre_NF), kept)
-        top = torch.where(kept, positive, 0).topk(width, dim=1, sorted=False)
+        top = torch.where(kept, pre_NF, 0).topk(width, dim=1, sorted=False)
         return Choice(top.indices, top.values > 0)
 
-    def _smallest_kept(self, positive: Tensor, budget: int) -> Tensor:
-        """The `budget`-th largest value, found among each token's few largest if none of them needs more."""
-        width = 4 * self.k
-        if width < positive.shape[1]:
-            top = positive.topk(width, dim=1, sorted=False).values
-            smallest = top.flatten().topk(budget, sorted=False).values.min()
-            # A token whose last candidate is below the cut has no further ones above it.
-            if bool((top.amin(dim=1) < smallest).all()):
-                return smallest
-        return positive.flatten().topk(budget, sorted=False).values.min()
+    def budget(self, pre_NF: Tensor) -> int:
+        """Entries of a training batch."""
+        return min(self.k * len(pre_NF), pre_NF.numel())
 
-    def _learn(self, positive: Tensor, kept: Tensor) -> None:
-        smallest = torch.where(kept, positive, torch.inf).amin().to(self.threshold.dtype)
-        first = self.threshold < 0
-        moved = torch.where(first, smallest, self.threshold + self.momentum * (smallest - self.threshold))
+    def chosen(self, values_E: Tensor, places_E: Tensor, pre_NF: Tensor) -> Choice:
+        """The choice from the largest pre-activations and their places in the flat batch; learns the threshold."""
+        places_E, order = places_E.sort()
+        keep = self._keep(values_E[order])
+        smallest = torch.where(keep, values_E[order], torch.inf)
+        # Nobody's, where a rank has no token of a short last batch.
+        self._learn(torch.cat([smallest, smallest.new_full((1,), torch.inf)]).amin())
+        tokens, latents = pre_NF.shape
+        return Choice(places_E % latents, keep, Bags.sorted(places_E // latents, tokens))
+
+    def _keep(self, values_E: Tensor) -> Tensor:
+        """bool: which of the `budget` largest."""
+        return values_E > 0
+
+    def _learn(self, smallest: Tensor) -> None:
+        """Move the threshold towards the smallest kept pre-activation of a batch; infinite if none was positive."""
+        smallest = smallest.to(self.threshold.dtype)
+        step = self.warmth.on(smallest.device).to(smallest.dtype).clamp_min(self.momentum)
+        moved = torch.where(self.threshold < 0, smallest, self.threshold + step * (smallest - self.threshold))
         # A batch in which nothing is positive says nothing about the threshold.
         self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
 
@@ -205,7 +220,7 @@ class Gated(Sparsifier):
     def values(self, selected_NK: Tensor, choice: Choice, b_enc: Tensor) -> Tensor:
         """Magnitudes where the gate is open (K = F)."""
         magnitude = self.r_mag.exp() * (selected_NK - b_enc) + self.b_mag
-        return magnitude.relu() * choice.keep_NK
+        return magnitude.relu() * choice.keep
 
 
 def _kernel(pre_NF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:

@@ -1,0 +1,39 @@
+"""What `tubelet evaluate` measures in the running backbone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_store.config import Config
+
+
+class RunningConfig(Config):
+    """The backbone run again on the videos, with its activations reconstructed or edited."""
+
+    root: str | None = None
+    """Folder of the data set; none: where each store says it was."""
+    checkpoint: str | None = None
+    """Hub id or folder of the backbone; none: what the store calls it."""
+    fit_clips: int = Field(default=256, ge=2)
+    """Videos to fit probes on, at most, evenly spaced."""
+    test_clips: int = Field(default=64, ge=1)
+    """Videos to measure on, at most, evenly spaced; their pixels are held in memory."""
+    largest: int = Field(default=64, ge=1)
+    """Ablation: most latents taken away at once."""
+    draws: int = Field(default=20, ge=1)
+    """Ablation: random sets of latents per size."""
+    strengths: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(0.0, 1.0, 2.0, 4.0), min_length=1)
+    """Edits of a class: f' = -strength x the latent's largest activation; figures are of the one nearest to 2."""
+    control_draws: int = Field(default=2, ge=1)
+    """Edits of a class: random latents, matched latents and random directions per class and strength."""
+    masks: Literal["colour", "shape", "object"] = "colour"
+    """Classes of patches, where the data set has masks as `tubelet videos` writes them."""
+    max_frequency: float = Field(default=0.1, gt=0, le=1)
+    """Segmentation: latents that fire on more of the tokens are not looked at. [RECON]"""
+    label_threshold: float = Field(default=0.9, ge=0, le=1)
+    """Segmentation: patches of which the commonest class covers less are left out. [RECON]"""
+    decode: DecodeConfig = DecodeConfig(processes=1)
+    """Decoder and its limits."""

@@ -1,0 +1,9 @@
+"""A static site that shows what every latent fires on.
+
+    store ─▶ survey (one pass) ─▶ strongest and typical clips of each latent, counts ┐
+    chosen clips ─▶ heat-maps (a second look at those alone)                         ├─▶ pages ─▶ site (folder or URL)
+    videos ─▶ sheets of the frames that the backbone saw                             │
+    evaluation ─▶ figures and effects of each latent                                 ┘
+
+The site needs no server: pages hold their data, pictures are files beside them, and no address leads outside.
+"""

@@ -1,0 +1,151 @@
+"""What editing a latent does, latent by latent.
+
+    probe on pooled codes ─▶ exact change of each class's logit when the latent is set to 0 in the code
+    effects.parquet       ─▶ whatever `tubelet edit` measured in the running backbone
+
+The first says what a reader of the code loses, nothing about the backbone: the page says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from tubelet_lens.config import ActionConfig
+from tubelet_lens.partition import partition
+from tubelet_lens.probe import choose_penalty, fit_probe
+from tubelet_lens.windows import Window
+from tubelet_store import TubeletError
+
+_COLUMNS = ("latent", "target", "effect", "definition")
+
+# Those of the evaluation's probe, and its share of videos on which they are chosen.
+_PENALTIES = ActionConfig().penalties
+_VALIDATION = 0.2
+_FEWEST_CLIPS = 20
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of one kind on one latent's page.
+
+    Attributes:
+        definition: What is measured.
+        by_target: (target, effect), the largest sizes first.
+    """
+
+    definition: str
+    by_target: tuple[tuple[str, float], ...]
+
+
+def read_effects(path: Path) -> dict[int, tuple[Effects, ...]]:
+    """Effects by latent from the Parquet table at `path`: columns latent, target, effect, definition.
+
+    Raises:
+        TubeletError: it is missing, is not Parquet, or lacks a column.
+    """
+    if not path.is_file():
+        raise TubeletError(f"No table of effects at {path}", "Check the path")
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise TubeletError(f"{path} cannot be read: {error}", "Write it again") from error
+    missing = [name for name in _COLUMNS if name not in table.column_names]
+    if missing:
+        raise TubeletError(f"{path} lacks {', '.join(missing)}", f"It needs columns {', '.join(_COLUMNS)}")
+    found: dict[int, dict[str, list[tuple[str, float]]]] = {}
+    for row in table.select(_COLUMNS).to_pylist():
+        if row["effect"] is not None:
+            pairs = found.setdefault(row["latent"], {}).setdefault(row["definition"], [])
+            pairs.append((str(row["target"]), float(row["effect"])))
+    return {
+        latent: tuple(Effects(definition, _largest_first(pairs)) for definition, pairs in groups.items())
+        for latent, groups in found.items()
+    }
+
+
+class MeanCodes:
+    """Takes windows; keeps the mean code over a clip's tokens, of chosen clips."""
+
+    def __init__(self, clips: NDArray[np.int64]) -> None:
+        self._wanted = set(clips.tolist())
+        self._clips: list[int] = []
+        self._rows: list[NDArray[np.float32]] = []
+
+    def add(self, window: Window) -> None:
+        """Take in one window."""
+        for clip, codes_TSF in zip(window.clips.tolist(), window.codes_CTSF, strict=True):
+            if clip in self._wanted:
+                self._clips.append(clip)
+                self._rows.append(codes_TSF.mean((0, 1)).cpu().numpy())
+
+    def result(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Clips int64 [N] and their mean codes float32 [N, F]."""
+        return np.array(self._clips, dtype=np.int64), np.stack(self._rows)
+
+
+def probe_effects(
+    codes_NF: NDArray[np.float32],
+    class_N: NDArray[np.int64],
+    video_N: Sequence[str],
+    test_N: NDArray[np.bool_],
+    names: Sequence[str],
+    seed: int,
+    device: torch.device,
+) -> dict[int, tuple[Effects, ...]]:
+    """Change of the logits of a linear action probe when a latent is set to 0 in the code; {} where none can be fitted.
+
+    The logit of class c is sum_j w_cj zbar_j + b_c, so z_j = 0 changes it by -w_cj zbar_j, exactly. The mean over the
+    clips on which the latent fires is given.
+
+    Args:
+        codes_NF: Mean codes of N labelled clips.
+        class_N: int64 0 ... C - 1.
+        video_N: Their videos.
+        test_N: bool, clips kept from the fit to measure the probe on; none: its accuracy is not known.
+        names: [C]
+        seed: Chooses the videos on which the penalty is chosen.
+        device: Where to compute.
+    """
+    fit_N = ~test_N
+    if len(np.unique(class_N[fit_N])) < 2 or fit_N.sum() < _FEWEST_CLIPS:
+        return {}
+    videos = [video for video, taken in zip(video_N, fit_N, strict=True) if taken]
+    held = partition(videos, validation=_VALIDATION, ranking=0.0, seed=seed).validation
+    rows_NF, classes = codes_NF[fit_N], len(names)
+    penalty = choose_penalty(rows_NF, class_N[fit_N], held, classes, _PENALTIES, device)
+    probe = fit_probe(rows_NF, class_N[fit_N], classes, penalty, device)
+    worth = "it was measured on no other clips"
+    if test_N.any():
+        named = probe.probabilities(codes_NF[test_N]).argmax(1).cpu().numpy()
+        right = float((named == class_N[test_N]).mean())
+        most = float(np.bincount(class_N[test_N]).max() / test_N.sum())
+        worth = (
+            f"it names {right:.0%} of {int(test_N.sum()):,} other clips rightly (always naming their most frequent "
+            f"label: {most:.0%})"
+        )
+    definition = (
+        "Set to 0 in the code, not in the backbone: exact mean change of the label's logit in a linear probe of the "
+        f"clip's mean code, over the clips on which the latent fires. The probe was fitted on {int(fit_N.sum()):,} "
+        f"clips (L2 penalty {penalty:g}); {worth}."
+    )
+    fires_F = (codes_NF != 0).sum(0)
+    mean_where_F = codes_NF.sum(0, dtype=np.float64) / np.maximum(fires_F, 1)
+    change_CF = -probe.weights(codes_NF.shape[1]) * mean_where_F
+    # A latent that is silent on the clips of the fit has no weight: nothing is known of it.
+    known = np.flatnonzero((codes_NF[fit_N] != 0).any(0))
+    return {
+        latent: (Effects(definition, _largest_first(list(zip(names, change_CF[:, latent].tolist(), strict=True)))),)
+        for latent in known.tolist()
+    }
+
+
+def _largest_first(pairs: list[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted(pairs, key=lambda pair: -abs(pair[1])))

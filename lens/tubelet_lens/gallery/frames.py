@@ -1,0 +1,148 @@
+"""The frames that the backbone saw, as one picture per clip: a sheet, row by row.
+
+    clip table ─▶ decode pool ─▶ frames, exactly those of the clip table ─▶ the crop the backbone saw ─▶ sheet (WebP)
+
+All pages share the sheets: each clip is stored once, however many latents it shows, and a page picks the frame that
+belongs to its heat-map. Of the same 16 frames at 112 pixels a WebP sheet took 0.7 of a JPEG sheet and 3.7 of an H.264
+video (benchmarks/gallery.py); a video element would not keep step with the heat-map to the frame.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+
+from tubelet_pipeline.clips import resolve_uri
+from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.sampling import Sampling
+from tubelet_pipeline.views import CentreView, Views, clip_request, locate
+from tubelet_store import Store, TubeletError
+
+_METHOD = 4
+_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class SheetConfig:
+    """How sheets are drawn.
+
+    Attributes:
+        frame_px: Longer side of a frame.
+        quality: WebP's, 1 to 100.
+        aspect: Width over height of what the backbone saw.
+    """
+
+    frame_px: int
+    quality: int
+    aspect: float
+
+
+def sheet_columns(frames: int) -> int:
+    """Frames in a row of a sheet of `frames`."""
+    return math.ceil(math.sqrt(frames))
+
+
+def draw_sheet(frames: NDArray[np.uint8], crop: tuple[float, float, float, float] | None, config: SheetConfig) -> bytes:
+    """A sheet of WebP.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        crop: Top, left, height, width of what the backbone saw, in pixels of the frame; None: all of it.
+        config: Size and quality.
+    """
+    count, full_height, full_width, _ = frames.shape
+    top, left, height, width = crop or (0.0, 0.0, float(full_height), float(full_width))
+    # The crop in whole pixels may reach past the frame by the rounding of a float32.
+    box = (left, top, min(left + width, full_width), min(top + height, full_height))
+    longer = min(config.frame_px, math.ceil(max(height, width)))
+    size = (longer, round(longer / config.aspect)) if config.aspect >= 1 else (round(longer * config.aspect), longer)
+    columns = sheet_columns(count)
+    sheet = Image.new("RGB", (columns * size[0], math.ceil(count / columns) * size[1]))
+    for place, frame in enumerate(frames):
+        picture = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC, box=box)
+        sheet.paste(picture, (place % columns * size[0], place // columns * size[1]))
+    data = io.BytesIO()
+    sheet.save(data, "WEBP", quality=config.quality, method=_METHOD)
+    return data.getvalue()
+
+
+class ClipFrames:
+    """Reads the frames of a store's clips from its videos.
+
+    Args:
+        store: The store.
+        root: Where its data set lies.
+
+    Raises:
+        TubeletError: the store does not say which frames it took.
+    """
+
+    def __init__(self, store: Store, root: str) -> None:
+        self._store, self._root = store, root
+        said = dict(store.plan.sampling)
+        views: Any = said.pop("views", {"kind": "centre"})
+        try:
+            self._sampling: Any = _validated(Sampling, said)
+            self._views: Any = _validated(Views, views) if views != {"kind": "centre"} else CentreView()
+        except (ValidationError, TypeError) as error:
+            raise TubeletError(
+                f"The sampling of {store.url} is not known here ({said.get('kind')})",
+                "Make the gallery with the version of Tubelet that made the store",
+            ) from error
+        self._tubelet_frames = int(views.get("tubelet_frames", 1))
+
+    def sheets(
+        self, clips: Sequence[int], decode: DecodeConfig, config: SheetConfig
+    ) -> Iterator[tuple[int, bytes | str]]:
+        """(clip, sheet) in order; in place of a sheet that cannot be had, the reason.
+
+        Raises:
+            TubeletError: nothing can be decoded on this machine.
+        """
+        table = self._store.clips()
+        at = {clip: row for row, clip in enumerate(table["clip"].to_pylist())}
+        rows = table.take([at[clip] for clip in clips])
+        requests = [
+            self._request(uri, view) for uri, view in zip(*(rows[n].to_pylist() for n in ("uri", "view")), strict=True)
+        ]
+        wanted, crops = rows["frame_indices"].to_pylist(), rows["crop"].to_pylist()
+        with DecodePool(decode) as pool:
+            results = pool.map_ordered(requests, prefetch=_AHEAD)
+            for clip, indices, crop, result in zip(clips, wanted, crops, results, strict=True):
+                yield clip, self._sheet(result, indices, crop, config)
+
+    def _request(self, uri: str, view: int) -> DecodeRequest:
+        at = locate(self._views, view)
+        return clip_request(resolve_uri(self._root, uri), self._sampling, self._views, at, self._tubelet_frames)
+
+    def _sheet(
+        self, result: DecodedClip | DecodeFailure, indices: list[int] | None, crop: Any, config: SheetConfig
+    ) -> bytes | str:
+        if isinstance(result, DecodeFailure):
+            # A published page names no path of this machine.
+            return str(result).replace(resolve_uri(self._root, ""), "")
+        if indices is not None and result.frame_indices.tolist() != indices:
+            return "changed: the video has other frames than when the store was made"
+        return draw_sheet(result.frames, tuple(crop) if crop is not None else None, config)
+
+
+T = TypeVar("T")
+
+
+def _validated(union: Any, said: dict[str, Any]) -> Any:
+    """The member of `union` that the record `said` describes; what a record says beyond its fields are formulas."""
+    kinds = {model.model_fields["kind"].default: model for model in union.__args__[0].__args__}
+    model = kinds[said["kind"]] if said.get("kind") in kinds else None
+    if model is None:
+        raise TypeError(f"no kind {said.get('kind')!r}")
+    return TypeAdapter(model).validate_python({key: said[key] for key in model.model_fields if key in said})

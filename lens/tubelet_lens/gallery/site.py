@@ -1,0 +1,111 @@
+"""The site's files at a folder or URL, each written whole or not at all.
+
+    gallery.json (writing) ─▶ clips/*.webp ─▶ latents/*.html ─▶ index.html ─▶ gallery.json (complete)
+
+Run again after being killed, it keeps the sheets that are there, which are the dear part, and writes all else anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+from tubelet_store import TubeletError
+from tubelet_store.objects import open_root
+from tubelet_store.parallel import in_parallel
+
+RECORD = "gallery.json"
+INDEX = "index.html"
+_FORMAT = "tubelet-gallery"
+# Enough to hide the latency of object storage; on a disk it does no harm.
+_THREADS = 8
+
+
+class Site:
+    """Writes a site; a context, so that unfinished files are removed.
+
+    Args:
+        url: Folder or URL.
+        sheets: What decides the bytes of a sheet: sheets of another such record are removed.
+
+    Raises:
+        TubeletError: something else than a gallery lies there, or it cannot be written.
+    """
+
+    def __init__(self, url: str, sheets: Mapping[str, Any]) -> None:
+        self.root = open_root(url)
+        self._sheets = hashlib.sha256(json.dumps(sheets, sort_keys=True).encode()).hexdigest()
+        self._stack = contextlib.ExitStack()
+        self._folder = Path()
+        self.size_bytes = 0
+        """Bytes written."""
+
+    def __enter__(self) -> Site:
+        # Before the scratch folder: a place that is refused is left as it was.
+        there = self.root.list_keys()
+        before = self._record() if RECORD in there else None
+        if there and (before is None or before.get("format") != _FORMAT):
+            raise TubeletError(f"{self.root.url} holds other files than a gallery", "Give an empty or new folder")
+        self.sheets: set[int] = set()
+        """Clips whose sheets are there."""
+        for key in there:
+            if key.startswith("clips/"):
+                if before is not None and before.get("sheets") == self._sheets:
+                    self.sheets.add(int(PurePosixPath(key).stem))
+                else:
+                    self.root.delete(key)
+        self._folder = self._stack.enter_context(self.root.scratch())
+        self._write_record({"state": "writing"})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def write(self, files: Iterable[tuple[str, bytes]]) -> None:
+        """Write (key, bytes), several at a time."""
+        for _ in in_parallel(lambda file: self._publish(*file), files, _THREADS):
+            pass
+
+    def finish(self, latents: Iterable[int], record: Mapping[str, Any]) -> None:
+        """Remove the pages of latents that have none any more, and say that the site is complete."""
+        mine = {page_key(latent) for latent in latents}
+        for key in self.root.list_keys("latents"):
+            if key not in mine:
+                self.root.delete(key)
+        self._write_record({"state": "complete", **record})
+
+    def _write_record(self, record: Mapping[str, Any]) -> None:
+        whole = {"format": _FORMAT, "schema_version": 1, "sheets": self._sheets, **record}
+        self._publish(RECORD, (json.dumps(whole, indent=2) + "\n").encode())
+
+    def _record(self) -> dict[str, Any] | None:
+        with contextlib.suppress(ValueError):
+            record = json.loads(self.root.read(RECORD))
+            if isinstance(record, dict):
+                return record
+        return None
+
+    def _publish(self, key: str, data: bytes) -> None:
+        # By its suffix object storage knows what to tell browsers the file is.
+        path = self._folder / f"{uuid.uuid4().hex}{PurePosixPath(key).suffix}"
+        path.write_bytes(data)
+        self.root.publish(key, path)
+        self.size_bytes += len(data)
+
+
+def page_key(latent: int) -> str:
+    """Where a latent's page lies."""
+    return f"latents/{latent:06d}.html"
+
+
+def sheet_key(clip: int) -> str:
+    """Where a clip's sheet lies."""
+    return f"clips/{clip:08d}.webp"

@@ -1,0 +1,77 @@
+"""Write access to a running backbone: while `rewriting` holds, what a hook gives is what a function makes of it.
+
+    block ──▶ output ──arrange──▶ tokens [B, T', S, D] ──rewrite──▶ tokens ──in place of the old ones──▶ next block
+
+Layouts are the family's own: `Backbone.arrange` gives a view, so what is written through it lands where the model keeps
+the token. Special tokens, and whatever else a block returns beside its tokens, pass through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tubelet_pipeline.backbones.base import Backbone
+from tubelet_store.errors import TubeletError
+
+Rewrite = Callable[[torch.Tensor], torch.Tensor | None]
+"""From tokens [B, T', S, D] to new ones of the same shape, or None to leave them as they are. Must not change its
+argument."""
+
+
+@contextmanager
+def rewriting(backbone: Backbone, hook: str, rewrite: Rewrite) -> Iterator[None]:
+    """Within the block, every pass through `backbone` goes on from `rewrite`'s tokens at `hook`.
+
+    Tokens that come back equal keep their bits. Hooks that listen at the same place hear the new tokens. Rewritings may
+    be nested; at one hook the outer one comes first. Afterwards, after an error too, the backbone is as it was.
+
+    Args:
+        backbone: Not compiled.
+        hook: Any name that `resolve_hook` knows.
+        rewrite: Called once per pass. Precision and device of its tokens are the backbone's.
+
+    Raises:
+        TubeletError: unknown hook, or a compiled backbone.
+        ValueError: (in a pass) the new tokens have another shape.
+    """
+    module = backbone.module(hook)
+    if backbone.compiled:
+        raise TubeletError(
+            f"'{backbone.checkpoint.name}' is compiled, and compiled passes do not see edits",
+            "Load it with backbone.compile: false",
+        )
+
+    def write(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        written = _written(backbone, hidden, rewrite)
+        if written is None:
+            return None  # torch keeps the module's own output
+        return (written, *output[1:]) if isinstance(output, tuple) else written
+
+    handle = module.register_forward_hook(write)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _written(backbone: Backbone, hidden: torch.Tensor, rewrite: Rewrite) -> torch.Tensor | None:
+    """A copy of `hidden` with the new tokens in it; None where no token changes."""
+    tokens = backbone.arrange(hidden).tokens
+    new = rewrite(tokens)
+    if new is None:
+        return None
+    if new.shape != tokens.shape:
+        raise ValueError(f"a rewrite gave {list(new.shape)} for tokens {list(tokens.shape)}")
+    changed_BTS = (new != tokens).any(-1)
+    if not bool(changed_BTS.any()):
+        return None
+    copy = hidden.clone(memory_format=torch.contiguous_format)
+    view = backbone.arrange(copy).tokens
+    view[changed_BTS] = new[changed_BTS].to(view.dtype)
+    return copy

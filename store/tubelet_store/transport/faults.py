@@ -1,0 +1,77 @@
+"""What kind of failure an error is, whichever client raised it: one that passes, one of credentials, nothing there."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+Fault = Literal["passing", "expired", "denied", "missing", "other"]
+
+_PASSING = {
+    *("408", "409", "429", "500", "502", "503", "504"),
+    *("ConditionalRequestConflict", "InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable"),
+    *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"),
+}
+_MISSING = {"404", "NoSuchBucket", "NoSuchKey"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
+# By class name, so that botocore is not imported where nobody uses it.
+_NO_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+    *("SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError", "NoAuthTokenError"),
+}
+# What these packages raise without a code is a request that did not get through.
+_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "http", "obstore", "ssl", "urllib3")
+
+
+class ShortRead(Exception):
+    """Fewer bytes came than were asked for."""
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What kind of failure `error`, as some client raised it, is."""
+    codes: set[str] = set()
+    kinds: list[BaseException] = list(_chain(error))
+    for each in kinds:
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            codes.add(str(response.get("Error", {}).get("Code")))
+            codes.add(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode")))
+        elif type(each).__module__.startswith("obstore"):
+            # obstore puts the answer into its message.
+            codes |= set(re.findall(r"<Code>(\w+)</Code>", str(each)))
+            codes |= set(re.findall(r"status(?: code)?:? (\d{3})", str(each), re.IGNORECASE))
+    if codes & _EXPIRED:
+        return "expired"
+    if codes & _MISSING or any(isinstance(each, FileNotFoundError) for each in kinds):
+        return "missing"
+    if codes & _PASSING:
+        return "passing"
+    names = {type(each).__name__ for each in kinds}
+    if codes & _DENIED or names & (_NO_CREDENTIALS | {"PermissionDeniedError", "UnauthenticatedError"}):
+        return "denied"
+    if any(isinstance(each, PermissionError) for each in kinds):
+        return "denied"
+    passing = (ConnectionError, TimeoutError, asyncio.TimeoutError, asyncio.IncompleteReadError, EOFError, ShortRead)
+    if any(isinstance(each, passing) or type(each).__module__.partition(".")[0] in _CLIENTS for each in kinds):
+        return "passing"
+    return "other"
+
+
+def detail(error: Exception) -> str:
+    """What the server or the client said, on one line."""
+    for each in _chain(error):
+        if isinstance(response := getattr(each, "response", None), dict):
+            answer = response.get("Error", {})
+            return f"{answer.get('Code')} {answer.get('Message', '')}".strip()
+    text = " ".join(str(error).split()) or type(error).__name__
+    said = re.search(r"<Code>(.*?)</Code>.*?(?:<Message>(.*?)</Message>|$)", text)
+    return " ".join(filter(None, said.groups())) if said else text[:300]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
