@@ -2,9 +2,12 @@
 
     python benchmarks/demo_study.py --work DIR [--out docs/science/demo-study] [--videos 240] [--workers 2]
 
-Renders the demo's videos, extracts them with the tiny VideoMAE and the tiny frame-wise DINOv2 that ship with the package
-(training, validation, and validation again with shifted views), writes `study.yaml` and runs `tubelet study` on it. What
-stands in the documentation is copied to `--out`. A second run with the same `--work` finds all that is done.
+Renders the demo's videos, extracts them with the tiny VideoMAE and the tiny frame-wise DINOv2 that ship with the
+package (training, validation, and validation again with shifted views), writes `study.yaml` and runs `tubelet study` on
+it. What stands in the documentation is copied to `--out`. A second run with the same `--work` finds all that is done.
+
+The neutral embedding that judges monosemanticity is that of the videos' captions (words, no model): neither backbone made
+it, and both see the same.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
-from tubelet_store import cli
+from tubelet_store import cli, open_store
 
 HOOK = "blocks.2"
 # Every second of a video's 48 frames: a window of 16, and one that begins a tubelet later, both fit.
@@ -45,6 +51,17 @@ def make_stores(work: Path, videos: int) -> None:
             verb("extract", settings_file(work / f"{backbone}-{name}.yaml", settings))
 
 
+def embed_captions(work: Path) -> None:
+    """Write `captions.parquet`: for each validation video, which words its caption holds, as a unit vector."""
+    table = open_store(str(work / "videomae-test.zarr")).clips()
+    words = [set(caption.lower().split()) for caption in table["caption"].to_pylist()]
+    vocabulary = sorted(set().union(*words))
+    vectors_NW = np.array([[float(word in said) for word in vocabulary] for said in words])
+    vectors_NW /= np.linalg.norm(vectors_NW, axis=1, keepdims=True)
+    found = pa.table({"video_id": table["video_id"], "embedding": list(vectors_NW)})
+    pq.write_table(found, work / "captions.parquet")
+
+
 def study_settings(work: Path, workers: int, epochs: int) -> dict[str, Any]:
     """The study, as its YAML file has it."""
     topk = {"kind": "topk", "k": 16, "expansion": 8}
@@ -63,9 +80,16 @@ def study_settings(work: Path, workers: int, epochs: int) -> dict[str, Any]:
                     "scope": {"store": str(work / f"{backbone}-shifted.zarr")},
                     "monosemanticity": {
                         "references": [
-                            {"kind": "store", "name": other, "store": str(work / f"{other}-test.zarr"), "hook": HOOK}
-                            for other in BACKBONES
-                            if other != backbone
+                            {
+                                "kind": "array",
+                                "name": "captions",
+                                "path": str(work / "captions.parquet"),
+                                "neutral": True,
+                            },
+                            *(
+                                {"kind": "store", "name": name, "store": str(work / f"{name}-test.zarr"), "hook": HOOK}
+                                for name in BACKBONES
+                            ),
                         ]
                     },
                 },
@@ -115,6 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     make_stores(options.work, options.videos)
+    embed_captions(options.work)
     settings = study_settings(options.work, options.workers, options.epochs)
     verb("study", settings_file(options.work / "study.yaml", settings))
     if options.out is not None:

@@ -1,6 +1,6 @@
 """What extraction costs beside its parts, one run: decode, forward, write alone, the pipeline, a plain script.
 
-    python benchmarks/extract.py [--videos 128] [--size 224] [--layers 6] [--width 192]
+    python benchmarks/extract.py [--videos 96] [--size 224] [--layers 6] [--width 192]
 
 Ratios count, not seconds. The yardstick is the busiest resource: on a machine without a GPU the cores (CPU seconds of
 all three stages over the number of cores), with one the GPU or the cores, whichever is needed longer. A job of minutes
@@ -115,7 +115,7 @@ def _where_workers_were(log: Path) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--videos", type=int, default=128)
+    parser.add_argument("--videos", type=int, default=96)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=192)

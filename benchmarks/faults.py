@@ -299,6 +299,8 @@ def campaign(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             for _ in range(_RUNS):
                 job.process = tubelet(environment, *command)
                 _, err = job.process.communicate(timeout=1800)
+                with (folder / "job.err").open("a") as file:
+                    file.write(err)
                 ends[_ending(job.process.returncode, err)] += 1
                 if job.process.returncode == 0:
                     break

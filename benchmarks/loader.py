@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from torch.utils.data import DataLoader, Dataset
 from peer_loaders import BATCH, clip_entropy, memcpy_seconds
 from random_store import random_store
 from tubelet_store import Grid, Hook, Store, open_store
+from tubelet_store.keys import ACTIVATIONS, shard_key
+from tubelet_trainer.slots import page_aligned
 from tubelet_trainer.source import Source
 from tubelet_trainer.windows import Windows
 
@@ -102,11 +105,13 @@ def staging(store: Store, block_patches: int, check: bool = False, fresh: bool =
     source = Source(store, HOOK, block_patches)
     rng = np.random.default_rng(0)
     count = 131_072 // source.block_tokens
-    out = np.empty((count, GRID.time, block_patches, CHANNELS), dtype=source.bits)
+    out = page_aligned(count * source.block_tokens, CHANNELS, torch.int16).numpy()
+    out = out.reshape(count, GRID.time, block_patches, CHANNELS)
     everything = np.divmod(np.arange(CLIPS * source.groups), source.groups)
-    for first in range(0, CLIPS * source.groups - count + 1, count):
-        source.copy_blocks(*(each[first : first + count] for each in everything), out)
-    source.copy_blocks(*(each[-count:] for each in everything), out)
+    # Touch every page: what is measured is every epoch but the first.
+    for first in [*range(0, len(everything[0]) - count, count), len(everything[0]) - count]:
+        clips, groups = (each[first : first + count] for each in everything)
+        source.copy_blocks(clips, groups, out)
 
     def work() -> int:
         reader = Source(open_store(store.url), HOOK, block_patches) if fresh else source
@@ -192,7 +197,7 @@ def data_loader(dataset: RandomRows, workers: int) -> float:
     return ratio(work)
 
 
-def _as_it_is(batch: torch.Tensor) -> torch.Tensor:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -244,7 +249,7 @@ def peers(store: Store, interpreters: dict[str, str], folder: Path) -> list[Row]
 
 def cold(store: Store) -> list[Row]:
     """Reading with a cold page cache, as ratios to reading one file from end to end."""
-    paths = [Path(store.shard_map(HOOK, shard).filename) for shard in range(store.plan.shards)]
+    paths = [Path(store.url) / shard_key(ACTIVATIONS, HOOK, shard) for shard in range(store.plan.shards)]
 
     def drop() -> None:
         gc.collect()  # pages that are mapped stay
@@ -336,12 +341,12 @@ def table(rows: list[Row], from_disk: list[Row], gigabytes_per_s: float, load: f
     # Other work on the machine slows threads and page faults more than a single copy: it belongs beside the figures.
     lines = [data, f"{machine}; memcpy {gigabytes_per_s:.1f} GB/s; load average {load:.1f}", ""]
     best = max(row.ratio for row in rows if row.name.startswith("tubelet, float32") and (row.entropy or 0) > 0.95)
-    lines.append(f"{'':<66}{'x memcpy':>10}{'clips':>8}{'entropy':>9}{'we are':>9}")
+    lines.append(f"{'':<66}{'x memcpy':>10}{'clips':>8}{'entropy':>9}{'we are':>11}")
     for row in rows:
         clips = "" if row.clips is None else f"{row.clips:.0f}"
         entropy = "" if row.entropy is None else f"{row.entropy:.3f}"
-        times = "" if row.clips is None or row.name.startswith("tubelet") else f"{best / row.ratio:.3g} x"
-        lines.append(f"{row.name:<66}{row.ratio:>10.2g}{clips:>8}{entropy:>9}{times:>9}")
+        times = "" if row.clips is None or row.name.startswith("tubelet") else f"{best / row.ratio:,.1f} x"
+        lines.append(f"{row.name:<66}{row.ratio:>10.2g}{clips:>8}{entropy:>9}{times:>11}")
     lines += [
         "",
         "(*) Shuffle and conversion to float32 run on the CPU here; on a GPU only the staging is the host's work.",

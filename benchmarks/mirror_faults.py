@@ -4,13 +4,15 @@
 
 An S3 server on loopback holds a store; a proxy in front of it spoils reads (tests/faulty_proxy.py). Eight processes
 share one mirror whose budget is twelve shards of eighty, map shards at random and compare every byte with the original.
-A read that fails must name its object; it is tried again later, as a user would.
+A read that fails must name its object; it is tried again later, as a user would. Then eight processes train through one
+such mirror, over the same proxy; each must end with the weights that the same training from the local store gives.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -21,9 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from faulty_proxy import KINDS, faulty_proxy
+from faulty_proxy import KINDS, FaultyProxy, faulty_proxy
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
+from tubelet_store import Store
 from tubelet_store.mirror import Mirror, MirrorConfig
 from tubelet_store.objects import LocalRoot, open_root
 
@@ -39,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import tubelet_store.transport.transport as transport_module
 from tubelet_store import TubeletError, open_store
+from tubelet_store import Store
 from tubelet_store.mirror import MirrorConfig
 transport_module._FIRST_WAIT_S = 0.01
 folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
@@ -60,6 +64,64 @@ while True:
     print("right" if right else f"WRONG {shard}", flush=True)
     del mapped
 """
+
+TRAINER = """
+import sys
+import torch
+torch.set_num_threads(1)
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.loop import train
+import tubelet_store.transport.transport as transport_module
+transport_module._FIRST_WAIT_S = 0.01
+train(TrainConfig.model_validate_json(sys.argv[1]))
+"""
+TRAINING_SHARE = 0.25
+
+
+def training(store: str, out: Path, seed: int, mirror: dict[str, object] | None = None) -> subprocess.Popen[bytes]:
+    """A process that trains a small SAE for one epoch of 80 steps."""
+    settings = {
+        "store": store,
+        "out": str(out),
+        "seed": seed,
+        "epochs": 1,
+        "batch_tokens": 256,
+        "window_tokens": 1024,
+        "resident_shards": 4,
+        "sae": {"k": 4},
+        "holdout": {"fraction": 0.0},
+        "eval_every": 1000,
+        "device": "cpu",
+        **({"mirror": mirror} if mirror else {}),
+    }
+    log = out.with_suffix(".log").open("w")
+    return subprocess.Popen([sys.executable, "-c", TRAINER, json.dumps(settings)], stdout=log, stderr=log)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Both runs ended, with the same bits."""
+    files = [out / "sae.safetensors" for out in (one, other)]
+    return all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+
+
+def train_through_faults(folder: Path, proxy: FaultyProxy, local: Store, budget: int) -> tuple[int, int, int]:
+    """Eight trainings at once through one mirror: how many ended, how many with the right weights, most bytes held."""
+    proxy.share = TRAINING_SHARE
+    directory = folder / "trainers"
+    # Longer than a stall: eight starting interpreters keep a server waiting, and waiting is no fault.
+    mirror: dict[str, object] = {"directory": str(directory), "budget": budget, "timeout_s": 25 * TIMEOUT_S}
+    running = [training("s3://bucket/s.zarr", folder / f"remote-{seed}", seed, mirror) for seed in range(PROCESSES)]
+    watch, most = Mirror("s3://bucket/s.zarr", MirrorConfig(directory=directory)), 0
+    while any(job.poll() is None for job in running):
+        most = max(most, watch.held_bytes())
+        time.sleep(0.05)
+    proxy.share = 0.0
+    ended = sum(job.returncode == 0 for job in running)
+    right = 0
+    for seed in range(PROCESSES):
+        training(local.url, folder / f"local-{seed}", seed).wait()
+        right += same_weights(folder / f"remote-{seed}", folder / f"local-{seed}")
+    return ended, right, most
 
 
 def run() -> int:
@@ -86,7 +148,7 @@ def run() -> int:
             start = time.monotonic()
 
             def given_to(seed: int) -> tuple[str, ...]:
-                transport = "obstore" if seed % 2 else "fsspec"
+                transport = ("http", "obstore", "fsspec")[seed % 3]
                 return str(folder / "m"), str(budget), local.url, str(seed), str(TIMEOUT_S), transport
 
             logs = [folder / f"log-{seed}" for seed in range(PROCESSES)]
@@ -109,12 +171,29 @@ def run() -> int:
             lines = [line for log in logs for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             outcomes = Counter(line.split(":")[0].split()[0] for line in lines)
             faults = Counter(proxy.faults)
-        wrong_files = wrong_in(folder / "m")
-    text = table(faults, outcomes, most, budget, crashed, wrong_files, time.monotonic() - start)
+            wrong_files = wrong_in(folder / "m")
+            reading_s = time.monotonic() - start
+            ended, right, most_training = train_through_faults(folder, proxy, local, budget)
+            wrong_files += wrong_in(folder / "trainers")
+            training_faults = proxy.faults.total() - faults.total()
+    text = table(faults, outcomes, most, budget, crashed, wrong_files, reading_s)
+    text += "\n".join(
+        [
+            "",
+            f"{PROCESSES} trainings of 80 steps at once, one mirror of {SHARDS_IN_BUDGET} shards of 80,"
+            f" {TRAINING_SHARE:.0%} of the reads spoilt",
+            "",
+            f"{'faults in all':<46}{training_faults:>8}",
+            f"{'trainings that ended':<46}{ended:>8}",
+            f"{'with the weights of a local store, bit for bit':<46}{right:>8}",
+            f"{'most bytes held / budget':<46}{most_training / budget:>8.3f}\n",
+        ]
+    )
     print(text, end="")
     if given.out is not None:
         given.out.write_text(text)
-    bad = outcomes["WRONG"] + outcomes["unnamed"] + crashed + wrong_files + (most > budget)
+    bad = outcomes["WRONG"] + outcomes["unnamed"] + crashed + wrong_files + (max(most, most_training) > budget)
+    bad += PROCESSES - right
     return 1 if bad or faults.total() < given.faults else 0
 
 

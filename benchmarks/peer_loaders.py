@@ -51,7 +51,8 @@ def clip_entropy(clips: NDArray[np.int64]) -> float:
 
 def measure(name: str, clips: int, most: int, batches: Callable[[], Iterator[Any]]) -> dict[str, Any]:
     """A row: speed over the first `most` batches of a fresh iteration, mixing of the last iteration's."""
-    ratios, seen = [], []
+    ratios: list[float] = []
+    seen: list[NDArray[np.int64]] = []
     for _ in range(REPEATS):
         seen, spent, size_bytes = [], 0.0, 0
         stream = batches()
@@ -77,8 +78,8 @@ def measure(name: str, clips: int, most: int, batches: Callable[[], Iterator[Any
 
 def sae_lens(tokens: NDArray[np.float16], folder: Path) -> list[dict[str, Any]]:
     """SAELens' ActivationsStore over cached activations: an Arrow data set, one row per context (here: clip)."""
-    import datasets
-    from sae_lens.training.activations_store import ActivationsStore
+    import datasets  # type: ignore[import-not-found]
+    from sae_lens.training.activations_store import ActivationsStore  # type: ignore[import-not-found]
 
     clips, context, channels = tokens.shape
     features = datasets.Features({"hook": datasets.Array2D((context, channels), "float16")})
@@ -141,7 +142,7 @@ def saev(tokens: NDArray[np.float16], folder: Path) -> list[dict[str, Any]]:
     stand_in.datasets = types.ModuleType("torchvision.datasets")  # type: ignore[attr-defined]
     stand_in.datasets.ImageFolder = object
     sys.modules |= {"torchvision": stand_in, "torchvision.datasets": stand_in.datasets}
-    from saev import activations, config
+    from saev import activations, config  # type: ignore[import-not-found]
 
     clips, patches, channels = tokens.shape
     in_shard = clips // 8

@@ -5,7 +5,9 @@
 The encoder's product has to be paid by any SAE; everything else (choosing, decoding, both gradients, clipping, Adam,
 unit norm) is overhead. On a CPU times are processor seconds of one thread, so that other work on the machine does not
 count; on a GPU they are wall clock between synchronisations. The dense row is the same step with dense codes and plain
-autograd, same optimiser.
+autograd, same optimiser. On a GPU the step is measured as it comes, compiled, and as a CUDA graph.
+
+Several SAEs: K of one shape that step together, over K times one of them alone.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ import torch
 from torch import Tensor
 
 from loader import HOOK, make_store
+from tubelet_store import Grid
+from tubelet_trainer.batch import Batch
 from tubelet_trainer.config import OptimiserConfig
 from tubelet_trainer.learner import Learner
+from tubelet_trainer.machine import keep_memory
 from tubelet_trainer.objective import Objective
 from tubelet_trainer.sae.config import TopKConfig
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalisation import Normalisation
 from tubelet_trainer.sae.penalties import sae_terms
 from tubelet_trainer.source import Source
+from tubelet_trainer.team import Team
 from tubelet_trainer.windows import Windows
 
 CHANNELS = 768
@@ -39,6 +45,9 @@ KS = (32, 64)
 SIZES = (4096, 8192, 16384, 32768, 65536)
 CPU_BATCH, GPU_BATCH = 1024, 8192
 REPEATS = 3
+WARM_UP = 5
+
+TOGETHER_LATENTS = (1536, 6144)
 
 FEED_LATENTS, FEED_BATCH, FEED_STEPS = 6144, 1024, 24
 
@@ -67,12 +76,22 @@ class Stopwatch:
         return time.perf_counter() - start
 
 
-def make_learner(latents: int, k: int, device: torch.device, precision: torch.dtype) -> Learner:
+def make_learner(latents: int, k: int, device: torch.device, precision: torch.dtype, seed: int = 0) -> Learner:
     """A TopK SAE whose latents are all alive, as most are after the start of a run."""
-    config = TopKConfig(latents=latents, k=k)
+    config = TopKConfig(latents=latents, k=k, seed=seed)
     sae = SAE(config, Normalisation.identity(CHANNELS)).to(device)
     terms = sae_terms(config, CHANNELS, float(CHANNELS), 1000, device)
     return Learner(sae, Objective(terms), OptimiserConfig(), 1000, 2**62, precision)
+
+
+def stepping(
+    learners: list[Learner], x_BD: Tensor, compiled: bool = False, captured: bool = False
+) -> Callable[[], object]:
+    """One step of all `learners` together, on the same batch each time."""
+    team = Team(learners, [HOOK] * len(learners), len(x_BD), compiled, captured)
+    positions = torch.arange(len(x_BD), device=x_BD.device)
+    batch = Batch({HOOK: x_BD}, positions, Grid(time=8, height=14, width=14), len(x_BD))
+    return lambda: team.learn(batch, 5)
 
 
 def dense_step(learner: Learner, x_BD: Tensor) -> None:
@@ -82,7 +101,7 @@ def dense_step(learner: Learner, x_BD: Tensor) -> None:
     top = pre_BF.topk(sae.config.k, dim=1, sorted=False)  # type: ignore[attr-defined]
     codes_BF = torch.zeros_like(pre_BF).scatter(1, top.indices, top.values.relu())
     error = (x_BD - codes_BF @ sae.W_dec - sae.b_dec).square().sum() / x_BD.numel()
-    learner.optimiser.zero_grad(set_to_none=True)
+    learner.adam.zero_grad()
     error.backward()
     learner.apply_gradients()
 
@@ -95,6 +114,7 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
     x_BD = torch.randn(batch, CHANNELS, device=device)
     yield f"batch {batch}, {CHANNELS} channels, {str(precision).removeprefix('torch.')} encoder product"
     extra = f"{'tokens/s':>10} {'of matrix rate':>15}" if cuda else ""
+    extra += f"{'compiled x':>11} {'graph x':>8}" if cuda else ""
     yield f"{'latents':>8} {'k':>4} {'encoder ms':>11} {'step ms':>9} {'x encoder':>10} {'dense x':>8}{extra}"
     rate = _matrix_rate(watch, device, precision) if cuda else 0.0
     for latents in sizes:
@@ -102,12 +122,17 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
             learner = make_learner(latents, k, device, precision)
             weight, low = learner.sae.W_enc.detach().to(precision), x_BD.to(precision)
             encoder = watch.best(lambda low=low, weight=weight: low @ weight.T)  # type: ignore[misc]
-            step = watch.best(lambda learner=learner: learner.learn(learner.forward(x_BD, 5)))  # type: ignore[misc]
+            step = watch.best(stepping([learner], x_BD))
             dense = watch.best(lambda learner=learner: dense_step(learner, x_BD), 1) if k == KS[0] else None  # type: ignore[misc]
             line = f"{latents:>8} {k:>4} {encoder * 1e3:>11.1f} {step * 1e3:>9.1f} {step / encoder:>10.2f} "
             line += f"{dense / encoder:>8.2f}" if dense is not None else " " * 8
             if cuda:
                 line += f"{batch / step:>10.0f} {2 * batch * latents * CHANNELS / step / rate:>15.1%}"
+                for choice in ({"compiled": True}, {"captured": True}):
+                    other = stepping([make_learner(latents, k, device, precision)], x_BD, **choice)
+                    for _ in range(WARM_UP):
+                        other()
+                    line += f"{watch.best(other) / encoder:>{11 if 'compiled' in choice else 9}.2f}"
             yield line
 
 
@@ -126,6 +151,21 @@ def parts_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
         "project, clip, Adam, unit norm": watch.best(learner.apply_gradients),
     }
     yield f"parts of a step, {latents} latents, k {k}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in parts.items())
+
+
+def together_table(device: torch.device) -> Iterator[str]:
+    """K SAEs that step together over K that step alone."""
+    cuda = device.type == "cuda"
+    batch, precision = (GPU_BATCH, torch.bfloat16) if cuda else (CPU_BATCH, torch.float32)
+    watch, x_BD = Stopwatch(device), torch.randn(batch, CHANNELS, device=device)
+    for latents in TOGETHER_LATENTS:
+        alone = watch.best(stepping([make_learner(latents, KS[0], device, precision)], x_BD))
+        parts = []
+        for count in (4, 8):
+            learners = [make_learner(latents, KS[0], device, precision, seed) for seed in range(count)]
+            together = watch.best(stepping(learners, x_BD))
+            parts.append(f"{count} together {together / (count * alone):.2f}")
+        yield f"SAEs of {latents} latents, k {KS[0]}: {', '.join(parts)} of the time of as many alone"
 
 
 def feeding_table(device: torch.device) -> Iterator[str]:
@@ -197,15 +237,18 @@ def main() -> None:
     print(lines[0])
     tell(iter(["", "CPU: processor seconds, one thread"]))
     torch.set_num_threads(1)
+    keep_memory()
     cpu = torch.device("cpu")
     tell(steps_table(cpu, tuple(arguments.sizes)))
     tell(iter([""]))
     tell(parts_table(cpu, 16384, 32))
+    tell(together_table(cpu))
     tell(feeding_table(cpu))
     tell(iter(["", "CUDA: bf16 encoder product, fused Adam, Triton kernels"]))
     if torch.cuda.is_available():
         gpu = torch.device("cuda")
         tell(steps_table(gpu, tuple(arguments.sizes)))
+        tell(together_table(gpu))
         tell(feeding_table(gpu))
     else:
         tell(iter(["not measured: no CUDA device"]))

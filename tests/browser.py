@@ -57,7 +57,7 @@ class Browser:
         # It reads commands from descriptor 3 and answers on 4.
         shell = f'exec "$@" 3<&{there[0]} 4>&{mine[1]} 2>/dev/null'
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", *command], pass_fds=(there[0], mine[1]), start_new_session=True
+            ["bash", "-c", shell, "bash", *command], pass_fds=(there[0], mine[1]), start_new_session=True
         )
         os.close(there[0])
         os.close(mine[1])
@@ -102,10 +102,9 @@ class Browser:
 
     def open(self, path: Path) -> None:
         """Load a file and wait until it has loaded."""
-        self._call("Page.navigate", url=path.absolute().as_uri())
-        self.until(
-            f"document.readyState === 'complete' && location.href.split('#')[0] === {json.dumps(path.absolute().as_uri())}"
-        )
+        address = path.absolute().as_uri()
+        self._call("Page.navigate", url=address)
+        self.until(f"document.readyState === 'complete' && location.href.split('#')[0] === {json.dumps(address)}")
 
     def js(self, expression: str) -> Any:
         """Value of a JavaScript expression; promises are awaited."""
@@ -149,8 +148,12 @@ class Browser:
             "node.scrollIntoView({block: 'center'});"
             "const box = node.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
         )
+        self.click_at(*at)
+
+    def click_at(self, x: float, y: float) -> None:
+        """Move the mouse to a place in the window, in CSS pixels, and click there."""
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self._call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
+            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """Write a PNG of the window, or of the whole page."""

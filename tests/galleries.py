@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from barcode import ClipSpec, make_clip
@@ -38,6 +39,7 @@ class Made:
     def config(self, out: Path | str, **fields: object) -> GalleryConfig:
         """Settings of a gallery of it, on this machine's processor."""
         given = {"run": self.root / "run", "store": self.store.url, "out": str(out), "device": "cpu", "window_mib": 1}
+        given |= {"decode": {"processes": 1}}
         return GalleryConfig.model_validate({**given, **fields})
 
 
@@ -48,6 +50,8 @@ def make_run(root: Path, keep_patches: int | None = None) -> Made:
         root: Folder for all of it.
         keep_patches: Store so many patches of each clip only.
     """
+    # Tiny matrices: more threads would only wait for each other.
+    torch.set_num_threads(1)
     (root / "videos").mkdir(parents=True)
     for video in range(VIDEOS):
         make_clip(root / "videos" / f"{video:04d}.webm", ClipSpec(".webm", "libvpx", frames=FRAMES * PER_VIDEO))
@@ -65,7 +69,8 @@ def make_run(root: Path, keep_patches: int | None = None) -> Made:
         hooks={"blocks.1": 8},
         **fields,
     ).model_copy(update={"sampling": {"kind": "dense", "frames": FRAMES, "stride": 1, "clips": PER_VIDEO}})
-    x = (rng.standard_normal((clips, 1, space, 8)) + 0.5 * rng.standard_normal((clips, time, space, 8))).astype(np.float32)
+    shared, own = rng.standard_normal((clips, 1, space, 8)), rng.standard_normal((clips, time, space, 8))
+    x = (shared + 0.5 * own).astype(np.float32)
     table = planned_table(clips, PER_VIDEO)
     views = pa.array([clip % PER_VIDEO for clip in range(clips)], pa.int16())
     captions = pa.array([HOSTILE] * clips, pa.string())

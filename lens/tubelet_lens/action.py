@@ -33,7 +33,7 @@ class _Score:
     top5_V: NDArray[np.float64]
     by_draw: tuple[float, ...]
     """Top-1 of each draw."""
-    penalties: tuple[float, ...]
+    penalty: float
 
 
 def action(clips: ClipSetting) -> ClipResult | None:
@@ -72,17 +72,18 @@ class _Probing:
     def score(self, subject: Subject, kind: PoolingKind) -> _Score:
         """Fit and test every draw."""
         known, device = self._known, self._clips.setting.device
-        found, penalties = [], []
+        found, penalty = [], None
         for rows, test_rows in vectors(self._clips, self._fit, subject, kind):
             here = rows[known.fit_rows]
-            penalty = choose_penalty(
-                here, known.fit_class, self._validation, known.classes, self._config.penalties, device
-            )
+            if penalty is None:
+                # Draws of one kind of control want the same penalty.
+                penalties, held = self._config.penalties, self._validation
+                penalty = choose_penalty(here, known.fit_class, held, known.classes, penalties, device)
             probe = fit_probe(here, known.fit_class, known.classes, penalty, device)
             found.append(_right(known.by_video(probe.probabilities(test_rows[known.test_rows])), known.video_class))
-            penalties.append(penalty)
+        assert penalty is not None
         top1, top5 = (np.stack(parts) for parts in zip(*found, strict=True))
-        return _Score(top1.mean(0), top5.mean(0), tuple(float(draw.mean()) for draw in top1), tuple(penalties))
+        return _Score(top1.mean(0), top5.mean(0), tuple(float(draw.mean()) for draw in top1), penalty)
 
     def permuted(self, sae: _Score, kind: PoolingKind) -> Figure:
         """The null: labels of the fit side given to other videos."""
@@ -96,7 +97,7 @@ class _Probing:
         for draw in range(self._clips.config.control_draws):
             order = np.random.default_rng([self._clips.config.seed, draw]).permutation(len(names))
             shuffled = known.fit_class[first][order][video]
-            probe = fit_probe(here, shuffled, known.classes, sae.penalties[0], device)
+            probe = fit_probe(here, shuffled, known.classes, sae.penalty, device)
             draws.append(_right(known.by_video(probe.probabilities(there)), known.video_class)[0].mean())
         return Figure(
             name="action.top1.permuted",
@@ -145,12 +146,11 @@ class _Probing:
         if len(score.by_draw) > 1:
             words += f"Mean of {len(score.by_draw)} random draws"
             words += f" (top-1 {min(score.by_draw):.1%} to {max(score.by_draw):.1%}). " if top == 1 else ". "
-        penalties = ", ".join(f"{penalty:g}" for penalty in sorted(set(score.penalties)))
         return (
             f"{words}The probe is multinomial logistic regression on vectors standardised by the fitted-on clips, with "
-            f"an L2 penalty (chosen: {penalties}) of best top-1 on validation videos, then fitted on all of them; of a "
-            f"video in several clips the probabilities are averaged. Range: {LEVEL:.0%} bootstrap interval over test "
-            "videos."
+            f"an L2 penalty (chosen: {score.penalty:g}) of best top-1 on validation videos, then fitted on all of "
+            f"them; of a video in several clips the probabilities are averaged. Range: {LEVEL:.0%} bootstrap interval "
+            "over test videos."
         )
 
     def gains(self, scores: dict[Subject, _Score], kind: PoolingKind, *, first: bool) -> list[Figure]:

@@ -8,7 +8,7 @@ Not causal about the backbone: nothing is run again, only what the probe is give
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,23 @@ class _Reading:
     weights_CF: Tensor
     codes_NF: Tensor
     logits_NC: Tensor
+
+    def of(self, videos: NDArray[np.bool_]) -> _Reading:
+        """The reading of some of the videos alone."""
+        rows = videos[self.known.video]
+        chosen = torch.from_numpy(np.flatnonzero(rows)).to(self.codes_NF.device)
+        place = np.cumsum(videos) - 1
+        known = replace(
+            self.known,
+            test_rows=self.known.test_rows[rows],
+            video=place[self.known.video[rows]],
+            video_class=self.known.video_class[videos],
+        )
+        return _Reading(known, self.weights_CF, self.codes_NF[chosen], self.logits_NC[chosen])
+
+    def accuracy(self, latents: NDArray[np.int64]) -> float:
+        """Share of the videos that the probe has right with `latents` at 0."""
+        return float(self.right(latents).mean())
 
     def right(self, latents: NDArray[np.int64]) -> NDArray[np.bool_]:
         """bool [V]: test videos that the probe has right with `latents` at 0."""
@@ -98,14 +115,16 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
         rng = np.random.default_rng([clips.config.seed, number])
         return ablate(measure, order, mean_F, sizes=sizes, draws=settings.draws, chance=chance, rng=rng), order
 
-    whole, _ = one(lambda latents: float(reading.right(latents).mean()), share_C @ importance_CF, known.classes)
+    whole, _ = one(reading.accuracy, share_C @ importance_CF, known.classes)
+    right_V = reading.right(np.empty(0, dtype=np.int64))
     by_class = {}
     for number in np.unique(known.video_class[known.video_class >= 0]):
         own = known.video_class == number
-        of_class, order = one(_accuracy(reading, own), importance_CF[number], int(number))
-        others = _accuracy(reading, ~own & (known.video_class >= 0))
-        before = others(np.empty(0, dtype=np.int64))
-        lost = np.array([before - others(order[:size]) for size in sizes]) / before if before else np.zeros(len(sizes))
+        of_class, order = one(reading.of(own).accuracy, importance_CF[number], int(number))
+        others = ~own & (known.video_class >= 0)
+        before = float(right_V[others].mean()) if others.any() else 0.0
+        kept = [float(reading.right(order[:size])[others].mean()) if before else 0.0 for size in sizes]
+        lost = 1 - np.array(kept) / before if before else np.zeros(len(sizes))
         rows = own[known.video]
         effect_F = np.abs(weights_CF[number]) * np.abs(test_NF[rows]).mean(axis=0, dtype=np.float64)
         by_class[int(number)] = _OfClass(of_class, lost, gini(effect_F[alive_F]))
@@ -127,10 +146,6 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
             ),
         ),
     )
-
-
-def _accuracy(reading: _Reading, videos: NDArray[np.bool_]) -> Callable[[NDArray[np.int64]], float]:
-    return lambda latents: float(reading.right(latents)[videos].mean()) if videos.any() else 0.0
 
 
 def _section(known: Labelled, whole: Ablation, by_class: dict[int, _OfClass], draws: int, alive: int) -> Section:

@@ -133,6 +133,8 @@ class EvaluateConfig(Config):
     running: RunningConfig | None = None
     """Measure in the running backbone too (recovery, ablation, edits of paper B); needs the videos. null: do not;
     `{}`: with the defaults."""
+    about: str | None = None
+    """A sentence or two at the top of the report: what the data are, what is to be learned from them."""
     skip: tuple[Topic, ...] = ()
     """Topics to leave out."""
     limit_clips: int | None = Field(default=None, ge=1)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 _MOST_ITERATIONS = 1000
 # Largest entry of the gradient at the end; the loss is then within about its square over the penalty of the optimum.
-_GRADIENT = 1e-7
+_GRADIENT = 1e-6
+# While penalties are compared by their accuracies. A weak penalty needs more: its path's start is a stronger one's end.
+_ROUGHLY = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,12 @@ class Logistic:
 
 
 def fit_logistic(
-    rows_NR: Tensor, class_N: Tensor, classes: int, penalty: float, start: Logistic | None = None
+    rows_NR: Tensor,
+    class_N: Tensor,
+    classes: int,
+    penalty: float,
+    start: Logistic | None = None,
+    gradient: float = _GRADIENT,
 ) -> Logistic:
     """The optimum.
 
@@ -47,6 +54,7 @@ def fit_logistic(
         classes: A class without a row gets a bias that falls until the gradient is negligible.
         penalty: Above 0.
         start: Where to begin; another penalty's optimum is near.
+        gradient: Largest entry of the gradient at the end.
     """
     if start is None:
         zeros = rows_NR.new_zeros(classes, rows_NR.shape[1])
@@ -61,7 +69,7 @@ def fit_logistic(
     optimiser = torch.optim.LBFGS(
         [weights, bias],
         max_iter=_MOST_ITERATIONS,
-        tolerance_grad=_GRADIENT,
+        tolerance_grad=gradient,
         tolerance_change=0.0,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -80,9 +88,10 @@ def fit_logistic(
 
 
 def fit_path(rows_NR: Tensor, class_N: Tensor, classes: int, penalties: Sequence[float]) -> dict[float, Logistic]:
-    """The optimum for each penalty, the strongest first, each begun at the one before."""
+    """Close to the optimum for each penalty, the strongest first, each begun at the one before."""
     found: dict[float, Logistic] = {}
     last = None
     for penalty in sorted(set(penalties), reverse=True):
-        last = found[penalty] = fit_logistic(rows_NR, class_N, classes, penalty, last)
+        enough = min(_ROUGHLY, max(_GRADIENT, penalty / 100))
+        last = found[penalty] = fit_logistic(rows_NR, class_N, classes, penalty, last, enough)
     return found

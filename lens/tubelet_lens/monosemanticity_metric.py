@@ -93,7 +93,7 @@ def measure_monosemanticity(clips: ClipSetting) -> ClipResult | None:
         f"Judged by {_list(one.reference for one in scores)}.",
         figures=(*(figure for one in scores for figure in _figures(one, head, how, units)),),
         curves=tuple(_curve(one, head, how) for one in scores),
-        notes=_notes(head, references),
+        notes=_notes(head, references, several_views=len(set(side.videos)) < len(side.clips)),
     )
     return ClipResult(section, tuple(columns))
 
@@ -240,14 +240,15 @@ def _list(references: Iterator[Reference]) -> str:
     return "; ".join(f"{reference.name}: {reference.source}" for reference in references)
 
 
-def _notes(head: Reference, references: Sequence[Reference]) -> tuple[str, ...]:
+def _notes(head: Reference, references: Sequence[Reference], *, several_views: bool) -> tuple[str, ...]:
     floor = (
         "MS has a floor at the mean cosine of any two clips, whatever the latent does: read it above the null, and "
         "read "
         "the upper tail, since means hardly differ."
     )
+    views = ("Several views of one video count as clips here; that they are alike raises MS.",) if several_views else ()
     if head.neutral:
-        return (f"The headline is judged by {head.name}, a model that none of the compared SAEs reads.", floor)
+        return (f"The headline is judged by {head.name}, a model that none of the compared SAEs reads.", floor, *views)
     if len(references) == 1:
         flattery = (
             "Only the backbone's own embedding judges here. That flatters: clips that the SAE's input holds to be "
@@ -259,4 +260,4 @@ def _notes(head: Reference, references: Sequence[Reference]) -> tuple[str, ...]:
             f"No reference is called neutral, so {head.name} stands at the top. If it, or a model trained like it, is "
             "among the backbones that are compared, it favours that one."
         )
-    return (flattery, floor)
+    return (flattery, floor, *views)

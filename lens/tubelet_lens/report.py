@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tubelet_lens.evaluation import Evaluation
 from tubelet_lens.plots import svg
+from tubelet_lens.provenance import provenance
 from tubelet_lens.section import Figure, Section
 
 SUBJECTS = {
@@ -37,14 +40,26 @@ def render_report(evaluation: Evaluation) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"show": show, "anchor": anchor, "flat": lambda tree: list(_flat(tree))}
+    environment.filters |= {"show": show, "anchor": anchor, "range": _range}
     return environment.get_template("report.html").render(
         evaluation=evaluation,
         headlines=[figure for figure in evaluation.figures() if figure.headline],
+        topic={figure.name: section.title for section in evaluation.sections for figure in section.figures},
         beside={figure.name: _beside(evaluation, figure) for figure in evaluation.figures() if figure.headline},
         tables={section.name: _table(section) for section in evaluation.sections},
         drawings={curve.name: svg(curve) for section in evaluation.sections for curve in section.curves},
         subjects=SUBJECTS,
+        words={section.name: _definitions(section) for section in evaluation.sections},
+        provenance=provenance(evaluation),
+        settings={
+            name: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+            for name, tree in (
+                ("Store", evaluation.store),
+                ("SAE and its training", evaluation.sae),
+                ("Evaluation", evaluation.config),
+                ("Software", evaluation.software),
+            )
+        },
     )
 
 
@@ -71,6 +86,14 @@ def _number(value: float) -> str:
     else:
         text = f"{value:.2e}"
     return text.replace("-", _MINUS)
+
+
+def _range(figure: Figure) -> str:
+    """The lower and upper end beside the value, if it has them."""
+    if figure.low is None or figure.high is None:
+        return ""
+    low, high = (show(figure.model_copy(update={"value": end})) for end in (figure.low, figure.high))
+    return f" ({low.removesuffix(' %')} … {high})"
 
 
 def anchor(name: str) -> str:
@@ -102,9 +125,30 @@ def _beside(evaluation: Evaluation, headline: Figure) -> list[Figure]:
     return sorted(others, key=lambda figure: list(SUBJECTS).index(figure.subject))
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, "—" if tree is None else str(tree)
+@dataclass(frozen=True)
+class _Definition:
+    """What figures of one title mean: once what holds for all of them, then what each has of its own."""
+
+    title: str
+    shared: str
+    own: tuple[tuple[Figure, str], ...]
+
+
+def _definitions(section: Section) -> list[_Definition]:
+    """One for each title."""
+    by_title: dict[str, list[Figure]] = {}
+    for figure in section.figures:
+        by_title.setdefault(figure.title, []).append(figure)
+    found = []
+    for title, figures in by_title.items():
+        sentences = [_SENTENCE.split(figure.definition) for figure in figures]
+        common = [text for text in sentences[0] if all(text in other for other in sentences)]
+        own = tuple(
+            (figure, " ".join(text for text in texts if text not in common))
+            for figure, texts in zip(figures, sentences, strict=True)
+        )
+        found.append(_Definition(title, " ".join(common), own))
+    return found
+
+
+_SENTENCE = re.compile(r"(?<=[.;]) (?=[A-Z0-9|])")

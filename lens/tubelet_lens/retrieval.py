@@ -198,31 +198,25 @@ def _ranks(direction: str, subject: Subject, draws: list[Ranks]) -> tuple[Figure
     if len(draws) > 1:
         words += f" Mean of {len(draws)} draws."
 
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values))
-
-    return (
-        Figure(
-            name=f"retrieval.{direction}_medr.{subject}",
-            title=f"{_DIRECTIONS[direction]}, median rank",
-            value=mean([float(np.median(draw.rank)) for draw in draws]),
-            low=mean([float(np.median(draw.optimistic)) for draw in draws]),
-            high=mean([float(np.median(draw.pessimistic)) for draw in draws]),
-            definition=f"Median rank (1 + greater + ties / 2) {words} Range: ties counted for and against the right "
-            "answer.",
-            **shared,
-        ),
-        Figure(
-            name=f"retrieval.{direction}_meanr.{subject}",
-            title=f"{_DIRECTIONS[direction]}, mean rank",
-            value=mean([float(draw.rank.mean()) for draw in draws]),
-            low=mean([float(draw.optimistic.mean()) for draw in draws]),
-            high=mean([float(draw.pessimistic.mean()) for draw in draws]),
-            definition=f"Mean rank (1 + greater + ties / 2) {words} Range: ties counted for and against the right "
-            "answer.",
-            **shared,
-        ),
-    )
+    figures = []
+    for key, title, statistic in (("medr", "median", np.median), ("meanr", "mean", np.mean)):
+        value, low, high = (
+            float(np.mean([statistic(of(draw)) for draw in draws]))
+            for of in (lambda draw: draw.rank, lambda draw: draw.optimistic, lambda draw: draw.pessimistic)
+        )
+        figures.append(
+            Figure(
+                name=f"retrieval.{direction}_{key}.{subject}",
+                title=f"{_DIRECTIONS[direction]}, {title} rank",
+                value=value,
+                low=low if low < high else None,
+                high=high if low < high else None,
+                definition=f"{title.capitalize()} rank {words} Rank = 1 + greater + ties / 2; a range, where one is "
+                "given, counts ties for and against the right answer.",
+                **shared,
+            )
+        )
+    return tuple(figures)
 
 
 def _asked(direction: str) -> tuple[str, str]:

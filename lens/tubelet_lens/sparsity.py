@@ -83,7 +83,8 @@ class Sparsity:
                     n_of="latents",
                     definition=f"Fraction of latents that fired on none of the {tokens:,} evaluated tokens. "
                     "Fewer tokens "
-                    "find more latents dead: compare only at equal numbers of tokens.",
+                    "find more latents dead: compare only at equal numbers of tokens. The training log counts "
+                    "otherwise: latents silent for a number of training tokens, or on its own, fewer, held-out tokens.",
                     style="percent",
                     better="low",
                     headline=True,

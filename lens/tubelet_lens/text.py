@@ -129,8 +129,9 @@ def _model(captions: Sequence[str], config: TransformersText, device: torch.devi
 
 def _embedded(model: nn.Module, batch: dict[str, Tensor], pooling: str) -> Tensor:
     """[N, E]. Models with a vision half give their text embedding by `get_text_features`."""
-    if pooling == "auto" and hasattr(model, "get_text_features"):
-        found = model.get_text_features(**batch)
+    features = getattr(model, "get_text_features", None)
+    if pooling == "auto" and features is not None:
+        found = features(**batch)
         return found if isinstance(found, Tensor) else found.pooler_output
     tower: nn.Module = getattr(model, "text_model", model)
     states_NLE = tower(**batch).last_hidden_state

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Client, LocalCluster
+from distributed.utils import silence_logging_cmgr
 from pydantic import Field, JsonValue, model_validator
 
 from tubelet_store.config import Config
@@ -132,15 +133,21 @@ def connect(config: ClusterConfig) -> Iterator[Client]:
     Raises:
         TubeletError: no scheduler answers, or the cluster does not start.
     """
-    if config.lasting:
-        with _client(config) as client:
-            yield client
-    elif config.class_ is not None:
-        with start_cluster(config) as cluster, Client(cluster, timeout=config.start_timeout_s) as client:
-            yield client
-    else:
-        with _local(config) as cluster, Client(cluster) as client:
-            yield client
+    with contextlib.ExitStack() as stack:
+        if config.lasting:
+            yield stack.enter_context(_client(config))
+        elif config.class_ is not None:
+            cluster = stack.enter_context(start_cluster(config))
+            yield stack.enter_context(Client(cluster, timeout=config.start_timeout_s))
+        else:
+            yield stack.enter_context(Client(stack.enter_context(_local(config))))
+
+
+@contextlib.contextmanager
+def _quiet_dask() -> Iterator[None]:
+    """Keep Dask's tracebacks of lost connections and workers off the terminal: we report them, in one line each."""
+    with silence_logging_cmgr(logging.CRITICAL), silence_logging_cmgr(logging.CRITICAL, root="distributed.client"):
+        yield
 
 
 def _client(config: ClusterConfig) -> Client:
@@ -171,7 +178,6 @@ def _local(config: ClusterConfig) -> LocalCluster:
         processes=True,
         dashboard_address="127.0.0.1:0",
         resources=config.resources or None,
-        # Lost workers are reported by us, per shard; Dask's own account of them is for debugging.
         silence_logs=logging.CRITICAL,
     )
 

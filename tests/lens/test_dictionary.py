@@ -117,7 +117,9 @@ def test_seeds_that_find_the_same_features_are_stable(planted: tuple[Path, torch
     root, _ = planted
     figures = seed_figures([root / "run0", root / "run1"], store=open_store(str(root / "s.zarr")), limit_clips=10)
     value = {figure.name: figure.value for figure in figures}
-    print(value)
+    assert value["seeds.cosine"] > 0.75 > 0.6 > value["seeds.cosine.random"]
+    assert value["seeds.above_09"] > 0.5 > 0.1 > value["seeds.above_09.random"]
+    assert value["seeds.correlation"] > 0.4 > 0.2 > value["seeds.correlation.permuted"]
     assert len({figure.name for figure in figures}) == len(figures) == 12
 
 

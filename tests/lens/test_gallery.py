@@ -1,4 +1,4 @@
-"""Laws of `tubelet gallery`: what a page shows is what the SAE does on those clips, whatever the memory; files are whole."""
+"""Laws of `tubelet gallery`: a page shows what the SAE does on its clips, whatever the memory; files are whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from barcode import draw_frame, read_index
+from barcode import ClipSpec, draw_frame, make_clip, read_index
 from galleries import CROP, FRAMES, GRID, HOSTILE, Made, make_run
 from object_server import create_bucket, s3_environment, s3_server
 from tubelet_lens.config import EvaluateConfig
@@ -30,6 +30,7 @@ from tubelet_lens.gallery.heat import packed
 from tubelet_lens.gallery.make import Summary, make_gallery
 from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Survey, Surveyed, exemplars
 from tubelet_lens.gallery.verb import GALLERY
+from tubelet_lens.probe import fit_probe
 from tubelet_lens.windows import Window
 from tubelet_store import TubeletError
 from tubelet_trainer import load_sae
@@ -101,7 +102,7 @@ def planted() -> tuple[np.ndarray, np.ndarray]:
     codes[rng.random(codes.shape) < 0.8] = 0
     codes[..., 5] = 0
     codes[..., 6] = np.abs(codes[..., 6])
-    return codes, np.sort(rng.integers(0, 50, 120)).astype(np.int64)
+    return codes, np.sort(rng.integers(0, 40, 120)).astype(np.int64)
 
 
 def test_the_strongest_clips_are_those_of_a_full_sort_one_per_video(planted: tuple[np.ndarray, np.ndarray]) -> None:
@@ -159,9 +160,9 @@ def test_the_weaker_clips_come_from_their_parts_of_the_videos(planted: tuple[np.
         assert len(weaker) == 4
         for one in weaker:
             low, high = one.part
-            rank = np.searchsorted(each, abs(one.peak), "right") / len(each), np.searchsorted(each, abs(one.peak)) / len(each)
-            assert rank[1] <= high
-            assert rank[0] >= low
+            first, last = (np.searchsorted(each, abs(one.peak), side) / len(each) for side in ("left", "right"))
+            assert first <= high
+            assert last >= low
         assert len({one.clip for one in shown}) == len(shown)
 
 
@@ -202,7 +203,8 @@ def test_pages_show_the_codes_of_their_clips(made: Made, site: tuple[Path, Summa
             levels = unpacked(card["heat"], mine.size).reshape(mine.shape)
             np.testing.assert_array_equal(levels > 0, mine > 0)
             np.testing.assert_allclose(levels / 255 * largest, mine, atol=1.01 * largest / 255)
-            assert card["peak"] == int(mine.max(1).argmax()) * FRAMES // GRID[0]
+            # The still picture is a frame of the step where the map is highest.
+            assert levels[card["peak"] * GRID[0] // FRAMES].max() == levels.max()
             assert card["seconds"] == pytest.approx(1 / 25)
 
 
@@ -258,8 +260,6 @@ def test_a_video_that_was_replaced_is_not_shown(made: Made, tmp_path: Path) -> N
     (tmp_path / "videos").mkdir()
     for path in (made.root / "videos").iterdir():
         shutil.copy(made.root / "videos" / "0000.webm", tmp_path / "videos" / path.name)
-    from barcode import ClipSpec, make_clip
-
     make_clip(tmp_path / "videos" / "0003.webm", ClipSpec(".webm", "libvpx", frames=30))
     make_gallery(made.config(tmp_path / "site", videos=str(tmp_path), top_clips=14))
     drawn = {int(path.stem) for path in (tmp_path / "site" / "clips").iterdir()}
@@ -270,7 +270,9 @@ def test_a_video_that_was_replaced_is_not_shown(made: Made, tmp_path: Path) -> N
 # --- the site -------------------------------------------------------------------------------------------------------
 
 
-def test_every_latent_that_fires_has_a_page_and_every_link_leads_somewhere(made: Made, site: tuple[Path, Summary]) -> None:
+def test_every_latent_that_fires_has_a_page_and_every_link_leads_somewhere(
+    made: Made, site: tuple[Path, Summary]
+) -> None:
     folder, summary = site
     alive = np.flatnonzero(codes_of(made).any((0, 1, 2)))
     assert sorted(int(path.stem) for path in (folder / "latents").iterdir()) == alive.tolist()
@@ -312,7 +314,9 @@ def test_figures_are_the_evaluations_with_their_definitions(made: Made, site: tu
     assert {"frequency", "mean_activation", "coherence", "clip_share"} <= set(columns)
 
 
-def test_run_again_after_a_kill_it_gives_the_same_site_and_draws_only_what_is_missing(made: Made, tmp_path: Path) -> None:
+def test_run_again_after_a_kill_it_gives_the_same_site_and_draws_only_what_is_missing(
+    made: Made, tmp_path: Path
+) -> None:
     config = made.config(tmp_path / "site", top_clips=4, lower_clips=3)
     make_gallery(config)
     whole = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
@@ -405,8 +409,6 @@ def test_setting_a_latent_to_zero_changes_the_probes_logits_as_said() -> None:
     found = probe_effects(codes, class_N, videos, test, ["a", "b", "c"], 0, torch.device("cpu"))
     assert sorted(found) == [0, 1, 2, 3]
     assert "of 30 other clips" in found[0][0].definition
-    from tubelet_lens.probe import fit_probe
-
     penalty = float(re.search(r"L2 penalty ([\d.e-]+)\)", found[0][0].definition)[1])  # type: ignore[index]
     probe = fit_probe(codes[~test], class_N[~test], 3, penalty, torch.device("cpu"))
 

@@ -122,7 +122,9 @@ def test_signed_codes_are_split_into_two_halves(tmp_path: Path, kind: str) -> No
     np.testing.assert_allclose(found, expected, atol=1e-6)
     scores = np.arange(12.0)
     larger = expected[:, :6].sum(0) >= expected[:, 6:].sum(0)
-    np.testing.assert_array_equal(_Units(found, signed=True).by_latent(scores), np.where(larger, scores[:6], scores[6:]))
+    np.testing.assert_array_equal(
+        _Units(found, signed=True).by_latent(scores), np.where(larger, scores[:6], scores[6:])
+    )
 
 
 def test_the_backbones_own_embedding_is_the_mean_of_its_tokens(tmp_path: Path) -> None:

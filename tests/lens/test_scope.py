@@ -3,8 +3,8 @@ frame-wise backbone."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from scipy.stats import wasserstein_distance, wasserstein_distance_nd
 from torch import Tensor
 
 from in_process import extract_here
-from stores import make_plan, planned_table
+from stores import make_plan, make_store, planned_table
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.earth_mover import line_distance, plane_distance
 from tubelet_lens.evaluate import evaluate
@@ -40,6 +40,12 @@ HOOK, CPU = "blocks.1", torch.device("cpu")
 VIDEOS, STEPS, SIDE = 24, 6, 6
 SHIFT_PATCHES, SHIFT_STEPS = 1, 2
 LOCAL, BOUND, ANYWHERE, LOST, SILENT = range(5)
+QUICK: dict[str, Any] = {
+    "device": "cpu",
+    "controls": False,
+    "control_draws": 1,
+    "skip": ("coherence", "action", "labels", "ablation", "retrieval"),
+}
 
 
 def a_map(rng: np.random.Generator, places: int, sparse: float) -> np.ndarray:
@@ -48,7 +54,9 @@ def a_map(rng: np.random.Generator, places: int, sparse: float) -> np.ndarray:
     return values / values.sum()
 
 
-@given(seed=st.integers(0, 10**6), height=st.integers(1, 6), width=st.integers(1, 6), sparse=st.sampled_from([0.2, 1.0]))
+@given(
+    seed=st.integers(0, 10**6), height=st.integers(1, 6), width=st.integers(1, 6), sparse=st.sampled_from([0.2, 1.0])
+)
 @settings(max_examples=25, deadline=None)
 def test_distance_in_the_plane_is_scipys(seed: int, height: int, width: int, sparse: float) -> None:
     rng = np.random.default_rng(seed)
@@ -77,7 +85,9 @@ def test_otsu_parts_two_heaps_and_leaves_one_value_whole() -> None:
     assert 0.11 < split.threshold < 0.6
     assert split.separation > 0.99
     assert otsu(np.zeros(5)) is None
-    best = min(range(1, 100), key=lambda n: np.var(np.sort(values)[:n]) * n + np.var(np.sort(values)[n:100]) * (100 - n))
+    best = min(
+        range(1, 100), key=lambda n: np.var(np.sort(values)[:n]) * n + np.var(np.sort(values)[n:100]) * (100 - n)
+    )
     assert (values < split.threshold).sum() == best
 
 
@@ -132,9 +142,7 @@ def planted_store(path: Path, failed: tuple[int, ...] = (), other_frames: tuple[
     shifts = ((0, 0), (SHIFT_PATCHES, 0), (0, SHIFT_STEPS))
     rng = np.random.default_rng(7)
     x = np.stack([view for _ in range(VIDEOS) for view in planted_views(rng)])
-    plan = make_plan(
-        clips=len(x), grid=(STEPS, SIDE, SIDE), hooks={HOOK: 5}, dtype="float32", clips_per_shard=len(x)
-    )
+    plan = make_plan(clips=len(x), grid=(STEPS, SIDE, SIDE), hooks={HOOK: 5}, dtype="float32", clips_per_shard=len(x))
     writer = StoreWriter.begin(str(path), plan, shifted_table(shifts), {"made_by": "tests"})
     with writer.shard(0) as shard:
         for clip, values in enumerate(x):
@@ -245,7 +253,9 @@ def test_removing_a_group_keeps_the_error_and_the_other_latents() -> None:
 def framewise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shifted views of rendered videos through a tiny frame-wise backbone, and an SAE trained on them."""
     root = tmp_path_factory.mktemp("framewise")
-    make_dataset(VideosConfig(out=root / "ssv2", videos=16, frames=20, height=64, width=64, validation_share=0, workers=1))
+    make_dataset(
+        VideosConfig(out=root / "ssv2", videos=16, frames=20, height=64, width=64, validation_share=0, workers=1)
+    )
     backbone = write_tiny_dinov2(root / "dino", image_size=32, patch_size=8, hidden=16, layers=1)
     config = {
         "dataset": {"kind": "ssv2", "root": str(root / "ssv2"), "split": "train"},
@@ -268,8 +278,7 @@ def framewise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_temporal_scope_of_a_framewise_backbone_is_exactly_zero(framewise: Path) -> None:
-    config = EvaluateConfig(run=framewise / "run", store=str(framewise / "s.zarr"), device="cpu", control_draws=1)
-    found = evaluate(config)
+    found = evaluate(EvaluateConfig(**QUICK, run=framewise / "run", store=str(framewise / "s.zarr")))
     result = found.evaluation
     assert result.figure("scope.temporal.sae").n > 20
     assert result.figure("scope.temporal.sae").value == 0.0
@@ -283,34 +292,20 @@ def test_temporal_scope_of_a_framewise_backbone_is_exactly_zero(framewise: Path)
     assert found.latents["scope_spatial"].drop_null().to_numpy().mean() == pytest.approx(spatial.value)
     for name in ("monosemanticity", "monosemanticity_own", "nearest_latent", "nearest_cosine"):
         assert found.latents[name].drop_null().to_numpy().size > 20
-    assert result.figure("scope.action.raw").value == pytest.approx(result.figure("action.top1.raw").value)
-    assert result.figure("scope.action_without_high.raw").value is not None
+    for name in ("scope.action.raw", "scope.action_without_high.raw", "scope.action_without_low.random"):
+        assert 0 <= result.figure(name).value <= 1
     assert "only the backbone" in " ".join(
         note.lower() for section in result.sections if section.name == "monosemanticity" for note in section.notes
     )
 
 
-def test_a_scope_store_without_shifted_views_is_refused(framewise: Path, tmp_path: Path) -> None:
-    from tubelet_pipeline.views import CentreView
-
-    tree = json.loads((framewise / "run" / "sae.json").read_text())
-    assert tree["provenance"]["hook"] == "blocks.0"
-    config = {
-        "dataset": {"kind": "ssv2", "root": str(framewise / "ssv2"), "split": "train"},
-        "sampling": {"kind": "dense", "frames": 6, "stride": 2},
-        "backbone": {"id": str(framewise / "dino")},
-        "views": CentreView().model_dump(),
-        "hooks": ["blocks.-1"],
-        "clips_per_shard": 48,
-        "decode": {"processes": 1},
-        "store": str(tmp_path / "c.zarr"),
-    }
-    extract_here(validate(ExtractConfig, config, "the test"))
-    run, plain = framewise / "run", str(tmp_path / "c.zarr")
-    options = {"run": run, "store": plain, "other_store": True, "device": "cpu", "controls": False}
-    with_views = evaluate(EvaluateConfig(**options, scope={"store": str(framewise / "s.zarr")}))
-    assert with_views.evaluation.figure("scope.temporal.sae").value == 0.0
-    without = evaluate(EvaluateConfig(**options)).evaluation
-    assert all(section.name != "scope" for section in without.sections)
+def test_the_scope_store_may_be_another_one_but_must_have_shifted_views(framewise: Path, tmp_path: Path) -> None:
+    shifted = open_store(str(framewise / "s.zarr"))
+    plan = shifted.plan.model_copy(update={"clips": 12, "clips_per_shard": 12, "clip_table": "sha256:plain"})
+    plain = make_store(tmp_path / "plain.zarr", plan).url
+    options = {**QUICK, "run": framewise / "run", "store": plain, "other_store": True}
+    found = evaluate(EvaluateConfig(**options, scope={"store": shifted.url})).evaluation
+    assert found.figure("scope.temporal.sae").value == 0.0
+    assert all(section.name != "scope" for section in evaluate(EvaluateConfig(**options)).evaluation.sections)
     with pytest.raises(TubeletError, match="no shifted views"):
         evaluate(EvaluateConfig(**options, scope={"store": plain}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from pathlib import Path
@@ -142,3 +143,14 @@ def test_the_short_options_replace_the_section(job_settings: dict[str, Any], mon
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://other:1")
     assert ClusterConfig().address == "tcp://other:1"
     assert cluster(**{"class": "dask_jobqueue.SLURMCluster"}).address is None
+
+
+def test_dask_s_own_tracebacks_stay_off_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    # Dask's client logs one when its scheduler is lost, with a handler of its own.
+    own = logging.getLogger("distributed.client")
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as running,
+        connect(cluster(scheduler=running.scheduler_address)),
+    ):
+        own.error("Failed to reconnect to scheduler")
+        assert "Failed to reconnect" not in capfd.readouterr().err

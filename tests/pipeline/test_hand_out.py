@@ -65,3 +65,21 @@ def test_a_death_that_may_have_been_another_shards_is_not_one_of_its_tries(tmp_p
         hand_out.run([7])
     assert done == [7]
     assert [reason.split(":")[0] for reason in hand_out.failures[7]][1:] == ["RuntimeError", "RuntimeError"]
+
+
+def instant(_job: str, shard: int) -> ShardReport:
+    return ShardReport(shard, {"ok": 1}, 1, {})
+
+
+def test_few_shards_are_in_flight_however_many_there_are() -> None:
+    held: list[int] = []
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        hand_out = HandOut(
+            client, JOB, ClusterConfig(), RunLog(None), lambda _: held.append(len(client.futures)), task=instant
+        )
+        hand_out.run(range(200))
+    assert len(held) == 200
+    assert 2 <= max(held) <= 8

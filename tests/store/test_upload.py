@@ -144,6 +144,17 @@ def test_a_server_without_conditional_writes_is_found_out(
     assert open_root(url).list_keys() == []
 
 
+def test_a_job_that_goes_on_is_warned_as_one_that_begins(
+    proxy: FaultyProxy, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.drop_headers = ("If-None-Match",)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "tubelet"):
+            scripted.begin(url)
+        assert "ignores conditional writes" in caplog.text
+
+
 class TestSpool:
     def test_what_cannot_be_uploaded_waits_and_goes_up_later(
         self, proxy: FaultyProxy, url: str, quick: None, tmp_path: Path, finished: Finish

@@ -88,7 +88,8 @@ def test_saes_of_equal_shape_step_as_one(store, tmp_path):
     listed = [{"name": name, **spec} for name, spec in SAES.items()]
     run = Run(configure(store, tmp_path, sae={"dead_after_tokens": 128}, saes=listed), store, torch.device("cpu"))
     names = [[run.members[run.team.learners.index(own)].name for own in c.learners] for c in run.team.cohorts]
-    assert names == [["plain", "time", "space", "slow", "random"], ["batch", "seeded"], ["signed", "signed too"], ["jump"]]
+    topk = ["plain", "time", "space", "slow", "random"]
+    assert names == [topk, ["batch", "seeded"], ["signed", "signed too"], ["jump"]]
     for cohort in run.team.cohorts:
         # One array of weights for all; storages differ between arrays.
         arrays = {sae.W_enc.untyped_storage().data_ptr() for sae in cohort.saes}
@@ -98,9 +99,9 @@ def test_saes_of_equal_shape_step_as_one(store, tmp_path):
         run.learn(batch, step)
         cohort = run.team.cohorts[0]
         x = cohort.saes[0].normalisation(batch.hooks["h"])
-        together.append(cohort.losses(batch, x)[0])
-        alone.append([own.forward(batch.hooks["h"], step, batch, "h") for own in cohort.learners])
-    for ours, theirs in zip(sum(together, []), sum(alone, []), strict=True):
+        together += cohort.losses(batch, x)[0]
+        alone += [own.forward(batch.hooks["h"], step, batch, "h") for own in cohort.learners]
+    for ours, theirs in zip(together, alone, strict=True):
         assert torch.equal(ours.pre_BF, theirs.pre_BF)
         assert torch.equal(ours.recon_BD, theirs.recon_BD)
 

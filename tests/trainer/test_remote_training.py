@@ -29,8 +29,10 @@ from tubelet_store.mirror import Mirror, MirrorConfig
 from tubelet_store.objects import LocalRoot, open_root
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.loop import train
+from tubelet_trainer.mixture import Mixture
 from tubelet_trainer.order import EpochOrder
 from tubelet_trainer.source import Source
+from tubelet_trainer.upcoming import Upcoming, fitting_shards
 from tubelet_trainer.windows import Windows
 
 PLAN = make_plan(clips=80, clips_per_shard=4, grid=(4, 3, 5), hooks={"h": 16})
@@ -195,10 +197,11 @@ def test_a_remote_source_holds_one_map(url, tmp_path):
 
 def test_jobs_of_a_node_train_through_one_small_mirror_over_a_bad_network(local, url, tmp_path, monkeypatch):
     jobs, budget = 4, 5 * SHARD_BYTES
-    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], stall_s=1.2) as (proxy, spoilt):
+    # A stall ends before the client's patience does: how long that is, is another test's matter.
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], stall_s=0.3) as (proxy, spoilt):
         monkeypatch.setenv("AWS_ENDPOINT_URL", spoilt)
         proxy.only, proxy.share = lambda path: "/activations/" in path, 0.3
-        mirror = {"directory": tmp_path / "m", "budget": budget, "timeout_s": 0.7}
+        mirror = {"directory": tmp_path / "m", "budget": budget}
         settings = configure(url, tmp_path, mirror=mirror, resident_shards=2, epochs=1)
         (tmp_path / "run.yaml").write_text(dump_yaml(settings))
         running = [
@@ -252,3 +255,91 @@ def test_videos_extracted_straight_to_object_storage_train_as_from_a_local_copy(
     assert 1 <= together < copy.plan.shards
     assert same(from_remote, train(configure(copy.url, tmp_path / "local", resident_shards=together, **fields)))
     assert 0 < Mirror(remote, MirrorConfig(directory=tmp_path / "mirror")).held_bytes() <= store_bytes // 5
+
+
+class Listening(Mirror):
+    """A mirror that notes what it is told."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        super().__init__(mirror.url, mirror.config)
+        self.told: list[list[str]] = []
+
+    def expect(self, coming) -> None:
+        coming = list(coming)
+        self.told.append([wanted.stored.key.split("/c/")[1].split("/")[0] for wanted in coming])
+        super().expect(coming)
+
+
+def listened(url, folder, budget):
+    store = open_store(url, mirror=MirrorConfig(directory=folder, budget=budget))
+    store.mirror = Listening(store.mirror)
+    return store
+
+
+def test_streams_of_one_mirror_share_one_list_first_groups_first(url, tmp_path):
+    store = listened(url, tmp_path, 20 * SHARD_BYTES)
+    source, shared = Source(store, "h"), Upcoming()
+
+    def groups(*numbers):
+        return [[(source, shard) for shard in group] for group in numbers]
+
+    shared.announce("training", groups([0, 1], [2, 3], [4]))
+    assert store.mirror.told[-1] == ["0", "1", "2", "3", "4"]
+    shared.announce("held out", groups([3, 7], [8]))
+    assert store.mirror.told[-1] == ["3", "7", "0", "1", "8", "2", "4"]
+    shared.announce("training", groups([2, 3], [4]))
+    assert store.mirror.told[-1] == ["2", "3", "7", "4", "8"]
+    shared.withdraw("held out")
+    assert store.mirror.told[-1] == ["2", "3", "4"]
+    shared.withdraw("training")
+    assert store.mirror.told[-1] == []
+
+
+def test_mirrors_of_one_directory_share_its_budget(url, tmp_path):
+    stores = [listened(url, tmp_path, 4 * SHARD_BYTES) for _ in range(2)]
+    shared = Upcoming()
+    for number, store in enumerate(stores):
+        shared.announce(number, [[(Source(store, "h"), 5 * number + shard)] for shard in range(5)])
+    # The newest stream's first group, the other's first group, and so on: four shards in all.
+    assert [store.mirror.told[-1] for store in stores] == [["0", "1"], ["5", "6"]]
+
+
+def test_a_held_out_pass_amid_training_keeps_what_training_expects(url, tmp_path):
+    store = listened(url, tmp_path, 8 * SHARD_BYTES)
+    # A group of shards is many windows: training's does not change meanwhile.
+    options = {"batch_tokens": 32, "window_tokens": 60, "resident_shards": 4}
+    stream = iter(Windows(Source(store, "h"), np.arange(0, 80, 2), **options))
+    next(stream)
+    alone = store.mirror.told[-1]
+    list(Windows(Source(store, "h"), np.arange(1, 80, 2), total_tokens=256, **options))
+    amid, after = store.mirror.told[-2:]
+    assert set(alone[:4]) < set(amid)
+    assert after == alone
+    stream.close()
+    assert store.mirror.told[-1] == []
+
+
+def test_a_budget_below_what_is_shuffled_together_is_refused_at_the_start_with_the_figures(url, tmp_path):
+    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=3 * SHARD_BYTES))
+    options = {"batch_tokens": 256, "window_tokens": 512}
+    one = Windows(Source(store, "h"), np.arange(80), resident_shards=3, **options)
+    needed = f"at least {4 * SHARD_BYTES} bytes.*resident_shards to at most 3"
+    with pytest.raises(TubeletError, match=needed):
+        Windows(Source(store, "h"), np.arange(80), resident_shards=4, **options)
+    # Two sources of one mirror, be they hooks or stores, need the sum.
+    with pytest.raises(TubeletError, match=f"at least {4 * SHARD_BYTES} bytes.*resident_shards to at most 1"):
+        Windows([Source(store, "h"), Source(store, "h")], np.arange(80), resident_shards=2, **options)
+    with pytest.raises(TubeletError, match=f"at least {6 * SHARD_BYTES} bytes"):
+        Mixture([one, one])
+
+
+def test_shards_of_all_hooks_and_stores_are_counted_when_choosing_how_many_fit(local, url, tmp_path):
+    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=12 * SHARD_BYTES))
+    one = Source(store, "h")
+    assert fitting_shards([one]) == 6
+    assert fitting_shards([one, one]) == 3
+    assert fitting_shards([one, Source(local, "h")]) == 6
+    assert fitting_shards([Source(local, "h")]) is None
+    roomy = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=40 * SHARD_BYTES))
+    assert fitting_shards([Source(roomy, "h")] * 2) is None
+    assert fitting_shards([Source(roomy, "h")] * 3) == 6

@@ -130,7 +130,8 @@ def test_tokens_that_keep_different_numbers_decode_and_select_as_dense_codes(cou
     found = select(x, b_dec, weight, b_enc, pre.detach(), indices, bags)
     expected = pre[of_E, indices]
     torch.testing.assert_close(found, expected)
-    ours, theirs = (torch.autograd.grad((out * values.detach()).sum(), (x, b_dec, weight, b_enc)) for out in (found, expected))
+    inputs, fixed = (x, b_dec, weight, b_enc), values.detach()
+    ours, theirs = (torch.autograd.grad((out * fixed).sum(), inputs) for out in (found, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 

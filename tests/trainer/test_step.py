@@ -32,7 +32,10 @@ RECIPES = {
     "relu, steered": {"sae": {"kind": "relu", "target_l0": 4, "auxk": 8}},
     "jumprelu": {"sae": {"kind": "jumprelu", "bandwidth": 0.1}},
     "gated": {"sae": {"kind": "gated"}},
-    "coherent": {"sae": {"kind": "batchtopk", "k": 4}, "objective": {"lambda_t": 0.3, "lambda_s": 0.1, "codes": "post"}},
+    "coherent": {
+        "sae": {"kind": "batchtopk", "k": 4},
+        "objective": {"lambda_t": 0.3, "lambda_s": 0.1, "codes": "post"},
+    },
     "slow": {"sae": {"k": 4}, "objective": {"lambda_smooth": 0.1, "lambda_slow": 0.5, "codes": "prefix"}},
     "averaged": {"sae": {"k": 4}, "optimiser": {"ema": 0.9, "resample_every": 13}},
     "together": {"saes": [{"sae": {"seed": seed, "k": 4}} for seed in range(3)]},

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from stores import make_plan, make_store
 from tubelet_store import TubeletError
+from tubelet_trainer import stager
 from tubelet_trainer.source import Source
 from tubelet_trainer.windows import Windows
 
@@ -210,6 +211,55 @@ def test_buffers_are_allocated_once(store):
     list(loader)
     assert [slot.host[0].data_ptr() for slot in loader._slots] == first
     assert sum(slot.host[0].nbytes for slot in loader._slots) <= 2 * 130 * 3 * 2
+
+
+def test_a_batch_keeps_its_tokens_while_anybody_holds_them_and_its_memory_is_used_again(store):
+    stream = iter(windows(store, total=50 * 16))
+    kept = next(stream).tokens[3:5]
+    before, places = kept.clone(), []
+    for batch in stream:
+        places.append(batch.tokens.data_ptr())
+        del batch
+    assert torch.equal(kept, before)
+    assert kept.data_ptr() - 3 * 3 * 4 not in places
+    assert len(set(places)) <= 3
+
+
+def test_several_threads_copy_the_same_windows(store, monkeypatch):
+    alone = served(windows(store, window=400))
+    monkeypatch.setattr(stager, "_COPIERS", 3)
+    together = served(windows(store, window=400))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_batches_in_the_stored_type_hold_the_same_tokens(store):
+    source = Source(store, "h", 5)
+    options = {"batch_tokens": 16, "window_tokens": 130}
+    as_stored = Windows(source, np.arange(CLIPS), dtype=None, **options)
+    for one, other in zip(as_stored, Windows(source, np.arange(CLIPS), **options), strict=True):
+        assert one.tokens.dtype == torch.float16
+        assert torch.equal(one.tokens.float(), other.tokens)
+
+
+def test_a_last_batch_of_one_token_is_served_and_says_that_it_is_short(store):
+    batches = list(windows(store, batch=len(ALL) - 1, window=130))
+    assert [len(batch) for batch in batches] == [batch.whole for batch in batches] == [len(ALL) - 1, 1]
+
+
+def test_asking_the_kernel_to_read_ahead_changes_nothing_and_a_missing_file_is_told_by_the_reader(store, tmp_path):
+    source = Source(store, "h", 5)
+    clips, groups = np.divmod(np.arange(CLIPS * source.groups), source.groups)
+    out = np.empty((len(clips), GRID[0], 5, 3), source.bits)
+    source.copy_blocks(clips, groups, out)
+    before = out.copy()
+    source.read_ahead(clips, groups)
+    source.copy_blocks(clips, groups, out)
+    assert np.array_equal(out, before)
+    other = make_store(tmp_path / "s.zarr", make_plan(clips=6, hooks={"h": 4}))
+    Path(other.shard_map("h", 0).filename).unlink()
+    with pytest.raises(TubeletError, match="is missing"):
+        list(Windows(Source(other, "h"), np.arange(6), batch_tokens=50, window_tokens=130))
 
 
 def test_wrong_choices_are_named(store, tmp_path):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tubelet_store import TubeletError
+from tubelet_trainer.batch import Batch
 from tubelet_trainer.cohort import Cohort
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.objective import Forward
@@ -27,7 +28,6 @@ from tubelet_trainer.pairs import Pairs
 from tubelet_trainer.ranks import Ranks
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, RandomPrefixes, TopKConfig
 from tubelet_trainer.specs import specs
-from tubelet_trainer.windows import Batch
 
 # As many as PyTorch's own wrapper (`make_graphed_callables`) runs.
 _WARM_UP = 3

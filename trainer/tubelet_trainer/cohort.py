@@ -1,7 +1,7 @@
 """SAEs of one run that step together: one preparation of the batch, one product where shapes allow, one backward pass.
 
-    tokens ─▶ normalised once ─▶ [S N, F] pre-activations ─▶ one choice, one decoding of S N tokens ─┬─▶ S Forwards
-              W_enc, W_dec of all S SAEs lie in one array [S, F, D]                                  └─▶ terms, each its own
+    tokens, normalised once ─▶ pre-activations [S N, F] ─▶ one choice, one decoding of S N tokens ─▶ S Forwards
+    W_enc, W_dec of all S SAEs lie in one array [S F, D]                                    each its own terms
 
 S SAEs of equal shape are one SAE with S F latents and S N tokens, in which a token sees its own F alone. So kernels are
 as few for S as for one, which is what counts on a GPU where one SAE is too small to fill it. Each still has the weights
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tubelet_trainer.batch import Batch
 from tubelet_trainer.learner import Learner
 from tubelet_trainer.objective import Forward, Term
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
@@ -26,7 +27,6 @@ from tubelet_trainer.sae.normalisation import Normalisation
 from tubelet_trainer.sae.sparse import Bags, decode, largest, pays_dense, select
 from tubelet_trainer.sae.sparsifiers import BatchTopK, Choice
 from tubelet_trainer.sharding import RankedBatchTopK, ShardedSAE
-from tubelet_trainer.batch import Batch
 
 # Pre-activations of a cohort in one array take at most this. SAEs that exceed it fill a GPU by themselves.
 _MOST_BYTES = 2**30
@@ -152,7 +152,7 @@ class Cohort:
 
     def _choose(self, pre_SBF: Tensor) -> Choice:
         """Of all tokens of all SAEs; latents count from 0 for each."""
-        count, tokens, _ = pre_SBF.shape
+        tokens = pre_SBF.shape[1]
         sparsifiers = [sae.sparsifier for sae in self.saes]
         first = sparsifiers[0]
         if not isinstance(first, BatchTopK):

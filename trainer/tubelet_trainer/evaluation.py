@@ -16,7 +16,9 @@ from tubelet_trainer.stream import Stream
 
 @torch.no_grad()
 def evaluate(sae: SAE, windows: Stream, hook: str | None = None) -> dict[str, float]:
-    """`fvu` (not a number where the tokens do not differ), `l0`, `dead` (share of latents that never fired over these tokens) and `tokens`.
+    """`fvu`, `l0`, `dead` (share of latents that never fired over these tokens) and `tokens`.
+
+    The FVU is not a number where the tokens do not differ.
 
     Args:
         sae: On the windows' device. Left in the mode it was in.

@@ -90,7 +90,7 @@ class Source:
         """Have the kernel read blocks from the disk, all at once and in the background, as far as it must.
 
         A page fault waits for the few pages that it needs, and so does a read; blocks of a window lie scattered. With
-        a cold cache, copying blocks that were asked for before ran 1.5 times (a third of a store's blocks) to 15 times
+        a cold cache, copying blocks that were asked for before ran 1.5 times (a third of a store's blocks) to 12 times
         (3 % of them) as fast. Where the cache holds them, asking would take as long as copying them: it is stopped.
 
         Args:

@@ -1,6 +1,6 @@
 """All SAEs of a run, and the batch they learn from: each batch is normalised once for all that want it the same way.
 
-    batch ─▶ tokens of each hook, normalised ─▶ Cohort, Cohort, ... ─▶ metrics of each SAE
+batch ─▶ tokens of each hook, normalised ─▶ Cohort, Cohort, ... ─▶ metrics of each SAE
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from tubelet_trainer.batch import Batch
 from tubelet_trainer.capture import CapturedCohort
 from tubelet_trainer.cohort import Cohort, cohorts, same_normalisation
 from tubelet_trainer.learner import Learner
-from tubelet_trainer.batch import Batch
 
 
 class Team:

@@ -121,8 +121,8 @@ def _section(found: Ablation, running: Running, what: str, alive: int) -> Sectio
                 high=max(lost, default=None),
                 n=count,
                 n_of="clips",
-                definition=f"Random latents of the same mean activation off; mean, lowest and highest of {draws} draws. "
-                f"{area}",
+                definition="Random latents of the same mean activation off; mean, lowest and highest of "
+                f"{draws} draws. {area}",
             ),
             Figure(
                 name="backbone_ablation.area_bottom",
@@ -161,7 +161,7 @@ def _section(found: Ablation, running: Running, what: str, alive: int) -> Sectio
                     ),
                     Line(label="least important", subject="raw", y=tuple(map(float, found.bottom))),
                 ),
-                definition=f"Top-1 with the m most important latents off, with the m least important, and with m random "
+                definition="Top-1 with the m most important latents off, with the m least important, and with m random "
                 f"ones of the same mean activation (mean and range of {draws} draws). {how}",
                 log_x=True,
             ),

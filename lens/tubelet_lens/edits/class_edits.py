@@ -3,9 +3,9 @@
     target change rate = #(predicted c before, another after) / #(predicted c before)
     other change rate  = #(another predicted before, changed after) / #(another predicted before)
 
-Beside the class's latent: random alive latents, latents of the same mean activation, random directions with steps of the
-same length. Rates are given as mean over classes and pooled over them (micro): the published code pools while its text
-says mean. The latent is chosen on the fit side; on the test side no label is looked at.
+Beside the class's latent: random alive latents, latents of the same mean activation, random directions with steps of
+the same length. Rates are given as mean over classes and pooled over them (micro): the published code pools while its
+text says mean. The latent is chosen on the fit side; on the test side no label is looked at.
 """
 
 from __future__ import annotations
@@ -184,16 +184,16 @@ def class_edit_section(
             figures.append(
                 Figure(
                     name=f"{name}.{kind}{'_micro' if micro else ''}.{arm}",
-                    title=f"{kind.capitalize()} change rate{', pooled' if micro else ''}"
+                    title=f"{kind.capitalize()} change rate of {units}{', pooled' if micro else ''}"
                     + ("" if arm == "class" else f": {words}"),
                     subject="sae" if arm == "class" else "random",
                     value=rates.target(micro) if kind == "target" else rates.other(micro),
-                    n=count if kind == "target" else int(rates.other_C.sum()),
+                    n=count if kind == "target" else int(rates.other_C[rates.target_C > 0].sum()),
                     n_of=f"predictions of {units}",
                     definition=f"Of the {units} predicted as {of} before, the share predicted as something else when "
                     f"{words} is suppressed; {pooled}. {setting}",
                     style="percent",
-                    better={"target": "high", "other": "low"}[kind] if arm == "class" else "neither",  # type: ignore[arg-type]
+                    better={"target": "high", "other": "low"}[kind] if arm == "class" else "neither",
                     headline=arm == "class" and kind == "target" and not micro,
                 )
             )

@@ -76,9 +76,10 @@ def classification_edits(clips: ClipSetting) -> ClipResult | None:
         seed=clips.config.seed,
     )
     chosen = ", ".join(f"{readout.classes[number]}: {latent}" for number, (latent, _) in best.items())
+    levels = ", ".join(f"{level:.0%}" for level in QUANTILES)
     how = (
-        f"Clips are classed by {readout.what}. A class's latent has the largest F1 on the fit side of a threshold on its "
-        f"mean activation in a clip, thresholds at its {', '.join(f'{q:.0%}' for q in QUANTILES)} quantiles ({chosen})."
+        f"Clips are classed by {readout.what}. A class's latent has the largest F1 on the fit side of a threshold on "
+        f"its mean activation in a clip, thresholds at its {levels} quantiles ({chosen})."
     )
     scores = [f1 for _, f1 in best.values()]
     extra = Figure(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -93,7 +94,7 @@ class Footage:
                 raise TubeletError(
                     f"{self.store.url} has no clip {clip}", f"Its clips are 0 to {self.store.plan.clips - 1}"
                 )
-        rows = self.store.clips().take([int(clip) for clip in clips])
+        rows = self.store.clips().take(pa.array([int(clip) for clip in clips], pa.int64()))
         wanted = rows["frame_indices"].to_pylist()
         sources = [resolve_uri(self.root, uri) for uri in rows["uri"].to_pylist()]
         shots = self._shots(sources, rows["view"].to_pylist(), rows["video_id"].to_pylist(), list(clips))

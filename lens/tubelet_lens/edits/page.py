@@ -22,7 +22,14 @@ def render_page(report: EditReport) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "range": spread, "operation": operation, "region": region, "bar": bar}
+    environment.filters |= {
+        "number": number,
+        "mean": mean,
+        "range": spread,
+        "operation": operation,
+        "region": region,
+        "bar": bar,
+    }
     return environment.get_template("edit.html").render(report=report, widest=widest)
 
 
@@ -32,10 +39,16 @@ def number(value: float) -> str:
     return text.replace("-", _MINUS)
 
 
-def spread(compared: Compared, kind: str) -> str:
-    """Mean and range of a control."""
+def mean(compared: Compared, kind: str) -> str:
+    """Mean of a control."""
     found = compared.matched if kind == "matched" else compared.random
-    return "—" if found is None else f"{number(found.mean)} ({number(found.low)} … {number(found.high)})"
+    return "—" if found is None else number(found.mean)
+
+
+def spread(compared: Compared, kind: str) -> str:
+    """Smallest and largest of a control's draws."""
+    found = compared.matched if kind == "matched" else compared.random
+    return "" if found is None else f"{number(found.low)} … {number(found.high)}"
 
 
 def operation(change: Suppress | Amplify | SetTo) -> str:

@@ -118,7 +118,7 @@ _MEASURES = (
     (
         "kl",
         "KL divergence",
-        "Mean over clips of KL(classes as the backbone is || classes now), in nats",
+        "Mean over clips of KL(classes as it is || classes now), in nats",
         "number",
         "low",
     ),

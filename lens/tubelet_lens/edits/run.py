@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
@@ -129,8 +130,8 @@ def _readout(config: EditConfig, store: Store, footage: Footage) -> Readout | No
     if own is not None or not config.probe_clips:
         return own
     table = store.clips()
-    edited = set(table["video_id"].take(list(config.clips)).to_pylist()) if config.clips else set()
     labels, videos = table["label"].to_pylist(), table["video_id"].to_pylist()
+    edited = {videos[clip] for clip in config.clips if clip < len(videos)}
     fit = [
         row
         for row, (ok, label, video) in enumerate(
@@ -138,8 +139,7 @@ def _readout(config: EditConfig, store: Store, footage: Footage) -> Readout | No
         )
         if ok == "ok" and label is not None and video not in edited
     ]
-    if len(fit) > config.probe_clips:
-        fit = [fit[place * len(fit) // config.probe_clips] for place in range(config.probe_clips)]
+    fit = [fit[place] for place in of_every_class(np.array([labels[row] for row in fit]), config.probe_clips)]
     numbers = sorted({labels[row] for row in fit})
     if len(numbers) < 2:
         return None
@@ -148,6 +148,19 @@ def _readout(config: EditConfig, store: Store, footage: Footage) -> Readout | No
     class_N = np.searchsorted(numbers, [labels[row] for row in fit]).astype(np.int64)
     classes = [str(names[number] if names[number] is not None else number) for number in numbers]
     return fit_probe(footage.backbone, rows_ND, class_N, classes, [videos[row] for row in fit], config.seed)
+
+
+def of_every_class(class_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """int64, ascending: at most `most` places, first one of each class, then a second one, ...
+
+    Evenly spaced ones would miss classes wherever these follow each other in turn.
+    """
+    _, number_N = np.unique(class_N, return_inverse=True)
+    order = np.argsort(number_N, kind="stable")
+    first_C = np.searchsorted(number_N[order], np.arange(number_N.max(initial=-1) + 1))
+    rank_N = np.empty(len(class_N), dtype=np.int64)
+    rank_N[order] = np.arange(len(class_N)) - first_C[number_N[order]]
+    return np.sort(np.argsort(rank_N, kind="stable")[:most])
 
 
 def last_tokens(store: Store, footage: Footage, clips: Sequence[int]) -> Tensor:

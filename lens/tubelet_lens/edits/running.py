@@ -16,7 +16,7 @@ from torch import Tensor
 from tubelet_lens.clip_metric import ClipSetting, Side
 from tubelet_lens.edits.footage import Footage, Shot
 from tubelet_lens.edits.readout import Readout, fit_probe, in_batches, own_classifier
-from tubelet_lens.edits.run import last_tokens
+from tubelet_lens.edits.run import last_tokens, of_every_class
 from tubelet_lens.edits.running_config import RunningConfig
 from tubelet_lens.labelled import labelled
 from tubelet_pipeline.backbones import Backbone
@@ -83,13 +83,13 @@ def start(clips: ClipSetting, config: RunningConfig) -> Running:
             "Leave out `running`, or use a store of single tokens",
         )
     backbone = backbone_of(store.plan, config.checkpoint, str(device))
-    rows = _spaced(len(clips.test.clips), config.test_clips)
+    rows = of_every_class(clips.test.labels, config.test_clips)
     test_footage = Footage(store, backbone, config.root, config.decode)
     shots = tuple(test_footage.clips([int(clip) for clip in clips.test.clips[rows]]))
     footage, fit_rows = None, np.empty(0, dtype=np.int64)
     if clips.fit is not None:
         footage = Footage(clips.fit.store, backbone, config.root, config.decode)
-        fit_rows = _spaced(len(clips.fit.clips), config.fit_clips)
+        fit_rows = of_every_class(clips.fit.labels, config.fit_clips)
     readout: Readout | None = own_classifier(backbone)
     if readout is None:
         readout = _probe(clips, footage, config)
@@ -108,16 +108,11 @@ def start(clips: ClipSetting, config: RunningConfig) -> Running:
     )
 
 
-def _spaced(count: int, most: int) -> NDArray[np.int64]:
-    taken = min(count, most)
-    return np.arange(taken, dtype=np.int64) * count // max(taken, 1)
-
-
 def _probe(clips: ClipSetting, footage: Footage | None, config: RunningConfig) -> Readout | None:
     known = labelled(clips)
     if known is None or footage is None or clips.fit is None:
         return None
-    chosen = _spaced(len(known.fit_rows), config.fit_clips)
+    chosen = of_every_class(known.fit_class, config.fit_clips)
     rows = known.fit_rows[chosen]
     tokens_ND = last_tokens(clips.fit.store, footage, [int(clip) for clip in clips.fit.clips[rows]])
     videos = [str(video) for video in clips.fit.videos[rows]]

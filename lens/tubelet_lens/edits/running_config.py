@@ -18,9 +18,9 @@ class RunningConfig(Config):
     checkpoint: str | None = None
     """Hub id or folder of the backbone; none: what the store calls it."""
     fit_clips: int = Field(default=256, ge=2)
-    """Videos to fit probes on, at most, evenly spaced."""
+    """Clips to fit probes on, at most, of all classes in turn."""
     test_clips: int = Field(default=64, ge=1)
-    """Videos to measure on, at most, evenly spaced; their pixels are held in memory."""
+    """Clips to measure on, at most, of all classes in turn; their pixels are held in memory."""
     largest: int = Field(default=64, ge=1)
     """Ablation: most latents taken away at once."""
     draws: int = Field(default=20, ge=1)

@@ -223,8 +223,8 @@ def _fit(running: Running, footage: Footage, side: Side, seed: int) -> _Fit:
         tokens.append(got[hook].tokens[0].float().flatten(0, 1).cpu().numpy()[kept])
         truth.append(label_N[kept])
         video.append(np.full(len(kept), place))
-    rows_ND, class_N, video_N = (np.concatenate(part) for part in (tokens, truth, video))
-    validation_N = video_N % 5 == 0
+    rows_ND, class_N = np.concatenate(tokens), np.concatenate(truth)
+    validation_N = np.concatenate(video) % 5 == 0
     device = running.backbone.device
     penalty = choose_penalty(rows_ND, class_N, validation_N, classes, (1e-4, 1e-3, 1e-2), device)
     latent_of, f1_of = marks.best(config.max_frequency)

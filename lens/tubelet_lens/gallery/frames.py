@@ -3,8 +3,9 @@
     clip table ─▶ decode pool ─▶ frames, exactly those of the clip table ─▶ the crop the backbone saw ─▶ sheet (WebP)
 
 All pages share the sheets: each clip is stored once, however many latents it shows, and a page picks the frame that
-belongs to its heat-map. Of the same 16 frames at 112 pixels a WebP sheet took 0.7 of a JPEG sheet and 3.7 of an H.264
-video (benchmarks/gallery.py); a video element would not keep step with the heat-map to the frame.
+belongs to its heat-map. Of the demo's clips a WebP sheet takes about half of a JPEG sheet and 1.4 times an H.264 video
+(benchmarks/gallery.py); of real videos at 112 pixels it took 0.7 and 3.7 times as much. A video is smaller, but does
+not keep step with the heat-map to the frame.
 """
 
 from __future__ import annotations

@@ -321,7 +321,8 @@ def number(value: float | None) -> str:
     if value is None:
         return "—"
     if value and not 1e-3 <= abs(value) < 1e5:
-        text = f"{value:.2e}"
+        digits, power = f"{value:.2e}".split("e")
+        text = f"{digits}e{int(power)}"
     elif abs(value) >= 100 or value == round(value):
         text = f"{value:,.0f}"
     else:

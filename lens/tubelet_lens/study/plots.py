@@ -86,6 +86,8 @@ def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: st
             first = next(iter(variants.values()))[0]
             axes.set_title(source)
             axes.set_xlabel(first.x_label)
+            if first.log_x:
+                axes.set_xscale("log")
             if first.log_y:
                 axes.set_yscale("log")
             if first.zero_line:

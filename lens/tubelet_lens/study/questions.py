@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -10,8 +11,21 @@ class Column:
     """One figure in a table."""
 
     figure: str
-    """Its name in the evaluation."""
+    """Its name in the evaluation; `*` stands for any part of it, one column for each that is found."""
     title: str
+    """`{}` stands for what `*` stood for."""
+
+    def found(self, known: Iterable[str]) -> tuple[Column, ...]:
+        """The columns of figures that are known."""
+        if "*" not in self.figure:
+            return (self,) if self.figure in known else ()
+        before, after = self.figure.split("*")
+        parts = [
+            name.removeprefix(before).removesuffix(after)
+            for name in known
+            if name.startswith(before) and name.endswith(after)
+        ]
+        return tuple(Column(f"{before}{part}{after}", self.title.format(part)) for part in parts if "." not in part)
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,10 @@ QUESTIONS: tuple[Question, ...] = (
             monosemanticity__mean__raw="MS, raw dimensions",
             monosemanticity__mean__permuted="null",
             monosemanticity__above_null="above null",
+            **{"monosemanticity__above_null_*": "above null, by {}"},
             collinearity__mean="nearest |cosine|",
+            labels__purity__sae="label purity",
+            labels__purity__permuted="purity, null",
         ),
     ),
     Question(
@@ -121,12 +138,15 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         "ablation",
-        "Causal ablation",
-        "How many latents carry what the probe reads? Latents are removed from the code, best first, beside random "
-        "ones matched in activation.",
+        "Causal ablation of the code",
+        "How many latents carry what the probe reads? Latents are taken out of the code, best first, beside random "
+        "ones matched in activation. This says what the probe uses, not what the backbone does.",
         _columns(
+            ablation__before__sae="accuracy before",
             ablation__m50__sae="latents for half",
             ablation__m50__random="random",
+            ablation__area__sae="area under curve",
+            ablation__area__random="area, random",
             ablation__gini="concentration (Gini)",
         ),
     ),
@@ -137,15 +157,19 @@ QUESTIONS: tuple[Question, ...] = (
         "exactly 0 for a backbone that sees one frame at a time.",
         _columns(
             scope__spatial__sae="spatial CDS",
+            scope__spatial__permuted="null",
             scope__spatial_vanished="vanished",
+            scope__spatial_high="high",
             scope__temporal__sae="temporal CDS",
+            scope__temporal__permuted="null, time",
             scope__temporal_vanished="vanished, time",
         ),
     ),
     Question(
         "seeds",
         "Stability between seeds",
-        "Do SAEs that differ only in their seed find the same latents? Dictionaries are matched one to one.",
+        "Do SAEs that differ only in their seed find the same latents? Dictionaries are matched one to one; the spread "
+        "is over pairs of seeds and stands in the definition.",
         _columns(
             seeds__cosine="matched cosine",
             seeds__cosine__random="null",

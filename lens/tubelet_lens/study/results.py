@@ -17,14 +17,15 @@ from tubelet_lens.study.config import StudyConfig
 from tubelet_lens.study.derived import equal_time_figures
 from tubelet_lens.study.plots import curves, pareto
 from tubelet_lens.study.questions import QUESTIONS
-from tubelet_lens.study.seeds import seed_figures
+from tubelet_lens.study.seeds import figures_over_seeds
 from tubelet_lens.study.table import Table, table
 
 _CURVES = (
     ("coherence.lags", "Autocorrelation against distance in time", "coherence"),
-    ("ablation.accuracy", "Accuracy left after removing the best latents", "ablation"),
-    ("scope.spatial_histogram", "How far latents follow a shifted view, in space", "scope"),
-    ("scope.temporal_histogram", "How far latents follow a shifted window, in time", "scope"),
+    ("ablation.curve", "Accuracy as the most important latents are taken away", "ablation"),
+    ("monosemanticity.distribution", "Monosemanticity of the latents", "interpretability"),
+    ("scope.spatial_distribution", "How far latents follow a shifted view, in space", "scope"),
+    ("scope.temporal_distribution", "How far latents follow a shifted window, in time", "scope"),
 )
 """Curves of the evaluations that are drawn over all variants: name, title, question."""
 
@@ -42,7 +43,7 @@ def write_results(config: StudyConfig, done: Sequence[Cell], failures: Mapping[s
     """Write tables, plots and the page over the finished cells; the page's path."""
     evaluations = {cell.name: cell.evaluation() for cell in done}
     more = equal_time_figures(done, evaluations)
-    of_seeds = seed_figures(done)
+    of_seeds = figures_over_seeds(done)
     tables = [
         found
         for question in QUESTIONS

@@ -129,7 +129,7 @@ def table(
     for key, shared in of_seeds.items():
         grouped[key].append({figure.name: figure for figure in shared})
     known = {name: figure for group in grouped.values() for figures in group for name, figure in figures.items()}
-    columns = tuple(column for column in question.columns if column.figure in known)
+    columns = tuple(found for column in question.columns for found in column.found(known))
     if not columns:
         return None
     rows = []

@@ -47,9 +47,10 @@ class Bags(NamedTuple):
         return cls(of_E, torch.searchsorted(of_E, torch.arange(count, device=of_E.device)))
 
     @classmethod
-    def equal(cls, count: int, width: int, device: torch.device) -> Bags:
-        """`count` bags of `width` entries each."""
-        numbers_N = torch.arange(count, device=device)
+    def rows(cls, indices_NK: Tensor) -> Bags:
+        """Each row of `indices_NK` a bag."""
+        count, width = indices_NK.shape
+        numbers_N = torch.arange(count, device=indices_NK.device)
         return cls(numbers_N[:, None].expand(count, width).reshape(-1).contiguous(), numbers_N * width)
 
 
@@ -119,8 +120,8 @@ def decode_dense(values: Tensor, indices: Tensor, weight_FD: Tensor, bags: Bags 
 
 def decode_sparse(values: Tensor, indices: Tensor, weight_FD: Tensor, bags: Bags | None = None) -> Tensor:
     """`decode_dense` without the dense code."""
-    bags = bags or Bags.equal(*indices.shape, indices.device)
-    out: Tensor = _Decode.apply(values.flatten(), indices.flatten(), weight_FD, *bags)
+    bags = bags or Bags.rows(indices)
+    out: Tensor = _Decode.apply(values.flatten(), indices.flatten().contiguous(), weight_FD, *bags)
     return out
 
 
@@ -152,7 +153,7 @@ def decode_groups(
         weight_FD: Decoder rows.
         bags: As in `decode`.
     """
-    bags = bags or Bags.equal(*indices.shape, indices.device)
+    bags = bags or Bags.rows(indices)
     tokens = len(bags.starts_N)
     # The entries beyond the last group are a bag of their own, which is dropped.
     of_E = bags.of_E * (groups + 1) + group.flatten().clamp_max(groups)
@@ -274,7 +275,7 @@ class _Select(torch.autograd.Function):
             if pays_dense(indices.numel(), len(x_ND), latents):
                 grad_weight = densify(grad, indices, latents, bags).T @ centred_ND
             else:
-                of_E = Bags.equal(*indices.shape, indices.device).of_E if of_E is None else of_E
+                of_E = Bags.rows(indices).of_E if of_E is None else of_E
                 grad_weight = _outer_sum(grad.flatten(), indices.flatten(), centred_ND, latents, of_E)
         return grad_x, grad_b_dec, grad_weight, grad_b_enc, None, None, None, None
 

@@ -1,0 +1,386 @@
+"""Laws of edits in a running backbone: planted answers in a linear one, and the whole path on the demo's."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from in_process import extract_here
+from tubelet_lens.config import EvaluateConfig, Topic
+from tubelet_lens.edits.backbone_ablation import accuracy_without
+from tubelet_lens.edits.class_edits import edit_classes
+from tubelet_lens.edits.config import EditConfig
+from tubelet_lens.edits.edit import Edit, LatentEdits
+from tubelet_lens.edits.footage import Footage, Shot
+from tubelet_lens.edits.operation import Amplify, Suppress
+from tubelet_lens.edits.patch_labels import NONE, Described, patch_labels, phrases
+from tubelet_lens.edits.recovery import recover
+from tubelet_lens.edits.report import EditReport
+from tubelet_lens.edits.run import edit
+from tubelet_lens.edits.running import Running
+from tubelet_lens.edits.running_config import RunningConfig
+from tubelet_lens.edits.verb import EDIT
+from tubelet_lens.evaluate import evaluate
+from tubelet_pipeline.backbones import rewriting
+from tubelet_pipeline.backbones.base import Captured
+from tubelet_pipeline.backbones.hooks import capture
+from tubelet_pipeline.demo_backbones import demo_backbone
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.replay import backbone_of
+from tubelet_pipeline.synthetic.config import VideosConfig
+from tubelet_pipeline.synthetic.dataset import make_dataset
+from tubelet_pipeline.synthetic.masks import read_masks
+from tubelet_store import Store, TubeletError, open_store
+from tubelet_store.plan import Grid
+from tubelet_trainer import SAE, TrainConfig
+from tubelet_trainer.loop import train
+from tubelet_trainer.sae.config import ReLUConfig
+from tubelet_trainer.sae.normalisation import Normalisation
+
+D, CLASSES, SCALE = 6, 4, 3.0
+MEAN = torch.linspace(2, 5, D)
+
+
+class LinearBackbone:
+    """Two linear blocks on pixels [T, D, 2, 2], a token each: what an edit does at the end is known in closed form."""
+
+    compiled = False
+    checkpoint = SimpleNamespace(name="linear")
+    grid = Grid(time=2, height=2, width=2)
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.turn = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0]
+        self.blocks = nn.ModuleList([nn.Identity(), nn.Linear(D, D, bias=False)])
+        self.blocks[1].weight.data = self.turn
+        self.hook_names = ("blocks.0", "blocks.1")
+
+    def resolve_hook(self, name: str) -> str:
+        return name
+
+    def module(self, hook: str) -> nn.Module:
+        return self.blocks[self.hook_names.index(hook)]
+
+    def arrange(self, hidden: Tensor) -> Captured:
+        return Captured(hidden.unflatten(1, (2, 4)), None)
+
+    def activations(self, pixels: Tensor, hooks: list[str]) -> dict[str, Captured]:
+        hidden = pixels.permute(0, 1, 3, 4, 2).flatten(1, 3)
+        found = capture({hook: self.module(hook) for hook in hooks}, lambda: self.blocks[1](self.blocks[0](hidden)))
+        return {hook: self.arrange(tokens) for hook, tokens in found.items()}
+
+
+class MeanReadout:
+    """Logits: weights on the mean last token."""
+
+    what = "planted weights"
+    classes = tuple("abcd")
+
+    def __init__(self, backbone: LinearBackbone, weights_CD: Tensor) -> None:
+        self.backbone, self.weights_CD = backbone, weights_CD
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        return self.backbone.activations(pixels, ["blocks.1"])["blocks.1"].tokens.mean((1, 2)) @ self.weights_CD.T
+
+
+@pytest.fixture(scope="module")
+def planted() -> Running:
+    """Class c is latent c, on in every token; latents 4 and 5 say nothing. The SAE is exact."""
+    sae = SAE(ReLUConfig(latents=D), Normalisation(MEAN, torch.tensor(SCALE)))
+    sae.load_state_dict({**sae.state_dict(), "W_enc": torch.eye(D), "W_dec": torch.eye(D)})
+    sae.eval().requires_grad_(False)
+    backbone = LinearBackbone()
+    weights_CD = (backbone.turn @ torch.eye(D)[:CLASSES].T).T  # reads latent c back out
+    class_N = np.repeat(np.arange(CLASSES), 5)
+    rng = torch.Generator().manual_seed(1)
+    shots = []
+    for number in class_N:
+        codes = torch.rand(2, 4, D, generator=rng) * 0.5
+        codes[..., number] += 1.0
+        tokens = codes * SCALE + MEAN
+        shots.append(shot_of(tokens.view(2, 2, 2, D).permute(0, 3, 1, 2)))
+    # The means of the tokens add the same to each class's logit only in raw units: take them out of the readout.
+    readout = MeanReadout(backbone, weights_CD)
+    offset = (MEAN @ backbone.turn.T) @ weights_CD.T
+    plain = readout.logits
+    readout.logits = lambda pixels: plain(pixels) - offset  # type: ignore[method-assign]
+    parts: dict[str, Any] = {"footage": None, "test_footage": None, "fit_rows": np.empty(0)}
+    return Running(
+        config=RunningConfig(),
+        backbone=backbone,  # type: ignore[arg-type]
+        hook="blocks.0",
+        sae=sae,
+        readout=readout,
+        shots=tuple(shots),
+        rows=np.arange(len(shots)),
+        class_N=class_N,
+        **parts,
+    )
+
+
+def shot_of(pixels: Tensor) -> Shot:
+    nothing: Any = np.empty(0)
+    return Shot("made", None, pixels, nothing, nothing, nothing, nothing)
+
+
+def test_the_logits_move_by_what_the_edit_takes_through_the_linear_rest(planted: Running) -> None:
+    """d logit = W M (scale (f' - f) d_j), mean over tokens."""
+    before = planted.logits()
+    with rewriting(planted.backbone, "blocks.0", LatentEdits(planted.sae, [Edit(2, Amplify(factor=3.0))])):
+        after = planted.logits()
+    f_N = torch.stack([(shot.pixels.permute(0, 2, 3, 1)[..., 2] - MEAN[2]).mean() / SCALE for shot in planted.shots])
+    wanted = torch.zeros(len(f_N), CLASSES)
+    wanted[:, 2] = SCALE * 2.0 * f_N
+    torch.testing.assert_close(after - before, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_ablating_a_classs_latent_costs_that_class_alone(planted: Running) -> None:
+    assert accuracy_without(planted, np.array([], dtype=np.int64)) == 1.0
+    assert accuracy_without(planted, np.array([4, 5])) == 1.0
+    assert accuracy_without(planted, np.array([1])) == 0.75
+    assert accuracy_without(planted, np.array([1, 2, 3])) == 0.25
+
+
+def test_suppressing_a_classs_latent_changes_that_class_and_no_other(planted: Running) -> None:
+    def predict(rewrite: Any) -> np.ndarray:
+        with rewriting(planted.backbone, planted.hook, rewrite or (lambda _tokens: None)):
+            return planted.logits().argmax(1).numpy()
+
+    found = edit_classes(
+        predict,
+        planted.sae,
+        {number: number for number in range(CLASSES)},
+        largest_F=np.full(D, 1.5),
+        mean_F=np.linspace(0.5, 0.6, D),
+        strengths=(0.0, 2.0),
+        draws=2,
+        seed=0,
+    )
+    for rates in found.rates["class"]:
+        assert (rates.target(), rates.other()) == (1.0, 0.0)
+        assert (rates.target(micro=True), rates.other(micro=True)) == (1.0, 0.0)
+    # Another latent is never the class's own, so its predictions stay.
+    for arm in ("matched", "latent"):
+        assert found.rates[arm][1].target() == 0.0
+
+
+def test_an_exact_sae_recovers_everything_and_the_mean_nothing(planted: Running) -> None:
+    found = recover(planted, MEAN)
+    assert found.original.kl == 0
+    assert (found.original.top1, found.reconstructed.top1) == (1.0, 1.0)
+    for measure in ("loss", "top1", "kl"):
+        assert found.recovered(measure) == pytest.approx(1.0, abs=1e-5)
+    assert found.ablated.top1 == pytest.approx(0.25)
+    assert found.ablated.loss == pytest.approx(np.log(CLASSES), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`ssv2`, a store of blocks.2 of the demo's VideoMAE, and an SAE trained on it for a moment."""
+    root = tmp_path_factory.mktemp("edits")
+    torch.set_num_threads(1)
+    videos = VideosConfig(out=root / "ssv2", videos=32, frames=32, height=64, width=64, validation_share=0, workers=1)
+    make_dataset(videos)
+    settings = {
+        "dataset": {"kind": "ssv2", "root": str(root / "ssv2"), "split": "train"},
+        "sampling": {"kind": "dense", "frames": 16, "stride": 2},
+        "backbone": {"id": str(demo_backbone("videomae-tiny"))},
+        "hooks": ["blocks.2"],
+        "store": str(root / "s.zarr"),
+        "decode": {"processes": 1},
+    }
+    extract_here(ExtractConfig.model_validate(settings))
+    options = {"steps": 60, "batch_tokens": 512, "sae": {"kind": "topk", "k": 8, "expansion": 2}, "device": "cpu"}
+    train(TrainConfig.model_validate({"store": str(root / "s.zarr"), "out": str(root / "run"), **options}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def store(made: Path) -> Store:
+    return open_store(str(made / "s.zarr"))
+
+
+def edit_config(made: Path, **fields: Any) -> EditConfig:
+    base = {"run": made / "run", "store": str(made / "s.zarr"), "latent": 0, "device": "cpu", "controls": 2}
+    return EditConfig.model_validate({**base, "usage_clips": 4, "probe_clips": 16, "clips": (1,), **fields})
+
+
+def busiest(made: Path, store: Store, clip: int) -> int:
+    from tubelet_lens.windows import read_clip
+    from tubelet_trainer import load_sae
+
+    codes = load_sae(made / "run").encode(read_clip(store, "blocks.2", clip).flatten(0, 1))
+    return int((codes > 0).sum(0).argmax())
+
+
+@pytest.fixture(scope="module")
+def report(made: Path, store: Store) -> EditReport:
+    changed = {"latent": busiest(made, store, 1), "operation": {"kind": "suppress", "strength": 2.0}}
+    return edit(edit_config(made, **changed, where={"steps": (2, 5)}, later=()))
+
+
+def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Store) -> None:
+    from tubelet_lens.windows import read_clip
+
+    backbone = backbone_of(store.plan, device="cpu")
+    (shot,) = Footage(store, backbone).clips([3])
+    got = backbone.activations(shot.pixels[None], ["blocks.2"])["blocks.2"].tokens[0]
+    torch.testing.assert_close(got, read_clip(store, "blocks.2", 3), rtol=2e-3, atol=2e-3)
+    assert shot.frame_indices.tolist() == store.clips()["frame_indices"][3].as_py()
+
+
+def test_an_edit_says_what_changed_beside_its_controls(report: EditReport) -> None:
+    (clip,) = report.clips
+    assert 0 < clip.changed_tokens <= 3 * 64
+    assert [each.hook for each in clip.hooks] == ["blocks.2", "blocks.3"]
+    for each in clip.hooks:
+        assert each.change.edit > 0
+        assert each.change.random is not None
+    at_hook = clip.hooks[0].change
+    assert at_hook.random is not None
+    assert at_hook.random.mean == pytest.approx(at_hook.edit, rel=1e-3)  # steps of the same length
+    (latent,) = clip.latents
+    assert latent.mean_after == pytest.approx(-2 * latent.largest_observed, rel=1e-4)
+    assert len(clip.classes) == 16
+    assert abs(sum(each.probability_after for each in clip.classes) - 1) < 1e-5
+    changes = [abs(each.logit_change.edit) for each in clip.classes]
+    assert changes == sorted(changes, reverse=True)
+    assert changes[0] > 0
+    assert clip.kl is not None
+    assert clip.kl.edit > 0
+
+
+def test_an_identity_edit_changes_no_logit_and_no_hook(made: Path, store: Store) -> None:
+    identity = {"latent": busiest(made, store, 1), "operation": {"kind": "amplify", "factor": 1.0}}
+    (clip,) = edit(edit_config(made, **identity)).clips
+    assert clip.changed_tokens == 0
+    assert clip.kl is not None
+    assert clip.kl.edit == 0
+    assert all(each.logit_change.edit == 0 for each in clip.classes)
+    assert all(each.change.edit == 0 for each in clip.hooks)
+
+
+def test_the_page_stands_alone_and_the_json_is_read_back(report: EditReport, tmp_path: Path) -> None:
+    page = report.write(tmp_path).read_text()
+    assert "://" not in page
+    assert not re.search(r"<(script|link|img|iframe)\b", page)
+    assert "suppressed to" in page
+    assert "latent steps 2 to 5" in page
+    assert EditReport.model_validate_json((tmp_path / "edit.json").read_text()) == report
+
+
+def test_the_verb_prints_and_writes(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = next((made / "ssv2").rglob("*.webm"))
+    config = edit_config(made, clips=(), videos=(str(video),), probe_clips=0, out=tmp_path / "out")
+    assert EDIT.run(config) == 0
+    out = capsys.readouterr().out
+    assert video.name in out
+    assert "change at blocks.3" in out
+    tree = json.loads((tmp_path / "out" / "edit.json").read_text())
+    assert (tree["format"], tree["schema_version"], tree["readout"]) == ("tubelet-edit", 1, None)
+
+
+def test_an_sae_of_a_later_hook_may_watch_and_one_of_an_earlier_may_not(made: Path) -> None:
+    with pytest.raises(TubeletError, match=r"reads 'blocks\.2', which does not come after"):
+        edit(edit_config(made, later=(made / "run",), probe_clips=0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"latent": 999}, r"no latent 999: this SAE has 192"),
+        ({"clips": (99,)}, r"has no clip 99.*0 to 31"),
+        ({"clips": (), "videos": ("nowhere.mp4",)}, r"nowhere\.mp4 cannot be read: missing"),
+        ({"where": {"rows": (0, 9)}}, r"rows \[0, 9\] reach past the grid, which has 8"),
+        ({"checkpoint": str(demo_backbone("dinov2-tiny"))}, "pictures|frames|other weights"),
+        ({"root": "/nowhere"}, "cannot be read"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_line(made: Path, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(TubeletError, match=words):
+        edit(edit_config(made, **{"probe_clips": 0, **fields}))
+
+
+def test_the_verb_is_described_without_torch() -> None:
+    code = (
+        "import sys; from tubelet_lens.edits.verb import EDIT; EDIT.config();"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'jinja2')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_captions_tell_what_fills_the_placeholders() -> None:
+    described = Described("1", "Moving something and something closer to each other", "")
+    caption = "Moving a red striped circle and an orange star closer to each other"
+    filled = Described("1", described.template, caption)
+    assert phrases(filled) == ("a red striped circle", "an orange star")
+    assert phrases(Described("1", None, caption)) == ()
+    assert phrases(described) == ()
+
+
+def test_patch_labels_are_those_of_the_masks(made: Path, store: Store) -> None:
+    """Pixels counted one by one, on 64 x 64 frames that the backbone sees whole, in patches of 8 and steps of 2."""
+    backbone = backbone_of(store.plan, device="cpu")
+    seen = set()
+    for shot in Footage(store, backbone).clips(range(0, 32, 5)):
+        row = store.clips().take([shot.clip]).to_pylist()[0]
+        described = Described(row["video_id"], row["label_name"], row["caption"])
+        labels = patch_labels(str(made / "ssv2"), described, shot, backbone.grid, "object", 0.9)
+        masks = read_masks(made / "ssv2", row["video_id"])[shot.frame_indices] > 0
+        for step, y, x in np.ndindex(8, 8, 8):
+            share = masks[2 * step : 2 * step + 2, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean()
+            wanted = 1 if share >= 0.9 else 0 if share <= 0.1 else NONE
+            assert labels[step, 8 * y + x] == wanted
+        coloured = patch_labels(str(made / "ssv2"), described, shot, backbone.grid, "colour", 0.9)
+        assert ((coloured == 0) == (labels == 0)).all()
+        assert (coloured[labels == 1] != 0).all()
+        seen |= set(np.unique(coloured))
+    assert len(seen - {NONE, 0}) >= 2
+
+
+IN_THE_BACKBONE = ["recovery", "backbone_ablation", "classification_edits", "segmentation_edits"]
+
+
+def test_an_evaluation_measures_in_the_running_backbone(made: Path) -> None:
+    settings = {
+        "run": made / "run",
+        "store": str(made / "s.zarr"),
+        "split": "all",
+        "fit_store": str(made / "s.zarr"),
+        "controls": False,
+        "device": "cpu",
+        "skip": [topic for topic in get_args(Topic) if topic not in IN_THE_BACKBONE],
+        "running": {"fit_clips": 16, "test_clips": 2, "largest": 1, "draws": 1, "control_draws": 1, "strengths": [2.0]}
+        | {"masks": "object", "label_threshold": 0.6},
+    }
+    result = evaluate(EvaluateConfig.model_validate(settings))
+    figures = {figure.name: figure for figure in result.evaluation.figures()}
+    assert figures["recovery.kl.raw"].value == 0
+    assert figures["recovery.kl.sae"].value < figures["recovery.kl.mean"].value  # type: ignore[operator]
+    assert figures["recovery.recovered_kl"].value == pytest.approx(
+        1 - figures["recovery.kl.sae"].value / figures["recovery.kl.mean"].value  # type: ignore[operator]
+    )
+    assert 0 <= figures["backbone_ablation.before"].value <= 1  # type: ignore[operator]
+    assert figures["segmentation_edits.accuracy"].value > 0.8  # type: ignore[operator]
+    for section in ("classification_edits", "segmentation_edits"):
+        for arm in ("class", "matched", "latent", "direction"):
+            assert figures[f"{section}.target.{arm}"].definition
+    names = [section.name for section in result.evaluation.sections]
+    assert names == [*IN_THE_BACKBONE, "training"]
+
+
+def test_switching_off_is_a_factor_of_zero(planted: Running) -> None:
+    """And needs no largest activation."""
+    tokens = torch.randn(1, 2, 4, D) * SCALE + MEAN
+    off = LatentEdits(planted.sae, [Edit(1, Suppress())])(tokens)
+    assert torch.equal(off, LatentEdits(planted.sae, [Edit(1, Amplify(factor=0.0))])(tokens))
