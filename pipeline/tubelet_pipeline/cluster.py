@@ -133,7 +133,7 @@ def connect(config: ClusterConfig) -> Iterator[Client]:
     Raises:
         TubeletError: no scheduler answers, or the cluster does not start.
     """
-    with contextlib.ExitStack() as stack:
+    with _quiet_dask(), contextlib.ExitStack() as stack:
         if config.lasting:
             yield stack.enter_context(_client(config))
         elif config.class_ is not None:
