@@ -105,7 +105,8 @@ def test_probes_and_maps_stand_beside_their_controls(result: Evaluation) -> None
         for subject in ("sae", "raw", "untrained", "random_topk", "pca"):
             assert result.figure(f"{name}.{subject}").value is not None
     assert result.figure("action.top1.permuted").value is not None
-    assert result.figure("action.chance").value == 0.25
+    # Of the four labels three are on videos that the SAE was trained on: nothing can guess the fourth.
+    assert result.figure("action.chance").value == 1 / 3
 
 
 def test_the_json_is_versioned_and_defines_every_figure(

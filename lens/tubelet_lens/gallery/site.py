@@ -60,6 +60,7 @@ class Site:
                     self.sheets.add(int(PurePosixPath(key).stem))
                 else:
                     self.root.delete(key)
+        self.root.discard_scratch()
         self._folder = self._stack.enter_context(self.root.scratch())
         self._write_record({"state": "writing"})
         return self
