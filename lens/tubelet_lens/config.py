@@ -111,7 +111,7 @@ class EvaluateConfig(Config):
     fit_store: str | None = None
     """Store whose clips probes and maps are fitted on; none: the clips of `store` that the SAE was trained on."""
     fit_clips: int = Field(default=20_000, ge=1)
-    """Fit on at most this many clips, evenly spaced."""
+    """Fit on at most this many clips, drawn at random."""
     fit_validation: float = Field(default=0.2, gt=0, lt=0.5)
     """Share of the fitted-on videos on which penalties are chosen."""
     fit_ranking: float = Field(default=0.25, gt=0, lt=0.5)
@@ -138,7 +138,7 @@ class EvaluateConfig(Config):
     skip: tuple[Topic, ...] = ()
     """Topics to leave out."""
     limit_clips: int | None = Field(default=None, ge=1)
-    """Evaluate at most this many clips, evenly spaced through the split; none: all of them."""
+    """Evaluate at most this many clips, drawn at random; none: all of them."""
     lags: int = Field(default=4, ge=1)
     """Largest distance in latent steps of the autocorrelation curve."""
     null_draws: int = Field(default=4, ge=1)

@@ -20,4 +20,4 @@ class ScopeConfig(Config):
     vanished: Literal["left_out", "one"] = "left_out"
     """What a pair counts in which the latent fires in one view only: nothing, or the largest distance."""
     limit_pairs: int | None = Field(default=None, ge=1)
-    """Look at no more than this many pairs of views, evenly spaced; none: all of them."""
+    """Look at no more than this many pairs of views, drawn at random; none: all of them."""

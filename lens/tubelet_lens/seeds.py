@@ -21,6 +21,7 @@ from tubelet_lens.dictionary import directions, random_directions
 from tubelet_lens.latents import read_latents
 from tubelet_lens.matching import Matching, cosines, match
 from tubelet_lens.section import Figure, Subject
+from tubelet_lens.selection import some_of
 from tubelet_lens.subject import TrainedSae, check_store, load_trained
 from tubelet_lens.windows import read_clip
 from tubelet_store import Store, TubeletError
@@ -42,7 +43,7 @@ def seed_figures(
         evaluations: Folders of their evaluations, in the same order: latents that never fired there are left out.
             None: all latents are compared.
         store: Correlate the codes over clips of this store too.
-        limit_clips: At most this many of them, evenly spaced.
+        limit_clips: At most this many of them, drawn at random.
 
     Raises:
         TubeletError: fewer than two runs; a run or an evaluation cannot be read; a run has fewer than two alive
@@ -102,7 +103,7 @@ def _correlation_figures(
     signed: bool,
 ) -> Iterator[Figure]:
     clips = np.flatnonzero(store.ok())
-    clips = clips[np.arange(min(limit_clips, len(clips))) * len(clips) // min(limit_clips, len(clips))]
+    clips = some_of(clips, limit_clips)
     for sae in trained:
         check_store(sae, store, other_store=True)
     codes = [_codes(sae, store, clips, kept) for sae, kept in zip(trained, alive, strict=True)]

@@ -21,7 +21,7 @@ def choose_clips(
         store: The store.
         split: Side of the split, by video.
         holdout: The trainer's split.
-        limit: Most clips; they are evenly spaced, because neighbours in a store often share a class.
+        limit: Most clips, see `some_of`.
 
     Raises:
         TubeletError: no clip is left.
@@ -37,6 +37,14 @@ def choose_clips(
             f"{holdout.fraction}), none of those holds activations",
             "Choose another --split, or train with a larger holdout.fraction",
         )
-    if limit is not None and limit < len(clips):
-        clips = clips[np.arange(limit) * len(clips) // limit]
-    return clips
+    return some_of(clips, limit)
+
+
+def some_of(numbers: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    """At most `limit` of `numbers`, drawn at random and in their order; the same ones each time.
+
+    Neither the first ones nor evenly spaced ones will do: data sets list their classes one after the other, or in turn.
+    """
+    if limit is None or limit >= len(numbers):
+        return numbers
+    return numbers[np.sort(np.random.default_rng(0).permutation(len(numbers))[:limit])]

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from tubelet_lens.selection import some_of
 from tubelet_store import Store
 from tubelet_store.plan import Grid
 from tubelet_trainer.pairs import fresh_steps
@@ -75,7 +76,7 @@ def shifted_pairs(
         store: Of whole token grids.
         axis: In space or in time.
         videos: Only pairs of these.
-        limit: Most pairs; they are evenly spaced.
+        limit: Most pairs, drawn at random.
     """
     wanted = None if videos is None else set(videos)
     moved_column = "shift_patches" if axis == "spatial" else "shift_tubelets"
@@ -114,7 +115,6 @@ def shifted_pairs(
             continue
         pairs.append(ShiftedPair(first["clip"], row["clip"]))
     unusable = len(moved) - len(pairs)
-    if limit is not None and limit < len(pairs):
-        pairs = [pairs[place * len(pairs) // limit] for place in range(limit)]
+    pairs = [pairs[place] for place in some_of(np.arange(len(pairs)), limit)]
     found = ShiftedPairs(axis, shift, grid, tuple(pairs), unusable)
     return found if found.largest > 0 else None

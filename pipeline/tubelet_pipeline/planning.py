@@ -18,7 +18,7 @@ from tubelet_pipeline.tokens import AllTokens, TokenSelector
 from tubelet_pipeline.views import ShiftedViews, ThreeCrops, describe_clips
 from tubelet_store import Hook, Plan, TubeletError
 from tubelet_store.clips import clip_table_digest
-from tubelet_store.plan import NUMPY_DTYPES
+from tubelet_store.dtypes import NUMPY_DTYPES
 
 # One S3 object of a few hundred MiB reads and writes at full speed and is cheap to redo.
 _SHARD_TARGET_BYTES = 256 * 2**20

@@ -9,22 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import ml_dtypes
-import numpy as np
 from pydantic import Field, JsonValue, model_validator
 
 from tubelet_store.config import Config
 from tubelet_store.errors import TubeletError
 
-DTypeName = Literal["float16", "bfloat16", "float32"]
+if TYPE_CHECKING:
+    import numpy as np
 
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
+DTypeName = Literal["float16", "bfloat16", "float32"]
 
 
 class Grid(Config):
@@ -127,6 +122,8 @@ class Plan(Config):
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """NumPy dtype of the stored activations."""
+        from tubelet_store.dtypes import NUMPY_DTYPES
+
         return NUMPY_DTYPES[self.dtype]
 
     def shard_range(self, shard: int) -> range:

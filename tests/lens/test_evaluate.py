@@ -20,6 +20,7 @@ from tubelet_lens.evaluate import CLIP_METRICS, METRICS, Result, evaluate
 from tubelet_lens.latents import read_latents
 from tubelet_lens.report import show
 from tubelet_lens.section import Figure
+from tubelet_lens.selection import some_of
 from tubelet_lens.verbs import EVALUATE
 from tubelet_store import TubeletError, open_store
 from tubelet_trainer.config import TrainConfig
@@ -83,7 +84,13 @@ def test_the_other_splits_are_the_other_clips(trained: Path, result: Evaluation,
     assert there.coverage.clips == (28 if split == "all" else 28 - held)
 
 
-def test_a_limit_takes_clips_evenly(trained: Path) -> None:
+def test_a_limit_takes_clips_of_every_class_however_the_store_lists_them() -> None:
+    for label_N in (np.arange(960) % 16, np.arange(960) // 60):
+        assert len(set(label_N[some_of(np.arange(960), 96)])) == 16
+    assert (some_of(np.arange(5), 5) == np.arange(5)).all()
+
+
+def test_a_limit_is_kept(trained: Path) -> None:
     there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=3, device="cpu"))
     assert there.coverage.clips == 3
 

@@ -90,8 +90,8 @@ def train_on_ranks(config, folder):
     finally:
         for process in processes:
             process.kill()
-    for process, (_, error) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, error
+    said = "\n".join(f"--- rank {rank}\n{error}" for rank, (_, error) in enumerate(outputs))
+    assert [process.returncode for process in processes] == [0] * RANKS, said
     return outputs
 
 

@@ -59,7 +59,7 @@ class GalleryConfig(Config):
     other_store: bool = False
     """Accept a store other than the one trained on (another data set or sampling); hook and backbone must agree."""
     limit_clips: int | None = Field(default=None, ge=1)
-    """Look at no more than this many clips, evenly spaced through the split; none: all of them."""
+    """Look at no more than this many clips, drawn at random; none: all of them."""
     latents: Annotated[AllLatents | TopLatents | LatentList, Field(discriminator="kind")] = AllLatents()
     """Which latents get a page."""
     top_clips: int = Field(default=12, ge=1, le=128)

@@ -23,7 +23,7 @@ from tubelet_lens.gallery.site import INDEX, Site, page_key, sheet_key
 from tubelet_lens.gallery.statistics import Statistic, pick, statistics
 from tubelet_lens.gallery.survey import Exemplar, Survey, Surveyed, exemplars
 from tubelet_lens.latents import read_latents
-from tubelet_lens.selection import choose_clips
+from tubelet_lens.selection import choose_clips, some_of
 from tubelet_lens.subject import TrainedSae, check_store, load_trained
 from tubelet_lens.timing import latent_time
 from tubelet_lens.windows import Window, clip_bytes, windows
@@ -167,11 +167,11 @@ class _Reading:
         )
         most = max(1, min(_PROBE_CLIPS, self._config.window_mib * 2**20 // (8 * coder.latents)))
         labelled = self._clips[labels.of_clip[self._clips] >= 0]
-        spaced = labelled[np.arange(min(most, len(labelled))) * len(labelled) // max(1, min(most, len(labelled)))]
-        codes = MeanCodes(spaced)
+        probed = some_of(labelled, most)
+        codes = MeanCodes(probed)
         self._stream("Looking at every clip", self._clips, [survey, codes])
         probe: dict[int, tuple[Effects, ...]] = {}
-        if len(spaced):
+        if len(probed):
             clips, rows = codes.result()
             test = self._held_out[clips]
             probe = probe_effects(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -30,8 +30,10 @@ from tubelet_store.catalog.entry import (
 from tubelet_store.errors import TubeletError
 from tubelet_store.keys import ACTIVATIONS
 from tubelet_store.objects import ObjectRoot
-from tubelet_store.state import StoreState
 from tubelet_store.transport.s3 import split_anonymous
+
+if TYPE_CHECKING:
+    from tubelet_store.state import StoreState
 
 _EMPTY = """\
 # Activation stores. A valid Intake v2 catalogue: intake.open_catalog opens it, `tubelet catalog list` searches it.

@@ -85,11 +85,11 @@ def _list(config: CatalogConfig) -> int:
 
 def _clips(entry: StoreEntry) -> int | None:
     """How many clips the store has; of one that every user makes himself, here and now. None: there is none yet."""
+    if entry.about.shape[0] is not None:
+        return entry.about.shape[0]
     from tubelet_store.objects import open_root
     from tubelet_store.state import read_state
 
-    if entry.about.shape[0] is not None:
-        return entry.about.shape[0]
     state = read_state(open_root(entry.url))
     return None if state is None else state.plan.clips
 
