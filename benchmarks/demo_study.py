@@ -6,8 +6,8 @@ Renders the demo's videos, extracts them with the tiny VideoMAE and the tiny fra
 package (training, validation, and validation again with shifted views), writes `study.yaml` and runs `tubelet study` on
 it. What stands in the documentation is copied to `--out`. A second run with the same `--work` finds all that is done.
 
-The neutral embedding that judges monosemanticity is that of the videos' captions (words, no model): neither backbone made
-it, and both see the same.
+The neutral embedding that judges monosemanticity is that of the videos' captions (words, no model): neither backbone
+made it, and both are judged by the same.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def study_settings(work: Path, workers: int, epochs: int) -> dict[str, Any]:
         },
         "seeds": [0, 1, 2],
         "train": {"epochs": epochs, "batch_tokens": 1024, "optimiser": {"lr": 1e-3}, "pairs": {"anchors": 256}},
-        "evaluate": {"null_draws": 2, "control_draws": 1, "action": {"bootstrap": 500}},
+        "evaluate": {"null_draws": 2, "control_draws": 1, "action": {"bootstrap": 500, "poolings": ["mean"]}},
         "cluster": {"workers": workers, "threads": 1},
     }
 

@@ -32,8 +32,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from tubelet_lens.active import Active
 from tubelet_lens.autocorrelation import PooledAutocorrelation
-from tubelet_lens.series import Series, active_series, shuffled_steps
+from tubelet_lens.series import Series, shuffled_steps
 from tubelet_pipeline.demo_backbones import demo_backbone
 from tubelet_store import Store, cli, open_store
 from tubelet_trainer import Source, Windows, load_sae
@@ -137,15 +138,12 @@ def coherence(store: Store, clips: range, features: int, encode: Callable[[Tenso
     for clip in clips:
         stored = store.shard_map(HOOK, clip // shard_clips)[clip % shard_clips]
         values = encode(torch.from_numpy(stored.astype(np.float32)).flatten(0, 1))
+        products = Series.of(Active.of(values.view(grid.time, grid.space, features))).by_feature()
         valid_CT = fresh_CT[clip : clip + 1]
-        for pooled in (true, *nulls):
-            pooled.count_pairs(valid_CT, grid.space)
-        orders = [shuffled_steps(np.array([clip]), valid_CT, seed=0, draw=draw) for draw in range(NULL_DRAWS)]
-        for series in active_series(values.view(1, grid.time, grid.space, features)):
-            true.add(series, valid_CT)
-            for null, order_CT in zip(nulls, orders, strict=True):
-                shuffled = series.values_MT.gather(1, order_CT[series.clip_M])
-                null.add(Series(shuffled, series.feature_M, series.clip_M, series.row_M), valid_CT)
+        true.add(products, valid_CT[0], torch.arange(grid.time))
+        for draw, null in enumerate(nulls):
+            (order_T,) = shuffled_steps(np.array([clip]), valid_CT, seed=0, draw=draw)
+            null.add(products, valid_CT[0], order_T)
     value = true.value(1)
     null_mean = statistics.mean(_known(null.value(1).mean) for null in nulls)
     return Coherence(_known(value.mean), null_mean, _known(value.weighted_mean), value.features)

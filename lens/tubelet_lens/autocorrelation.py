@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tubelet_lens.series import Series
+from tubelet_lens.series import FeatureProducts, pairs_of_steps
 
 # Relative to a mean square, below this a variance is rounding.
 _NO_VARIANCE = 1e-12
@@ -43,32 +43,29 @@ class PooledAutocorrelation:
     """Pooled autocorrelation at lags 1 ... `lags` of `features` features (science note 1.4 a)."""
 
     def __init__(self, features: int, lags: int, device: torch.device) -> None:
-        # Columns: sum x, sum y, sum x^2, sum y^2, sum x y of pairs (x now, y later).
-        self._sums_LF5 = torch.zeros(lags, features, 5, dtype=torch.float64, device=device)
+        # Rows: sum x, sum y, sum x^2, sum y^2, sum x y of pairs (x now, y later).
+        self._sums_L5F = torch.zeros(lags, 5, features, dtype=torch.float64, device=device)
         self._pairs_L = [0] * lags
         self.active_F = torch.zeros(features, dtype=torch.float64, device=device)
         """Valid tokens on which the feature is not zero."""
 
-    def count_pairs(self, valid_CT: Tensor, patches: int) -> None:
-        """Count the pairs of a window's clips; pairs of all-zero series count too."""
-        for lag in range(1, len(self._pairs_L) + 1):
-            self._pairs_L[lag - 1] += patches * int((valid_CT[:, :-lag] & valid_CT[:, lag:]).sum())
-
-    def add(self, series: Series, valid_CT: Tensor) -> None:
-        """Add the pairs of `series` whose steps are both valid."""
-        valid_MT = valid_CT[series.clip_M]
-        values_MT = series.values_MT
-        self.active_F.index_add_(0, series.feature_M, ((values_MT != 0) & valid_MT).sum(1).double())
-        for lag in range(1, len(self._pairs_L) + 1):
-            both = valid_MT[:, :-lag] & valid_MT[:, lag:]
-            x, y = values_MT[:, :-lag] * both, values_MT[:, lag:] * both
-            columns = [x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1), (x * y).sum(1)]
-            self._sums_LF5[lag - 1].index_add_(0, series.feature_M, torch.stack(columns, 1))
+    def add(self, clip: FeatureProducts, valid_T: Tensor, order_T: Tensor) -> None:
+        """Add the pairs of a clip whose steps are both valid, with its steps in the order `order_T`."""
+        self.active_F += clip.active_TF[valid_T].sum(0)
+        squares_TF = clip.products_TTF.diagonal(dim1=0, dim2=1).T
+        for lag, sums_5F in enumerate(self._sums_L5F, start=1):
+            x, y = pairs_of_steps(valid_T, lag, order_T)
+            self._pairs_L[lag - 1] += clip.patches * len(x)
+            sums_5F[0] += clip.sums_TF[x].sum(0)
+            sums_5F[1] += clip.sums_TF[y].sum(0)
+            sums_5F[2] += squares_TF[x].sum(0)
+            sums_5F[3] += squares_TF[y].sum(0)
+            sums_5F[4] += clip.products_TTF[x, y].sum(0)
 
     def per_feature(self, lag: int) -> Tensor:
         """float64 [F] Correlation at `lag`; NaN where a feature does not vary over the pairs."""
         pairs = max(self._pairs_L[lag - 1], 1)
-        sx, sy, sxx, syy, sxy = self._sums_LF5[lag - 1].unbind(1)
+        sx, sy, sxx, syy, sxy = self._sums_L5F[lag - 1]
         vx, vy = sxx - sx * sx / pairs, syy - sy * sy / pairs
         defined = (vx > _NO_VARIANCE * sxx) & (vy > _NO_VARIANCE * syy)
         rho = (sxy - sx * sy / pairs) / (vx.clamp_min(0) * vy.clamp_min(0)).sqrt()
@@ -104,16 +101,18 @@ class WithinAutocorrelation:
         self.active = 0
         """Series that are not zero throughout."""
 
-    def add(self, series: Series, valid_CT: Tensor) -> None:
-        """Add the series of clips whose steps are all valid."""
-        values_MT = series.values_MT[valid_CT.all(1)[series.clip_M]]
-        centred_MT = values_MT - values_MT.mean(1, keepdim=True)
-        variance_M = centred_MT.square().sum(1)
-        defined = variance_M > _NO_VARIANCE * values_MT.square().sum(1)
-        products_M = (centred_MT[:, :-1] * centred_MT[:, 1:]).sum(1)
+    def add(self, values_TM: Tensor, valid_T: Tensor) -> None:
+        """Add the series, float64, of a clip; nothing if one of its steps is not valid."""
+        if not bool(valid_T.all()):
+            return
+        centred_TM = values_TM - values_TM.mean(0)
+        variance_M = centred_TM.square().sum(0)
+        squares_M = values_TM.square().sum(0)
+        defined = variance_M > _NO_VARIANCE * squares_M
+        products_M = (centred_TM[:-1] * centred_TM[1:]).sum(0)
         self._sum += float((products_M[defined] / variance_M[defined]).sum())
         self.defined += int(defined.sum())
-        self.active += len(values_MT)
+        self.active += int((squares_M > 0).sum())
 
     @property
     def mean(self) -> float | None:

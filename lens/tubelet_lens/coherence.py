@@ -10,7 +10,6 @@ Definitions: science note 1.4 [RECON]; the paper that reports a drop of 36 % doe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from tubelet_lens.autocorrelation import PooledAutocorrelation, PooledValue, Wit
 from tubelet_lens.latents import LatentColumn
 from tubelet_lens.metric import Setting
 from tubelet_lens.section import Curve, Figure, Line, Section, Subject
-from tubelet_lens.series import Series, active_series, shuffled_steps
-from tubelet_lens.stability import StepStability
+from tubelet_lens.series import FeatureProducts, Series, patch_products, shuffled_steps
+from tubelet_lens.stability import StepCosine, SupportOverlap
 from tubelet_lens.windows import Window
 
 _PAIRS = "Pairs in which either step covers a repeated (padding) frame are left out."
@@ -35,22 +34,14 @@ class _Temporal:
         self.pooled = PooledAutocorrelation(features, lags, setting.device)
         self.nulls = [PooledAutocorrelation(features, lags, setting.device) for _ in range(setting.null_draws)]
         self.within = WithinAutocorrelation()
-        self.stability = StepStability()
-        self.null_stability = StepStability()
+        self.cosine, self.null_cosine = StepCosine(), StepCosine()
 
-    def add(self, values_CTSF: Tensor, centred_CTSF: Tensor, valid_CT: Tensor, orders: list[Tensor]) -> None:
-        """Add a window; correlations are taken of `centred_CTSF`, so that their sums do not cancel."""
-        patches = values_CTSF.shape[2]
-        for pooled in (self.pooled, *self.nulls):
-            pooled.count_pairs(valid_CT, patches)
-        for series in active_series(centred_CTSF):
-            self.pooled.add(series, valid_CT)
-            self.within.add(series, valid_CT)
-            for null, order_CT in zip(self.nulls, orders, strict=True):
-                null.add(_reordered(series, order_CT), valid_CT)
-        self.stability.add(active_series(values_CTSF), valid_CT, patches)
-        shuffled: Iterable[Series] = (_reordered(series, orders[0]) for series in active_series(values_CTSF))
-        self.null_stability.add(shuffled, valid_CT, patches)
+    def add(self, by_feature: FeatureProducts, by_patch_TTS: Tensor, valid_T: Tensor, orders: list[Tensor]) -> None:
+        """Add a clip; `orders` are the true one and the null's."""
+        for pooled, order_T in zip((self.pooled, *self.nulls), orders, strict=True):
+            pooled.add(by_feature, valid_T, order_T)
+        self.cosine.add(by_patch_TTS, valid_T, orders[0])
+        self.null_cosine.add(by_patch_TTS, valid_T, orders[1])
 
     def null_values(self, lag: int) -> list[PooledValue]:
         """The null's draws at `lag`."""
@@ -68,18 +59,30 @@ class Coherence:
         self._centre_D = torch.from_numpy(mean).to(setting.device)
         self._sae = _Temporal("sae", "sae_shuffled", setting.latents, self._lags, setting)
         self._raw = _Temporal("raw", "raw_shuffled", setting.channels, self._lags, setting)
+        self._support, self._null_support = SupportOverlap(), SupportOverlap()
 
     def add(self, window: Window) -> None:
         """Take in one window."""
         if not self._lags:
             return
-        valid_CT = window.valid_CT
-        orders = [
-            shuffled_steps(window.clips, valid_CT, seed=self._setting.seed, draw=draw)
-            for draw in range(self._setting.null_draws)
+        seed, valid_CT = self._setting.seed, window.valid_CT
+        shuffled_DCT = [
+            shuffled_steps(window.clips, valid_CT, seed=seed, draw=draw) for draw in range(self._setting.null_draws)
         ]
-        self._sae.add(window.codes_CTSF, window.codes_CTSF, valid_CT, orders)
-        self._raw.add(window.x_CTSD, window.x_CTSD.double() - self._centre_D, valid_CT, orders)
+        in_order_T = torch.arange(self._steps, device=valid_CT.device)
+        for place, (codes, x_TSD) in enumerate(zip(window.codes, window.x_CTSD, strict=True)):
+            valid_T, orders = valid_CT[place], [in_order_T, *(order_CT[place] for order_CT in shuffled_DCT)]
+            series = Series.of(codes)
+            self._sae.add(series.by_feature(), series.by_patch(), valid_T, orders)
+            self._sae.within.add(series.values_TM, valid_T)
+            common_TTS = series.common()
+            self._support.add(common_TTS, valid_T, orders[0])
+            self._null_support.add(common_TTS, valid_T, orders[1])
+            # Correlations are taken of centred values, so that their sums do not cancel.
+            x_TSD = x_TSD.double()
+            centred_TSD = x_TSD - self._centre_D
+            self._raw.add(FeatureProducts.of(centred_TSD), patch_products(x_TSD), valid_T, orders)
+            self._raw.within.add(centred_TSD.flatten(1), valid_T)
 
     def section(self) -> Section:
         """Figures over everything added."""
@@ -266,32 +269,29 @@ class Coherence:
         figures = []
         for part in both:
             for subject, seen, prefix in (
-                (part.subject, part.stability, ""),
-                (part.shuffled, part.null_stability, null),
+                (part.subject, part.cosine, ""),
+                (part.shuffled, part.null_cosine, null),
             ):
                 figures.append(
                     Figure(
                         name=f"coherence.cosine.{subject}",
                         title="Step-to-step cosine",
                         subject=subject,
-                        value=seen.cosine,
-                        n=seen.cosine_pairs,
+                        value=seen.mean,
+                        n=seen.pairs,
                         n_of="pairs of tokens",
                         definition=prefix + cosine,
                         better="high" if not prefix else "neither",
                     )
                 )
-        for subject, seen, prefix in (
-            ("sae", self._sae.stability, ""),
-            ("sae_shuffled", self._sae.null_stability, null),
-        ):
+        for subject, overlap, prefix in (("sae", self._support, ""), ("sae_shuffled", self._null_support, null)):
             figures += [
                 Figure(
                     name=f"coherence.jaccard.{subject}",
                     title="Support Jaccard",
                     subject=subject,
-                    value=seen.jaccard,
-                    n=seen.jaccard_pairs,
+                    value=overlap.jaccard,
+                    n=overlap.jaccard_pairs,
                     n_of="pairs of tokens",
                     definition=f"{prefix}Mean over pairs one latent step apart of |A and B| / |A or B|, where A "
                     "and B are the sets "
@@ -302,8 +302,8 @@ class Coherence:
                     name=f"coherence.flip_rate.{subject}",
                     title="Flip rate",
                     subject=subject,
-                    value=seen.flip_rate,
-                    n=seen.flip_pairs,
+                    value=overlap.flip_rate,
+                    n=overlap.flip_pairs,
                     n_of="pairs of tokens",
                     definition=f"{prefix}Mean over pairs one latent step apart of 1 - |A and B| / |A|: the share "
                     "of a token's "
@@ -364,10 +364,6 @@ class Coherence:
             zero_line=True,
             integer_x=True,
         )
-
-
-def _reordered(series: Series, order_CT: Tensor) -> Series:
-    return replace(series, values_MT=series.values_MT.gather(1, order_CT[series.clip_M]))
 
 
 def _unit(part: _Temporal) -> str:

@@ -24,7 +24,9 @@ from tubelet_store import Store
 from tubelet_trainer import SAE
 from tubelet_trainer.sae.config import AnySAEConfig, SAEConfig
 from tubelet_trainer.sae.initialisation import initialise
+from tubelet_trainer.sae.model import Codes
 from tubelet_trainer.sae.normalisation import Normalisation
+from tubelet_trainer.sae.sparse import largest
 
 # As many as a start from data looks at by default.
 _TOKENS = 16_384
@@ -48,11 +50,19 @@ class RandomTopK:
         self._weights_FD = weights_FD.to(mean_D) / scale
         self._k = k
 
+    @property
+    def latents(self) -> int:
+        """Width F of the code."""
+        return len(self._weights_FD)
+
+    def encode_sparse(self, x_ND: Tensor) -> Codes:
+        """The k largest, where positive."""
+        values_Nk, places_Nk = largest((x_ND - self._mean_D) @ self._weights_FD.T, self._k)
+        return Codes(values_Nk.relu(), places_Nk)
+
     def encode(self, x_ND: Tensor) -> Tensor:
         """Dense codes [N, F]."""
-        values_NF = (x_ND - self._mean_D) @ self._weights_FD.T
-        top = values_NF.topk(self._k, dim=1)
-        return torch.zeros_like(values_NF).scatter_(1, top.indices, top.values.relu())
+        return self.encode_sparse(x_ND).dense(self.latents)
 
 
 def controls(

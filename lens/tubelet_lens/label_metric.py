@@ -31,7 +31,8 @@ def label_purity(clips: ClipSetting) -> ClipResult | None:
     purity_F, top_F = _purity(largest_VF, class_V, len(labels))
     rng = np.random.default_rng(clips.config.seed)
     draws = [_purity(largest_VF, rng.permutation(class_V), len(labels))[0] for _ in range(clips.setting.null_draws)]
-    sums_CF = np.stack([pooled.mean_NF[rows[class_N == c]].mean(axis=0, dtype=np.float64) for c in range(len(labels))])
+    mean_NF = pooled.mean_NF
+    sums_CF = np.stack([mean_NF[rows[class_N == c]].mean(axis=0, dtype=np.float64) for c in range(len(labels))])
     sums_CF = np.maximum(sums_CF, 0)
     with np.errstate(invalid="ignore"):
         share_F = sums_CF.max(axis=0) / sums_CF.sum(axis=0)

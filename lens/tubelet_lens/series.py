@@ -1,14 +1,14 @@
-"""Time series of single features, few at a time: the form in which temporal statistics are taken.
+"""A clip through time: the series of single features, and the products of its latent steps with each other.
 
-    values [C, T, S, F] ─▶ Series: only the rows (clip, patch, feature) that are not all zero, [M, T] in float64
+    x [T, S, F] ─▶ by feature  G_f[t, u] = sum over patches of x_tpf x_upf
+                ─▶ by patch    H_p[t, u] = sum over features of x_tpf x_upf
 
-Rows that are all zero add nothing to any sum of products, so sparse codes cost what is active, not F. Rows come in
-chunks of at most ROWS: peak memory stays bounded even where every latent is active.
+A lag, or another order of time, only chooses entries (t, u) of these. So all lags and all draws of the shuffled null
+together cost one pass over the values, and sparse codes cost what is active, not F.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,37 +16,104 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# 2^18 rows of 16 steps in float64 are 32 MiB; a statistic makes about four such arrays.
-ROWS = 2**18
+from tubelet_lens.active import Active
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureProducts:
+    """Of F features over the S patches of a clip, float64.
+
+    Attributes:
+        sums_TF: sum over patches of x_tpf.
+        products_TTF: G.
+        active_TF: int64 Patches in which the feature is not 0.
+        patches: S
+    """
+
+    sums_TF: Tensor
+    products_TTF: Tensor
+    active_TF: Tensor
+    patches: int
+
+    @classmethod
+    def of(cls, x_TSF: Tensor) -> FeatureProducts:
+        """Of dense values, float64."""
+        x_FTS = x_TSF.permute(2, 0, 1).contiguous()
+        products_TTF = (x_FTS @ x_FTS.mT).permute(1, 2, 0)
+        return cls(x_TSF.sum(1), products_TTF, (x_TSF != 0).sum(1), x_TSF.shape[1])
+
+
+def patch_products(x_TSF: Tensor) -> Tensor:
+    """H of dense values, float64 [T, T, S]."""
+    x_STF = x_TSF.transpose(0, 1)
+    return (x_STF @ x_STF.mT).permute(1, 2, 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """M series of T latent steps.
+    """The M series (patch, feature) of a clip that are not 0 throughout.
 
     Attributes:
-        values_MT: float64
-        feature_M: int64 Which feature.
-        clip_M: int64 Which clip of the window.
-        row_M: int64 Which (clip, patch), clip * patches + patch.
+        values_TM: float64
+        patch_M: int64
+        feature_M: int64
+        patches: S
+        features: F
     """
 
-    values_MT: Tensor
+    values_TM: Tensor
+    patch_M: Tensor
     feature_M: Tensor
-    clip_M: Tensor
-    row_M: Tensor
+    patches: int
+    features: int
+
+    @classmethod
+    def of(cls, codes: Active) -> Series:
+        """The series of a clip's codes."""
+        steps, patches, features = codes.shape
+        key_E = codes.token_E % patches * features + codes.latent_E
+        there = torch.zeros(patches * features, dtype=torch.bool, device=key_E.device)
+        there[key_E] = True
+        key_M = there.nonzero().squeeze(1)
+        place = torch.empty(len(there), dtype=torch.int64, device=key_E.device)
+        place[key_M] = torch.arange(len(key_M), device=key_E.device)
+        values_TM = torch.zeros(steps, len(key_M), dtype=torch.float64, device=key_E.device)
+        values_TM[codes.token_E // patches, place[key_E]] = codes.value_E.double()
+        return cls(values_TM, key_M // features, key_M % features, patches, features)
+
+    def by_feature(self) -> FeatureProducts:
+        """Sums over patches."""
+        values_TM, of_M = self.values_TM, self.feature_M
+        return FeatureProducts(
+            torch.stack([of_M.bincount(values_M, self.features) for values_M in values_TM]),
+            _products(values_TM, of_M, self.features),
+            torch.stack([of_M[values_M != 0].bincount(minlength=self.features) for values_M in values_TM]),
+            self.patches,
+        )
+
+    def by_patch(self) -> Tensor:
+        """H, [T, T, S]."""
+        return _products(self.values_TM, self.patch_M, self.patches)
+
+    def common(self) -> Tensor:
+        """float64 [T, T, S] Features that are not 0 at either of two steps."""
+        return _products((self.values_TM != 0).double(), self.patch_M, self.patches)
 
 
-def active_series(values_CTSF: Tensor) -> Iterator[Series]:
-    """The series of `values_CTSF` that are not zero throughout."""
-    patches = values_CTSF.shape[2]
-    # Clip by clip: the mask and its indices stay as small as one clip's.
-    for clip, values_TSF in enumerate(values_CTSF):
-        patch_M, feature_M = (values_TSF != 0).any(0).nonzero(as_tuple=True)
-        for start in range(0, len(patch_M), ROWS):
-            patch, feature = patch_M[start : start + ROWS], feature_M[start : start + ROWS]
-            values_MT = values_TSF[:, patch, feature].T.double()
-            yield Series(values_MT, feature, torch.full_like(patch, clip), clip * patches + patch)
+def _products(values_TM: Tensor, of_M: Tensor, count: int) -> Tensor:
+    """[T, T, count]: products of two steps, summed over the series of each of `count` groups."""
+    steps = len(values_TM)
+    out = values_TM.new_empty(steps, steps, count)
+    for t in range(steps):
+        for u in range(t, steps):
+            out[t, u] = out[u, t] = of_M.bincount(values_TM[t] * values_TM[u], count)
+    return out
+
+
+def pairs_of_steps(valid_T: Tensor, lag: int, order_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of steps `lag` apart in `order_T`, both valid: int64 [pairs] of the earlier and of the later one."""
+    place = (valid_T[:-lag] & valid_T[lag:]).nonzero().squeeze(1)
+    return order_T[place], order_T[place + lag]
 
 
 def shuffled_steps(clips: NDArray[np.int64], valid_CT: Tensor, *, seed: int, draw: int) -> Tensor:

@@ -31,13 +31,15 @@ class Sparsity:
 
     def add(self, window: Window) -> None:
         """Take in one window."""
-        for codes_TSF in window.codes_CTSF:
-            active_NF = codes_TSF.flatten(0, 1) != 0
-            self._fired_F += active_NF.sum(0)
-            size_NF = codes_TSF.flatten(0, 1).abs()
-            self._sum_F += size_NF.sum(0, dtype=torch.float64)
-            self._largest_F = torch.maximum(self._largest_F, size_NF.amax(0))
-            self._tokens_by_L0 += torch.bincount(active_NF.sum(1), minlength=len(self._tokens_by_L0))
+        latents = len(self._fired_F)
+        for codes in window.codes:
+            tokens = codes.shape[0] * codes.shape[1]
+            size_E = codes.value_E.abs()
+            self._fired_F += codes.latent_E.bincount(minlength=latents)
+            self._sum_F += codes.latent_E.bincount(size_E.double(), minlength=latents)
+            self._largest_F.scatter_reduce_(0, codes.latent_E, size_E, "amax")
+            active_N = codes.token_E.bincount(minlength=tokens)
+            self._tokens_by_L0 += active_N.bincount(minlength=len(self._tokens_by_L0))
 
     def section(self) -> Section:
         """Figures over all tokens added."""

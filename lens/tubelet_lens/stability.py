@@ -2,66 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
 from torch import Tensor
 
 from tubelet_lens.section import ratio
-from tubelet_lens.series import Series
+from tubelet_lens.series import pairs_of_steps
 
 
-class StepStability:
-    """Comparison of each token's code with the code of the same patch one step later."""
+class StepCosine:
+    """Cosine of each token's vector with that of the same patch one step later."""
 
     def __init__(self) -> None:
-        self._cosine = self._jaccard = self._flip = 0.0
-        self.cosine_pairs = 0
-        """Pairs in which both codes are not zero."""
+        self._sum = 0.0
+        self.pairs = 0
+        """Pairs in which neither vector is zero."""
+
+    def add(self, products_TTS: Tensor, valid_T: Tensor, order_T: Tensor) -> None:
+        """Add a clip, given the products of its steps patch by patch, with its steps in the order `order_T`."""
+        early, late = pairs_of_steps(valid_T, 1, order_T)
+        squares = products_TTS[early, early] * products_TTS[late, late]
+        both = squares > 0
+        self._sum += float((products_TTS[early, late][both] / squares[both].sqrt()).sum())
+        self.pairs += int(both.sum())
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the pairs."""
+        return ratio(self._sum, self.pairs)
+
+
+class SupportOverlap:
+    """Comparison of the set S_t of a token's active latents with that of the same patch one step later."""
+
+    def __init__(self) -> None:
+        self._jaccard = self._flip = 0.0
         self.jaccard_pairs = 0
         """Pairs in which at least one code is not zero."""
         self.flip_pairs = 0
         """Pairs in which the earlier code is not zero."""
 
-    def add(self, window_series: Iterable[Series], valid_CT: Tensor, patches: int) -> None:
-        """Add the pairs of a window, given all its series."""
-        clips, steps = valid_CT.shape
-        rows = clips * patches
-        squares_RT = torch.zeros(rows, steps, dtype=torch.float64, device=valid_CT.device)
-        size_RT = torch.zeros_like(squares_RT)
-        dot_RT, common_RT = torch.zeros_like(squares_RT[:, 1:]), torch.zeros_like(squares_RT[:, 1:])
-        for series in window_series:
-            values_MT = series.values_MT
-            active_MT = (values_MT != 0).double()
-            squares_RT.index_add_(0, series.row_M, values_MT.square())
-            size_RT.index_add_(0, series.row_M, active_MT)
-            dot_RT.index_add_(0, series.row_M, values_MT[:, :-1] * values_MT[:, 1:])
-            common_RT.index_add_(0, series.row_M, active_MT[:, :-1] * active_MT[:, 1:])
-        pair_RT = (valid_CT[:, :-1] & valid_CT[:, 1:]).repeat_interleave(patches, 0)
-        early, late = size_RT[:, :-1], size_RT[:, 1:]
-
-        both = pair_RT & (early > 0) & (late > 0)
-        norms = (squares_RT[:, :-1] * squares_RT[:, 1:]).sqrt()
-        self._cosine += float((dot_RT[both] / norms[both]).sum())
-        self.cosine_pairs += int(both.sum())
-
-        either = pair_RT & (early + late > 0)
-        union = early + late - common_RT
-        self._jaccard += float((common_RT[either] / union[either]).sum())
-        self.jaccard_pairs += int(either.sum())
-
-        before = pair_RT & (early > 0)
-        self._flip += float((1 - common_RT[before] / early[before]).sum())
-        self.flip_pairs += int(before.sum())
-
-    @property
-    def cosine(self) -> float | None:
-        """Mean cosine of a token's vector and its successor's."""
-        return ratio(self._cosine, self.cosine_pairs)
+    def add(self, common_TTS: Tensor, valid_T: Tensor, order_T: Tensor) -> None:
+        """Add a clip, given |S_t & S_u| patch by patch, with its steps in the order `order_T`."""
+        x, y = pairs_of_steps(valid_T, 1, order_T)
+        early, late, both = common_TTS[x, x], common_TTS[y, y], common_TTS[x, y]
+        union = early + late - both
+        self._jaccard += float((both[union > 0] / union[union > 0]).sum())
+        self.jaccard_pairs += int((union > 0).sum())
+        self._flip += float((1 - both[early > 0] / early[early > 0]).sum())
+        self.flip_pairs += int((early > 0).sum())
 
     @property
     def jaccard(self) -> float | None:
-        """Mean of |S_t & S_t+1| / |S_t | S_t+1| over the sets S of active latents."""
+        """Mean of |S_t & S_t+1| / |S_t | S_t+1|."""
         return ratio(self._jaccard, self.jaccard_pairs)
 
     @property

@@ -1,24 +1,28 @@
 """The stream that every metric reads: whole clips, raw and encoded, a few at a time.
 
-    store ─▶ clips (ok, of one split) ─▶ Window: x [C, T, S, D], codes [C, T, S, F], reconstruction [C, T, S, D]
+    store ─▶ clips (ok, of one split) ─▶ Window: x [C, T, S, D], active codes of C clips, reconstruction [C, T, S, D]
 
 Whole clips, so that neighbours in time and space are index arithmetic. Each clip is encoded alone, in one call of fixed
-shape: a figure does not depend on how many clips share a window. Peak memory is about
-`clip_bytes(...) x clips per window`; metrics add a bounded part of their own.
+shape: a figure does not depend on how many clips share a window. Codes are lists of what is active; a dense code exists
+only where a taker asks for it. Peak memory is at most about `clip_bytes(...) x clips per window`; metrics add a bounded
+part of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tubelet_lens.active import Active, listed
 from tubelet_lens.codes import SparseCoder
 from tubelet_store import Store, TubeletError
+from tubelet_trainer import SAE
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,21 +32,26 @@ class Window:
     Attributes:
         clips: [C] Their numbers in the store.
         x_CTSD: float32 Raw activations.
-        codes_CTSF: float32 The SAE's codes.
+        codes: [C] The SAE's codes.
         xhat_CTSD: float32 Its reconstructions, in raw units.
         valid_CT: bool Latent steps that cover no repeated frame (see `timing`).
     """
 
     clips: NDArray[np.int64]
     x_CTSD: Tensor
-    codes_CTSF: Tensor
+    codes: tuple[Active, ...]
     xhat_CTSD: Tensor
     valid_CT: Tensor
 
+    @cached_property
+    def codes_CTSF(self) -> Tensor:
+        """float32 The codes, dense."""
+        return torch.stack([codes.dense() for codes in self.codes])
+
 
 def clip_bytes(store: Store, hook: str, latents: int) -> int:
-    """Bytes one clip takes in a window: activations, reconstruction and codes in float32, a copy of each in passing,
-    and the activations once more in float64."""
+    """Most bytes one clip takes in a window: activations, reconstruction and dense codes in float32, a copy of each in
+    passing, and the activations once more in float64."""
     channels = store.plan.hook(hook).channels
     return store.plan.grid.tokens * (4 * (2 * channels + latents) * 2 + 8 * channels)
 
@@ -83,11 +92,21 @@ def windows(
         codes, xhat = [], []
         with torch.no_grad():
             for x_TSD in x_CTSD:
-                codes_NF = sae.encode(x_TSD.flatten(0, 1))
-                xhat.append(sae.decode(codes_NF).view(x_TSD.shape))
-                codes.append(codes_NF.view(*x_TSD.shape[:2], -1))
+                active, xhat_ND = _through(sae, x_TSD)
+                codes.append(active)
+                xhat.append(xhat_ND.view(x_TSD.shape))
         valid = torch.from_numpy(valid_CT[chosen]).to(device)
-        yield Window(chosen, x_CTSD, torch.stack(codes), torch.stack(xhat), valid)
+        yield Window(chosen, x_CTSD, tuple(codes), torch.stack(xhat), valid)
+
+
+def _through(sae: SparseCoder, x_TSD: Tensor) -> tuple[Active, Tensor]:
+    """Codes and reconstruction [N, D] of a clip."""
+    x_ND, shape = x_TSD.flatten(0, 1), (*x_TSD.shape[:2], sae.latents)
+    if isinstance(sae, SAE):
+        sparse = sae.encode_sparse(x_ND)
+        return listed(sparse, shape), sae.decode_sparse(sparse)
+    codes_NF = sae.encode(x_ND)
+    return Active.of(codes_NF.view(shape)), sae.decode(codes_NF)
 
 
 def read_clip(store: Store, hook: str, clip: int) -> Tensor:

@@ -127,8 +127,13 @@ class ClusterConfig(Config):
 
 
 @contextlib.contextmanager
-def connect(config: ClusterConfig) -> Iterator[Client]:
+def connect(config: ClusterConfig, tasks_per_worker: int = 2) -> Iterator[Client]:
     """A client of the cluster that `config` describes; a cluster started here ends with the context.
+
+    Args:
+        config: The cluster.
+        tasks_per_worker: Tasks a worker of a local cluster takes at once. Two for shards: the next one is decoded while
+            this one is computed to its end.
 
     Raises:
         TubeletError: no scheduler answers, or the cluster does not start.
@@ -140,7 +145,7 @@ def connect(config: ClusterConfig) -> Iterator[Client]:
             cluster = stack.enter_context(start_cluster(config))
             yield stack.enter_context(Client(cluster, timeout=config.start_timeout_s))
         else:
-            yield stack.enter_context(Client(stack.enter_context(_local(config))))
+            yield stack.enter_context(Client(stack.enter_context(_local(config, tasks_per_worker))))
 
 
 @contextlib.contextmanager
@@ -169,12 +174,10 @@ def _client(config: ClusterConfig) -> Client:
         ) from error
 
 
-def _local(config: ClusterConfig) -> LocalCluster:
+def _local(config: ClusterConfig, tasks_per_worker: int) -> LocalCluster:
     return LocalCluster(
         n_workers=config.workers or max(1, (os.cpu_count() or 1) // 2),
-        # The next shard is decoded while this one is computed to its end: with one thread the steady rate of
-        # `benchmarks/extract.py` was 7 % lower.
-        threads_per_worker=2,
+        threads_per_worker=tasks_per_worker,
         processes=True,
         dashboard_address="127.0.0.1:0",
         resources=config.resources or None,

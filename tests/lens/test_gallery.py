@@ -22,6 +22,7 @@ from PIL import Image
 from barcode import ClipSpec, draw_frame, make_clip, read_index
 from galleries import CROP, FRAMES, GRID, HOSTILE, Made, make_run
 from object_server import create_bucket, s3_environment, s3_server
+from tubelet_lens.active import Active
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.evaluate import evaluate
 from tubelet_lens.gallery.effects import probe_effects
@@ -90,7 +91,8 @@ def survey(codes: np.ndarray, video: np.ndarray, per_window: int, top: int = 3, 
     for start in range(0, len(codes), per_window):
         part = torch.from_numpy(codes[start : start + per_window])
         clips = np.arange(start, start + len(part))
-        taken.add(Window(clips, part, part, part, torch.ones(part.shape[:2], dtype=torch.bool)))
+        active = tuple(Active.of(codes_TSF) for codes_TSF in part)
+        taken.add(Window(clips, part, active, part, torch.ones(part.shape[:2], dtype=torch.bool)))
     return taken.result()
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from stores import make_plan, make_store, planned_table
+from tubelet_lens.active import Active
 from tubelet_lens.autocorrelation import PooledAutocorrelation, WithinAutocorrelation
 from tubelet_lens.evaluate import METRICS, stream
 from tubelet_lens.metric import Setting
 from tubelet_lens.section import Curve, Figure, Section
-from tubelet_lens.series import active_series, shuffled_steps
-from tubelet_lens.stability import StepStability
+from tubelet_lens.series import FeatureProducts, Series, patch_products, shuffled_steps
+from tubelet_lens.stability import StepCosine, SupportOverlap
 from tubelet_lens.timing import LatentTime, latent_time
 from tubelet_lens.windows import windows
 from tubelet_store import ClipOutcome, Store, StoreWriter, TubeletError, open_store
@@ -71,7 +72,7 @@ def setting_of(store: Store, latents: int, clips: np.ndarray | None = None, **fi
 
 
 def measure(setting: Setting, sae: Identity, *, clips_per_window: int) -> list[Section]:
-    metrics = [make(setting) for make in METRICS]
+    metrics = [make(setting) for make in METRICS.values()]
     stream(setting, sae, metrics, clips_per_window=clips_per_window)
     return [metric.section() for metric in metrics]
 
@@ -85,9 +86,8 @@ def pooled(x_CTSF: np.ndarray, valid_CT: np.ndarray | None = None, lags: int = 1
     x, steps = torch.from_numpy(x_CTSF), x_CTSF.shape[1]
     valid = torch.ones(len(x), steps, dtype=torch.bool) if valid_CT is None else torch.from_numpy(valid_CT)
     statistic = PooledAutocorrelation(x.shape[3], lags, CPU)
-    statistic.count_pairs(valid, x.shape[2])
-    for series in active_series(x):
-        statistic.add(series, valid)
+    for x_TSF, valid_T in zip(x, valid, strict=True):
+        statistic.add(FeatureProducts.of(x_TSF), valid_T, torch.arange(steps))
     return statistic
 
 
@@ -105,10 +105,9 @@ def test_white_noise_has_no_pooled_autocorrelation() -> None:
 
 def test_within_series_of_white_noise_shows_its_bias() -> None:
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((200, 8, 16, 2)))
-    valid = torch.ones(200, 8, dtype=torch.bool)
     within = WithinAutocorrelation()
-    for series in active_series(x):
-        within.add(series, valid)
+    for x_TSF in x:
+        within.add(x_TSF.flatten(1), torch.ones(8, dtype=torch.bool))
     assert within.mean == pytest.approx(-1 / 8, abs=0.01)
 
 
@@ -170,15 +169,49 @@ def test_the_shuffle_moves_valid_steps_only() -> None:
 
 def test_stability_of_a_hand_made_code() -> None:
     # One clip, one patch, three steps: {0,1} -> {1,2} -> {}.
-    codes = torch.zeros(1, 3, 1, 4)
-    codes[0, 0, 0, [0, 1]] = torch.tensor([3.0, 4.0])
-    codes[0, 1, 0, [1, 2]] = torch.tensor([6.0, 8.0])
-    seen = StepStability()
-    seen.add(active_series(codes), torch.ones(1, 3, dtype=torch.bool), patches=1)
-    assert seen.cosine == pytest.approx(4 * 6 / (5 * 10))
-    assert seen.jaccard == pytest.approx((1 / 3 + 0) / 2)
-    assert seen.flip_rate == pytest.approx((1 / 2 + 1) / 2)
-    assert (seen.cosine_pairs, seen.jaccard_pairs, seen.flip_pairs) == (1, 2, 2)
+    codes = torch.zeros(3, 1, 4)
+    codes[0, 0, [0, 1]] = torch.tensor([3.0, 4.0])
+    codes[1, 0, [1, 2]] = torch.tensor([6.0, 8.0])
+    series, valid, order = Series.of(Active.of(codes)), torch.ones(3, dtype=torch.bool), torch.arange(3)
+    cosine, overlap = StepCosine(), SupportOverlap()
+    cosine.add(series.by_patch(), valid, order)
+    overlap.add(series.common(), valid, order)
+    assert cosine.mean == pytest.approx(4 * 6 / (5 * 10))
+    assert overlap.jaccard == pytest.approx((1 / 3 + 0) / 2)
+    assert overlap.flip_rate == pytest.approx((1 / 2 + 1) / 2)
+    assert (cosine.pairs, overlap.jaccard_pairs, overlap.flip_pairs) == (1, 2, 2)
+
+
+def test_products_of_active_codes_are_those_of_the_dense_ones() -> None:
+    codes = torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(0)).relu()
+    codes[..., 3] = 0
+    codes[:, 2] = 0
+    series, dense = Series.of(Active.of(codes)), codes.double()
+    assert series.values_TM.shape[1] == int((codes != 0).any(0).sum())
+    sparse, full = series.by_feature(), FeatureProducts.of(dense)
+    torch.testing.assert_close(sparse.products_TTF, torch.einsum("tsf,usf->tuf", dense, dense))
+    torch.testing.assert_close(full.products_TTF, sparse.products_TTF)
+    torch.testing.assert_close(full.sums_TF, sparse.sums_TF)
+    assert torch.equal(full.active_TF, sparse.active_TF)
+    assert (full.patches, sparse.patches) == (6, 6)
+    torch.testing.assert_close(series.by_patch(), torch.einsum("tsf,usf->tus", dense, dense))
+    torch.testing.assert_close(patch_products(dense), series.by_patch())
+    on = (dense != 0).double()
+    torch.testing.assert_close(series.common(), torch.einsum("tsf,usf->tus", on, on))
+
+
+def test_another_order_of_time_is_the_statistic_of_the_reordered_clip() -> None:
+    """What the null reads from the products is what it would read from shuffled activations."""
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 6, 4)))
+    valid, order = torch.tensor([True, True, True, True, False]), torch.tensor([2, 0, 3, 1, 4])
+    chosen, moved = PooledAutocorrelation(4, 2, CPU), PooledAutocorrelation(4, 2, CPU)
+    chosen.add(FeatureProducts.of(x), valid, order)
+    moved.add(FeatureProducts.of(x[order]), valid, torch.arange(5))
+    for lag in (1, 2):
+        torch.testing.assert_close(chosen.per_feature(lag), moved.per_feature(lag))
+    now, later = x[order][:3].flatten(0, 1), x[order][1:4].flatten(0, 1)
+    expected = [np.corrcoef(now[:, f], later[:, f])[0, 1] for f in range(4)]
+    np.testing.assert_allclose(chosen.per_feature(1).numpy(), expected, rtol=1e-10)
 
 
 def test_a_grid_of_one_step_says_so_and_measures_the_rest(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor, nn
+from torch import Tensor
 
 from tubelet_store import TubeletError
 from tubelet_trainer.config import ObjectiveConfig
@@ -33,6 +33,8 @@ from tubelet_trainer.pairs import Pairs
 from tubelet_trainer.sae.config import AbsTopKConfig, Groups, SAEConfig
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.sparse import decode, densify
+from tubelet_trainer.sae.sparsifiers import Sparsifier
+from tubelet_trainer.sharding import RankedBatchTopK
 
 Kind = Literal["temporal", "spatial"]
 
@@ -98,7 +100,7 @@ class _Views:
                 anchor_AG = densify(codes.values[pairs.rows], codes.indices[pairs.rows], sae.latents)
             else:
                 anchor_AG = codes.dense(sae.latents)[pairs.rows]
-            with _kept_state(sae.sparsifier):
+            with _aside(sae.sparsifier, pairs.whole):
                 neighbour_AG = sae.activate(x_AD, sae.pre_activations(x_AD)).dense(sae.latents)
         if config.codes == "prefix":
             anchor_AG, neighbour_AG = anchor_AG[:, :prefix], neighbour_AG[:, :prefix]
@@ -117,13 +119,19 @@ def _pre(sae: SAE, x_AD: Tensor) -> Tensor:
 
 
 @contextmanager
-def _kept_state(module: nn.Module) -> Iterator[None]:
-    """Undo what the block does to the module's buffers: a threshold is learnt from anchors alone."""
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+def _aside(sparsifier: Sparsifier, tokens: int) -> Iterator[None]:
+    """Let `sparsifier` choose from `tokens` (over all ranks) beside the batch's: its threshold is learnt from those."""
+    before = {name: buffer.clone() for name, buffer in sparsifier.named_buffers()}
+    ranked = sparsifier if isinstance(sparsifier, RankedBatchTopK) else None
+    whole = None if ranked is None else ranked.whole
     try:
+        if ranked is not None:
+            ranked.whole = tokens
         yield
     finally:
-        for name, buffer in module.named_buffers():
+        if ranked is not None:
+            ranked.whole = whole
+        for name, buffer in sparsifier.named_buffers():
             buffer.copy_(before[name])
 
 

@@ -131,10 +131,10 @@ class Cohort:
         )
         values = selected * choice.keep
         decoder = _Leaves.apply(self._decoders, *(sae.W_dec for sae in saes))
-        recon_SBD = decode(values, indices, decoder, choice.bags).view(count, tokens, -1)
+        # Sizes in full: a rank's part of a short last batch may have no token, and nothing can be told from 0.
+        recon_SBD = decode(values, indices, decoder, choice.bags).view(count, *x_BD.shape)
         recon_SBD = recon_SBD + torch.stack([sae.b_dec for sae in saes])[:, None]
-        shape = (count, tokens, -1) if choice.bags is None else (count, -1)
-        entries = zip(values.view(shape).unbind(), choice.indices.view(shape).unbind(), strict=True)
+        entries = zip(values.tensor_split(count), choice.indices.tensor_split(count), strict=True)
         bags = [None] * count if choice.bags is None else _split(choice.bags, count, tokens)
         codes = [Codes(*part, bag) for part, bag in zip(entries, bags, strict=True)]
         return list(zip(pre_SBF.unbind(), codes, recon_SBD.unbind(), strict=True))

@@ -92,6 +92,7 @@ class DrawnPairs:
             hooks=tokens,
             positions=torch.cat(found.positions),
             valid=torch.cat(found.valid),
+            whole=self._part.anchors,
             most=self._part.most,
             several_clips=len(self._clips) > 1 or self._part.short,
         )

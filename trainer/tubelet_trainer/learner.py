@@ -50,6 +50,7 @@ class Learner:
         dead_after_tokens: Tokens without firing after which a latent is dead.
         precision: Of the encoder's product in training.
         ranks: Processes that see the other parts of every batch.
+        batch_tokens: Of a usual batch, over all ranks; None: all are alike.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class Learner:
         dead_after_tokens: int,
         precision: torch.dtype = torch.float32,
         ranks: Ranks = ALONE,
+        batch_tokens: int | None = None,
     ) -> None:
         self.sae = sae
         self.objective = objective
         self.config = config
         self.steps = steps
+        self.batch_tokens = batch_tokens
         self.device = sae.W_dec.device
         self.precision = precision
         self.ranks = ranks
@@ -88,7 +91,8 @@ class Learner:
 
     def begin(self, step: int, whole: int | None = None) -> None:
         """Set what step `step` (from 0) changes, for a batch of `whole` tokens over all ranks."""
-        self.sae.anneal(step, self.steps)
+        fullness = 1.0 if whole is None or self.batch_tokens is None else whole / self.batch_tokens
+        self.sae.anneal(step, self.steps, fullness)
         if isinstance(self.sae.sparsifier, RankedBatchTopK):
             self.sae.sparsifier.whole = whole
         self.objective.begin(self.sae, step)

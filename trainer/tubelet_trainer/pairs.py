@@ -55,6 +55,8 @@ class Pairs:
     """[A] int64: the neighbours' positions (see `Batch.positions`)."""
     valid: Tensor
     """[A] bool: False where an anchor has no such neighbour, or one of the two is a repeated frame."""
+    whole: int
+    """Anchors of the batch over all ranks."""
     most: int
     """Most anchors that a rank has in this batch."""
     several_clips: bool
@@ -72,6 +74,7 @@ def join_pairs(parts: Sequence[Pairs], starts: Sequence[int]) -> Pairs:
         hooks={hook: torch.cat([part.hooks[hook] for part in parts]) for hook in parts[0].hooks},
         positions=torch.cat([part.positions for part in parts]),
         valid=torch.cat([part.valid for part in parts]),
+        whole=sum(part.whole for part in parts),
         most=sum(part.most for part in parts),
         several_clips=any(part.several_clips for part in parts) or sum(len(part) > 0 for part in parts) > 1,
     )

@@ -154,6 +154,7 @@ class Run:
             _dead_after(config, total),
             torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32,
             ALONE if self.sharded else self.ranks,
+            self.config.batch_tokens,
         )
         return Member(spec, hook, learner, moments)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from tubelet_pipeline.cluster import connect
 from tubelet_store import TubeletError
 from tubelet_store.config import validate
 from tubelet_trainer.config import TrainConfig
+
+# A worker may have several threads; what the verbs print is caught for the whole process.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def study(config: StudyConfig) -> StudySummary:
 
 def _run(config: StudyConfig, todo: Sequence[Cell]) -> dict[str, str]:
     failures: dict[str, str] = {}
-    with connect(config.cluster) as client, Progress() as progress:
+    with connect(config.cluster, tasks_per_worker=1) as client, Progress() as progress:
         task = progress.add_task("Cells", total=len(todo))
         futures = {_submit(client, config, cell): cell for cell in todo}
         for future in as_completed(futures):
@@ -106,7 +110,12 @@ def run_cell(train_tree: dict[str, Any], evaluate_tree: dict[str, Any], folder: 
     there.mkdir(parents=True, exist_ok=True)
     (there / "begun.json").write_text(json.dumps({"digest": digest}) + "\n")
     evaluate_config = validate(EvaluateConfig, evaluate_tree, "the study")
-    with (there / "cell.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        _ONE_AT_A_TIME,
+        (there / "cell.log").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         train(validate(TrainConfig, train_tree, "the study"))
         assert evaluate_config.out is not None
         evaluate(evaluate_config).write(evaluate_config.out)

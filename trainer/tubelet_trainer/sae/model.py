@@ -167,15 +167,22 @@ class SAE(nn.Module):
         """Bring the decoder's rows to unit norm; after the optimiser's step."""
         normalise_rows(self.W_dec)
 
-    def anneal(self, step: int, steps: int) -> None:
+    def anneal(self, step: int, steps: int, fullness: float = 1.0) -> None:
         """Set what changes in the course of training, for step `step` (from 0) of `steps`.
 
         BatchTopK's threshold looks back over the last tenth of the steps so far, until that is as long as its momentum
         says: early in a run pre-activations change faster than a slow mean follows. [RECON] After 200 steps with the
-        momentum alone, held-out tokens kept 14 latents where 32 were asked.
+        momentum alone, held-out tokens kept 14 latents where 32 were asked. A short batch counts by its tokens: the
+        smallest value of a single token is far above that of thousands.
+
+        Args:
+            step: From 0.
+            steps: Length of the run.
+            fullness: Tokens of the batch that comes over those of a usual one.
         """
         if isinstance(self.sparsifier, BatchTopK):
-            self.sparsifier.warmth.set(min(1.0, _LOOK_BACK / (step + 1)))
+            rate = max(self.sparsifier.momentum, min(1.0, _LOOK_BACK / (step + 1)))
+            self.sparsifier.rate.set(rate * fullness)
         if isinstance(self.config, TopKConfig | BatchTopKConfig | AbsTopKConfig):
             assert isinstance(self.sparsifier, TopK | BatchTopK | AbsTopK)
             self.sparsifier.k = self.config.k_at(step, steps, self.channels)

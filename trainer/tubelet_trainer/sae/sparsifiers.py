@@ -111,7 +111,7 @@ class BatchTopK(Sparsifier):
 
     Args:
         k: Active latents per token, on average.
-        momentum: Weight of the newest batch in the running mean, once `warmth` is lower.
+        momentum: Weight of the newest batch in the running mean.
     """
 
     threshold: Tensor
@@ -122,8 +122,8 @@ class BatchTopK(Sparsifier):
         self.momentum = momentum
         # Negative: no batch seen yet. A kept pre-activation is always positive.
         self.register_buffer("threshold", torch.tensor(-1.0))
-        self.warmth = Knob(0.0)
-        """Weight of the newest batch where that is more than `momentum`: early in a run, see `SAE.anneal`."""
+        self.rate = Knob(momentum)
+        """Weight of the batch that comes: more than `momentum` early in a run, less in a short one, see `SAE.anneal`."""
 
     def forward(self, pre_NF: Tensor) -> Choice:
         """In training a list of N k entries; else K is the largest number kept by any token, at least 1: reading it
@@ -159,8 +159,8 @@ class BatchTopK(Sparsifier):
     def _learn(self, smallest: Tensor) -> None:
         """Move the threshold towards the smallest kept pre-activation of a batch; infinite if none was positive."""
         smallest = smallest.to(self.threshold.dtype)
-        step = self.warmth.on(smallest.device).to(smallest.dtype).clamp_min(self.momentum)
-        moved = torch.where(self.threshold < 0, smallest, self.threshold + step * (smallest - self.threshold))
+        rate = self.rate.on(smallest.device).to(smallest.dtype)
+        moved = torch.where(self.threshold < 0, smallest, self.threshold + rate * (smallest - self.threshold))
         # A batch in which nothing is positive says nothing about the threshold.
         self.threshold.copy_(torch.where(smallest.isinf(), self.threshold, moved))
 
