@@ -1,11 +1,12 @@
 """What extraction costs beside its parts, one run: decode, forward, write alone, the pipeline, a plain script.
 
-    python benchmarks/extract.py [--videos 96] [--size 224] [--layers 6] [--width 192]
+    python benchmarks/extract.py [--videos 144] [--size 224] [--layers 6] [--width 192]
 
 Ratios count, not seconds. The yardstick is the busiest resource: on a machine without a GPU the cores (CPU seconds of
 all three stages over the number of cores), with one the GPU or the cores, whichever is needed longer. A job of minutes
 pays for the start of its workers and for its last shards, when not all of them have work; a job of hours hardly does:
-the row `steady` is the rate between the first and the last eighth of the shards.
+the row `steady` is the rate between the first and the last eighth of the shards. Below the table stands who had the
+cores meanwhile: this job, others on the machine, nobody.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,30 @@ def plain_script(config: ExtractConfig, folder: Path, clips: int) -> None:
                 arrays[hook][number] = values.tokens[0].numpy().astype(np.float16)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A moment of the job: wall clock, processor seconds of its processes, idle seconds of the cores, clips done."""
+
+    wall_s: float
+    cpu_s: float
+    idle_s: float
+    clips: int
+
+    @classmethod
+    def now(cls, summary: ExtractSummary) -> Mark:
+        """This moment."""
+        machine = psutil.cpu_times()
+        return cls(time.perf_counter(), _tree_cpu_s(), machine.idle + machine.iowait, summary.clips_this_run)
+
+
+def _who_had_the_cores(warm: Mark, late: Mark) -> str:
+    """Shares of all cores' time between two marks."""
+    whole = (late.wall_s - warm.wall_s) * len(psutil.cpu_times(percpu=True))
+    ours, idle = (late.cpu_s - warm.cpu_s) / whole, (late.idle_s - warm.idle_s) / whole
+    others = 1 - ours - idle
+    return f"while it ran steadily, the cores were {ours:.1%} this job's, {idle:.1%} idle, {others:.1%} others'"
+
+
 def _where_workers_were(log: Path) -> str:
     """What the tasks' own threads did with their time, of all shards."""
     events = [json.loads(line) for line in log.open()]
@@ -115,7 +141,7 @@ def _where_workers_were(log: Path) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--videos", type=int, default=96)
+    parser.add_argument("--videos", type=int, default=144)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=192)
@@ -189,16 +215,13 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
     write_cost = measured(write)
 
     # Starting workers and planning are paid once a job, not per clip.
-    marks: list[tuple[float, float, int]] = []
-
-    def mark(summary: ExtractSummary) -> None:
-        marks.append((time.perf_counter(), _tree_cpu_s(), summary.clips_this_run))
-
-    whole_wall, _ = measured(lambda: extract(config, mark))
-    (begun, begun_cpu, _), (last, last_cpu, _) = marks[0], marks[-1]
+    marks: list[Mark] = []
+    whole_wall, _ = measured(lambda: extract(config, lambda summary: marks.append(Mark.now(summary))))
+    begun, last = marks[0], marks[-1]
     eighth = max(1, len(marks) // 8)
-    (warm, warm_cpu, warm_clips), (late, late_cpu, late_clips) = marks[eighth], marks[-1 - eighth]
-    per_all = len(clips) / (late_clips - warm_clips)
+    warm, late = marks[eighth], marks[-1 - eighth]
+    per_all = len(clips) / (late.clips - warm.clips)
+    steady = np.array([late.wall_s - warm.wall_s, late.cpu_s - warm.cpu_s])
     few = max(1, len(clips) // _PLAIN_SHARE)
     plain_wall, plain_cpu = measured(lambda: plain_script(config, folder / "plain.zarr", few))
 
@@ -209,8 +232,8 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
         ("forward alone", *forward_cost),
         ("write alone", *write_cost),
         (f"busiest resource ({'GPU or cores' if on_gpu else 'cores'}) needs", need, cpu),
-        ("pipeline, steady, scaled to all clips", (late - warm) * per_all, (late_cpu - warm_cpu) * per_all),
-        ("pipeline, workers there to last shard", last - begun, last_cpu - begun_cpu),
+        ("pipeline, steady, scaled to all clips", *(per_all * steady)),
+        ("pipeline, workers there to last shard", last.wall_s - begun.wall_s, last.cpu_s - begun.cpu_s),
         ("pipeline, from nothing to complete", whole_wall, float("nan")),
         (f"plain script, zarr defaults ({few} clips)", plain_wall * len(clips) / few, plain_cpu * len(clips) / few),
     ]
@@ -220,9 +243,10 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
     print(f"{'':41}{'seconds':>9}{'CPU s':>9}{'wall/need':>11}{'CPU/CPU':>9}")
     for name, wall, used in rows:
         print(f"{name:41}{wall:9.2f}{used:9.2f}{wall / need:11.2f}{used / cpu:9.2f}")
+    print(_who_had_the_cores(warm, late))
     print(_where_workers_were(Path(f"{config.store}.log.jsonl")))
     if on_gpu:
-        print(f"GPU busy fraction {forward_cost[0] / (last - begun):.2f}")
+        print(f"GPU busy fraction {forward_cost[0] / (last.wall_s - begun.wall_s):.2f}")
         print(f"decode cores that feed one GPU {decode[1] / forward_cost[0]:.1f}")
     else:
         print("GPU busy fraction, decode cores per GPU: not measured: no GPU")

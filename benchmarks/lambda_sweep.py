@@ -34,8 +34,7 @@ from torch import Tensor
 
 from tubelet_lens.active import Active
 from tubelet_lens.autocorrelation import PooledAutocorrelation
-from tubelet_lens.series import Series, shuffled_steps
-from tubelet_pipeline.demo_backbones import demo_backbone
+from tubelet_lens.series import Series, pairs_at_lags, shuffled_steps
 from tubelet_store import Store, cli, open_store
 from tubelet_trainer import Source, Windows, load_sae
 from tubelet_trainer.config import ObjectiveConfig, TrainConfig
@@ -86,7 +85,7 @@ def make_stores(work: Path) -> tuple[Store, Store]:
         settings = {
             "dataset": {"kind": "ssv2", "root": str(work / "ssv2"), "split": split},
             "sampling": {"kind": "dense", "frames": 16, "stride": 3},
-            "backbone": {"id": str(demo_backbone("videomae-tiny"))},
+            "backbone": {"id": "videomae-tiny"},
             "hooks": [HOOK],
             "store": str(work / f"{split}.zarr"),
         }
@@ -140,10 +139,10 @@ def coherence(store: Store, clips: range, features: int, encode: Callable[[Tenso
         values = encode(torch.from_numpy(stored.astype(np.float32)).flatten(0, 1))
         products = Series.of(Active.of(values.view(grid.time, grid.space, features))).by_feature()
         valid_CT = fresh_CT[clip : clip + 1]
-        true.add(products, valid_CT[0], torch.arange(grid.time))
+        true.add(products, valid_CT[0], pairs_at_lags(valid_CT[0], torch.arange(grid.time), 1))
         for draw, null in enumerate(nulls):
             (order_T,) = shuffled_steps(np.array([clip]), valid_CT, seed=0, draw=draw)
-            null.add(products, valid_CT[0], order_T)
+            null.add(products, valid_CT[0], pairs_at_lags(valid_CT[0], order_T, 1))
     value = true.value(1)
     null_mean = statistics.mean(_known(null.value(1).mean) for null in nulls)
     return Coherence(_known(value.mean), null_mean, _known(value.weighted_mean), value.features)

@@ -148,7 +148,7 @@ def run() -> int:
             start = time.monotonic()
 
             def given_to(seed: int) -> tuple[str, ...]:
-                transport = ("http", "obstore", "fsspec")[seed % 3]
+                transport = ("obstore", "fsspec")[seed % 2]
                 return str(folder / "m"), str(budget), local.url, str(seed), str(TIMEOUT_S), transport
 
             logs = [folder / f"log-{seed}" for seed in range(PROCESSES)]

@@ -181,11 +181,9 @@ def rows(bench: Bench) -> list[Row]:
     ways: list[tuple[str, Callable[[], int]]] = [
         ("raw sockets, into memory", lambda: bench.raw(write=False)),
         ("raw sockets, into files", lambda: bench.raw(write=True)),
-        ("mirror over http (checked, in files, mapped)", bench.mirror("http", "crc32c")),
-        ("mirror over http, with SHA-256", bench.mirror("http", "sha256")),
-        ("mirror over obstore", bench.mirror("obstore", "crc32c")),
+        ("mirror over obstore (checked, in files, mapped)", bench.mirror("obstore", "crc32c")),
+        ("mirror over obstore, with SHA-256", bench.mirror("obstore", "sha256")),
         ("mirror over s3fs", bench.mirror("fsspec", "crc32c")),
-        ("http ranges, into memory", bench.ranges_of("http")),
         ("obstore ranges, into memory", bench.ranges_of("obstore")),
         ("s3fs ranges, into memory", bench.ranges_of("fsspec")),
         ("s3fs get_file, one after another", bench.s3fs_whole),
@@ -204,13 +202,11 @@ def table(title: str, found: list[Row]) -> str:
         for row in found
     ]
     of = {row.name: row for row in found}
-    s3fs_row = of["s3fs ranges, into memory"]
-    for client in ("obstore", "http"):
-        row = of[f"{client} ranges, into memory"]
-        lines.append(
-            f"{client} against s3fs: {row.mb_per_s / s3fs_row.mb_per_s:.2f} of its speed,"
-            f" {row.cpu_s_per_gb / s3fs_row.cpu_s_per_gb:.2f} of its processor time"
-        )
+    obstore_row, s3fs_row = of["obstore ranges, into memory"], of["s3fs ranges, into memory"]
+    lines.append(
+        f"obstore against s3fs: {obstore_row.mb_per_s / s3fs_row.mb_per_s:.2f} of its speed,"
+        f" {obstore_row.cpu_s_per_gb / s3fs_row.cpu_s_per_gb:.2f} of its processor time"
+    )
     return "\n".join(lines) + "\n"
 
 

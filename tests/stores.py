@@ -60,6 +60,7 @@ def make_store(
     failed: Sequence[int] = (),
     seed: int = 0,
     clips_per_video: int = 1,
+    table: pa.Table | None = None,
 ) -> Store:
     """A finished store at `path`.
 
@@ -70,6 +71,7 @@ def make_store(
         failed: Clips to store as failed.
         seed: Of the random activations.
         clips_per_video: Views per video.
+        table: Clip table; default: `planned_table`.
     """
     plan = plan or make_plan()
     rng = np.random.default_rng(seed)
@@ -79,7 +81,8 @@ def make_store(
             for hook in plan.hooks
         }
     special = {hook.name: rng.standard_normal((plan.clips, *plan.special_shape(hook))) for hook in plan.hooks}
-    writer = StoreWriter.begin(str(path), plan, planned_table(plan.clips, clips_per_video), {"made_by": "tests"})
+    table = planned_table(plan.clips, clips_per_video) if table is None else table
+    writer = StoreWriter.begin(str(path), plan, table, {"made_by": "tests"})
     for shard in writer.pending():
         with writer.shard(shard) as shard_writer:
             for clip in plan.shard_range(shard):

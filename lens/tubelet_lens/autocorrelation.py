@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tubelet_lens.series import FeatureProducts, pairs_of_steps
+from tubelet_lens.series import FeatureProducts
 
 # Relative to a mean square, below this a variance is rounding.
 _NO_VARIANCE = 1e-12
@@ -45,26 +45,30 @@ class PooledAutocorrelation:
     def __init__(self, features: int, lags: int, device: torch.device) -> None:
         # Rows: sum x, sum y, sum x^2, sum y^2, sum x y of pairs (x now, y later).
         self._sums_L5F = torch.zeros(lags, 5, features, dtype=torch.float64, device=device)
-        self._pairs_L = [0] * lags
+        self._pairs_L = torch.zeros(lags, dtype=torch.float64, device=device)
         self.active_F = torch.zeros(features, dtype=torch.float64, device=device)
         """Valid tokens on which the feature is not zero."""
 
-    def add(self, clip: FeatureProducts, valid_T: Tensor, order_T: Tensor) -> None:
-        """Add the pairs of a clip whose steps are both valid, with its steps in the order `order_T`."""
+    def add(self, clip: FeatureProducts, valid_T: Tensor, pairs_LTT: Tensor) -> None:
+        """Add a clip's pairs of steps, see `series.pairs_at_lags`."""
         self.active_F += clip.active_TF[valid_T].sum(0)
+        self._pairs_L += clip.patches * pairs_LTT.sum((1, 2))
         squares_TF = clip.products_TTF.diagonal(dim1=0, dim2=1).T
-        for lag, sums_5F in enumerate(self._sums_L5F, start=1):
-            x, y = pairs_of_steps(valid_T, lag, order_T)
-            self._pairs_L[lag - 1] += clip.patches * len(x)
-            sums_5F[0] += clip.sums_TF[x].sum(0)
-            sums_5F[1] += clip.sums_TF[y].sum(0)
-            sums_5F[2] += squares_TF[x].sum(0)
-            sums_5F[3] += squares_TF[y].sum(0)
-            sums_5F[4] += clip.products_TTF[x, y].sum(0)
+        early_LT, late_LT = pairs_LTT.sum(2), pairs_LTT.sum(1)
+        self._sums_L5F += torch.stack(
+            [
+                early_LT @ clip.sums_TF,
+                late_LT @ clip.sums_TF,
+                early_LT @ squares_TF,
+                late_LT @ squares_TF,
+                pairs_LTT.flatten(1) @ clip.products_TTF.flatten(0, 1),
+            ],
+            1,
+        )
 
     def per_feature(self, lag: int) -> Tensor:
         """float64 [F] Correlation at `lag`; NaN where a feature does not vary over the pairs."""
-        pairs = max(self._pairs_L[lag - 1], 1)
+        pairs = max(int(self._pairs_L[lag - 1]), 1)
         sx, sy, sxx, syy, sxy = self._sums_L5F[lag - 1]
         vx, vy = sxx - sx * sx / pairs, syy - sy * sy / pairs
         defined = (vx > _NO_VARIANCE * sxx) & (vy > _NO_VARIANCE * syy)
@@ -73,7 +77,7 @@ class PooledAutocorrelation:
 
     def value(self, lag: int) -> PooledValue:
         """Summary at `lag` over the features for which it is defined."""
-        rho_F, pairs = self.per_feature(lag), self._pairs_L[lag - 1]
+        rho_F, pairs = self.per_feature(lag), int(self._pairs_L[lag - 1])
         defined = ~torch.isnan(rho_F)
         if not bool(defined.any()):
             return PooledValue(None, None, None, 0, pairs)

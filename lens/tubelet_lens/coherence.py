@@ -10,6 +10,7 @@ Definitions: science note 1.4 [RECON]; the paper that reports a drop of 36 % doe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,18 @@ from tubelet_lens.autocorrelation import PooledAutocorrelation, PooledValue, Wit
 from tubelet_lens.latents import LatentColumn
 from tubelet_lens.metric import Setting
 from tubelet_lens.section import Curve, Figure, Line, Section, Subject
-from tubelet_lens.series import FeatureProducts, Series, patch_products, shuffled_steps
+from tubelet_lens.series import FeatureProducts, Series, pairs_at_lags, patch_products, shuffled_steps
 from tubelet_lens.stability import StepCosine, SupportOverlap
 from tubelet_lens.windows import Window
 
 _PAIRS = "Pairs in which either step covers a repeated (padding) frame are left out."
+
+
+class _Order(NamedTuple):
+    """An order of a clip's steps, and what pairs it makes."""
+
+    steps_T: Tensor
+    pairs_LTT: Tensor
 
 
 class _Temporal:
@@ -36,12 +44,12 @@ class _Temporal:
         self.within = WithinAutocorrelation()
         self.cosine, self.null_cosine = StepCosine(), StepCosine()
 
-    def add(self, by_feature: FeatureProducts, by_patch_TTS: Tensor, valid_T: Tensor, orders: list[Tensor]) -> None:
+    def add(self, by_feature: FeatureProducts, by_patch_TTS: Tensor, valid_T: Tensor, orders: list[_Order]) -> None:
         """Add a clip; `orders` are the true one and the null's."""
-        for pooled, order_T in zip((self.pooled, *self.nulls), orders, strict=True):
-            pooled.add(by_feature, valid_T, order_T)
-        self.cosine.add(by_patch_TTS, valid_T, orders[0])
-        self.null_cosine.add(by_patch_TTS, valid_T, orders[1])
+        for pooled, order in zip((self.pooled, *self.nulls), orders, strict=True):
+            pooled.add(by_feature, valid_T, order.pairs_LTT)
+        self.cosine.add(by_patch_TTS, valid_T, orders[0].steps_T)
+        self.null_cosine.add(by_patch_TTS, valid_T, orders[1].steps_T)
 
     def null_values(self, lag: int) -> list[PooledValue]:
         """The null's draws at `lag`."""
@@ -71,13 +79,17 @@ class Coherence:
         ]
         in_order_T = torch.arange(self._steps, device=valid_CT.device)
         for place, (codes, x_TSD) in enumerate(zip(window.codes, window.x_CTSD, strict=True)):
-            valid_T, orders = valid_CT[place], [in_order_T, *(order_CT[place] for order_CT in shuffled_DCT)]
+            valid_T = valid_CT[place]
+            orders = [
+                _Order(order_T, pairs_at_lags(valid_T, order_T, self._lags))
+                for order_T in (in_order_T, *(order_CT[place] for order_CT in shuffled_DCT))
+            ]
             series = Series.of(codes)
             self._sae.add(series.by_feature(), series.by_patch(), valid_T, orders)
             self._sae.within.add(series.values_TM, valid_T)
             common_TTS = series.common()
-            self._support.add(common_TTS, valid_T, orders[0])
-            self._null_support.add(common_TTS, valid_T, orders[1])
+            self._support.add(common_TTS, valid_T, orders[0].steps_T)
+            self._null_support.add(common_TTS, valid_T, orders[1].steps_T)
             # Correlations are taken of centred values, so that their sums do not cancel.
             x_TSD = x_TSD.double()
             centred_TSD = x_TSD - self._centre_D

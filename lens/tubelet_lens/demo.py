@@ -28,8 +28,6 @@ def demo(config: DemoConfig) -> None:
     Raises:
         TubeletError: a step failed.
     """
-    from tubelet_pipeline.demo_backbones import demo_backbone
-
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -39,7 +37,7 @@ def demo(config: DemoConfig) -> None:
             "dataset": {"kind": "ssv2", "root": str(out / "ssv2"), "split": split},
             # All of a video's 48 frames, every third.
             "sampling": {"kind": "dense", "frames": 16, "stride": 3},
-            "backbone": {"id": str(demo_backbone("videomae-tiny"))},
+            "backbone": {"id": "videomae-tiny"},
             "hooks": [_HOOK],
             "store": str(out / f"{split}.zarr"),
         }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class FeatureProducts:
     def of(cls, x_TSF: Tensor) -> FeatureProducts:
         """Of dense values, float64."""
         x_FTS = x_TSF.permute(2, 0, 1).contiguous()
-        products_TTF = (x_FTS @ x_FTS.mT).permute(1, 2, 0)
+        products_TTF = (x_FTS @ x_FTS.mT).permute(1, 2, 0).contiguous()
         return cls(x_TSF.sum(1), products_TTF, (x_TSF != 0).sum(1), x_TSF.shape[1])
 
 
@@ -104,16 +105,27 @@ def _products(values_TM: Tensor, of_M: Tensor, count: int) -> Tensor:
     """[T, T, count]: products of two steps, summed over the series of each of `count` groups."""
     steps = len(values_TM)
     out = values_TM.new_empty(steps, steps, count)
+    of_TM = of_M + count * torch.arange(steps, device=of_M.device)[:, None]
     for t in range(steps):
-        for u in range(t, steps):
-            out[t, u] = out[u, t] = of_M.bincount(values_TM[t] * values_TM[u], count)
+        later = slice(t, steps)
+        products = (values_TM[t] * values_TM[later]).flatten()
+        sums = of_TM[: steps - t].flatten().bincount(products, (steps - t) * count).view(-1, count)
+        out[t, later], out[later, t] = sums, sums
     return out
 
 
-def pairs_of_steps(valid_T: Tensor, lag: int, order_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of steps `lag` apart in `order_T`, both valid: int64 [pairs] of the earlier and of the later one."""
-    place = (valid_T[:-lag] & valid_T[lag:]).nonzero().squeeze(1)
-    return order_T[place], order_T[place + lag]
+def pairs_of_steps(valid_T: Tensor, order_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbours in `order_T`, both valid: int64 [pairs] of the earlier and of the later step."""
+    place = (valid_T[:-1] & valid_T[1:]).nonzero().squeeze(1)
+    return order_T[place], order_T[place + 1]
+
+
+def pairs_at_lags(valid_T: Tensor, order_T: Tensor, lags: int) -> Tensor:
+    """float64 [L, T, T]: 1 where step t comes 1 ... `lags` places before step u in `order_T`, and both are valid."""
+    place_TT = nnf.one_hot(order_T, len(order_T)).double()
+    both_TT = (valid_T[:, None] & valid_T).double()
+    apart_LTT = torch.stack([both_TT.triu(lag).tril(lag) for lag in range(1, lags + 1)])
+    return place_TT.T @ apart_LTT @ place_TT
 
 
 def shuffled_steps(clips: NDArray[np.int64], valid_CT: Tensor, *, seed: int, draw: int) -> Tensor:

@@ -18,7 +18,7 @@ class StepCosine:
 
     def add(self, products_TTS: Tensor, valid_T: Tensor, order_T: Tensor) -> None:
         """Add a clip, given the products of its steps patch by patch, with its steps in the order `order_T`."""
-        early, late = pairs_of_steps(valid_T, 1, order_T)
+        early, late = pairs_of_steps(valid_T, order_T)
         squares = products_TTS[early, early] * products_TTS[late, late]
         both = squares > 0
         self._sum += float((products_TTS[early, late][both] / squares[both].sqrt()).sum())
@@ -42,7 +42,7 @@ class SupportOverlap:
 
     def add(self, common_TTS: Tensor, valid_T: Tensor, order_T: Tensor) -> None:
         """Add a clip, given |S_t & S_u| patch by patch, with its steps in the order `order_T`."""
-        x, y = pairs_of_steps(valid_T, 1, order_T)
+        x, y = pairs_of_steps(valid_T, order_T)
         early, late, both = common_TTS[x, x], common_TTS[y, y], common_TTS[x, y]
         union = early + late - both
         self._jaccard += float((both[union > 0] / union[union > 0]).sum())

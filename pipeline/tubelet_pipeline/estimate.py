@@ -29,9 +29,9 @@ from tubelet_pipeline.planning import Planned, make_plan
 from tubelet_pipeline.tokens import TokenSelector
 from tubelet_pipeline.views import clip_request, locate
 from tubelet_store import ClipOutcome, Plan, TubeletError
+from tubelet_store.dtypes import NUMPY_DTYPES
 from tubelet_store.layout import array_kinds, clip_bytes, index_bytes, metadata_documents, shard_bytes
 from tubelet_store.objects import LocalRoot
-from tubelet_store.dtypes import NUMPY_DTYPES
 from tubelet_store.shard import ShardWriter
 from tubelet_store.upload import part_count
 

@@ -40,8 +40,11 @@ def load_config(model: type[C], path: Path | None, overrides: Mapping[str, str])
     tree = read_yaml_mapping(path) if path is not None else {}
     for dotted, text in overrides.items():
         set_dotted(tree, dotted, _scalar(text))
+    # `--hooks blocks.6` is a list of one.
+    for dotted in _wanted(model, tree, ("tuple_type", "list_type")) & overrides.keys():
+        set_dotted(tree, dotted, [_scalar(overrides[dotted])])
     # `--name 007` and `--name no` are a number and a truth value in YAML; a text field means the letters.
-    for dotted in _texts_wanted(model, tree) & overrides.keys():
+    for dotted in _wanted(model, tree, ("string_type", "path_type")) & overrides.keys():
         set_dotted(tree, dotted, overrides[dotted])
     return validate(model, tree, str(path) if path is not None else _COMMAND_LINE, typed=overrides.keys())
 
@@ -115,11 +118,12 @@ def _scalar(text: str) -> Any:
         return text
 
 
-def _texts_wanted(model: type[Config], tree: dict[str, Any]) -> set[str]:
+def _wanted(model: type[Config], tree: dict[str, Any], faults_meant: tuple[str, ...]) -> set[str]:
+    """Fields of `tree` at fault in one of these ways."""
     try:
         model.model_validate(tree)
     except ValidationError as error:
-        faults = [fault for fault in error.errors(include_url=False) if fault["type"] in ("string_type", "path_type")]
+        faults = [fault for fault in error.errors(include_url=False) if fault["type"] in faults_meant]
         return {".".join(_walk(model, fault["loc"])[0]) for fault in faults}
     return set()
 

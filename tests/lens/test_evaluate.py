@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -28,6 +28,12 @@ from tubelet_trainer.loop import train
 from tubelet_trainer.split import HoldoutConfig, held_out
 
 HOLDOUT = HoldoutConfig(fraction=0.4)
+QUICK: dict[str, Any] = {
+    "controls": False,
+    "skip": tuple(topic for topic in get_args(Topic) if topic not in ("reconstruction", "sparsity")),
+    "device": "cpu",
+}
+"""For what does not depend on what is measured."""
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,12 @@ def result(found: Result) -> Evaluation:
     return found.evaluation
 
 
+@pytest.fixture(scope="module")
+def written(found: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with its report, JSON and table."""
+    return found.write(tmp_path_factory.mktemp("written")).parent
+
+
 def evaluation(config: EvaluateConfig) -> Evaluation:
     return evaluate(config).evaluation
 
@@ -79,7 +91,7 @@ def test_fvu_and_l0_agree_with_the_trainers_own(trained: Path, result: Evaluatio
 
 @pytest.mark.parametrize("split", ["train", "all"])
 def test_the_other_splits_are_the_other_clips(trained: Path, result: Evaluation, split: str) -> None:
-    there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), split=split, device="cpu"))  # type: ignore[arg-type]
+    there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), split=split, **QUICK))  # type: ignore[arg-type]
     held = result.coverage.clips
     assert there.coverage.clips == (28 if split == "all" else 28 - held)
 
@@ -91,7 +103,7 @@ def test_a_limit_takes_clips_of_every_class_however_the_store_lists_them() -> No
 
 
 def test_a_limit_is_kept(trained: Path) -> None:
-    there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=3, device="cpu"))
+    there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=3, **QUICK))
     assert there.coverage.clips == 3
 
 
@@ -116,11 +128,8 @@ def test_probes_and_maps_stand_beside_their_controls(result: Evaluation) -> None
     assert result.figure("action.chance").value == 1 / 3
 
 
-def test_the_json_is_versioned_and_defines_every_figure(
-    trained: Path, found: Result, result: Evaluation, tmp_path: Path
-) -> None:
-    found.write(tmp_path)
-    tree = json.loads((tmp_path / "evaluation.json").read_text())
+def test_the_json_is_versioned_and_defines_every_figure(trained: Path, result: Evaluation, written: Path) -> None:
+    tree = json.loads((written / "evaluation.json").read_text())
     assert (tree["format"], tree["schema_version"]) == ("tubelet-evaluation", 1)
     figures = [figure for section in tree["sections"] for figure in section["figures"]]
     assert len({figure["name"] for figure in figures}) == len(figures) > 30
@@ -129,7 +138,7 @@ def test_the_json_is_versioned_and_defines_every_figure(
         assert figure["n"] >= 0
         assert figure["n_of"]
     assert tree["store"]["identity"] == open_store(str(trained / "s.zarr")).identity
-    assert read_evaluation(tmp_path / "evaluation.json") == result
+    assert read_evaluation(written / "evaluation.json") == result
 
 
 def test_every_headline_about_time_stands_beside_raw_and_null(result: Evaluation) -> None:
@@ -143,8 +152,8 @@ def test_the_same_evaluation_twice_is_the_same(trained: Path, result: Evaluation
     assert again == result
 
 
-def test_the_report_stands_alone(found: Result, result: Evaluation, tmp_path: Path) -> None:
-    page = found.write(tmp_path).read_text()
+def test_the_report_stands_alone(written: Path) -> None:
+    page = (written / "report.html").read_text()
     assert "://" not in page
     assert not re.search(r"<(script|link|img|iframe)\b", page)
     assert not re.search(r"""(?:src|href)=["'](?!#)""", page)
@@ -152,8 +161,8 @@ def test_the_report_stands_alone(found: Result, result: Evaluation, tmp_path: Pa
     assert re.findall(r"url\((?!#)", page) == []
 
 
-def test_the_report_shows_every_figure_and_its_definition(found: Result, result: Evaluation, tmp_path: Path) -> None:
-    page = found.write(tmp_path).read_text()
+def test_the_report_shows_every_figure_and_its_definition(result: Evaluation, written: Path) -> None:
+    page = (written / "report.html").read_text()
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(set(ids)) == len(ids)
     links = set(re.findall(r'href="#([^"]+)"', page))
@@ -171,9 +180,8 @@ def test_the_report_shows_every_figure_and_its_definition(found: Result, result:
     assert page.count("<svg") == sum(len(section.curves) for section in result.sections)
 
 
-def test_every_latent_has_a_row_that_agrees_with_the_figures(found: Result, result: Evaluation, tmp_path: Path) -> None:
-    found.write(tmp_path)
-    table = read_latents(tmp_path)
+def test_every_latent_has_a_row_that_agrees_with_the_figures(result: Evaluation, written: Path) -> None:
+    table = read_latents(written)
     assert table["latent"].to_pylist() == list(range(16))
     frequency = table["frequency"].to_numpy()
     assert frequency.sum() == pytest.approx(result.figure("sparsity.l0").value)
@@ -184,7 +192,9 @@ def test_every_latent_has_a_row_that_agrees_with_the_figures(found: Result, resu
 
 
 def test_names_from_a_store_cannot_break_the_page(found: Result, result: Evaluation, tmp_path: Path) -> None:
-    hostile = result.model_copy(update={"store": {**result.store, "name": "<script>alert(1)</script>"}})
+    plotless = tuple(section.model_copy(update={"curves": ()}) for section in result.sections)
+    store = {**result.store, "name": "<script>alert(1)</script>"}
+    hostile = result.model_copy(update={"store": store, "sections": plotless})
     page = Result(hostile, found.latents).write(tmp_path).read_text()
     assert "<script" not in page
 
@@ -217,7 +227,7 @@ def test_a_store_of_another_plan_is_refused_unless_asked_for(trained: Path, tmp_
     other = make_store(tmp_path / "o.zarr", plan)
     with pytest.raises(TubeletError, match=r"another plan.*dataset"):
         evaluate(EvaluateConfig(run=trained / "run", store=other.url))
-    asked = EvaluateConfig(run=trained / "run", store=other.url, other_store=True, split="all", device="cpu")
+    asked = EvaluateConfig(run=trained / "run", store=other.url, other_store=True, split="all", **QUICK)
     assert evaluation(asked).coverage.clips == 10
 
 
@@ -246,7 +256,7 @@ def test_a_folder_without_an_sae_is_refused(trained: Path, tmp_path: Path) -> No
 
 
 def test_the_verb_writes_its_files_into_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=2)
+    config = EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), limit_clips=2, **QUICK)
     assert EVALUATE.run(config) == 0
     out = trained / "run" / "evaluation"
     assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "latents.parquet", "report.html"]

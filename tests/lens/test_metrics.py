@@ -15,7 +15,7 @@ from tubelet_lens.autocorrelation import PooledAutocorrelation, WithinAutocorrel
 from tubelet_lens.evaluate import METRICS, stream
 from tubelet_lens.metric import Setting
 from tubelet_lens.section import Curve, Figure, Section
-from tubelet_lens.series import FeatureProducts, Series, patch_products, shuffled_steps
+from tubelet_lens.series import FeatureProducts, Series, pairs_at_lags, patch_products, shuffled_steps
 from tubelet_lens.stability import StepCosine, SupportOverlap
 from tubelet_lens.timing import LatentTime, latent_time
 from tubelet_lens.windows import windows
@@ -87,7 +87,7 @@ def pooled(x_CTSF: np.ndarray, valid_CT: np.ndarray | None = None, lags: int = 1
     valid = torch.ones(len(x), steps, dtype=torch.bool) if valid_CT is None else torch.from_numpy(valid_CT)
     statistic = PooledAutocorrelation(x.shape[3], lags, CPU)
     for x_TSF, valid_T in zip(x, valid, strict=True):
-        statistic.add(FeatureProducts.of(x_TSF), valid_T, torch.arange(steps))
+        statistic.add(FeatureProducts.of(x_TSF), valid_T, pairs_at_lags(valid_T, torch.arange(steps), lags))
     return statistic
 
 
@@ -205,8 +205,8 @@ def test_another_order_of_time_is_the_statistic_of_the_reordered_clip() -> None:
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 6, 4)))
     valid, order = torch.tensor([True, True, True, True, False]), torch.tensor([2, 0, 3, 1, 4])
     chosen, moved = PooledAutocorrelation(4, 2, CPU), PooledAutocorrelation(4, 2, CPU)
-    chosen.add(FeatureProducts.of(x), valid, order)
-    moved.add(FeatureProducts.of(x[order]), valid, torch.arange(5))
+    chosen.add(FeatureProducts.of(x), valid, pairs_at_lags(valid, order, 2))
+    moved.add(FeatureProducts.of(x[order]), valid, pairs_at_lags(valid, torch.arange(5), 2))
     for lag in (1, 2):
         torch.testing.assert_close(chosen.per_feature(lag), moved.per_feature(lag))
     now, later = x[order][:3].flatten(0, 1), x[order][1:4].flatten(0, 1)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stores import make_plan, make_store
+from tubelet_lens.active import Active
 from tubelet_lens.clip_metric import Side, side
 from tubelet_lens.monosemanticity import mean_cosine, monosemanticity
 from tubelet_lens.monosemanticity_config import ArrayReference, StoreReference
@@ -27,19 +28,17 @@ HOOK = "blocks.1"
 
 
 def pairwise(a_NF: np.ndarray, e_NE: np.ndarray) -> np.ndarray:
-    """The definition, pair by pair."""
+    """The definition: sums over the pairs n < m."""
     scores = np.full(a_NF.shape[1], np.nan)
+    n, m = np.triu_indices(len(a_NF), 1)
+    likeness = (e_NE[n] * e_NE[m]).sum(1)
     for j, a in enumerate(a_NF.T.astype(float)):
         if a.max() == a.min():
             continue
         a = (a - a.min()) / (a.max() - a.min())
-        above = below = 0.0
-        for n in range(len(a)):
-            for m in range(n + 1, len(a)):
-                above += a[n] * a[m] * (e_NE[n] @ e_NE[m])
-                below += a[n] * a[m]
-        if below:
-            scores[j] = above / below
+        weight = a[n] * a[m]
+        if weight.sum():
+            scores[j] = weight @ likeness / weight.sum()
     return scores
 
 
@@ -125,6 +124,28 @@ def test_signed_codes_are_split_into_two_halves(tmp_path: Path, kind: str) -> No
     np.testing.assert_array_equal(
         _Units(found, signed=True).by_latent(scores), np.where(larger, scores[:6], scores[6:])
     )
+
+
+def test_pooled_codes_are_the_mean_and_the_largest_over_the_valid_tokens() -> None:
+    """What is kept as a list of the latents that fire is what the dense codes pool to, of both signs."""
+    codes = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    codes[codes.abs() < 0.8] = 0
+    codes[1, ..., 0] = -1.0  # never silent: its largest value is below 0
+    codes[..., 4] = 0
+    valid = torch.tensor([[True, False, True], [True, True, True]])
+    pooling = Pooling({})
+    active = tuple(Active.of(codes_TSF) for codes_TSF in codes)
+    pooling.add(Window(np.arange(2), codes, active, codes, valid))
+    (pooled,) = pooling.draws()["sae"]
+    seen = [codes[place][valid[place]].flatten(0, 1) for place in range(2)]
+    np.testing.assert_allclose(pooled.mean_NF, torch.stack([z.mean(0) for z in seen]), atol=1e-6)
+    np.testing.assert_array_equal(pooled.max_NF, torch.stack([z.amax(0) for z in seen]))
+    assert pooled.negative is not None
+    below = [z.clamp(max=0).neg() for z in seen]
+    np.testing.assert_allclose(pooled.negative.mean_NF, torch.stack([z.mean(0) for z in below]), atol=1e-6)
+    np.testing.assert_array_equal(pooled.negative.max_NF, torch.stack([z.amax(0) for z in below]))
+    (raw,) = pooling.draws()["raw"]
+    np.testing.assert_allclose(raw.mean_NF, pooled.mean_NF, atol=1e-6)
 
 
 def test_the_backbones_own_embedding_is_the_mean_of_its_tokens(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_the_documented_slurm_section_asks_for_one_worker_a_gpu_that_ends_before
         assert line in asked
     (line,) = (line for line in script.splitlines() if "dask_worker" in line)
     options = worker_options(shlex.split(line)[3:])
-    # The class gives `--nthreads 16`; ours comes later and counts: one shard at a time.
-    assert options["nthreads"] == 1
-    assert options["resources"] == "GPU=1"
+    # The class gives `--nthreads 16`; ours comes later and counts: two shards at a time, which share the GPU.
+    assert options["nthreads"] == 2
+    assert options["resources"] == "GPU=2"
     assert config.resources == {"GPU": 1}
     assert (options["lifetime"], options["lifetime_stagger"]) == ("235m", "4m")
 
@@ -75,7 +75,7 @@ def test_the_documented_kubernetes_section_gives_pods_that_the_operator_takes() 
     (scheduler,) = spec["spec"]["scheduler"]["spec"]["containers"]
     assert worker["image"] == scheduler["image"] == config.kwargs["image"]
     assert worker["args"][:2] == ["dask", "worker"]
-    assert worker_options(["tcp://scheduler:8786", *worker["args"][2:]])["nthreads"] == 1
+    assert worker_options(["tcp://scheduler:8786", *worker["args"][2:]])["nthreads"] == 2
     assert worker["resources"]["requests"] == {"memory": "32Gi", "cpu": "8"}
     # As the page warns: a GPU asked for here would be taken by the scheduler too.
     assert scheduler["resources"] == worker["resources"]

@@ -18,7 +18,7 @@ from typing import Any
 import cloudpickle
 import pytest
 from distributed import Client
-from test_extract import commits, content, wait_for_commits
+from test_extract import PATIENT_S, commits, content, wait_for_commits
 
 from faulty_proxy import FaultyProxy, faulty_proxy
 from object_server import create_bucket, s3_environment, s3_server
@@ -49,7 +49,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
 
 
 def settings(job_settings: dict[str, Any], store: str, tmp_path: Path, **fields: Any) -> ExtractConfig:
-    upload = {"spool_dir": str(tmp_path / "spool"), "patience_s": 60}
+    upload = {"spool_dir": str(tmp_path / "spool"), "patience_s": PATIENT_S}
     log = str(tmp_path / "run.jsonl")
     return ExtractConfig.model_validate({**job_settings, "store": store, "upload": upload, "log": log, **fields})
 
@@ -132,7 +132,7 @@ def test_preemption_is_one_line_and_a_rerun_completes(job: Path, undisturbed: Pa
     process = start_tubelet("extract", str(job))
     wait_for_commits(store, 1, process)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENT_S)
     assert process.returncode == 128 + signal.SIGTERM
     assert "told to stop (SIGTERM); run the same command again" in err
     assert "Traceback" not in err
@@ -145,7 +145,7 @@ def test_a_network_that_is_away_for_a_while_costs_nothing(
     proxy: FaultyProxy, job_settings: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     def come_back() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENT_S
         while not spooled(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.2)
         proxy.refuse = False

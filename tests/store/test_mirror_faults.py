@@ -55,7 +55,7 @@ def mirrored(folder, transport: str = "auto", attempts: int = 8) -> Store:
     return open_store("s3://bucket/s.zarr", mirror=config)
 
 
-@pytest.mark.parametrize("transport", ["fsspec", "obstore", "http"])
+@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
 def test_whatever_fails_the_bytes_that_are_mapped_are_right(proxy, local, tmp_path, transport):
     proxy.share = 0.5
     proxy.only = lambda path: "/activations/" in path
@@ -80,7 +80,7 @@ def test_whatever_fails_the_bytes_that_are_mapped_are_right(proxy, local, tmp_pa
     assert healed > 10 * named
 
 
-@pytest.mark.parametrize("transport", ["fsspec", "obstore", "http"])
+@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, transport):
     store = mirrored(tmp_path, transport)
@@ -96,7 +96,7 @@ def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, transport):
     assert proxy.faults == {kind: 1}
 
 
-@pytest.mark.parametrize("transport", ["fsspec", "obstore", "http"])
+@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
 @pytest.mark.parametrize(
     ("kind", "kind_of_error", "words"),
     [
@@ -135,7 +135,7 @@ def test_the_small_objects_are_checked_too(proxy, local, tmp_path):
 
 
 def test_credentials_renewed_while_reading_are_used(proxy, monkeypatch):
-    for name in ("fsspec", "obstore", "http"):
+    for name in ("fsspec", "obstore"):
         transport = open_transport("s3://bucket/s.zarr", name, Patience(attempts=4, timeout_s=1))
         assert transport.size("zarr.json")
         proxy.kinds, proxy.share = ("expired",), 1.0
@@ -146,7 +146,7 @@ def test_credentials_renewed_while_reading_are_used(proxy, monkeypatch):
 
 
 def test_a_missing_object_is_no_fault(proxy):
-    for name in ("fsspec", "obstore", "http"):
+    for name in ("fsspec", "obstore"):
         transport = open_transport("s3://bucket/s.zarr", name)
         assert transport.size("nothing") is None
         with pytest.raises(FileNotFoundError, match=r"s3://bucket/s\.zarr/nothing"):

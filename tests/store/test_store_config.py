@@ -88,6 +88,14 @@ def test_overrides_go_over_the_file_field_by_field(tmp_path):
     assert job.sparsifier == Relu(l1=2.0)
 
 
+@pytest.mark.parametrize(("text", "hooks"), [("blocks.6", ("blocks.6",)), ("[a, b]", ("a", "b")), ("7", ("7",))])
+def test_a_list_of_one_needs_no_brackets(text, hooks):
+    class Chosen(Config):
+        hooks: tuple[str, ...] = ()
+
+    assert load_config(Chosen, None, {"hooks": text}).hooks == hooks
+
+
 @pytest.mark.parametrize("text", ["007", "no", "1e3", "2026-11-21", "[a"])
 def test_a_text_field_takes_the_letters_that_were_typed(text):
     assert load_config(Job, None, {"name": text, "data.store": text}).model_dump()["name"] == text

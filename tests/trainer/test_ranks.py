@@ -31,7 +31,9 @@ SPLIT_BATCH = {
     "groups": {"sae": {"k": 4, "nesting": {"kind": "groups"}}, "optimiser": {"ema": 0.9}},
     "jumprelu": {"sae": {"kind": "jumprelu"}},
     "gated": {"sae": {"kind": "gated"}},
-    "relu": {"sae": {"kind": "relu", "init": {"directions": "data"}}},
+    "relu": {"sae": {"kind": "relu", "init": {"directions": "data"}, "target_l0": 4}},
+    "signed": {"sae": {"kind": "abstopk", "k": 4, "nesting": {"kind": "hierarchical"}}},
+    "random": {"sae": {"kind": "batchtopk", "k": 4, "nesting": {"kind": "random", "sort_every": 5}}},
     "resampled": {"sae": {"k": 4}, "optimiser": {"resample_every": 5}},
 }
 SPLIT_LATENTS = {name: SPLIT_BATCH[name] for name in ("topk", "batchtopk")}

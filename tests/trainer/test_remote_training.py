@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import tubelet_store
 from faulty_proxy import faulty_proxy
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
@@ -27,6 +29,7 @@ from tubelet_store.cli import main
 from tubelet_store.config import dump_yaml
 from tubelet_store.mirror import Mirror, MirrorConfig
 from tubelet_store.objects import LocalRoot, open_root
+from tubelet_trainer import load_sae
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.loop import train
 from tubelet_trainer.mixture import Mixture
@@ -230,6 +233,33 @@ def test_videos_extracted_straight_to_object_storage_train_as_from_a_local_copy(
     assert 1 <= together < copy.plan.shards
     assert same(from_remote, train(configure(copy.url, tmp_path / "local", resident_shards=together, **fields)))
     assert 0 < Mirror(remote, MirrorConfig(directory=tmp_path / "mirror")).held_bytes() <= store_bytes // 5
+
+
+def test_a_newcomer_needs_a_catalogue_and_what_it_says(url, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUBELET_CACHE", str(tmp_path / "cache"))
+    assert main(["catalog", "add", "shared", url, "--licence", "CC-BY-4.0"]) == 0
+    capsys.readouterr()
+    assert main(["catalog", "list", "--dataset", "test", "--hook", "h"]) == 0
+    assert "shared" in capsys.readouterr().out
+    assert main(["catalog", "show", "shared"]) == 0
+    said = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if ":  " in line)
+
+    array = tubelet_store.open("catalog.yaml#shared")["h"]
+    assert 'tubelet_store.open("catalog.yaml#shared")' in said["Open it"]
+    assert array.torch(0).flatten(0, 2).shape == (4 * 60, 16)
+
+    program, *arguments = shlex.split(said["Train on it"])
+    assert program == "tubelet"
+    assert main([*arguments, "--batch-tokens", "256", "--device", "cpu"]) == 0
+    values, latents = load_sae(tmp_path / "runs/shared").encode_sparse(array.torch(0).flatten(0, 2).float())
+    assert values.shape == latents.shape == (4 * 60, 32)
+
+    part = f"{url.removesuffix('s.zarr')}part.zarr"
+    assert main(["push", "catalog.yaml#shared", part, "--hooks", "h", "--first", "8"]) == 0
+    assert main(["catalog", "add", "part", part, "--owner", "team-b"]) == 0
+    assert main(["catalog", "check"]) == 0
+    assert len(tubelet_store.open("catalog.yaml#part").clips()) == 8
 
 
 class Listening(Mirror):

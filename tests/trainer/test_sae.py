@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from tubelet_store import Moments, TubeletError
+from tubelet_trainer.config import OptimiserConfig
+from tubelet_trainer.learner import Learner
 from tubelet_trainer.objective import AuxK, FiringClock, Forward, Objective, Reconstruction
 from tubelet_trainer.sae.config import BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.export import load_sae, save_sae
@@ -298,6 +300,22 @@ def test_batchtopk_threshold_follows_the_smallest_kept_value():
     for value in kept[1:]:
         expected += 0.25 * (value - expected)
     assert math.isclose(sae.sparsifier.threshold, expected, rel_tol=1e-9)
+
+
+def test_a_short_batch_moves_the_threshold_by_its_share_of_a_whole_one():
+    """The smallest value of one token is far above that of a batch: the last batch of a run must not decide."""
+    sae = make_sae(BatchTopKConfig(latents=F, k=5)).train()
+    learner = Learner(sae, Objective([Reconstruction(1.0)]), OptimiserConfig(), 100, 1000, batch_tokens=N)
+    learner.begin(20, N)
+    sae(tokens())
+    before = float(sae.sparsifier.threshold)
+    learner.begin(20, 1)
+    values = sae.encode_sparse(tokens(1)[:1]).values.detach()
+    smallest = float(values[values > 0].min())
+    # Ten steps' worth of memory after 21 steps, and one token of N.
+    expected = before + 10 / 21 / N * (smallest - before)
+    assert math.isclose(sae.sparsifier.threshold, expected, rel_tol=1e-6)
+    assert not math.isclose(before, smallest, rel_tol=0.1)
 
 
 def test_batchtopk_takes_a_batch_in_which_nothing_is_positive():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from tubelet_store.cli import main
 from tubelet_trainer.checkpoint import Checkpoint, load_latest, save_checkpoint
 from tubelet_trainer.config import OptimiserConfig, TrainConfig
 from tubelet_trainer.loop import train
+from tubelet_trainer.mixing import measure_mixing
 from tubelet_trainer.run import Run
 from tubelet_trainer.sae.export import load_record, load_sae
 from tubelet_trainer.split import HoldoutConfig, held_out
@@ -199,6 +201,8 @@ def test_what_a_run_leaves(store, finished):
     assert record.provenance["hook"] == "h"
     assert record.provenance["holdout"] == {"fraction": 0.2, "seed": 0}
     assert record.provenance["loader"]["step"] == 30
+    run = Run(configure(store, finished), store, torch.device("cpu"))
+    assert record.provenance["mixing"] == asdict(measure_mixing(run.windows))
     lines = log(finished)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [5, 10, 15, 20, 25, 30]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [10, 20, 30]

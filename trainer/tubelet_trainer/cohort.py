@@ -5,8 +5,11 @@
 
 S SAEs of equal shape are one SAE with S F latents and S N tokens, in which a token sees its own F alone. So kernels are
 as few for S as for one, which is what counts on a GPU where one SAE is too small to fill it. Each still has the weights
-that it would have alone, bit for bit on a CPU: every row is the same sum in the same order. The encoder's product is
-batched on CUDA alone, because a batched product on a CPU may sum in another order, and is no faster.
+that it would have alone, bit for bit on a CPU: every row is the same sum in the same order. The encoder's product too:
+on a CPU a batched one gave the bits of single ones in nine shapes out of nine (S 3 to 16, B 61 to 1024, F 96 to 1536,
+D 16 to 768, one thread), in 0.88 to 0.98 of their time at full size and 0.3 to 0.6 of it for the smallest. Each SAE has
+an optimiser step of its own: one fused call for all gives the same bits, but clipping differs between SAEs, so their
+gradients would be divided in a pass before it: 1.12 to 1.18 of the time (4 and 8 SAEs of 1536 x 768, one thread).
 """
 
 from __future__ import annotations
@@ -142,8 +145,6 @@ class Cohort:
     @torch.no_grad()
     def _pre_activations(self, x_BD: Tensor) -> Tensor:
         """[S, B, F]"""
-        if not x_BD.is_cuda:
-            return torch.stack([sae.pre_activations(x_BD) for sae in self.saes])
         weight_SFD = self._encoders.view(len(self.saes), -1, self.saes[0].channels)
         b_dec_S1D, b_enc_S1F = (
             torch.stack([getattr(sae, name) for sae in self.saes])[:, None] for name in ("b_dec", "b_enc")

@@ -33,7 +33,6 @@ from tubelet_trainer.evaluation import evaluate
 from tubelet_trainer.files import replace_file
 from tubelet_trainer.machine import choose_device, keep_memory, software
 from tubelet_trainer.metrics_log import MetricsLog
-from tubelet_trainer.mixing import measure_mixing
 from tubelet_trainer.progress import ProgressReport
 from tubelet_trainer.ranks import Ranks, joined_ranks
 from tubelet_trainer.run import Member, Run
@@ -204,7 +203,7 @@ def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> Non
         f"{', '.join(run.streams.hooks)}: {len(windows.clips)} clips to train on, {held} held out, "
         f"{run.streams.failed} failed; {windows.total_tokens:,} tokens in {windows.steps} steps"
     )
-    report.note(str(measure_mixing(windows)))
+    report.note(str(run.mixing))
     for member in run.members:
         channels = member.learner.sae.channels
         latents = member.spec.config.sae.latents_for(channels)

@@ -7,7 +7,8 @@ weights that each would have alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.learner import Learner
 from tubelet_trainer.machine import software
 from tubelet_trainer.metrics_log import defined
+from tubelet_trainer.mixing import Mixing, measure_mixing
 from tubelet_trainer.objective import Objective
 from tubelet_trainer.ranks import ALONE, Ranks
 from tubelet_trainer.sae.initialisation import initialise, needs_tokens
@@ -118,6 +120,11 @@ class Run:
             compiled=config.compile,
             captured=config.cuda_graphs,
         )
+
+    @cached_property
+    def mixing(self) -> Mixing:
+        """How well batches mix clips."""
+        return measure_mixing(self.windows)
 
     @property
     def member(self) -> Member:
@@ -230,6 +237,7 @@ class Run:
             "pairs": config.pairs.model_dump(mode="json"),
             "loader": self.windows.state_dict(),
             "tokens": self.windows.total_tokens,
+            "mixing": asdict(self.mixing),
             "metrics": defined(metrics),
             "software": software(),
         }

@@ -66,7 +66,8 @@ def detail(error: Exception) -> str:
         if isinstance(response := getattr(each, "response", None), dict):
             answer = response.get("Error", {})
             return f"{answer.get('Code')} {answer.get('Message', '')}".strip()
-    text = " ".join(str(error).split()) or type(error).__name__
+    # obstore adds its own structures, for its makers.
+    text = " ".join(str(error).partition("Debug source:")[0].split()) or type(error).__name__
     said = re.search(r"<Code>(.*?)</Code>.*?(?:<Message>(.*?)</Message>|$)", text)
     return " ".join(filter(None, said.groups())) if said else text[:300]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import fsspec.config
 
@@ -97,10 +96,3 @@ class S3Settings:
     def names_bucket_in_host(self) -> bool:
         """Amazon's own servers want the bucket before the host's name, where TLS can do with that."""
         return self.endpoint.endswith(".amazonaws.com") and "." not in self.bucket
-
-    def url_of(self, key: str) -> str:
-        """HTTP URL of the object `key` below the prefix."""
-        path = quote(f"{self.prefix}/{key}".lstrip("/"), safe="/~")
-        if self.names_bucket_in_host:
-            return f"{self.endpoint.replace('://', f'://{self.bucket}.', 1)}/{path}"
-        return f"{self.endpoint}/{self.bucket}/{path}"

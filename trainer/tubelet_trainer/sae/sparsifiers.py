@@ -123,7 +123,7 @@ class BatchTopK(Sparsifier):
         # Negative: no batch seen yet. A kept pre-activation is always positive.
         self.register_buffer("threshold", torch.tensor(-1.0))
         self.rate = Knob(momentum)
-        """Weight of the batch that comes: more than `momentum` early in a run, less in a short one, see `SAE.anneal`."""
+        """Weight of the next batch: more than `momentum` early in a run, less where it is short, see `SAE.anneal`."""
 
     def forward(self, pre_NF: Tensor) -> Choice:
         """In training a list of N k entries; else K is the largest number kept by any token, at least 1: reading it
