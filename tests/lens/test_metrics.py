@@ -203,7 +203,7 @@ def test_products_of_active_codes_are_those_of_the_dense_ones() -> None:
 def test_another_order_of_time_is_the_statistic_of_the_reordered_clip() -> None:
     """What the null reads from the products is what it would read from shuffled activations."""
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 6, 4)))
-    valid, order = torch.tensor([True, True, True, True, False]), torch.tensor([2, 0, 3, 1, 4])
+    valid, order = torch.tensor([True, True, True, True, False]), torch.tensor([1, 2, 0, 3, 4])
     chosen, moved = PooledAutocorrelation(4, 2, CPU), PooledAutocorrelation(4, 2, CPU)
     chosen.add(FeatureProducts.of(x), valid, pairs_at_lags(valid, order, 2))
     moved.add(FeatureProducts.of(x[order]), valid, pairs_at_lags(valid, torch.arange(5), 2))

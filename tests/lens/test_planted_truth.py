@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from stores import make_plan, make_store, planned_table
 from tubelet_lens.config import EvaluateConfig
@@ -45,12 +46,14 @@ class Planted:
     result: Result
     latent_of: np.ndarray
     """[FEATURES] The SAE's latent that matches each planted feature."""
+    true: torch.Tensor
+    """[FEATURES, CHANNELS] The planted directions."""
     optimum: float
     """Share of the test videos whose label is the class that is shown."""
 
     def figure(self, name: str) -> float:
         """Value of a figure."""
-        (value,) = (f.value for s in self.result.evaluation.sections for f in s.figures if f.name == name)
+        value = self.result.evaluation.figure(name).value
         assert value is not None
         return value
 
@@ -128,18 +131,41 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
         root,
         result,
         latent_of=match(cosines(true, learned)).second_M,
+        true=true,
         optimum=float((label == shown)[test].mean()),
     )
 
 
-def test_x(planted: Planted) -> None:
-    p = planted
-    true = random_directions(FEATURES, CHANNELS, 1)
-    print(recovery(directions(load_sae(p.root / "run")), true), p.optimum, p.latent_of)
-    for s in p.result.evaluation.sections:
-        for f in s.figures:
-            if s.name in ("reconstruction", "sparsity", "action", "ablation", "scope"):
-                print(f.name, f.value, f.low, f.high)
-    for name in p.result.latents.column_names:
-        print(name, p.column(name).round(3))
-    pytest.fail("shown")
+def test_the_sae_finds_the_planted_features(planted: Planted) -> None:
+    found = recovery(directions(load_sae(planted.root / "run")), planted.true)
+    assert found.matched_cosine > 0.9
+    assert recovery(random_directions(LATENTS, CHANNELS, 9), planted.true).matched_cosine < 0.7
+
+
+def test_the_probe_is_right_as_often_as_the_label_is(planted: Planted) -> None:
+    assert planted.figure("action.top1.sae") == pytest.approx(planted.optimum, abs=0.06)
+    assert planted.figure("action.top1.permuted") < 0.45
+
+
+def test_ablation_finds_the_latents_that_carry_the_class(planted: Planted) -> None:
+    np.testing.assert_array_equal(planted.column("probe_label")[CLASS], CLASS)
+    assert planted.figure("ablation.m50.sae") <= len(CLASS)
+    assert planted.result.evaluation.figure("ablation.m50.random").value is None
+    assert planted.figure("ablation.class_m50.sae") == 1
+    assert planted.figure("ablation.class_area.sae") > 0.8 > 0.2 > planted.figure("ablation.class_area.random")
+    assert planted.figure("ablation.class_others") < 0.1
+
+
+def test_what_goes_with_the_content_is_local_and_the_rest_global(planted: Planted) -> None:
+    scope, threshold = planted.column("scope_spatial"), planted.figure("scope.spatial_threshold")
+    local = scope[np.concatenate([CLASS, PLAIN])]
+    assert local.max() < scope[GLOBAL].min()
+    assert (local < threshold).all()
+    assert (scope[GLOBAL] > threshold).sum() >= len(GLOBAL) - 1
+
+
+def test_the_class_goes_with_the_local_group_and_stays_without_the_global_one(planted: Planted) -> None:
+    whole = planted.figure("scope.action.raw")
+    assert whole == pytest.approx(planted.optimum, abs=0.06)
+    assert planted.figure("scope.action_without_high.raw") > whole - 0.06
+    assert planted.figure("scope.action_without_low.raw") < whole - 0.2

@@ -87,10 +87,17 @@ def test_otsu_parts_two_heaps_and_leaves_one_value_whole() -> None:
     assert 0.11 < split.threshold < 0.6
     assert split.separation > 0.99
     assert otsu(np.zeros(5)) is None
-    best = min(
-        range(1, 100), key=lambda n: np.var(np.sort(values)[:n]) * n + np.var(np.sort(values)[n:100]) * (100 - n)
-    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_otsu_leaves_the_least_variance_of_all_cuts(seed: int) -> None:
+    values = np.sort(np.random.default_rng(seed).exponential(size=60))
+    left = [np.var(values[:cut]) * cut + np.var(values[cut:]) * (60 - cut) for cut in range(1, 60)]
+    best = int(np.argmin(left)) + 1
+    split = otsu(values)
+    assert split is not None
     assert (values < split.threshold).sum() == best
+    assert split.separation == pytest.approx(1 - min(left) / (60 * np.var(values)))
 
 
 class Identity:

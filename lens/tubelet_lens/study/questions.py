@@ -101,7 +101,7 @@ QUESTIONS: tuple[Question, ...] = (
             monosemanticity__mean__permuted="null",
             monosemanticity__above_null="above null",
             **{"monosemanticity__above_null_*": "above null, by {}"},
-            collinearity__mean="nearest |cosine|",
+            collinearity__mean="nearest cosine (size)",
             labels__purity__sae="label purity",
             labels__purity__permuted="purity, null",
         ),

@@ -89,7 +89,8 @@ class Table:
 
     def markdown(self) -> str:
         """As a table of a markdown page; the best of each source is bold."""
-        heads = ["source", "variant", *(column.title for column in self.columns)]
+        # A bar would end the cell.
+        heads = ["source", "variant", *(column.title.replace("|", "\\|") for column in self.columns)]
         lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
         for row in self.rows:
             texts = []
