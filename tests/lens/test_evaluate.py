@@ -46,9 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = (clip + 0.5 * rng.standard_normal((30, 4, 12, 8))).astype(np.float32)
     store = make_store(root / "s.zarr", plan, {"blocks.1": x}, failed=(4, 5), clips_per_video=2)
     settings = {"steps": 60, "batch_tokens": 64, "log_every": 10, "eval_every": 20, "device": "cpu"}
-    train(
-        TrainConfig(store=store.url, out=root / "run", holdout=HOLDOUT, sae={"k": 3, "expansion": 2}, **settings)  # type: ignore[arg-type]
-    )
+    train(TrainConfig(store=store.url, out=root / "run", holdout=HOLDOUT, sae={"k": 3, "expansion": 2}, **settings))
     return root
 
 
@@ -91,7 +89,7 @@ def test_fvu_and_l0_agree_with_the_trainers_own(trained: Path, result: Evaluatio
 
 @pytest.mark.parametrize("split", ["train", "all"])
 def test_the_other_splits_are_the_other_clips(trained: Path, result: Evaluation, split: str) -> None:
-    there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), split=split, **QUICK))  # type: ignore[arg-type]
+    there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), split=split, **QUICK))
     held = result.coverage.clips
     assert there.coverage.clips == (28 if split == "all" else 28 - held)
 
@@ -213,7 +211,7 @@ def test_names_from_a_store_cannot_break_the_page(found: Result, result: Evaluat
 )
 def test_figures_are_shown_with_the_digits_that_matter(value: float | None, style: str, text: str) -> None:
     fields = {"name": "a.b", "title": "t", "n": 1, "n_of": "tokens", "definition": "d"}
-    assert show(Figure(value=value, style=style, **fields)) == text  # type: ignore[arg-type]
+    assert show(Figure(value=value, style=style, **fields)) == text
 
 
 def test_a_store_without_the_saes_hook_is_refused(trained: Path, tmp_path: Path) -> None:
