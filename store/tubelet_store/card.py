@@ -51,8 +51,8 @@ def markdown(store: Store, title: str, licence: str | None) -> str:
     listed = "\n".join(f"- clip {f['clip']} (`{f['uri']}`): {f['error']}" for f in failures[:_FAILURES_SHOWN])
     more = f"\n- and {len(failures) - _FAILURES_SHOWN} more" if len(failures) > _FAILURES_SHOWN else ""
     known = (
-        f"{len(failures)} {'clip' if len(failures) == 1 else 'clips'} failed ({', '.join(f'{n} {code}' for code, n in codes.most_common())}). They keep "
-        f"their place and hold NaN.\n\n{listed}{more}"
+        f"{len(failures)} {'clip' if len(failures) == 1 else 'clips'} failed "
+        f"({', '.join(f'{n} {code}' for code, n in codes.most_common())}). Failed clips keep their place and hold NaN.\n\n{listed}{more}"
         if failures
         else "None: every clip is stored."
     )
