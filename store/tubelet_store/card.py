@@ -52,7 +52,8 @@ def markdown(store: Store, title: str, licence: str | None) -> str:
     more = f"\n- and {len(failures) - _FAILURES_SHOWN} more" if len(failures) > _FAILURES_SHOWN else ""
     known = (
         f"{len(failures)} {'clip' if len(failures) == 1 else 'clips'} failed "
-        f"({', '.join(f'{n} {code}' for code, n in codes.most_common())}). Failed clips keep their place and hold NaN.\n\n{listed}{more}"
+        f"({', '.join(f'{n} {code}' for code, n in codes.most_common())}). Failed clips keep their place "
+        f"and hold NaN.\n\n{listed}{more}"
         if failures
         else "None: every clip is stored."
     )
