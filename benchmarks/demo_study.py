@@ -1,6 +1,6 @@
-"""The small study of the documentation: two tiny backbones, four kinds of SAE, three seeds, every question of the lens.
+"""The small study of the documentation: two tiny backbones, six kinds of SAE, three seeds, every question of the lens.
 
-    python benchmarks/demo_study.py --work DIR [--out docs/science/demo-study] [--videos 240] [--workers 2]
+    python benchmarks/demo_study.py --work DIR [--out docs/science/demo-study] [--videos 240] [--epochs 8] [--workers 2]
 
 Renders the demo's videos, extracts them with the tiny VideoMAE and the tiny frame-wise DINOv2 that ship with the
 package (training, validation, and validation again with shifted views), writes `study.yaml` and runs `tubelet study` on

@@ -95,7 +95,7 @@ def plain_script(config: ExtractConfig, folder: Path, clips: int) -> None:
             assert isinstance(clip, DecodedClip)
             captured = backbone.activations(backbone.preprocess(clip.frames)[0][None], list(arrays))
             for hook, values in captured.items():
-                arrays[hook][number] = values.tokens[0].numpy().astype(np.float16)
+                arrays[hook][number] = values.tokens[0].float().cpu().numpy().astype(np.float16)
 
 
 @dataclass(frozen=True)

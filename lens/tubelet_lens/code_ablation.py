@@ -109,18 +109,25 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
     share_C = np.bincount(known.fit_class[in_ranking], minlength=known.classes) / len(ranking_codes)
 
     def one(
-        measure: Callable[[NDArray[np.int64]], float], importance_F: NDArray[np.float64], number: int
+        measure: Callable[[NDArray[np.int64]], float],
+        importance_F: NDArray[np.float64],
+        matched_F: NDArray[np.float64],
+        number: int,
     ) -> tuple[Ablation, NDArray[np.int64]]:
         order = ranked(importance_F, alive_F)
         rng = np.random.default_rng([clips.config.seed, number])
-        return ablate(measure, order, mean_F, sizes=sizes, draws=settings.draws, chance=chance, rng=rng), order
+        return ablate(measure, order, matched_F, sizes=sizes, draws=settings.draws, chance=chance, rng=rng), order
 
-    whole, _ = one(reading.accuracy, share_C @ importance_CF, known.classes)
+    whole, _ = one(reading.accuracy, share_C @ importance_CF, mean_F, known.classes)
     right_V = reading.right(np.empty(0, dtype=np.int64))
     by_class = {}
     for number in np.unique(known.video_class[known.video_class >= 0]):
         own = known.video_class == number
-        of_class, order = one(reading.of(own).accuracy, importance_CF[number], int(number))
+        # A latent silent in this class is matched by latents silent in it too.
+        of_ranked = ranking_codes[known.fit_class[in_ranking] == number]
+        in_class_F = np.abs(of_ranked).mean(axis=0, dtype=np.float64) if len(of_ranked) else mean_F
+        matched_F = np.maximum(in_class_F, np.finfo(np.float64).tiny)
+        of_class, order = one(reading.of(own).accuracy, importance_CF[number], matched_F, int(number))
         others = ~own & (known.video_class >= 0)
         before = float(right_V[others].mean()) if others.any() else 0.0
         kept = [float(reading.right(order[:size])[others].mean()) if before else 0.0 for size in sizes]
@@ -338,7 +345,7 @@ def _curve(whole: Ablation, draws: int) -> Curve:
                 low=tuple(map(float, whole.random.min(axis=0))),
                 high=tuple(map(float, whole.random.max(axis=0))),
             ),
-            Line(label="least important", subject="raw", y=tuple(map(float, whole.bottom))),
+            Line(label="least important", subject="permuted", y=tuple(map(float, whole.bottom))),
             Line(label="chance", subject="permuted", y=(whole.chance,) * len(whole.sizes)),
         ),
         definition="Top-1 with the m most important latents of all classes together at 0, with the m least important, "

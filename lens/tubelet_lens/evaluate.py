@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import JsonValue
 from rich.progress import Progress
 
@@ -46,7 +47,7 @@ from tubelet_lens.subject import TrainedSae, check_store, load_trained
 from tubelet_lens.timing import latent_time
 from tubelet_lens.training import training_section
 from tubelet_lens.windows import clip_bytes, windows
-from tubelet_store import Store, open_store
+from tubelet_store import Store, TubeletError, open_store
 from tubelet_trainer.machine import choose_device, software
 
 METRICS: dict[Topic, Callable[[Setting], Metric]] = {
@@ -152,13 +153,30 @@ def evaluate(config: EvaluateConfig) -> Result:
     return Result(evaluation, latent_table(columns, trained.coder.latents))
 
 
+def _not_evaluated(store: Store, clips: NDArray[np.int64], setting: Setting) -> NDArray[np.int64]:
+    """Those of `clips` whose videos are not among the evaluated ones.
+
+    Raises:
+        TubeletError: none is left.
+    """
+    videos = store.clips()["video_id"].to_numpy(zero_copy_only=False)
+    evaluated = setting.store.clips()["video_id"].to_numpy(zero_copy_only=False)[setting.clips]
+    apart = clips[~np.isin(videos[clips], np.unique(evaluated))]
+    if not len(apart):
+        raise TubeletError(
+            f"Every clip of {store.url} to fit on shows a video that is evaluated",
+            "Give another fit_store, or leave it out and evaluate the held-out split",
+        )
+    return apart
+
+
 def _clips_to_fit(config: EvaluateConfig, trained: TrainedSae, setting: Setting) -> Setting | None:
     """Clips to fit probes and maps on, apart by video from those evaluated; None if there are none."""
     store = setting.store
     if config.fit_store is not None:
         store = open_store(config.fit_store)
         check_store(trained, store, other_store=True)
-        clips = choose_clips(store, "all", trained.holdout, config.fit_clips)
+        clips = _not_evaluated(store, choose_clips(store, "all", trained.holdout, config.fit_clips), setting)
     elif config.split == "held_out":
         clips = choose_clips(store, "train", trained.holdout, config.fit_clips)
     else:

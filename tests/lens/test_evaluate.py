@@ -117,6 +117,16 @@ def test_a_topic_that_is_skipped_is_not_there(trained: Path) -> None:
     assert [section.name for section in there.sections] == ["sparsity", "training"]
 
 
+def test_no_video_is_both_fitted_on_and_evaluated(trained: Path) -> None:
+    url = str(trained / "s.zarr")
+    with pytest.raises(TubeletError, match="shows a video that is evaluated"):
+        evaluate(EvaluateConfig(run=trained / "run", store=url, split="all", fit_store=url, device="cpu"))
+    there = EvaluateConfig(run=trained / "run", store=url, fit_store=url, skip=("action", "ablation"), device="cpu")
+    here = there.model_copy(update={"fit_store": None})
+    name = "retrieval.text_to_video_r1.sae"
+    assert evaluation(there).figure(name).value == evaluation(here).figure(name).value
+
+
 def test_probes_and_maps_stand_beside_their_controls(result: Evaluation) -> None:
     for name in ("action.top1", "retrieval.text_to_video_r1"):
         for subject in ("sae", "raw", "untrained", "random_topk", "pca"):

@@ -22,8 +22,10 @@ SLURM = "dask_jobqueue.SLURMCluster"
 KUBERNETES = "dask_kubernetes.operator.KubeCluster"
 
 # A queue of one machine: a job runs at once, in the background, with its script's own process number as its id.
+# As SLURM does: the script is kept when it is submitted, for it may be removed right after.
 SBATCH = """#!/bin/sh
-setsid sh "$1" > "$1.log" 2>&1 &
+cp "$1" "$1.kept"
+setsid sh "$1.kept" > "$1.log" 2>&1 &
 echo "Submitted batch job $!"
 """
 SCANCEL = """#!/bin/sh

@@ -5,14 +5,9 @@ Skipped where Triton is not installed: it comes with torch for CUDA, and not wit
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Triton decides when it is imported, for its own functions too.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 from tubelet_trainer.sae import kernels

@@ -88,7 +88,7 @@ def signature(cohort: Cohort, batch: Batch, x_BD: Tensor) -> tuple[object, ...]:
     """Everything but the numbers on the device that decides what a step does."""
     shapes = tuple(tuple(tensor.shape) for tensor in inputs_of(batch, x_BD))
     pairs = tuple((part.most, part.several_clips) for part in _pairs(batch))
-    chosen = tuple((getattr(s.sae.sparsifier, "k", None), s.clock.dead_most.bit_length()) for s in cohort.learners)
+    chosen = tuple((getattr(s.sae.sparsifier, "k", None), s.clock.dead_bound) for s in cohort.learners)
     return shapes, batch.whole, pairs, chosen
 
 

@@ -106,7 +106,7 @@ class Cohort:
                 x_BD,
                 *part,
                 learner.clock.dead_F,
-                dead_most=learner.clock.dead_most,
+                dead_bound=learner.clock.dead_bound,
                 batch=batch,
                 hook=self.hook,
                 ranks=learner.ranks,

@@ -102,7 +102,7 @@ class Learner:
         """Raw tokens [B, D] seen in step `step` (from 0): those of `batch` at `hook`."""
         self.begin(step, None if batch is None else batch.whole)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            seen = (step, batch, hook, self.ranks, self.clock.dead_most)
+            seen = (step, batch, hook, self.ranks, self.clock.dead_bound)
             return Forward.of(self.sae, tokens, self.clock.dead_F, *seen)
 
     def learn(self, forward: Forward) -> dict[str, Tensor]:

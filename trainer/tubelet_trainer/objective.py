@@ -44,7 +44,7 @@ class Forward:
     """bool: latents that have not fired for long."""
     step: int = 0
     """Of the training, from 0."""
-    dead_most: int | None = None
+    dead_bound: int | None = None
     """At most so many latents are dead, as far as the host knows; None: any number may be."""
     batch: Batch | None = None
     """Where the tokens come from, and their neighbours."""
@@ -63,13 +63,13 @@ class Forward:
         batch: Batch | None = None,
         hook: str = "",
         ranks: Ranks = ALONE,
-        dead_most: int | None = None,
+        dead_bound: int | None = None,
     ) -> Forward:
         """Run `sae` on raw tokens."""
         x_BD = sae.normalisation(x_raw_BD)
         pre_BF = sae.pre_activations(x_BD)
         codes = sae.activate(x_BD, pre_BF)
-        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F, step, dead_most, batch, hook, ranks)
+        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F, step, dead_bound, batch, hook, ranks)
 
     @property
     def whole(self) -> int:
@@ -190,8 +190,7 @@ class AuxK:
 
     def width(self, forward: Forward, latents: int) -> int:
         """Dead latents looked for per token, of `latents`."""
-        most = latents if forward.dead_most is None else forward.dead_most
-        return min(self.k, latents, 1 << (most - 1).bit_length() if most else 0)
+        return min(self.k, latents, latents if forward.dead_bound is None else forward.dead_bound)
 
     def term(self, ratio: Tensor, dead_share: Tensor, any_dead: Tensor) -> Term:
         """The term from what is left of the residual: 0 where nobody is dead, or it is not a number."""
@@ -255,6 +254,11 @@ class FiringClock:
         # Read as plain memory.
         self._came = self._coming.numpy()
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+
+    @property
+    def dead_bound(self) -> int:
+        """`dead_most` rounded up to a power of 2, so that shapes that depend on it seldom change."""
+        return 1 << (self.dead_most - 1).bit_length() if self.dead_most else 0
 
     @property
     def dead_F(self) -> Tensor:

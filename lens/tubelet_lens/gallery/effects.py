@@ -1,7 +1,7 @@
 """What editing a latent does, latent by latent.
 
     probe on pooled codes ─▶ exact change of each class's logit when the latent is set to 0 in the code
-    effects.parquet       ─▶ whatever `tubelet edit` measured in the running backbone
+    effects.parquet       ─▶ whatever somebody measured in the running backbone
 
 The first says what a reader of the code loses, nothing about the backbone: the page says so.
 """

@@ -13,6 +13,8 @@ from tubelet_lens.gallery.survey import Surveyed
 from tubelet_store import TubeletError
 
 _NUMBER = "latent"
+# Numbers of classes, which are no amounts; the pages name the class themselves.
+_CLASSES = ("top_label", "probe_label")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,8 @@ def _of_table(table: pa.Table, latents: int, url: str) -> tuple[Statistic, ...]:
         )
     figures = []
     for field in table.schema:
-        if field.name == _NUMBER or not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
+        number = pa.types.is_floating(field.type) or pa.types.is_integer(field.type)
+        if not number or field.name in (_NUMBER, *_CLASSES):
             continue
         about = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
         values = table[field.name].cast(pa.float64()).to_numpy()

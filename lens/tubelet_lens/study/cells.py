@@ -17,6 +17,7 @@ from typing import Any
 
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.evaluation import Evaluation, read_evaluation
+from tubelet_lens.monosemanticity_config import ArrayReference, StoreReference
 from tubelet_lens.study.config import SourceConfig, StudyConfig
 from tubelet_store import TubeletError, open_store
 from tubelet_store.config import validate
@@ -91,11 +92,23 @@ def cells(config: StudyConfig) -> list[Cell]:
                     told = {
                         "train": train.model_dump(mode="json", exclude={"out"}),
                         "evaluate": evaluate.model_dump(mode="json", exclude={"run", "out"}),
-                        "stores": identities,
+                        "stores": [*identities, *_judged_by(evaluate)],
                     }
                     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
                     found.append(Cell(source_name, variant_full, seed, folder, train, evaluate, digest))
     return sorted(found, key=lambda cell: list(config.sources).index(cell.source))
+
+
+def _judged_by(evaluate: EvaluateConfig) -> list[str]:
+    """Identities of the further stores that an evaluation reads, digests of the arrays."""
+    references = evaluate.monosemanticity.references
+    stores = [reference.store for reference in references if isinstance(reference, StoreReference)]
+    stores += [evaluate.scope.store] if evaluate.scope.store is not None else []
+    arrays = [reference.path for reference in references if isinstance(reference, ArrayReference)]
+    return [
+        *(open_store(store).identity for store in stores),
+        *(f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in arrays if path.is_file()),
+    ]
 
 
 def _base(

@@ -81,6 +81,8 @@ def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: st
                 for line in seeds[0].lines:
                     if line.subject == "sae":
                         _draw(axes, seeds, line, colours[variant], variant)
+                    elif line.subject == "random":
+                        _draw(axes, seeds, line, colours[variant], None)
                     elif number == 0 and line.subject == "raw":
                         _draw(axes, seeds, line, _RAW, line.label)
             first = next(iter(variants.values()))[0]
@@ -99,7 +101,7 @@ def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: st
     return True
 
 
-def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, colour: str, label: str) -> None:
+def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, colour: str, label: str | None) -> None:
     """Mean over seeds of one line; only positions that every seed has."""
     bars = seeds[0].kind == "bars"
     positions = [sum(pair) / 2 for pair in zip(seeds[0].x, seeds[0].x[1:], strict=False)] if bars else seeds[0].x
@@ -117,7 +119,7 @@ def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, colour: str, label: st
         mean,
         label=label,
         color=colour,
-        linestyle=(0, (4, 3)) if line.subject == "raw" else "-",
+        linestyle={"sae": "-", "raw": (0, (4, 3))}.get(line.subject, ":"),
         drawstyle="steps-mid" if bars else "default",
     )
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, step="mid" if bars else None)

@@ -145,7 +145,7 @@ QUESTIONS: tuple[Question, ...] = (
             ablation__before__sae="accuracy before",
             ablation__m50__sae="latents for half",
             ablation__m50__random="random",
-            ablation__area__sae="area under curve",
+            ablation__area__sae="area lost",
             ablation__area__random="area, random",
             ablation__gini="concentration (Gini)",
         ),
@@ -168,8 +168,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "seeds",
         "Stability between seeds",
-        "Do SAEs that differ only in their seed find the same latents? Dictionaries are matched one to one; the spread "
-        "is over pairs of seeds and stands in the definition.",
+        "Do SAEs that differ only in their seed find the same latents? Dictionaries are matched one to one; figures "
+        "are means over every two seeds.",
         _columns(
             seeds__cosine="matched cosine",
             seeds__cosine__random="null",

@@ -22,8 +22,11 @@ from tubelet_lens.study.table import Table, table
 
 _CURVES = (
     ("coherence.lags", "Autocorrelation against distance in time", "coherence"),
-    ("ablation.curve", "Accuracy as the most important latents are taken away", "ablation"),
-    ("monosemanticity.distribution", "Monosemanticity of the latents", "interpretability"),
+    (
+        "ablation.curve",
+        "Accuracy as latents are taken away, most important first (dotted: random)",
+        "ablation",
+    ),
     ("scope.spatial_distribution", "How far latents follow a shifted view, in space", "scope"),
     ("scope.temporal_distribution", "How far latents follow a shifted window, in time", "scope"),
 )

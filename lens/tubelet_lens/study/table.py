@@ -22,6 +22,8 @@ class Place:
     values: tuple[float, ...]
     """Of the seeds for which it is defined."""
     style: str
+    seeds: int
+    """How many values there could be."""
 
     @property
     def mean(self) -> float | None:
@@ -39,9 +41,18 @@ class Place:
             return "—"
         if self.style == "percent":
             spread = f" ± {100 * self.spread:.1f}" if self.spread is not None else ""
-            return f"{100 * self.mean:.1f}{spread} %"
+            return f"{100 * self.mean:.1f}{spread} %{self._some}"
         spread = f" ± {_short(self.spread)}" if self.spread is not None else ""
-        return f"{_short(self.mean)}{spread}"
+        return f"{_short(self.mean)}{spread}{self._some}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is defined for every seed."""
+        return len(self.values) == self.seeds
+
+    @property
+    def _some(self) -> str:
+        return "" if self.whole else f" ({len(self.values)} of {self.seeds})"
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,8 @@ class Table:
     def best(self, column: int, source: str) -> float | None:
         """The best mean of a column among one source's rows; None where neither direction is better."""
         direction = self.better[column]
-        means = [mean for row in self.rows if row.source == source and (mean := row.places[column].mean) is not None]
+        places = [row.places[column] for row in self.rows if row.source == source]
+        means = [place.mean for place in places if place.mean is not None and place.whole]
         if direction == "neither" or len(means) < 2 or len(set(means)) == 1:
             return None
         return max(means) if direction == "high" else min(means)
@@ -144,6 +156,8 @@ def table(
                     if column.figure in figures and (value := figures[column.figure].value) is not None
                 ),
                 known[column.figure].style,
+                # What is said of all seeds together is one value.
+                sum(column.figure in figures for figures in group),
             )
             for column in columns
         )

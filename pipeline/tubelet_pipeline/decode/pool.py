@@ -173,12 +173,17 @@ class DecodePool:
         try:
             return child.decode(line)
         except DecodeFailure as failure:
-            if child.using in ("", "pyav") or self._closed.is_set():
+            if self._closed.is_set():
+                # The process was killed by us: that says nothing of the video.
+                raise _closed_error() from failure
+            if child.using in ("", "pyav"):
                 return failure
         # The other decoder took the process with it. PyAV, in a fresh one, has the last word.
         try:
             return child.decode({**line, "backend": "pyav"})
         except DecodeFailure as failure:
+            if self._closed.is_set():
+                raise _closed_error() from failure
             return failure
 
 

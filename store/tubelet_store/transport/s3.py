@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _ANONYMOUS = "anon@"
 
-# Settings of fsspec's `s3` section that the quicker clients can be given; with any other, fsspec reads.
+# Settings of fsspec's `s3` section that obstore can be given; with any other, fsspec reads.
 _KNOWN_SETTINGS = {"anon", "endpoint_url", "key", "secret", "token", "profile", "client_kwargs"}
 _KNOWN_KEYWORDS = {"endpoint_url", "region_name"}
 
