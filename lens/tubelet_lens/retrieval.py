@@ -28,6 +28,8 @@ from tubelet_lens.vectors import POOLING_WORDS, SUBJECT_WORDS, subjects, vectors
 _TOPS = (1, 5, 10)
 _DIRECTIONS = {"text_to_video": "Text to video", "video_to_text": "Video to text"}
 
+_TIE_DIGITS = 10
+
 
 @dataclass(frozen=True, eq=False)
 class _Gallery:
@@ -51,6 +53,8 @@ class _Gallery:
         sums = predicted_NE.new_zeros(len(self.caption_V), predicted_NE.shape[1])
         sums.index_add_(0, torch.from_numpy(self.video).to(device), predicted_NE)
         cosine_CV = (nnf.normalize(self.texts_CE, dim=1) @ nnf.normalize(sums, dim=1).T).cpu().numpy()
+        # Equal vectors may get products that differ in their last bits; they are to tie.
+        cosine_CV = cosine_CV.round(_TIE_DIGITS)
         right_CV = np.arange(len(cosine_CV))[:, None] == self.caption_V
         return {"text_to_video": ranks(cosine_CV, right_CV), "video_to_text": ranks(cosine_CV.T, right_CV.T)}
 

@@ -77,7 +77,7 @@ def _list(config: CatalogConfig) -> int:
         said = [about.dataset.get("name") or about.dataset.get("kind"), about.backbone.get("id"), about.licence]
         words = " · ".join(str(word) for word in said if word)
         clips = _clips(entry)
-        held = f"{'not here yet':>14}" if clips is None else f"{clips:>8} clips"
+        held = f"{'none found':>14}" if clips is None else f"{clips:>8} clips"
         lines.append(f"{entry.name:<{width}}  {held}  {words}  [{hooks}]")
     print("\n".join(lines))
     return 0
@@ -90,7 +90,11 @@ def _clips(entry: StoreEntry) -> int | None:
     from tubelet_store.objects import open_root
     from tubelet_store.state import read_state
 
-    state = read_state(open_root(entry.url))
+    try:
+        state = read_state(open_root(entry.url))
+    except TubeletError:
+        # One place that cannot be reached does not hide the others; `catalog check` says what is wrong with it.
+        return None
     return None if state is None else state.plan.clips
 
 
@@ -105,7 +109,7 @@ def _show(config: CatalogConfig) -> int:
         "name": entry.name,
         "store": entry.url,
         "identity": entry.identity or "not pinned: every user makes this store himself",
-        "clips": "not here yet" if (clips := _clips(entry)) is None else str(clips),
+        "clips": "none found" if (clips := _clips(entry)) is None else str(clips),
         "grid": f"{time} time x {height} height x {width} width, {about.dtype}",
         "hooks": ", ".join(f"{block.hook} [{block.shape[3]}]" for block in entry.hooks),
         "data set": ", ".join(f"{k} {v}" for k, v in about.dataset.items()),
