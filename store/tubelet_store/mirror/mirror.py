@@ -152,9 +152,12 @@ class Mirror:
 
 def _raise_first(running: list[Future[None]]) -> None:
     """Wait for all; at the first failure drop those that have not begun, wait for the others, raise it."""
-    done, rest = wait(running, return_when=FIRST_EXCEPTION)
-    for future in rest:
-        future.cancel()
-    wait(rest)
+    try:
+        done, _ = wait(running, return_when=FIRST_EXCEPTION)
+    finally:
+        # Interrupted too: what has begun still writes into the file, which is closed next.
+        for future in running:
+            future.cancel()
+        wait(running)
     for future in done:
         future.result()
