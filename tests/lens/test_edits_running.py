@@ -356,6 +356,7 @@ def test_an_evaluation_measures_in_the_running_backbone(made: Path) -> None:
         "run": made / "run",
         "store": str(made / "s.zarr"),
         "split": "all",
+        "limit_clips": 6,
         "fit_store": str(made / "s.zarr"),
         "controls": False,
         "device": "cpu",
