@@ -67,8 +67,10 @@ def demo(config: DemoConfig) -> None:
     }
     _step("Evaluate it", "evaluate", _settings_file(out, "evaluate", settings))
     print()
-    for name, text in _summary(out):
-        print(f"{name:<22}{text}")
+    summary = _summary(out)
+    width = max(len(name) for name, _ in summary) + 2
+    for name, text in summary:
+        print(f"{name:<{width}}{text}")
     print(f"\nThe demo took {time.perf_counter() - began:.0f} s. Open {report / 'report.html'}")
 
 
