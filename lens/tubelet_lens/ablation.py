@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tubelet_lens.section import Line
+
 Measure = Callable[[NDArray[np.int64]], float]
 """Accuracy with these latents at 0."""
 
@@ -107,6 +109,26 @@ class Ablation:
         if self.before <= self.chance:
             return None
         return float(np.mean(self.before - accuracies) / (self.before - self.chance))
+
+    @property
+    def random_areas(self) -> list[float]:
+        """The area of every random draw; empty where there is nothing to lose."""
+        return [lost for draw in self.random if (lost := self.area(draw)) is not None]
+
+
+def accuracy_lines(whole: Ablation) -> tuple[Line, ...]:
+    """Accuracy against the number of latents taken away: the most important, matched random ones, the least."""
+    return (
+        Line(label="most important", y=tuple(map(float, whole.top))),
+        Line(
+            label="matched random",
+            subject="random",
+            y=tuple(map(float, whole.random.mean(axis=0))),
+            low=tuple(map(float, whole.random.min(axis=0))),
+            high=tuple(map(float, whole.random.max(axis=0))),
+        ),
+        Line(label="least important", subject="permuted", y=tuple(map(float, whole.bottom))),
+    )
 
 
 def set_sizes(alive: int, largest: int) -> tuple[int, ...]:

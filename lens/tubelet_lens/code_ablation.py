@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.ablation import Ablation, ablate, gini, importance, ranked, set_sizes
+from tubelet_lens.ablation import Ablation, ablate, accuracy_lines, gini, ranked, set_sizes
 from tubelet_lens.clip_metric import ClipResult, ClipSetting
-from tubelet_lens.labelled import Labelled, labelled
+from tubelet_lens.labelled import Labelled
 from tubelet_lens.latents import LatentColumn
-from tubelet_lens.probe import choose_penalty, fit_probe
+from tubelet_lens.ranking import rank_latents
 from tubelet_lens.section import Curve, Figure, Line, Section
 
 _HOW = (
@@ -74,26 +74,12 @@ class _OfClass:
 
 def code_ablation(clips: ClipSetting) -> ClipResult | None:
     """Curves, m_50 and concentration; None without labels, or where fewer than two latents are alive."""
-    known, fit, parts = labelled(clips), clips.fit, clips.parts
-    if known is None or fit is None or parts is None:
+    ranking = rank_latents(clips)
+    if ranking is None:
         return None
     settings, device = clips.config.ablation, clips.setting.device
-    codes_NF = fit.pooled["sae"].mean_NF[known.fit_rows]
-    in_ranking, validation = parts.ranking[known.fit_rows], parts.validation[known.fit_rows]
-    rest = ~in_ranking
-    penalty = choose_penalty(
-        codes_NF[rest],
-        known.fit_class[rest],
-        validation[rest],
-        known.classes,
-        clips.config.action.penalties,
-        device,
-    )
-    probe = fit_probe(codes_NF[rest], known.fit_class[rest], known.classes, penalty, device)
-    weights_CF = probe.weights(codes_NF.shape[1])
-    ranking_codes = codes_NF[in_ranking]
-    mean_F = np.abs(ranking_codes).mean(axis=0, dtype=np.float64)
-    alive_F = mean_F > 0
+    known, probe, weights_CF = ranking.known, ranking.probe, ranking.weights_CF
+    importance_CF, mean_F, alive_F = ranking.importance_CF, ranking.mean_F, ranking.alive_F
     sizes = set_sizes(int(alive_F.sum()), settings.largest)
     if not sizes:
         return None
@@ -104,9 +90,7 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
         codes_NF=torch.from_numpy(test_NF).to(device),
         logits_NC=probe.model.logits(probe.basis.coordinates(test_NF)),
     )
-    importance_CF = importance(weights_CF, ranking_codes, known.fit_class[in_ranking])
     chance = 1 / known.classes
-    share_C = np.bincount(known.fit_class[in_ranking], minlength=known.classes) / len(ranking_codes)
 
     def one(
         measure: Callable[[NDArray[np.int64]], float],
@@ -118,13 +102,13 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
         rng = np.random.default_rng([clips.config.seed, number])
         return ablate(measure, order, matched_F, sizes=sizes, draws=settings.draws, chance=chance, rng=rng), order
 
-    whole, _ = one(reading.accuracy, share_C @ importance_CF, mean_F, known.classes)
+    whole, _ = one(reading.accuracy, ranking.importance_F, mean_F, known.classes)
     right_V = reading.right(np.empty(0, dtype=np.int64))
     by_class = {}
     for number in np.unique(known.video_class[known.video_class >= 0]):
         own = known.video_class == number
         # A latent silent in this class is matched by latents silent in it too.
-        of_ranked = ranking_codes[known.fit_class[in_ranking] == number]
+        of_ranked = ranking.codes_NF[ranking.class_N == number]
         in_class_F = np.abs(of_ranked).mean(axis=0, dtype=np.float64) if len(of_ranked) else mean_F
         matched_F = np.maximum(in_class_F, np.finfo(np.float64).tiny)
         of_class, order = one(reading.of(own).accuracy, importance_CF[number], matched_F, int(number))
@@ -183,7 +167,7 @@ def _section(known: Labelled, whole: Ablation, by_class: dict[int, _OfClass], dr
 def _figures(known: Labelled, whole: Ablation, draws: int, alive: int) -> list[Figure]:
     videos, largest = len(known.video_class), whole.sizes[-1]
     random = whole.random.mean(axis=0)
-    areas = [lost for draw in whole.random if (lost := whole.area(draw)) is not None]
+    areas = whole.random_areas
     half = int(np.argmax(random <= _half(whole))) if (random <= _half(whole)).any() else None
     area = (
         "Mean over the sizes m = 1, 2, 4, ... of (accuracy before - accuracy with m latents at 0) / (accuracy before - "
@@ -337,15 +321,7 @@ def _curve(whole: Ablation, draws: int) -> Curve:
         y_label="top-1 of test videos",
         x=tuple(float(size) for size in whole.sizes),
         lines=(
-            Line(label="most important", y=tuple(map(float, whole.top))),
-            Line(
-                label="matched random",
-                subject="random",
-                y=tuple(map(float, whole.random.mean(axis=0))),
-                low=tuple(map(float, whole.random.min(axis=0))),
-                high=tuple(map(float, whole.random.max(axis=0))),
-            ),
-            Line(label="least important", subject="permuted", y=tuple(map(float, whole.bottom))),
+            *accuracy_lines(whole),
             Line(label="chance", subject="permuted", y=(whole.chance,) * len(whole.sizes)),
         ),
         definition="Top-1 with the m most important latents of all classes together at 0, with the m least important, "

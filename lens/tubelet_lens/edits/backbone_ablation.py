@@ -10,14 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_lens.ablation import Ablation, ablate, importance, ranked, set_sizes
+from tubelet_lens.ablation import Ablation, ablate, accuracy_lines, ranked, set_sizes
 from tubelet_lens.clip_metric import ClipResult, ClipSetting
 from tubelet_lens.edits.edit import Edit, LatentEdits
 from tubelet_lens.edits.operation import Suppress
 from tubelet_lens.edits.running import Running
-from tubelet_lens.labelled import labelled
-from tubelet_lens.probe import choose_penalty, fit_probe
-from tubelet_lens.section import Curve, Figure, Line, Section
+from tubelet_lens.ranking import rank_latents
+from tubelet_lens.section import Curve, Figure, Section
 from tubelet_pipeline.backbones import rewriting
 
 
@@ -32,29 +31,20 @@ def accuracy_without(running: Running, latents: NDArray[np.int64]) -> float:
 
 def backbone_ablation(clips: ClipSetting) -> ClipResult | None:
     """Curves and m_50; None without a running backbone, labels on both sides, or two latents alive."""
-    running, known, parts = clips.running, labelled(clips), clips.parts
-    if running is None or running.readout is None or known is None or clips.fit is None or parts is None:
+    running = clips.running
+    if running is None or running.readout is None or not (running.class_N >= 0).any():
         return None
-    if not (running.class_N >= 0).any():
+    ranking = rank_latents(clips)
+    if ranking is None:
         return None
-    device = clips.setting.device
-    codes_NF = clips.fit.pooled["sae"].mean_NF[known.fit_rows]
-    in_ranking, validation = parts.ranking[known.fit_rows], parts.validation[known.fit_rows]
-    rest = ~in_ranking
-    classes, penalties = known.classes, clips.config.action.penalties
-    penalty = choose_penalty(codes_NF[rest], known.fit_class[rest], validation[rest], classes, penalties, device)
-    weights_CF = fit_probe(codes_NF[rest], known.fit_class[rest], classes, penalty, device).weights(codes_NF.shape[1])
-    ranking_NF, ranking_class = codes_NF[in_ranking], known.fit_class[in_ranking]
-    mean_F = np.abs(ranking_NF).mean(axis=0, dtype=np.float64)
-    alive_F = mean_F > 0
+    alive_F = ranking.alive_F
     sizes = set_sizes(int(alive_F.sum()), running.config.largest)
     if not sizes:
         return None
-    share_C = np.bincount(ranking_class, minlength=classes) / len(ranking_class)
     found = ablate(
         lambda latents: accuracy_without(running, latents),
-        ranked(share_C @ importance(weights_CF, ranking_NF, ranking_class), alive_F),
-        mean_F,
+        ranked(ranking.importance_F, alive_F),
+        ranking.mean_F,
         sizes=sizes,
         draws=running.config.draws,
         chance=1 / len(running.readout.classes),
@@ -74,7 +64,7 @@ def _section(found: Ablation, running: Running, what: str, alive: int) -> Sectio
         "Mean over m = 1, 2, 4, ... of (accuracy before - accuracy without m latents) / (accuracy before - chance). "
         "Undefined where nothing is read above chance."
     )
-    lost = [value for draw in found.random if (value := found.area(draw)) is not None]
+    lost = found.random_areas
     return Section(
         name="backbone_ablation",
         title="Ablation in the running backbone",
@@ -150,17 +140,7 @@ def _section(found: Ablation, running: Running, what: str, alive: int) -> Sectio
                 x_label="latents off",
                 y_label="top-1 of test clips",
                 x=tuple(float(size) for size in found.sizes),
-                lines=(
-                    Line(label="most important", y=tuple(map(float, found.top))),
-                    Line(
-                        label="matched random",
-                        subject="random",
-                        y=tuple(map(float, found.random.mean(axis=0))),
-                        low=tuple(map(float, found.random.min(axis=0))),
-                        high=tuple(map(float, found.random.max(axis=0))),
-                    ),
-                    Line(label="least important", subject="raw", y=tuple(map(float, found.bottom))),
-                ),
+                lines=accuracy_lines(found),
                 definition="Top-1 with the m most important latents off, with the m least important, and with m random "
                 f"ones of the same mean activation (mean and range of {draws} draws). {how}",
                 log_x=True,

@@ -173,11 +173,6 @@ def own_classifier(backbone: Backbone) -> OwnClassifier | None:
     return OwnClassifier(Classifier(backbone)) if has_classifier(backbone) else None
 
 
-def logits_of(readout: Readout, pixels: Iterable[Tensor]) -> Tensor:
-    """float32 [N, C] on the CPU, of clips [T, 3, h, w] each."""
-    return torch.cat([readout.logits(batch).cpu() for batch in in_batches(pixels)])
-
-
 def in_batches(pixels: Iterable[Tensor]) -> Iterator[Tensor]:
     """Clips [T, 3, h, w] stacked, `BATCH` at a time; what is left comes last."""
     waiting: list[Tensor] = []

@@ -14,20 +14,19 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 
 from tubelet_pipeline.clips import resolve_uri
 from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
-from tubelet_pipeline.sampling import Sampling
-from tubelet_pipeline.views import CentreView, Views, clip_request, locate
-from tubelet_store import Store, TubeletError
+from tubelet_pipeline.replay import sampling_of, views_of
+from tubelet_pipeline.views import clip_request, locate
+from tubelet_store import Store
 
 _METHOD = 4
 _AHEAD = 8
@@ -90,16 +89,8 @@ class ClipFrames:
 
     def __init__(self, store: Store, root: str) -> None:
         self._store, self._root = store, root
-        said = dict(store.plan.sampling)
-        views: Any = said.pop("views", {"kind": "centre"})
-        try:
-            self._sampling: Any = _validated(Sampling, said)
-            self._views: Any = _validated(Views, views) if views != {"kind": "centre"} else CentreView()
-        except (ValidationError, TypeError) as error:
-            raise TubeletError(
-                f"The sampling of {store.url} is not known here ({said.get('kind')})",
-                "Make the gallery with the version of Tubelet that made the store",
-            ) from error
+        self._sampling, self._views = sampling_of(store.plan), views_of(store.plan)
+        views: Any = store.plan.sampling.get("views", {})
         self._tubelet_frames = int(views.get("tubelet_frames", 1))
 
     def sheets(
@@ -135,15 +126,3 @@ class ClipFrames:
         if indices is not None and result.frame_indices.tolist() != indices:
             return "changed: the video has other frames than when the store was made"
         return draw_sheet(result.frames, tuple(crop) if crop is not None else None, config)
-
-
-T = TypeVar("T")
-
-
-def _validated(union: Any, said: dict[str, Any]) -> Any:
-    """The member of `union` that the record `said` describes; what a record says beyond its fields are formulas."""
-    kinds = {model.model_fields["kind"].default: model for model in union.__args__[0].__args__}
-    model = kinds[said["kind"]] if said.get("kind") in kinds else None
-    if model is None:
-        raise TypeError(f"no kind {said.get('kind')!r}")
-    return TypeAdapter(model).validate_python({key: said[key] for key in model.model_fields if key in said})

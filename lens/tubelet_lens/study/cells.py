@@ -47,22 +47,17 @@ class Cell:
     @property
     def done(self) -> bool:
         """Whether it was finished with these settings on these stores."""
-        mark = self.folder / "cell.json"
-        try:
-            return bool(json.loads(mark.read_text())["digest"] == self.digest)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return self._says("cell.json")
 
     @property
     def stale(self) -> bool:
         """Whether the folder holds the cell made with other settings or on other stores."""
-        return (self.folder / "begun.json").is_file() and not self.begun
+        return (self.folder / "begun.json").is_file() and not self._says("begun.json")
 
-    @property
-    def begun(self) -> bool:
-        """Whether work in the folder was begun with these settings on these stores."""
+    def _says(self, file: str) -> bool:
+        """Whether `file` of the folder has this cell's digest."""
         try:
-            return bool(json.loads((self.folder / "begun.json").read_text())["digest"] == self.digest)
+            return bool(json.loads((self.folder / file).read_text())["digest"] == self.digest)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
