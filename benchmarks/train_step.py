@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loader import HOOK, make_store
-from tubelet_store import Grid
+from loader import GRID, HOOK, make_store
 from tubelet_trainer.batch import Batch
+from tubelet_trainer.cohort import Cohort
 from tubelet_trainer.config import OptimiserConfig
 from tubelet_trainer.learner import Learner
 from tubelet_trainer.machine import keep_memory
@@ -89,9 +89,13 @@ def stepping(
 ) -> Callable[[], object]:
     """One step of all `learners` together, on the same batch each time."""
     team = Team(learners, [HOOK] * len(learners), len(x_BD), compiled, captured)
-    positions = torch.arange(len(x_BD), device=x_BD.device)
-    batch = Batch({HOOK: x_BD}, positions, Grid(time=8, height=14, width=14), len(x_BD))
+    batch = batch_of(x_BD)
     return lambda: team.learn(batch, 5)
+
+
+def batch_of(x_BD: Tensor) -> Batch:
+    """Tokens as a batch."""
+    return Batch({HOOK: x_BD}, torch.arange(len(x_BD), device=x_BD.device), GRID, len(x_BD))
 
 
 def dense_step(learner: Learner, x_BD: Tensor) -> None:
@@ -140,14 +144,15 @@ def parts_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
     """Where the time of a step goes."""
     learner, watch = make_learner(latents, k, device, torch.float32), Stopwatch(device)
     sae, x_BD = learner.sae, torch.randn(CPU_BATCH, CHANNELS, device=device)
-    learner.learn(learner.forward(x_BD, 5))
+    cohort, batch = Cohort([learner], HOOK), batch_of(x_BD)
+    cohort.learn(batch, x_BD, 5)
     pre_BF = sae.pre_activations(x_BD)
-    forward = learner.forward(x_BD, 5)
+    _, (total,) = cohort.losses(batch, x_BD)
     parts = {
         "encoder product": watch.best(lambda: sae.pre_activations(x_BD)),
         "choosing k": watch.best(lambda: sae.sparsifier(pre_BF)),
-        "forward, all": watch.best(lambda: learner.forward(x_BD, 5)),
-        "backward": watch.once(lambda: learner.objective(forward).loss.backward()),
+        "forward and loss, all": watch.best(lambda: cohort.losses(batch, x_BD)),
+        "backward": watch.once(total.loss.backward),
         "project, clip, Adam, unit norm": watch.best(learner.apply_gradients),
     }
     yield f"parts of a step, {latents} latents, k {k}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in parts.items())
@@ -175,7 +180,7 @@ def feeding_table(device: torch.device) -> Iterator[str]:
         clips = np.arange(store.plan.clips)
         source = Source(store, HOOK)
         precision = torch.bfloat16 if device.type == "cuda" else torch.float32
-        learner = make_learner(FEED_LATENTS, KS[0], device, precision)
+        team = Team([make_learner(FEED_LATENTS, KS[0], device, precision)], [HOOK], FEED_BATCH)
         resident = torch.from_numpy(store.shard_map(HOOK, 0).reshape(-1, CHANNELS).copy()).to(device)
 
         def from_store() -> None:
@@ -188,13 +193,13 @@ def feeding_table(device: torch.device) -> Iterator[str]:
                 device=device,
             )
             for number, batch in enumerate(windows):
-                learner.learn(learner.forward(batch.tokens, number))
+                team.learn(batch, number)
 
         def from_memory() -> None:
             order = torch.randperm(len(resident), device=device)
             for number in range(FEED_STEPS):
                 rows = order[number * FEED_BATCH % len(resident) :][:FEED_BATCH]
-                learner.learn(learner.forward(resident[rows].float(), number))
+                team.learn(batch_of(resident[rows].float()), number)
 
         watch, wall = Stopwatch(device), []
         from_memory()

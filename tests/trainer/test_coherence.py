@@ -121,7 +121,7 @@ def make_sae(config):
 
 
 def forward_of(sae, batch):
-    return Forward.of(sae, batch.tokens, torch.zeros(F, dtype=torch.bool), 0, batch, "h")
+    return Forward.of(sae, batch.tokens, torch.zeros(F, dtype=torch.bool), batch=batch, hook="h")
 
 
 KINDS = [

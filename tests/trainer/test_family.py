@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from steps import see, take_step
 from tubelet_store import Moments, TubeletError
 from tubelet_store.config import Config, validate
 from tubelet_trainer.config import OptimiserConfig
@@ -156,7 +158,7 @@ def same_gradients(found, expected, but=()):
 @pytest.mark.parametrize(("kind", "nesting"), COMBINATIONS)
 def test_every_combination_equals_the_dense_formulas_in_value_and_gradient(kind, nesting):
     sae = make_sae(recipe(kind, nesting))
-    forward = Forward.of(sae, tokens(), NO_DEAD, step=3)
+    forward = replace(Forward.of(sae, sae.normalisation(tokens()), NO_DEAD), step=3)
     _, _, codes, expected = dense(sae, tokens(), step=3)
     torch.testing.assert_close(sae.encode(tokens()), codes)
     found = Reconstruction(D)(forward).loss
@@ -190,7 +192,7 @@ def test_the_gradient_of_grouped_decoding_is_right():
 )
 def test_matryoshka_with_one_prefix_is_the_plain_sae(nesting):
     plain, nested = (make_sae(TopKConfig(latents=F, k=K, nesting=n)) for n in ({"kind": "flat"}, nesting))
-    losses = [Reconstruction(D)(Forward.of(sae, tokens(), NO_DEAD)).loss for sae in (plain, nested)]
+    losses = [Reconstruction(D)(Forward.of(sae, sae.normalisation(tokens()), NO_DEAD)).loss for sae in (plain, nested)]
     assert torch.equal(*losses)
     ours, theirs = gradients(nested, losses[1]), gradients(plain, losses[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -219,7 +221,7 @@ def test_auxk_reaches_the_encoder_of_dead_latents_for_every_kind_with_a_k(kind):
     sae = make_sae(recipe(kind))
     dead = torch.zeros(F, dtype=torch.bool)
     dead[10:30] = True
-    found = gradients(sae, AuxK(6, 1.0)(Forward.of(sae, tokens(), dead)).loss)
+    found = gradients(sae, AuxK(6, 1.0)(Forward.of(sae, sae.normalisation(tokens()), dead)).loss)
     for name in ("W_enc", "b_enc", "W_dec"):
         strength = found[name].abs().reshape(F, -1).sum(dim=1)
         assert (strength[dead] > 0).float().mean() > 0.8
@@ -236,7 +238,7 @@ def test_l0_is_what_was_asked():
 def test_thresholds_learn_by_the_rectangle_kernel_around_pre_activations():
     sae = make_sae(recipe("jumprelu"))
     x = tokens()
-    forward = Forward.of(sae, x, NO_DEAD)
+    forward = Forward.of(sae, sae.normalisation(x), NO_DEAD)
     pre, theta, width = forward.pre_BF, sae.sparsifier.threshold.detach(), sae.config.bandwidth
     kernel = (((pre - theta) / width).abs() < 0.5).double()
     below = kernel * (pre < theta)
@@ -259,7 +261,7 @@ def test_thresholds_learn_by_the_rectangle_kernel_around_pre_activations():
 def test_both_l0_penalties(penalty):
     sae = make_sae(recipe("jumprelu", penalty=penalty, target_l0=7.0, sparsity=0.25, sparsity_warmup_steps=0))
     term = sae_terms(sae.config, D, float(D), 100, CPU)[1]
-    forward = Forward.of(sae, tokens(), NO_DEAD)
+    forward = Forward.of(sae, sae.normalisation(tokens()), NO_DEAD)
     l0 = (forward.codes.values > 0).sum() / N
     expected = 0.25 * (l0 if penalty == "linear" else (l0 / 7 - 1) ** 2)
     torch.testing.assert_close(term(forward).loss, expected, check_dtype=False)
@@ -268,7 +270,9 @@ def test_both_l0_penalties(penalty):
 @pytest.mark.parametrize("nesting", ["flat", "random"])
 def test_the_l1_penalty_equals_its_formula(nesting):
     sae = make_sae(recipe("relu", nesting, sparsity=0.3, sparsity_warmup_steps=0))
-    found = sae_terms(sae.config, D, float(D), 100, CPU)[1](Forward.of(sae, tokens(), NO_DEAD, step=2)).loss
+    found = sae_terms(sae.config, D, float(D), 100, CPU)[1](
+        replace(Forward.of(sae, sae.normalisation(tokens()), NO_DEAD), step=2)
+    ).loss
     _, _, codes, _ = dense(sae, tokens())
     ends = cuts(sae.config.nesting, F, 0, 0, 2).ends
     expected = 0.3 * sum(codes[:, :end].sum() for end in ends) / len(ends) / N
@@ -278,7 +282,7 @@ def test_the_l1_penalty_equals_its_formula(nesting):
 
 def test_the_gated_penalty_equals_its_formula():
     sae = make_sae(recipe("gated", sparsity=0.3, sparsity_warmup_steps=0))
-    found = sae_terms(sae.config, D, float(D), 100, CPU)[1](Forward.of(sae, tokens(), NO_DEAD)).loss
+    found = sae_terms(sae.config, D, float(D), 100, CPU)[1](Forward.of(sae, sae.normalisation(tokens()), NO_DEAD)).loss
     x, pre, _, _ = dense(sae, tokens())
     frozen = x - pre.relu() @ sae.W_dec.detach() - sae.b_dec.detach()
     expected = 0.3 * pre.relu().sum() / N + frozen.square().sum() / (N * D)
@@ -473,7 +477,7 @@ def test_l0_reaches_its_target(kind):
     learner = learner_of(config, steps=900)
     l0 = []
     for step in range(900):
-        metrics = learner.learn(learner.forward(sparse_tokens(step % 50), step))
+        metrics = take_step(learner, sparse_tokens(step % 50), step)
         l0.append(metrics["l0"])
     assert abs(float(torch.stack(l0[-100:]).mean()) - 5.0) < 1.0
     assert float(torch.stack(l0[:20]).mean()) > 15
@@ -482,7 +486,7 @@ def test_l0_reaches_its_target(kind):
 def test_k_is_annealed_from_the_channels_to_its_value():
     config = recipe("topk", k_anneal_steps=10)
     learner = learner_of(config)
-    ks = [learner.forward(sparse_tokens(0), step).codes.values.shape[1] for step in range(14)]
+    ks = [see(learner, sparse_tokens(0), step).codes.values.shape[1] for step in range(14)]
     assert ks[0] == D
     assert ks[10:] == [K] * 4
     assert ks == sorted(ks, reverse=True)
@@ -492,7 +496,7 @@ def test_the_running_mean_of_the_weights_is_what_comes_out():
     learner = learner_of(recipe("topk"), ema=0.9)
     mean = {name: p.detach().clone() for name, p in learner.sae.named_parameters()}
     for step in range(20):
-        learner.learn(learner.forward(sparse_tokens(step), step))
+        take_step(learner, sparse_tokens(step), step)
         for name, parameter in learner.sae.named_parameters():
             mean[name].lerp_(parameter.detach(), 0.1)
     result = learner.result()
@@ -506,11 +510,11 @@ def test_resampling_gives_dead_latents_bad_tokens_and_a_new_start():
     with torch.no_grad():
         learner.sae.b_enc[:20] = -100
     for step in range(9):
-        learner.learn(learner.forward(sparse_tokens(step), step))
+        take_step(learner, sparse_tokens(step), step)
     assert 20 <= learner.clock.dead_F.sum() < F
     before = {name: tensor.clone() for name, tensor in learner.state().items()}
-    forward = learner.forward(sparse_tokens(9), 9)
-    learner.learn(forward)
+    forward = see(learner, sparse_tokens(9), 9)
+    take_step(learner, sparse_tokens(9), 9)
     state, x = learner.state(), sparse_tokens(9)
     dead = (before["clock/silent_tokens"] + 256 > 600) & ~forward.codes.fired(F)
     cosine = torch.nn.functional.normalize(x - before["sae/b_dec"], dim=1) @ state["sae/W_dec"][dead].T
@@ -523,5 +527,5 @@ def test_resampling_gives_dead_latents_bad_tokens_and_a_new_start():
     assert (state["adam/W_dec/exp_avg_sq"][alive].sum(dim=1) > 0).any()
     ratio = state["sae/W_enc"][dead].norm(dim=1) / state["sae/W_enc"][alive].norm(dim=1).mean()
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.2), atol=0.01, rtol=0)
-    learner.learn(learner.forward(sparse_tokens(10), 10))
+    take_step(learner, sparse_tokens(10), 10)
     assert all(tensor.isfinite().all() for tensor in learner.state().values())

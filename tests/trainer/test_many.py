@@ -13,6 +13,7 @@ from stores import make_plan, make_store
 from tubelet_store import TubeletError
 from tubelet_store.cli import main
 from tubelet_trainer.checkpoint import load_latest
+from tubelet_trainer.cohort import Cohort
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.loop import train
 from tubelet_trainer.run import Run
@@ -100,7 +101,7 @@ def test_saes_of_equal_shape_step_as_one(store, tmp_path):
         cohort = run.team.cohorts[0]
         x = cohort.saes[0].normalisation(batch.hooks["h"])
         together += cohort.losses(batch, x)[0]
-        alone += [own.forward(batch.hooks["h"], step, batch, "h") for own in cohort.learners]
+        alone += [Cohort([own], "h").losses(batch, x)[0][0] for own in cohort.learners]
     for ours, theirs in zip(together, alone, strict=True):
         assert torch.equal(ours.pre_BF, theirs.pre_BF)
         assert torch.equal(ours.recon_BD, theirs.recon_BD)

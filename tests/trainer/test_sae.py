@@ -142,7 +142,7 @@ def test_tokens_that_keep_different_numbers_decode_and_select_as_dense_codes(cou
 def test_main_loss_and_gradients_equal_the_dense_formulas(config):
     sae = make_sae(config).train()
     x_raw = tokens()
-    forward = Forward.of(sae, x_raw, torch.zeros(F, dtype=torch.bool))
+    forward = Forward.of(sae, sae.normalisation(x_raw), torch.zeros(F, dtype=torch.bool))
     x, codes, recon = dense_forward(sae, x_raw)
     torch.testing.assert_close(forward.recon_BD, recon)
     found = Reconstruction(7.0)(forward).loss
@@ -158,7 +158,7 @@ def test_auxk_and_its_gradients_equal_the_dense_formulas(config):
     sae = make_sae(config).train()
     x_raw = tokens()
     dead = torch.rand(F, generator=torch.Generator().manual_seed(3)) < 0.4
-    forward = Forward.of(sae, x_raw, dead)
+    forward = Forward.of(sae, sae.normalisation(x_raw), dead)
     found = AuxK(7, 1 / 32)(forward).loss
     x, _, recon = dense_forward(sae, x_raw)
     residual = (x - recon).detach()
@@ -175,7 +175,7 @@ def test_auxk_reaches_the_encoder_of_dead_latents_and_of_no_other():
     sae = make_sae(TopKConfig(latents=F, k=5))
     dead = torch.zeros(F, dtype=torch.bool)
     dead[10:30] = True
-    W_enc, b_enc, W_dec, _ = gradients(sae, AuxK(6, 1.0)(Forward.of(sae, tokens(), dead)).loss)
+    W_enc, b_enc, W_dec, _ = gradients(sae, AuxK(6, 1.0)(Forward.of(sae, sae.normalisation(tokens()), dead)).loss)
     for gradient in (W_enc.abs().sum(dim=1), b_enc.abs(), W_dec.abs().sum(dim=1)):
         assert (gradient[dead] > 0).float().mean() > 0.8
         assert (gradient[~dead] == 0).all()
@@ -183,15 +183,15 @@ def test_auxk_reaches_the_encoder_of_dead_latents_and_of_no_other():
 
 def test_auxk_is_zero_without_dead_latents_and_where_it_is_not_a_number():
     sae = make_sae(TopKConfig(latents=F, k=5))
-    assert AuxK(6, 1.0)(Forward.of(sae, tokens(), torch.zeros(F, dtype=torch.bool))).loss == 0
+    assert AuxK(6, 1.0)(Forward.of(sae, sae.normalisation(tokens()), torch.zeros(F, dtype=torch.bool))).loss == 0
     same = tokens(rows=1).expand(4, D)
-    nobody_differs = AuxK(6, 1.0)(Forward.of(sae, same, torch.ones(F, dtype=torch.bool))).loss
+    nobody_differs = AuxK(6, 1.0)(Forward.of(sae, sae.normalisation(same), torch.ones(F, dtype=torch.bool))).loss
     assert nobody_differs == 0 or nobody_differs.isfinite()
 
 
 def test_terms_add_up_and_each_reports():
     sae = make_sae(TopKConfig(latents=F, k=5))
-    forward = Forward.of(sae, tokens(), torch.ones(F, dtype=torch.bool))
+    forward = Forward.of(sae, sae.normalisation(tokens()), torch.ones(F, dtype=torch.bool))
     parts = [Reconstruction(float(D)), AuxK(6, 0.5)]
     total = Objective(parts)(forward)
     torch.testing.assert_close(total.loss, sum(part(forward).loss for part in parts))
@@ -246,7 +246,7 @@ def test_encoder_and_decoder_start_alike_and_share_no_storage():
 
 def test_the_projected_gradient_is_orthogonal_to_every_row():
     sae = make_sae(TopKConfig(latents=F, k=5))
-    Reconstruction(1.0)(Forward.of(sae, tokens(), torch.zeros(F, dtype=torch.bool))).loss.backward()
+    Reconstruction(1.0)(Forward.of(sae, sae.normalisation(tokens()), torch.zeros(F, dtype=torch.bool))).loss.backward()
     sae.project_decoder_gradient()
     assert sae.W_dec.grad.abs().max() > 0
     assert (sae.W_dec.grad * sae.W_dec).sum(dim=1).abs().max() < 1e-12
@@ -324,7 +324,7 @@ def test_batchtopk_takes_a_batch_in_which_nothing_is_positive():
     before = sae.sparsifier.threshold.clone()
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)
-    forward = Forward.of(sae, tokens(), torch.zeros(F, dtype=torch.bool))
+    forward = Forward.of(sae, sae.normalisation(tokens()), torch.zeros(F, dtype=torch.bool))
     assert (forward.codes.values == 0).all()
     assert torch.equal(sae.sparsifier.threshold, before)
     Reconstruction(1.0)(forward).loss.backward()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from steps import take_step
 from stores import make_plan, make_store
 from tubelet_trainer.capture import held_batch, inputs_of, signature
 from tubelet_trainer.config import OptimiserConfig, TrainConfig
@@ -184,7 +185,7 @@ def test_one_look_at_the_dead_is_several_steps_old_and_repeats():
     counts, known = [], []
     for step in range(24):
         x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
-        learner.learn(learner.forward(x, step))
+        take_step(learner, x, step)
         counts.append(int(learner.clock.dead_F.sum()))
         known.append(learner.clock.dead_most)
     assert max(counts) > 0
@@ -210,7 +211,7 @@ def test_sorted_latents_take_along_everything_that_is_known_of_them():
     for step in range(40):
         x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step)) * torch.arange(1, 9)
         for learner in (plain, sorting):
-            learner.learn(learner.forward(x, step))
+            take_step(learner, x, step)
     energy = sorting.energy_F
     assert (energy.diff() <= 1e-6).all()
     assert not torch.equal(plain.sae.b_enc, sorting.sae.b_enc)

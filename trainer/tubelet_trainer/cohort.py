@@ -94,25 +94,22 @@ class Cohort:
         first = self.learners[0]
         k = getattr(first.sae.sparsifier, "k", first.sae.latents)
         low = first.precision != torch.float32
+        seen: list[dict[str, Any]] = [
+            {
+                "dead_F": learner.clock.dead_F,
+                "dead_bound": learner.clock.dead_bound,
+                "batch": batch,
+                "hook": self.hook,
+                "ranks": learner.ranks,
+            }
+            for learner in self.learners
+        ]
         # Without its cache of cast weights, which a captured graph could not see again.
         with torch.autocast(first.device.type, first.precision, enabled=low, cache_enabled=False):
             if len(self.learners) == 1 or pays_dense(k, 1, first.sae.latents):
-                parts = [_alone(sae, x_BD) for sae in self.saes]
-            else:
-                parts = self._stacked(x_BD)
-        return [
-            Forward(
-                learner.sae,
-                x_BD,
-                *part,
-                learner.clock.dead_F,
-                dead_bound=learner.clock.dead_bound,
-                batch=batch,
-                hook=self.hook,
-                ranks=learner.ranks,
-            )
-            for learner, part in zip(self.learners, parts, strict=True)
-        ]
+                return [Forward.of(sae, x_BD, **own) for sae, own in zip(self.saes, seen, strict=True)]
+            parts = self._stacked(x_BD)
+        return [Forward(sae, x_BD, *part, **own) for sae, part, own in zip(self.saes, parts, seen, strict=True)]
 
     def _stacked(self, x_BD: Tensor) -> list[tuple[Tensor, Codes, Tensor]]:
         """Pre-activations, codes and reconstruction of each SAE, all at once."""
@@ -216,12 +213,6 @@ def _alike(one: Learner, other: Learner) -> bool:
 def _shape(config: SAEConfig) -> tuple[object, ...]:
     """What decides the shapes of a step."""
     return type(config), getattr(config, "k", None), getattr(config, "k_anneal_steps", None)
-
-
-def _alone(sae: SAE, x_BD: Tensor) -> tuple[Tensor, Codes, Tensor]:
-    pre_BF = sae.pre_activations(x_BD)
-    codes = sae.activate(x_BD, pre_BF)
-    return pre_BF, codes, sae.reconstruct(codes)
 
 
 def _together(saes: Sequence[SAE], name: str) -> Tensor:

@@ -1,13 +1,13 @@
 """One SAE while it learns: weights, optimiser, terms, what counts its dead latents. It sees batches, not stores.
 
-    step number ─▶ begin ─▶ tokens ─▶ Forward ─▶ Objective ─▶ gradient ─▶ project, Adam (clipped), unit norm ─▶ count
-                                                                              resample, sort, look at the dead ◀─ finish
+    step number ─▶ begin ─▶ Forward ─▶ Objective ─▶ gradient ─▶ update: project, Adam (clipped), unit norm, count
+                                                                      finish: resample, sort, look at the dead
 
 Everything that a step depends on is either in `state` or a function of the step's number, so a continued run repeats
 the uninterrupted one. Between `begin` and `finish` a step is always the same sequence of operations on the device: what
 the host decides from step to step is decided in these two. Nothing in a step waits for the device.
 
-Several learners step together in a `Cohort` (see `cohort`).
+A `Cohort` takes the steps, of one learner or of several together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from tubelet_trainer.adam import Adam
-from tubelet_trainer.batch import Batch
 from tubelet_trainer.config import OptimiserConfig
 from tubelet_trainer.objective import FiringClock, Forward, Objective, Term
 from tubelet_trainer.ranks import ALONE, Ranks
@@ -97,22 +96,6 @@ class Learner:
             self.sae.sparsifier.whole = whole
         self.objective.begin(self.sae, step)
         self.adam.set_lr(self._peak_lr * self.config.lr_factor(step, self.steps))
-
-    def forward(self, tokens: Tensor, step: int, batch: Batch | None = None, hook: str = "") -> Forward:
-        """Raw tokens [B, D] seen in step `step` (from 0): those of `batch` at `hook`."""
-        self.begin(step, None if batch is None else batch.whole)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            seen = (step, batch, hook, self.ranks, self.clock.dead_bound)
-            return Forward.of(self.sae, tokens, self.clock.dead_F, *seen)
-
-    def learn(self, forward: Forward) -> dict[str, Tensor]:
-        """Learn from a batch; its metrics, on the device, with `grad_norm`."""
-        self.adam.zero_grad()
-        total = self.objective(forward)
-        total.loss.backward()
-        metrics = self.update(forward, total)
-        self.finish(forward)
-        return metrics
 
     def update(self, forward: Forward, total: Term) -> dict[str, Tensor]:
         """Step from the gradients of `total`, and count; the metrics."""

@@ -57,19 +57,20 @@ class Forward:
     def of(
         cls,
         sae: SAE,
-        x_raw_BD: Tensor,
+        x_BD: Tensor,
         dead_F: Tensor,
-        step: int = 0,
+        dead_bound: int | None = None,
         batch: Batch | None = None,
         hook: str = "",
         ranks: Ranks = ALONE,
-        dead_bound: int | None = None,
     ) -> Forward:
-        """Run `sae` on raw tokens."""
-        x_BD = sae.normalisation(x_raw_BD)
+        """Run `sae` on normalised tokens."""
         pre_BF = sae.pre_activations(x_BD)
         codes = sae.activate(x_BD, pre_BF)
-        return cls(sae, x_BD, pre_BF, codes, sae.reconstruct(codes), dead_F, step, dead_bound, batch, hook, ranks)
+        recon_BD = sae.reconstruct(codes)
+        return cls(
+            sae, x_BD, pre_BF, codes, recon_BD, dead_F, dead_bound=dead_bound, batch=batch, hook=hook, ranks=ranks
+        )
 
     @property
     def whole(self) -> int:
