@@ -35,7 +35,8 @@ from tubelet_pipeline.extract import ExtractSummary, extract
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.hand_out import HandOut
 from tubelet_pipeline.planning import make_plan
-from tubelet_pipeline.shard_task import ShardJob, ShardReport, report
+from tubelet_pipeline.shard_job import ShardJob
+from tubelet_pipeline.shard_task import ShardReport, report
 from tubelet_store import ClipOutcome, StoreWriter
 
 _WORKERS = 2

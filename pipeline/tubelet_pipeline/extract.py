@@ -22,7 +22,8 @@ from tubelet_pipeline.hand_out import HandOut, SchedulerLost
 from tubelet_pipeline.planning import Planned, make_plan
 from tubelet_pipeline.preflight import check_workers
 from tubelet_pipeline.run_log import RunLog
-from tubelet_pipeline.shard_task import ShardJob, ShardReport, report
+from tubelet_pipeline.shard_job import ShardJob
+from tubelet_pipeline.shard_task import ShardReport, report
 from tubelet_store import StoreWriter, TubeletError
 from tubelet_store.layout import array_kinds, shard_bytes
 from tubelet_store.spool import Spool, patiently

@@ -21,7 +21,8 @@ from distributed import CancelledError, Client, Future, KilledWorker, as_complet
 
 from tubelet_pipeline.cluster import ClusterConfig
 from tubelet_pipeline.run_log import RunLog
-from tubelet_pipeline.shard_task import ShardJob, ShardReport, run_shard
+from tubelet_pipeline.shard_job import ShardJob
+from tubelet_pipeline.shard_task import ShardReport, run_shard
 from tubelet_store.errors import StoreUnreachable, TubeletError
 
 _IN_FLIGHT_PER_WORKER = 4

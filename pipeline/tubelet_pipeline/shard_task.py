@@ -12,56 +12,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from distributed import get_worker
 from distributed.comm import get_address_host
 from numpy.typing import NDArray
 
-from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
-from tubelet_pipeline.batch_size import find_batch_size
 from tubelet_pipeline.clips import resolve_uri
 from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
-from tubelet_pipeline.decode.config import DecodeConfig
-from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
 from tubelet_pipeline.overlap import ahead
 from tubelet_pipeline.planning import software_versions
-from tubelet_pipeline.sampling import Sampling
-from tubelet_pipeline.tokens import AllTokens, Tokens, TokenSelector
-from tubelet_pipeline.views import CentreView, View, Views, clip_request, locate, place
-from tubelet_store import ClipOutcome, StoreWriter, TubeletError
+from tubelet_pipeline.runtime import Runtime, runtimes
+from tubelet_pipeline.views import place
+from tubelet_store import ClipOutcome, TubeletError
 from tubelet_store.commit import Commit
-from tubelet_store.config import Config
 from tubelet_store.errors import StoreUnreachable
 from tubelet_store.finished_shard import FinishedShard
 from tubelet_store.shard import ShardWriter
-from tubelet_store.spool import Spool, UploadConfig, patiently
-
-
-class ShardJob(Config):
-    """What every shard task of an extraction is told; travels through Dask as JSON, without secrets."""
-
-    store: str
-    plan_digest: str
-    dataset_root: str
-    sampling: Sampling
-    views: Views = CentreView()
-    tokens: Tokens = AllTokens()
-    backbone: BackboneConfig
-    hooks: tuple[str, ...]
-    decode: DecodeConfig
-    batch_size: int | Literal["auto"]
-    threads: int
-    upload: UploadConfig
+from tubelet_store.spool import patiently
 
 
 @dataclass(frozen=True)
@@ -86,16 +61,15 @@ def run_shard(job_json: str, shard: int) -> ShardReport:
     While the object storage does not answer, the finished shard is kept on this machine and reported as `spooled`;
     every later task here tries to upload what waits.
     """
-    job = ShardJob.model_validate_json(job_json)
-    runtime = _runtime(job)
-    # The store may stop to answer at any time: what is not known to be committed is not.
-    with contextlib.suppress(StoreUnreachable):
-        runtime.store.drain(runtime.spool)
-        if (commit := runtime.store.committed(shard)) is not None:
-            return report(commit)
-    if shard in runtime.spool.shards():
-        return ShardReport(shard, {}, 0, {}, spooled=True, host=_host())
-    return _extract(runtime, shard)
+    with runtimes.using(job_json) as runtime:
+        # The store may stop to answer at any time: what is not known to be committed is not.
+        with contextlib.suppress(StoreUnreachable):
+            runtime.store.drain(runtime.spool)
+            if (commit := runtime.store.committed(shard)) is not None:
+                return report(commit)
+        if shard in runtime.spool.shards():
+            return ShardReport(shard, {}, 0, {}, spooled=True, host=_host())
+        return _extract(runtime, shard)
 
 
 def _host() -> str:
@@ -108,69 +82,7 @@ def report(commit: Commit) -> ShardReport:
     return ShardReport(commit.shard, dict(counts), sum(o.size_bytes for o in commit.objects), commit.seconds)
 
 
-class _Runtime:
-    """What a worker process keeps between shards: backbone, decode processes, clip table."""
-
-    def __init__(self, job: ShardJob) -> None:
-        self.job = job
-        torch.set_num_threads(job.threads)
-        self.backbone: Backbone = load_backbone(job.backbone, frames=job.sampling.frames)
-        self.forward_lock = threading.Lock()
-        self.store, table = patiently(lambda: _attach(job), job.upload.patience_s)
-        self.spool = Spool(job.upload, job.store, self.store.plan)
-        self.spool.discard_partial()
-        self.clips = table.select(["uri", "video_id", "view"]).combine_chunks()
-        self.selector = TokenSelector(job.tokens, self.backbone.grid)
-        self.batch_size = (
-            find_batch_size(self.backbone, job.hooks, self.store.plan.clips_per_shard)
-            if job.batch_size == "auto"
-            else job.batch_size
-        )
-        # Last: it starts processes, and nothing after it may fail.
-        self.decoder = DecodePool(job.decode)
-
-    def of_clip(self, column: str, clip: int) -> Any:
-        return self.clips[column][clip].as_py()
-
-    def view(self, clip: int) -> View:
-        return locate(self.job.views, self.of_clip("view", clip))
-
-    def request(self, clip: int) -> DecodeRequest:
-        job, uri = self.job, resolve_uri(self.job.dataset_root, self.of_clip("uri", clip))
-        return clip_request(uri, job.sampling, job.views, self.view(clip), self.backbone.tubelet_frames)
-
-    def decoded(self, clips: Iterable[int], prefetch: int) -> Iterator[tuple[int, DecodedClip | DecodeFailure]]:
-        """Clips with their frames, in order. Neighbours that are crops of the same frames are decoded once."""
-        counted = ((request, list(run)) for request, run in itertools.groupby(clips, self.request))
-        ahead, asked = itertools.tee(counted)
-        results = self.decoder.map_ordered((request for request, _ in asked), prefetch)
-        for (_, run), result in zip(ahead, results, strict=True):
-            for clip in run:
-                yield clip, result
-
-
-def _attach(job: ShardJob) -> tuple[StoreWriter, pa.Table]:
-    store = StoreWriter.attach(job.store, job.plan_digest)
-    return store, store.planned_clips()
-
-
-_current: _Runtime | None = None
-_current_lock = threading.Lock()
-
-
-def _runtime(job: ShardJob) -> _Runtime:
-    # One extraction at a time per worker process: a new job's backbone replaces the last one's.
-    global _current
-    with _current_lock:
-        if _current is None or _current.job != job:
-            if _current is not None:
-                _current.decoder.close()
-                _current = None
-            _current = _Runtime(job)
-        return _current
-
-
-def _extract(runtime: _Runtime, shard: int) -> ShardReport:
+def _extract(runtime: Runtime, shard: int) -> ShardReport:
     began = time.perf_counter()
     store = runtime.store
     clips = store.plan.shard_range(shard)
@@ -185,7 +97,7 @@ def _extract(runtime: _Runtime, shard: int) -> ShardReport:
         for _ in range(0, len(clips), size):
             with _timed(seconds, "decode"):
                 batch = next(prepared)
-            with _timed(seconds, "forward"), runtime.forward_lock:
+            with _timed(seconds, "forward"), runtime.computing():
                 rows = _forward(runtime, batch)
             if writing is not None:
                 writing.result()
@@ -202,7 +114,7 @@ def _extract(runtime: _Runtime, shard: int) -> ShardReport:
     return dataclasses.replace(done, seconds=rounded, spooled=commit is None, host=_host())
 
 
-def _publish(runtime: _Runtime, finished: FinishedShard) -> Commit | None:
+def _publish(runtime: Runtime, finished: FinishedShard) -> Commit | None:
     """The record that counts; None where the storage does not answer and the shard waits in the spool."""
 
     def attempt() -> Commit | None:
@@ -247,7 +159,7 @@ class _Batch:
     """Patches to keep of each clip that could be decoded."""
 
 
-def _prepare(runtime: _Runtime, batch: list[tuple[int, DecodedClip | DecodeFailure]]) -> _Batch:
+def _prepare(runtime: Runtime, batch: list[tuple[int, DecodedClip | DecodeFailure]]) -> _Batch:
     outcomes: list[ClipOutcome] = []
     pixels: list[torch.Tensor] = []
     patches: list[tuple[int, ...] | None] = []
@@ -270,7 +182,7 @@ def _prepare(runtime: _Runtime, batch: list[tuple[int, DecodedClip | DecodeFailu
     return _Batch(outcomes, stacked, patches)
 
 
-def _forward(runtime: _Runtime, batch: _Batch) -> list[_Row]:
+def _forward(runtime: Runtime, batch: _Batch) -> list[_Row]:
     hooks = runtime.job.hooks
     captured = runtime.backbone.activations(batch.pixels, hooks) if batch.pixels is not None else {}
     tokens = {hook: _to_numpy(runtime.selector(c.tokens, batch.patches)) for hook, c in captured.items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from in_process import extract_here
 from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.edits.backbone_ablation import accuracy_without
-from tubelet_lens.edits.class_edits import edit_classes
+from tubelet_lens.edits.class_edits import class_edit_section, edit_classes
 from tubelet_lens.edits.config import EditConfig
 from tubelet_lens.edits.edit import Edit, LatentEdits
 from tubelet_lens.edits.footage import Footage, Shot
@@ -29,6 +29,7 @@ from tubelet_lens.edits.report import EditReport
 from tubelet_lens.edits.run import edit
 from tubelet_lens.edits.running import Running
 from tubelet_lens.edits.running_config import RunningConfig
+from tubelet_lens.edits.segmentation import validation_rows
 from tubelet_lens.edits.verb import EDIT
 from tubelet_lens.evaluate import evaluate
 from tubelet_pipeline.backbones import rewriting
@@ -42,9 +43,10 @@ from tubelet_pipeline.synthetic.dataset import make_dataset
 from tubelet_pipeline.synthetic.masks import read_masks
 from tubelet_store import Store, TubeletError, open_store
 from tubelet_store.plan import Grid
-from tubelet_trainer import SAE, TrainConfig
+from tubelet_trainer import SAE, TrainConfig, load_record, load_sae
 from tubelet_trainer.loop import train
 from tubelet_trainer.sae.config import ReLUConfig
+from tubelet_trainer.sae.export import save_sae
 from tubelet_trainer.sae.normalisation import Normalisation
 
 D, CLASSES, SCALE = 6, 4, 3.0
@@ -174,6 +176,25 @@ def test_suppressing_a_classs_latent_changes_that_class_and_no_other(planted: Ru
         assert found.rates[arm][1].target() == 0.0
 
 
+def test_where_no_other_latent_is_alive_its_stand_ins_are_undefined_and_the_rest_stands(planted: Running) -> None:
+    def predict(rewrite: Any) -> np.ndarray:
+        with rewriting(planted.backbone, planted.hook, rewrite or (lambda _tokens: None)):
+            return planted.logits().argmax(1).numpy()
+
+    alone = np.array([0.0, 0.0, 0.5, 0.0, 0.0, 0.0])
+    settings: dict[str, Any] = {"largest_F": np.full(D, 1.5), "strengths": (2.0,), "draws": 2, "seed": 0}
+    found = edit_classes(predict, planted.sae, {2: 2}, mean_F=alone, **settings)
+    assert found.rates["class"][0].target() == 1.0
+    assert found.rates["direction"][0].target() is not None
+    for arm in ("matched", "latent"):
+        assert (found.rates[arm][0].target(), found.rates[arm][0].other()) == (None, None)
+    section = class_edit_section(found, name="made", title="t", lead="l", units="clips", how="", extra=())
+    figures = {figure.name: figure for figure in section.figures}
+    assert (figures["made.target.matched"].value, figures["made.target.matched"].n) == (None, 0)
+    assert "Undefined where no other latent is alive" in figures["made.other.latent"].definition
+    assert figures["made.target.class"].value == 1.0
+
+
 def test_an_exact_sae_recovers_everything_and_the_mean_nothing(planted: Running) -> None:
     found = recover(planted, MEAN)
     assert found.original.kl == 0
@@ -217,7 +238,6 @@ def edit_config(made: Path, **fields: Any) -> EditConfig:
 
 def busiest(made: Path, store: Store, clip: int) -> int:
     from tubelet_lens.windows import read_clip
-    from tubelet_trainer import load_sae
 
     codes = load_sae(made / "run").encode(read_clip(store, "blocks.2", clip).flatten(0, 1))
     return int((codes > 0).sum(0).argmax())
@@ -348,6 +368,16 @@ def test_patch_labels_are_those_of_the_masks(made: Path, store: Store) -> None:
     assert len(seen - {NONE, 0}) >= 2
 
 
+@pytest.mark.parametrize("clips_per_video", [1, 3])
+def test_all_patches_of_a_video_choose_the_penalty_or_none_does(clips_per_video: int) -> None:
+    videos = [f"video-{number}" for number in range(10)] * clips_per_video
+    rows = [7 + place % 5 for place in range(len(videos))]
+    chosen = validation_rows(videos, rows, seed=3)
+    of_row = np.repeat(videos, rows)
+    assert len(set(of_row[chosen])) == 2
+    assert not set(of_row[chosen]) & set(of_row[~chosen])
+
+
 IN_THE_BACKBONE = ["recovery", "backbone_ablation", "classification_edits", "segmentation_edits"]
 
 
@@ -378,6 +408,35 @@ def test_an_evaluation_measures_in_the_running_backbone(made: Path) -> None:
             assert figures[f"{section}.target.{arm}"].definition
     names = [section.name for section in result.evaluation.sections]
     assert names == [*IN_THE_BACKBONE, "training"]
+
+
+@pytest.mark.parametrize("alive", [0, 1])
+def test_an_sae_of_one_living_latent_or_none_is_evaluated_to_the_end(
+    made: Path, store: Store, tmp_path: Path, alive: int
+) -> None:
+    sae = load_sae(made / "run")
+    dead = torch.ones(sae.latents, dtype=torch.bool)
+    dead[busiest(made, store, 1)] = alive == 0
+    sae.W_enc[dead], sae.b_enc[dead] = 0.0, -1.0
+    save_sae(tmp_path / "run", sae, load_record(made / "run").provenance)
+    settings = {
+        "run": tmp_path / "run",
+        "store": store.url,
+        "split": "all",
+        "limit_clips": 16,
+        "fit_store": store.url,
+        "controls": False,
+        "device": "cpu",
+        "action": {"poolings": ["mean"], "bootstrap": 10},
+        "running": {"fit_clips": 16, "test_clips": 2, "draws": 1, "control_draws": 1, "strengths": [2.0]}
+        | {"masks": "object", "label_threshold": 0.6},
+    }
+    figures = {figure.name: figure for figure in evaluate(EvaluateConfig.model_validate(settings)).evaluation.figures()}
+    assert figures["sparsity.dead_fraction"].value == pytest.approx(1 - alive / sae.latents)
+    assert figures["recovery.kl.sae"].value is not None
+    for name in ("classification_edits.target.latent", "segmentation_edits.target.matched"):
+        assert name not in figures or figures[name].value is None
+    assert ("classification_edits.target.class" in figures) == bool(alive)
 
 
 def test_switching_off_is_a_factor_of_zero(planted: Running) -> None:

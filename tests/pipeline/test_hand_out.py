@@ -15,7 +15,8 @@ from distributed import Client, LocalCluster
 from tubelet_pipeline.cluster import ClusterConfig
 from tubelet_pipeline.hand_out import HandOut
 from tubelet_pipeline.run_log import RunLog
-from tubelet_pipeline.shard_task import ShardJob, ShardReport
+from tubelet_pipeline.shard_job import ShardJob
+from tubelet_pipeline.shard_task import ShardReport
 
 # Workers cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -256,6 +257,61 @@ def test_what_is_expected_is_there_ahead_and_evicted_last(url, local, tmp_path):
     store.shard_map("h", 7)
     kept = {path.name for path in files(tmp_path)}
     assert kept == {store.shard_object("h", shard).stored.sha256 for shard in (3, 1, 4, 7)}
+
+
+def threads() -> set[str]:
+    return {thread.name.partition("_")[0] for thread in threading.enumerate() if thread.name.startswith("tubelet")}
+
+
+def test_a_mirror_that_is_not_used_any_more_leaves_no_thread(url, tmp_path):
+    before = threads()
+    store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+    store.expect("h", [0, 1, 2])
+    deadline = time.monotonic() + 20
+    while "tubelet-ahead" in threads() or not store.mirror._directory.has(store.shard_object("h", 2).stored):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # Asked again, it begins again.
+    store.expect("h", [3])
+    while not store.mirror._directory.has(store.shard_object("h", 3).stored):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    del store
+    gc.collect()
+    while threads() - before:
+        assert time.monotonic() < deadline, threads()
+        time.sleep(0.01)
+
+
+ENDS = """
+import sys, time
+from test_mirror import PLAN, make_store, upload
+from tubelet_store import open_store
+from tubelet_store.mirror import MirrorConfig, shard_object
+from pathlib import Path
+
+shard_object._PART_BYTES = 1
+url = upload(make_store(Path(sys.argv[1]) / "s.zarr", PLAN), "memory://ends/s.zarr")
+store = open_store(url, mirror=MirrorConfig(directory=Path(sys.argv[1]) / "m", connections=1))
+read = store.mirror.transport.read_range
+
+def slow(key, start, stop):
+    print(key, flush=True)
+    time.sleep(0.3)
+    return read(key, start, stop)
+
+store.mirror.transport.read_range = slow
+# Nine shards of four parts each, two shards at once through one connection: one part is on its way, one waits.
+store.expect("h", range(9))
+time.sleep(0.1)
+"""
+
+
+def test_a_process_that_ends_waits_for_what_is_on_its_way_only(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ENDS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert 1 <= len(done.stdout.splitlines()) <= 2
 
 
 def test_a_full_disk_is_one_clear_line(url, tmp_path, monkeypatch):

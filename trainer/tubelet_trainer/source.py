@@ -72,8 +72,6 @@ class Source:
         self.block_tokens = self.grid.time * block_patches
         self.bits = np.dtype(np.int16 if store.plan.numpy_dtype.itemsize == 2 else np.int32)
         """Integer type as wide as the stored values. Copies go through it: NumPy and torch share no bfloat16."""
-        # Of a mirror's files one: a process that waits for a shard must not hold another that somebody waits for.
-        self._most_open = _OPEN_MAPS if store.mirror is None else 1
         self._open: dict[int, NDArray[np.signedinteger]] = {}
         self._opening = threading.Lock()
 
@@ -181,13 +179,18 @@ class Source:
 
     def _runs(self, shard: int) -> NDArray[np.signedinteger]:
         """Shard as [clip x time x group, block_patches x channels] of dtype `bits`: a view of the memory map."""
+        if self.store.mirror is not None:
+            # Held only while it is read: who waits for a shard must not hold another that somebody waits for.
+            return self._mapped(shard)
         with self._opening:
             if shard not in self._open:
-                while len(self._open) >= self._most_open:
+                while len(self._open) >= _OPEN_MAPS:
                     del self._open[next(iter(self._open))]
-                mapped = self.store.shard_map(self.hook, shard)
-                self._open[shard] = mapped.view(self.bits).reshape(-1, self.block_patches * self.channels)
+                self._open[shard] = self._mapped(shard)
             return self._open[shard]
+
+    def _mapped(self, shard: int) -> NDArray[np.signedinteger]:
+        return self.store.shard_map(self.hook, shard).view(self.bits).reshape(-1, self.block_patches * self.channels)
 
 
 def _blocks_read() -> int:

@@ -55,7 +55,7 @@ class Upcoming:
             coming.setdefault(mirror, []).append(wanted)
         for mirror, objects in coming.items():
             mirror.expect(objects)
-        self._told = set(coming)
+        self._told = {mirror for mirror, objects in coming.items() if objects}
 
     def _merged(self) -> Iterator[tuple[Source, int]]:
         # Who began last, e.g. an evaluation amid training, reads first.

@@ -47,7 +47,7 @@ from tubelet_trainer.window_order import WindowOrder
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # On the CPU, rows gathered and converted together: they stay in the cache in between.
-_CACHED_ROWS = 256
+_CACHED_ROWS = 512
 
 
 class Windows:

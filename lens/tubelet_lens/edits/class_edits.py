@@ -79,8 +79,8 @@ def change_rates(
 ) -> tuple[int, int, int, int]:
     """(changed, target, spoilt, other) of class `number`, summed over the draws `after`."""
     target = before == number
-    moved = np.array([now != before for now in after])
     draws = len(after)
+    moved = np.array([now != before for now in after], dtype=bool).reshape(draws, len(before))
     return (
         int(moved[:, target].sum()),
         draws * int(target.sum()),
@@ -119,6 +119,9 @@ def edit_classes(
 ) -> ClassEdits:
     """Suppress the latent of each class on all tokens, and the controls in its place.
 
+    Where no latent but the class's own is alive, there is none to stand in for it: those two controls count nothing
+    then, and their rates are undefined.
+
     Args:
         predict: Runs the backbone.
         sae: At the hook that is rewritten.
@@ -136,10 +139,11 @@ def edit_classes(
     for number, latent in latent_of.items():
         rng = np.random.default_rng([seed, number])
         others = np.setdiff1d(np.flatnonzero(alive_F), [latent])
+        of_others = range(draws if len(others) else 0)
         stand_ins: dict[Arm, list[int]] = {
             "class": [latent],
-            "matched": [int(matched_set(np.array([latent]), mean_F, alive_F, rng)[0]) for _ in range(draws)],
-            "latent": [int(rng.choice(others)) for _ in range(draws)],
+            "matched": [int(matched_set(np.array([latent]), mean_F, alive_F, rng)[0]) for _ in of_others],
+            "latent": [int(rng.choice(others)) for _ in of_others],
         }
         for place, strength in enumerate(strengths):
             operation = Suppress(strength=strength)
@@ -181,6 +185,7 @@ def class_edit_section(
         for kind, micro in (("target", False), ("target", True), ("other", False), ("other", True)):
             of = "c" if kind == "target" else "another class"
             pooled = "counts pooled over the classes" if micro else "mean over the classes that are predicted at all"
+            alone = " Undefined where no other latent is alive." if arm in ("matched", "latent") else ""
             figures.append(
                 Figure(
                     name=f"{name}.{kind}{'_micro' if micro else ''}.{arm}",
@@ -191,7 +196,7 @@ def class_edit_section(
                     n=count if kind == "target" else int(rates.other_C[rates.target_C > 0].sum()),
                     n_of=f"predictions of {units}",
                     definition=f"Of the {units} predicted as {of} before, the share predicted as something else when "
-                    f"{words} is suppressed; {pooled}. {setting}",
+                    f"{words} is suppressed; {pooled}.{alone} {setting}",
                     style="percent",
                     better={"target": "high", "other": "low"}[kind] if arm == "class" else "neither",
                     headline=arm == "class" and kind == "target" and not micro,

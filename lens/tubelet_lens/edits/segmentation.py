@@ -10,6 +10,7 @@ and the ground truth of the patches that are edited is never looked at.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from tubelet_lens.edits.footage import Footage
 from tubelet_lens.edits.patch_labels import BACKGROUND, CLASSES, NONE, Described, has_masks, patch_labels
 from tubelet_lens.edits.readout import final_hook
 from tubelet_lens.edits.running import Running
+from tubelet_lens.partition import partition
 from tubelet_lens.probe import Probe, choose_penalty, fit_probe
 from tubelet_lens.section import Figure
 from tubelet_pipeline.backbones import rewriting
@@ -33,6 +35,9 @@ THRESHOLDS = (0.0, 0.1, 0.3, 1.0)
 
 # Patches of one class that the probe is fitted on; a video's patches resemble each other.
 _PATCHES_PER_CLASS = 2000
+
+# Share of the videos on which the probe's penalty is chosen.
+_VALIDATION = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +150,8 @@ def segmentation_edits(clips: ClipSetting) -> ClipResult | None:
     chosen = ", ".join(f"{names[number]} {latent}" for number, latent in fit.latent_of.items())
     how = (
         f"Patches are classed by {config.masks} with a linear probe of the tokens at {hook}, fitted on up to "
-        f"{_PATCHES_PER_CLASS:,} patches per class of the fit side; only patches that one class covers to "
+        f"{_PATCHES_PER_CLASS:,} patches per class of the fit side, its penalty chosen on {_VALIDATION:.0%} of the "
+        "videos there; only patches that one class covers to "
         f"{config.label_threshold:.0%} or more count, on both sides. A class's latent has the largest F1 over the "
         f"thresholds {', '.join(f'{t:g}' for t in THRESHOLDS)} among those that fire on less than "
         f"{config.max_frequency:.0%} of the fit side's tokens; the background is not edited ({chosen})."
@@ -210,7 +216,7 @@ def _fit(running: Running, footage: Footage, side: Side, seed: int) -> _Fit:
     marks, rng = Marks(running.sae.latents, classes), np.random.default_rng(seed)
     tokens: list[NDArray[np.float32]] = []
     truth: list[NDArray[np.int64]] = []
-    video: list[NDArray[np.int64]] = []
+    kept_of: list[int] = []
     numbers = [int(clip) for clip in side.clips[running.fit_rows]]
     for place, shot in enumerate(footage.clips(numbers)):
         described = _described(side, int(running.fit_rows[place]))
@@ -218,13 +224,13 @@ def _fit(running: Running, footage: Footage, side: Side, seed: int) -> _Fit:
         got = running.backbone.activations(shot.pixels[None], [running.hook, hook])
         with torch.no_grad():
             marks.add(running.sae.encode(got[running.hook].tokens[0].float().flatten(0, 1)), label_N)
-        # A share of each class's patches of every video, so that late videos count as early ones do.
+        # A share of each class's patches of every clip, so that late clips count as early ones do.
         kept = _share(label_N, classes, _PATCHES_PER_CLASS / len(numbers), rng)
         tokens.append(got[hook].tokens[0].float().flatten(0, 1).cpu().numpy()[kept])
         truth.append(label_N[kept])
-        video.append(np.full(len(kept), place))
+        kept_of.append(len(kept))
     rows_ND, class_N = np.concatenate(tokens), np.concatenate(truth)
-    validation_N = np.concatenate(video) % 5 == 0
+    validation_N = validation_rows(side.videos[running.fit_rows].tolist(), kept_of, seed)
     device = running.backbone.device
     penalty = choose_penalty(rows_ND, class_N, validation_N, classes, (1e-4, 1e-3, 1e-2), device)
     latent_of, f1_of = marks.best(config.max_frequency)
@@ -237,8 +243,22 @@ def _fit(running: Running, footage: Footage, side: Side, seed: int) -> _Fit:
     )
 
 
+def validation_rows(videos: Sequence[str], rows: Sequence[int], seed: int) -> NDArray[np.bool_]:
+    """bool [sum of `rows`]: patches on which the penalty is chosen, those of a fifth of the videos.
+
+    Clips of one video show the same things, so all of them are on one side.
+
+    Args:
+        videos: [K] Video of each clip.
+        rows: [K] Patches kept of each.
+        seed: Draws the videos.
+    """
+    chosen_K = partition(videos, validation=_VALIDATION, ranking=0, seed=seed).validation
+    return np.repeat(chosen_K, rows)
+
+
 def _share(label_N: NDArray[np.int64], classes: int, each: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Tokens kept of one video: of a class that fills it about `each` times as many as videos show the class."""
+    """Tokens kept of one clip: of a class that fills it about `each` times as many as videos show the class."""
     kept = []
     for number in range(classes):
         of_class = np.flatnonzero(label_N == number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from functools import partial as bound
 from typing import BinaryIO
 
 from tubelet_store.errors import TubeletError
@@ -119,9 +119,7 @@ class Mirror:
         parts = wanted.parts()
         arrived = partial.arrived()
         missing = [part for part in parts if not arrived[part.number] or partial.damaged(wanted, part)]
-        pool = self._workers().pool
-        running = [pool.submit(self._bring, partial, wanted, part) for part in missing]
-        _raise_first(running)
+        self._workers().run([bound(self._bring, partial, wanted, part) for part in missing])
         if self.config.check == "sha256" and partial.sha256() != wanted.stored.sha256:
             partial.forget()
             raise TubeletError(
@@ -148,16 +146,3 @@ class Mirror:
             f"{self.url}/{wanted.stored.key}: {damage} arrives damaged ({self.config.attempts} attempts)",
             "Run `tubelet verify` on the store; if it is damaged there, repair it from another copy",
         )
-
-
-def _raise_first(running: list[Future[None]]) -> None:
-    """Wait for all; at the first failure drop those that have not begun, wait for the others, raise it."""
-    try:
-        done, _ = wait(running, return_when=FIRST_EXCEPTION)
-    finally:
-        # Interrupted too: what has begun still writes into the file, which is closed next.
-        for future in running:
-            future.cancel()
-        wait(running)
-    for future in done:
-        future.result()

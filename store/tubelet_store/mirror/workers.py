@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 
 from tubelet_store.mirror.shard_object import ShardObject
 
@@ -14,13 +15,31 @@ _AHEAD = 2
 
 
 class Workers:
-    """The threads of one process: connections, and those that fetch ahead."""
+    """The threads of one process: connections, and those that fetch ahead, which end when nothing is left to fetch."""
 
     def __init__(self, connections: int) -> None:
-        self.pool = ThreadPoolExecutor(connections, thread_name_prefix="tubelet-mirror")
-        self._changed = threading.Condition()
+        self._connections = connections
+        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="tubelet-mirror")
+        self._changing = threading.Lock()
         self._ahead: list[ShardObject] = []
-        self._threads: list[threading.Thread] = []
+        self._running = 0
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Do all `jobs`, as many at once as there are connections; at the first failure no more, and raise it."""
+        # One by one: what waits in a pool is still done when the process ends.
+        coming = iter(jobs)
+        running = {self._pool.submit(job) for job in islice(coming, self._connections)}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                running |= {self._pool.submit(job) for job in islice(coming, len(done))}
+        finally:
+            # Interrupted too: what has begun still writes into the file, which is closed next.
+            for future in running:
+                future.cancel()
+            wait(running)
 
     def expect(
         self,
@@ -29,19 +48,19 @@ class Workers:
         fetch: Callable[[ShardObject], bool],
     ) -> None:
         """Call `fetch` in order, in the background, for what of `coming` is not here; forget what was asked before."""
-        with self._changed:
+        with self._changing:
             self._ahead = [wanted for wanted in coming if not has(wanted)]
-            self._changed.notify_all()
-            while self._ahead and len(self._threads) < _AHEAD:
+            for _ in range(min(len(self._ahead), _AHEAD) - self._running):
                 # Daemons: a process that ends does not wait for what it will not use. The parts that came are kept.
-                thread = threading.Thread(target=self._run, args=(fetch,), name="tubelet-ahead", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                threading.Thread(target=self._run, args=(fetch,), name="tubelet-ahead", daemon=True).start()
+                self._running += 1
 
     def _run(self, fetch: Callable[[ShardObject], bool]) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._ahead)
+            with self._changing:
+                if not self._ahead:
+                    self._running -= 1
+                    return
                 wanted = self._ahead.pop(0)
             # What fails here fails again, and is told, where it is needed.
             with contextlib.suppress(Exception):
