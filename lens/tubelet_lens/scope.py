@@ -11,12 +11,12 @@ latent fires on a content wherever it stands (local). High: where it fires depen
 - in time the map is the profile of |z_j| over the steps of the overlap, its mean over patches, and D the number of
   steps less one. A backbone that sees one frame at a time has CDS 0 in time, exactly;
 - a pair in which the latent fires in one view only has vanished: counted, and left out of the mean or taken as 1;
-- null: M1 of one strong clip against M2 of the next one, maps that have nothing to do with each other.
+- null: M1 of one strong clip against M2 of the next one of another video, maps that have nothing to do with each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +39,7 @@ class Scope:
     Attributes:
         axis: In space or in time.
         cds_F: float64, 0 ... 1; NaN where no pair of maps could be compared.
-        null_F: float64 The same of maps from different clips; NaN where there are fewer than two.
+        null_F: float64 The same of maps from different videos; NaN where there are fewer than two.
         pairs_F: int64 Strongest pairs in which the latent fires.
         vanished_F: int64 Those of them in which it fires in one view only.
     """
@@ -98,7 +98,7 @@ def measure_scope(
     maps = _Maps(pairs.axis)
     for number, latents, ranks, steps in strongest.by_pair():
         still_TSF, moved_TSF = _sizes(store, hook, sae, pairs, number, device)
-        maps.add(latents, ranks, steps, still_TSF, moved_TSF)
+        maps.add(pairs.pairs[number].video, latents, ranks, steps, still_TSF, moved_TSF)
         progress()
     return maps.scope(sae.latents, pairs, one_if_vanished=vanished == "one")
 
@@ -146,10 +146,11 @@ class _Maps:
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
-        self._of_latent: dict[int, list[tuple[int, _Sparse, _Sparse]]] = {}
+        self._of_latent: dict[int, list[tuple[int, str, _Sparse, _Sparse]]] = {}
 
     def add(
         self,
+        video: str,
         latents: NDArray[np.int64],
         ranks: NDArray[np.int64],
         steps: NDArray[np.int64],
@@ -165,14 +166,15 @@ class _Maps:
         for latent, rank, one, other in zip(
             latents.tolist(), ranks.tolist(), still.cpu().numpy(), moved.cpu().numpy(), strict=True
         ):
-            self._of_latent.setdefault(latent, []).append((rank, _sparse(one), _sparse(other)))
+            self._of_latent.setdefault(latent, []).append((rank, video, _sparse(one), _sparse(other)))
 
     def scope(self, latents: int, pairs: ShiftedPairs, *, one_if_vanished: bool) -> Scope:
         places = pairs.grid.time if self._axis == "temporal" else pairs.grid.space
         cds_F, null_F = np.full(latents, np.nan), np.full(latents, np.nan)
         pairs_F, vanished_F = np.zeros(latents, dtype=np.int64), np.zeros(latents, dtype=np.int64)
         for latent, found in self._of_latent.items():
-            both = [(one, other) for _, one, other in sorted(found, key=lambda item: item[0]) if one and other]
+            strongest = sorted(found, key=lambda item: item[0])
+            both = [(one, other) for _, _, one, other in strongest if one and other]
             pairs_F[latent], vanished_F[latent] = len(found), len(found) - len(both)
             still_MP, moved_MP = (_dense([pair[view] for pair in both], places) for view in (0, 1))
             distances = self._distances(still_MP, moved_MP, pairs) / pairs.largest
@@ -180,8 +182,9 @@ class _Maps:
                 distances = np.concatenate([distances, np.ones(vanished_F[latent])])
             if len(distances):
                 cds_F[latent] = distances.mean()
-            if len(both) > 1:
-                null = self._distances(still_MP, np.roll(moved_MP, -1, axis=0), pairs)
+            stranger = strangers([video for _, video, one, other in strongest if one and other])
+            if len(stranger):
+                null = self._distances(still_MP, moved_MP[stranger], pairs)
                 null_F[latent] = null.mean() / pairs.largest
         return Scope(self._axis, cds_F, null_F, pairs_F, vanished_F)
 
@@ -192,6 +195,17 @@ class _Maps:
             return line_distance(still_MP, moved_MP)
         both = zip(still_MP, moved_MP, strict=True)
         return np.array([plane_distance(one_P, other_P, pairs.grid.width) for one_P, other_P in both])
+
+
+def strangers(videos: Sequence[str]) -> NDArray[np.int64]:
+    """int64 [M] For each of M pairs the next one, in a circle, that shows another video; empty if all show one."""
+    count = len(videos)
+    if len(set(videos)) < 2:
+        return np.empty(0, dtype=np.int64)
+    steps = (range(at + 1, at + count) for at in range(count))
+    return np.array(
+        [next(to % count for to in ahead if videos[to % count] != videos[at]) for at, ahead in enumerate(steps)]
+    )
 
 
 _Sparse = tuple[NDArray[np.intp], NDArray[np.float32]] | None

@@ -135,7 +135,11 @@ def _figures(scope: Scope, split: Split | None, how: str) -> Iterator[Figure]:
     key, place = f"scope.{scope.axis}", _PLACE[scope.axis]
     for subject, values_F, prefix in (
         ("sae", scope.cds_F, ""),
-        ("permuted", scope.null_F, "Null: M1 of each of a latent's pairs against M2 of its next one. "),
+        (
+            "permuted",
+            scope.null_F,
+            "Null: M1 of each of a latent's pairs against M2 of its next one of another video. ",
+        ),
     ):
         finite = values_F[np.isfinite(values_F)]
         for name, words, value in (("", "mean", np.mean), ("_median", "median", np.median)):
@@ -195,7 +199,7 @@ def _curve(scope: Scope, split: Split | None, how: str) -> Curve:
     edges = np.linspace(0, 1, _BINS + 1)
     shown: tuple[tuple[str, Subject, NDArray[np.float64]], ...] = (
         ("SAE", "sae", scope.cds_F),
-        ("maps of different clips", "permuted", scope.null_F),
+        ("maps of different videos", "permuted", scope.null_F),
     )
     lines = []
     for label, subject, values_F in shown:

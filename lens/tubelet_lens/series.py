@@ -85,8 +85,9 @@ class Series:
     def by_feature(self) -> FeatureProducts:
         """Sums over patches."""
         values_TM, of_M = self.values_TM, self.feature_M
+        # Where nothing fires, bincount counts in integers whatever its weights are.
         return FeatureProducts(
-            torch.stack([of_M.bincount(values_M, self.features) for values_M in values_TM]),
+            torch.stack([of_M.bincount(values_M, self.features).double() for values_M in values_TM]),
             _products(values_TM, of_M, self.features),
             torch.stack([of_M[values_M != 0].bincount(minlength=self.features) for values_M in values_TM]),
             self.patches,

@@ -30,6 +30,7 @@ class ShiftedPair:
 
     still: int
     moved: int
+    video: str
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def shifted_pairs(
                 continue
         elif first["frame_indices"] != row["frame_indices"]:
             continue
-        pairs.append(ShiftedPair(first["clip"], row["clip"]))
+        pairs.append(ShiftedPair(first["clip"], row["clip"], row["video_id"]))
     unusable = len(moved) - len(pairs)
     pairs = [pairs[place] for place in some_of(np.arange(len(pairs)), limit)]
     found = ShiftedPairs(axis, shift, grid, tuple(pairs), unusable)

@@ -115,7 +115,7 @@ class Runtimes:
             _close(idle)
 
     def _take_idle(self) -> list[_Slot]:
-        return [self._slots.pop(job) for job, slot in list(self._slots.items()) ]
+        return [self._slots.pop(job) for job, slot in list(self._slots.items()) if not slot.users]
 
 
 @dataclass(eq=False)

@@ -370,7 +370,7 @@ def test_patch_labels_are_those_of_the_masks(made: Path, store: Store) -> None:
 
 @pytest.mark.parametrize("clips_per_video", [1, 3])
 def test_all_patches_of_a_video_choose_the_penalty_or_none_does(clips_per_video: int) -> None:
-    videos = [f"video-{number}" for number in range(10)] * clips_per_video
+    videos = [f"video-{number // clips_per_video}" for number in range(10 * clips_per_video)]
     rows = [7 + place % 5 for place in range(len(videos))]
     chosen = validation_rows(videos, rows, seed=3)
     of_row = np.repeat(videos, rows)

@@ -293,6 +293,27 @@ def test_nothing_leads_outside_and_nothing_is_fetched(site: tuple[Path, Summary]
             assert not re.search(r"""https?:|["'(]//|@import|\bfetch\(|XMLHttpRequest|import\(""", text), path
 
 
+def test_no_file_of_a_site_names_a_folder_of_the_machine(
+    made: Made, site: tuple[Path, Summary], tmp_path: Path
+) -> None:
+    (tmp_path / "secret").mkdir()
+    effects = {"latent": [0], "target": ["x"], "effect": [1.0], "definition": ["Made."]}
+    pq.write_table(pa.table(effects), tmp_path / "secret" / "effects.parquet")
+    fields = {"evaluation": made.root / "run" / "evaluation", "effects": tmp_path / "secret" / "effects.parquet"}
+    make_gallery(made.config(tmp_path / "site", **fields, videos=str(made.root), top_clips=2))
+    folders = {str(path) for path in (made.root, made.root.parent, tmp_path)} | {"secret"}
+    for path in [*site[0].rglob("*"), *(tmp_path / "site").rglob("*")]:
+        if path.suffix in (".html", ".js", ".css", ".json"):
+            text = path.read_text()
+            assert not [folder for folder in folders if folder in text], path
+    config = json.loads((tmp_path / "site" / "gallery.json").read_text())["config"]
+    named = {field: config[field] for field in ("run", "store", "evaluation", "effects", "videos")}
+    wanted = {"run": "run", "store": "s.zarr", "evaluation": "evaluation", "effects": "effects.parquet"}
+    assert named == {**wanted, "videos": made.root.name}
+    assert "out" not in config
+    assert config["top_clips"] == 2
+
+
 def test_captions_cannot_break_a_page(site: tuple[Path, Summary]) -> None:
     page = next(iter((site[0] / "latents").iterdir())).read_text()
     assert "&lt;/script&gt;" in page

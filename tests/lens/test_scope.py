@@ -3,6 +3,7 @@ frame-wise backbone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.earth_mover import line_distance, plane_distance
 from tubelet_lens.evaluate import evaluate
 from tubelet_lens.removal import remove_from_means, remove_latents
-from tubelet_lens.scope import Scope, measure_scope, otsu
+from tubelet_lens.scope import Scope, measure_scope, otsu, strangers
 from tubelet_lens.shifts import Axis, shifted_pairs
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
 from tubelet_pipeline.extract_config import ExtractConfig
@@ -236,6 +237,25 @@ def test_pairs_that_do_not_show_the_same_are_left_out_and_counted(tmp_path: Path
     only = shifted_pairs(store, "spatial", ["video-0003", "video-0005"])
     assert only is not None
     assert len(only.pairs) == 2
+
+
+def test_the_null_takes_its_other_map_from_another_video() -> None:
+    assert strangers(["a", "a", "b", "a", "c", "c"]).tolist() == [2, 2, 3, 4, 0, 0]
+    assert strangers(["a", "a"]).tolist() == strangers([]).tolist() == []
+
+
+@pytest.mark.parametrize("axis", ["spatial", "temporal"])
+def test_a_second_view_of_every_video_changes_no_null_and_one_video_has_none(store: Store, axis: Axis) -> None:
+    once = shifted_pairs(store, axis)
+    assert once is not None
+    twice = replace(once, pairs=tuple(pair for pair in once.pairs for _ in range(2)))
+    measure: dict[str, Any] = {"clips": 2 * VIDEOS, "vanished": "left_out", "device": CPU}
+    expected, found = (measure_scope(store, HOOK, Identity(5), pairs, **measure) for pairs in (once, twice))
+    np.testing.assert_allclose(found.null_F, expected.null_F)
+    np.testing.assert_allclose(found.cds_F, expected.cds_F)
+    alone = measure_scope(store, HOOK, Identity(5), replace(twice, pairs=twice.pairs[:2]), **measure)
+    assert np.isfinite(alone.cds_F[ANYWHERE])
+    assert np.isnan(alone.null_F).all()
 
 
 # --- removal ----------------------------------------------------------------------------------------------------------

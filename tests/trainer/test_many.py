@@ -19,6 +19,7 @@ from tubelet_trainer.loop import train
 from tubelet_trainer.run import Run
 from tubelet_trainer.sae.export import load_record
 from tubelet_trainer.specs import specs
+from tubelet_trainer.stream import open_stores
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +88,7 @@ def test_trained_together_equals_trained_alone(together, tmp_path, name):
 
 def test_saes_of_equal_shape_step_as_one(store, tmp_path):
     listed = [{"name": name, **spec} for name, spec in SAES.items()]
-    run = Run(configure(store, tmp_path, sae={"dead_after_tokens": 128}, saes=listed), store, torch.device("cpu"))
+    run = Run(configure(store, tmp_path, sae={"dead_after_tokens": 128}, saes=listed), [store], torch.device("cpu"))
     names = [[run.members[run.team.learners.index(own)].name for own in c.learners] for c in run.team.cohorts]
     topk = ["plain", "time", "space", "slow", "random"]
     assert names == [topk, ["batch", "seeded"], ["signed", "signed too"], ["jump"]]
@@ -191,7 +192,7 @@ def test_stores_are_mixed_in_training(store, tmp_path):
     assert record.provenance["mix"] == [
         {"store": "other.zarr", "store_identity": other.identity, "share": 0.25},
     ]
-    run = Run(config, store, torch.device("cpu"))
+    run = Run(config, open_stores(config), torch.device("cpu"))
     clips = torch.cat([batch.clip for batch in run.windows])
     assert abs(float((clips >= 30).float().mean()) - 0.25) < 0.01
     narrow = make_store(tmp_path / "narrow.zarr", make_plan(clips=10, grid=(4, 3, 4), hooks={"h": 8}))

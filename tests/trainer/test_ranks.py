@@ -165,7 +165,7 @@ def test_what_a_split_dictionary_cannot_do_is_named(store, tmp_path):
 
     def run(spec):
         config = configure(store, tmp_path / "run", {"a": spec}, parallel="dictionary")
-        return Run(config, store, torch.device("cpu"), Ranks(0, 5))
+        return Run(config, [store], torch.device("cpu"), Ranks(0, 5))
 
     with pytest.raises(TubeletError, match=r"objective\.lambda_t"):
         run({"objective": {"lambda_t": 1}})

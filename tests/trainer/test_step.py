@@ -108,7 +108,7 @@ def begin(store, out, fields):
     for name in ("sae", "optimiser"):
         fields = {**fields, name: {**tree.get(name, {}), **fields.get(name, {})}}
     fields["sae"] = {"dead_after_tokens": 128, "latents": 96, **fields["sae"]}
-    run = Run(TrainConfig.model_validate({**tree, **fields}), store, DEVICE)
+    run = Run(TrainConfig.model_validate({**tree, **fields}), [store], DEVICE)
     for member in run.members:
         # Latents that never fire, so that the terms of dead ones are part of the step.
         member.learner.sae.b_enc.data[:10] = -100

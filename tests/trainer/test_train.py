@@ -180,7 +180,7 @@ def steps_logged(out):
 
 def test_held_out_videos_and_failed_clips_are_never_trained_on(store, tmp_path):
     config = configure(store, tmp_path / "run", steps=200)
-    run = Run(config, store, torch.device("cpu"))
+    run = Run(config, [store], torch.device("cpu"))
     seen = {int(clip) for batch in run.windows for clip in batch.clip.unique()}
     videos = store.clips()["video_id"].to_pylist()
     out = held_out(videos, config.holdout)
@@ -201,7 +201,7 @@ def test_what_a_run_leaves(store, finished):
     assert record.provenance["hook"] == "h"
     assert record.provenance["holdout"] == {"fraction": 0.2, "seed": 0}
     assert record.provenance["loader"]["step"] == 30
-    run = Run(configure(store, finished), store, torch.device("cpu"))
+    run = Run(configure(store, finished), [store], torch.device("cpu"))
     assert record.provenance["mixing"] == asdict(measure_mixing(run.windows))
     lines = log(finished)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [5, 10, 15, 20, 25, 30]
@@ -250,7 +250,7 @@ def test_what_only_shows_or_keeps_may_change(store, tmp_path):
 
 
 def test_an_epoch_ends_with_a_short_batch_so_that_each_token_is_seen_once(store, tmp_path):
-    run = Run(configure(store, tmp_path, steps=None, epochs=2), store, torch.device("cpu"))
+    run = Run(configure(store, tmp_path, steps=None, epochs=2), [store], torch.device("cpu"))
     clips = len(run.windows.clips)
     assert run.windows.total_tokens == 2 * clips * 60
     assert sum(len(batch) for batch in run.windows) == 2 * clips * 60

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tubelet_store import Store, TubeletError, open_store
+from tubelet_store import Store, TubeletError
 from tubelet_store.config import dump_yaml
 from tubelet_trainer.breakdown import refuse_breakdown
 from tubelet_trainer.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -39,7 +39,7 @@ from tubelet_trainer.run import Member, Run
 from tubelet_trainer.sae.export import RECORD, load_record, save_sae
 from tubelet_trainer.sae.initialisation import Offset
 from tubelet_trainer.specs import flat
-from tubelet_trainer.stream import resident_shards
+from tubelet_trainer.stream import open_stores, resident_shards
 from tubelet_trainer.trackers import Prefixed, Tracker, open_tracker
 
 
@@ -56,16 +56,16 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, ranks: Ranks) -> Path:
-    store = open_store(config.store, mirror=config.mirror)
+    stores = open_stores(config)
     folder = config.out / "checkpoints"
     found = load_latest(folder)
     # Everyone has looked before the first one writes.
     ranks.wait()
-    config = _with_resident_shards(config, store, found)
+    config = _with_resident_shards(config, stores, found)
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_memory()
-    run = Run(config, store, device, ranks)
+    run = Run(config, stores, device, ranks)
     if found is not None and not config.resume:
         raise TubeletError(
             f"{config.out} already holds a run", "Choose another --out, or let it continue with --resume true"
@@ -131,13 +131,13 @@ class _Logs:
             self._tracker.close()
 
 
-def _with_resident_shards(config: TrainConfig, store: Store, found: Checkpoint | None) -> TrainConfig:
+def _with_resident_shards(config: TrainConfig, stores: Sequence[Store], found: Checkpoint | None) -> TrainConfig:
     """`config` with `resident_shards` decided: it is part of the order of tokens, so it must stay with the run."""
     if config.resident_shards is not None:
         return config
     if found is not None:
         return config.model_copy(update={"resident_shards": found.record["config"].get("resident_shards")})
-    return config.model_copy(update={"resident_shards": resident_shards(config, store)})
+    return config.model_copy(update={"resident_shards": resident_shards(config, stores)})
 
 
 def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> list[dict[str, float]]:

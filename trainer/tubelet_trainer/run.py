@@ -6,7 +6,7 @@ weights that each would have alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,7 +95,7 @@ class Run:
 
     Args:
         config: The configuration.
-        store: The open store.
+        stores: The open stores: its own, and those that are mixed with it.
         device: Where to train.
         ranks: The processes of the run.
 
@@ -103,11 +103,13 @@ class Run:
         TubeletError: the configuration does not fit the store.
     """
 
-    def __init__(self, config: TrainConfig, store: Store, device: torch.device, ranks: Ranks = ALONE) -> None:
-        self.config, self.store, self.device, self.ranks = config, store, device, ranks
+    def __init__(
+        self, config: TrainConfig, stores: Sequence[Store], device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
+        self.config, self.store, self.device, self.ranks = config, stores[0], device, ranks
         self.sharded = ranks.size > 1 and config.parallel == "dictionary"
         found = specs(config)
-        self.streams = Streams(config, found, store, device, ALONE if self.sharded else ranks)
+        self.streams = Streams(config, found, stores, device, ALONE if self.sharded else ranks)
         self.windows = self.streams.training
         self.heldout = self.streams.heldout
         self.members = [self._begin(spec) for spec in found]

@@ -36,7 +36,7 @@ class Streams:
     Args:
         config: The run's configuration.
         specs: Its SAEs.
-        store: The open store.
+        stores: What `open_stores` gave.
         device: Where batches are wanted.
         ranks: Processes that share every batch.
 
@@ -45,10 +45,15 @@ class Streams:
     """
 
     def __init__(
-        self, config: TrainConfig, specs: Sequence[Spec], store: Store, device: torch.device, ranks: Ranks = ALONE
+        self,
+        config: TrainConfig,
+        specs: Sequence[Spec],
+        stores: Sequence[Store],
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.device, self.ranks = config, device, ranks
-        self.stores = _stores(config, store)
+        self.config, self.stores, self.device, self.ranks = config, stores, device, ranks
+        store = stores[0]
         others: list[Fraction] = [Fraction(share).limit_denominator(1_000_000) for share in config.mix.values()]
         self.shares = [1 - sum(others, Fraction(0)), *others]
         self.hooks = _hooks(specs, store)
@@ -143,17 +148,22 @@ class Streams:
         return parts[0] if len(self.stores) == 1 else Mixture(parts)
 
 
-def resident_shards(config: TrainConfig, store: Store) -> int | None:
+def open_stores(config: TrainConfig) -> list[Store]:
+    """The run's store, and those that are mixed with it.
+
+    Raises:
+        TubeletError: one cannot be opened.
+    """
+    return [open_store(url, mirror=config.mirror) for url in (config.store, *config.mix)]
+
+
+def resident_shards(config: TrainConfig, stores: Sequence[Store]) -> int | None:
     """How many shards a run shuffles together where that is not configured: what its mirror holds twice; None: all.
 
     A mirror holds the shards of all hooks of the run, and of all its remote stores.
     """
-    hooks = _hooks(specs(config), store)
-    return fitting_shards([Source(each, hook) for each in _stores(config, store) for hook in hooks])
-
-
-def _stores(config: TrainConfig, store: Store) -> list[Store]:
-    return [store, *(open_store(url, mirror=config.mirror) for url in config.mix)]
+    hooks = _hooks(specs(config), stores[0])
+    return fitting_shards([Source(store, hook) for store in stores for hook in hooks])
 
 
 def _hooks(specs: Sequence[Spec], store: Store) -> list[str]:

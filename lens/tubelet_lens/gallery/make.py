@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import JsonValue
 from rich.progress import Progress
 
 from tubelet_lens.dictionary import Nearest, directions, nearest_latents
@@ -105,7 +106,7 @@ def make_gallery(config: GalleryConfig) -> Summary:
         site.write(written())
         site.write([(DATA, pages.data(by_latent, peaks))])
         site.write([(INDEX, pages.overview())])
-        site.finish(shown, {"config": config.model_dump(mode="json"), "store": store.identity, "latents": len(shown)})
+        site.finish(shown, {"config": _published(config), "store": store.identity, "latents": len(shown)})
         return Summary(
             address=f"{site.root.url}/{INDEX}",
             pages=len(shown),
@@ -115,6 +116,16 @@ def make_gallery(config: GalleryConfig) -> Summary:
             reason=next(iter(missing.values()), None),
             size_bytes=site.size_bytes,
         )
+
+
+def _published(config: GalleryConfig) -> dict[str, JsonValue]:
+    """The settings as anybody may read them: of paths and addresses only the last name, and not where the site lies."""
+    told: dict[str, JsonValue] = config.model_dump(mode="json", exclude={"out"})
+    places = {"run": config.run, "store": config.store, "evaluation": config.evaluation}
+    for field, place in (places | {"effects": config.effects, "videos": config.videos}).items():
+        # A folder may be given as `.`; an address has no folder to resolve.
+        told[field] = None if place is None else Path(place).name or Path(place).resolve().name
+    return told
 
 
 class _Labels:
@@ -308,7 +319,8 @@ def _write_sheets(
 
             site.write(drawn())
     except ImportError as error:
-        return dict.fromkeys(todo, f"videos cannot be read here: {error}")
+        # The whole message may name folders of this machine.
+        return dict.fromkeys(todo, f"videos cannot be read here: {error.name or 'a package'} cannot be imported")
     return missing
 
 
