@@ -17,7 +17,6 @@ from tubelet_trainer.checkpoint import load_latest
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.loop import train
 
-RANKS = 2
 BATCH, STEPS = 64, 12
 
 # The last batch has one token: nothing is left for the second rank.
@@ -50,7 +49,7 @@ def configure(store, out, listed, **fields):
         "store": store.url, "out": out, "tokens": TOKENS, "batch_tokens": BATCH, "window_tokens": 500, "device": "cpu",
         "sae": {"latents": 96, "dead_after_tokens": 128}, "log_every": 1, "eval_every": 10, "eval_tokens": 128,
         "checkpoint_every": 6, "holdout": {"fraction": 0.1}, "pairs": {"anchors": 33}, "block_patches": 12,
-        "saes": [{"name": name, **spec} for name, spec in listed.items()], "optimiser": {"lr": 1e-3},
+        "saes": [{"name": name, **spec} for name, spec in listed.items()], "optimiser": {"warmup_steps": 1},
     }  # fmt: skip
     return TrainConfig.model_validate({**tree, **fields})
 
@@ -59,12 +58,23 @@ CODE = """
 import sys, torch
 torch.set_num_threads(1)
 from tubelet_store.cli import main
-sys.exit(main(["train", sys.argv[1]]))
+from tubelet_trainer.run import Run
+
+learn, steps = Run.learn, []
+
+def counted(run, batch, step):
+    steps.append((step, batch.whole))
+    return learn(run, batch, step)
+
+Run.learn = counted
+code = main(["train", sys.argv[1]])
+print(len(steps), steps[-1])
+sys.exit(code)
 """
 
 
-def train_on_ranks(config, folder):
-    """What every process prints."""
+def train_on_ranks(config, folder, ranks=2):
+    """What every process prints; all must have taken the same steps."""
     path = folder / "ranks.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
     with socket.socket() as free:
@@ -80,12 +90,12 @@ def train_on_ranks(config, folder):
                 **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(RANKS),
+                "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             },
         )
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
     try:
         outputs = [process.communicate(timeout=200) for process in processes]
@@ -93,7 +103,8 @@ def train_on_ranks(config, folder):
         for process in processes:
             process.kill()
     said = "\n".join(f"--- rank {rank}\n{error}" for rank, (_, error) in enumerate(outputs))
-    assert [process.returncode for process in processes] == [0] * RANKS, said
+    assert [process.returncode for process in processes] == [0] * ranks, said
+    assert len({out for out, _ in outputs}) == 1, outputs
     return outputs
 
 
@@ -134,27 +145,37 @@ def test_ranks_that_split_the_batch_equal_one_process(store, alone, tmp_path):
     outputs = train_on_ranks(configure(store, tmp_path / "run", SPLIT_BATCH), tmp_path)
     assert_equal_up_to_rounding(alone, tmp_path / "run", SPLIT_BATCH)
     assert load_latest(tmp_path / "run" / "checkpoints").step == STEPS + 1
+    assert f"{STEPS + 1} ({STEPS}, 1)" in outputs[1][0]
     # Only the first reports.
     assert "clips to train on" in outputs[0][1]
     assert "clips to train on" not in outputs[1][1]
 
 
-def test_ranks_that_split_the_dictionary_equal_one_process(store, alone, tmp_path):
-    train_on_ranks(configure(store, tmp_path / "run", SPLIT_LATENTS, parallel="dictionary"), tmp_path)
+def test_a_batch_that_does_not_divide_into_ranks_is_shared_all_the_same(store, alone, tmp_path):
+    some = {name: SPLIT_BATCH[name] for name in ("batchtopk", "both", "resampled")}
+    outputs = train_on_ranks(configure(store, tmp_path / "run", some), tmp_path, ranks=3)
+    assert_equal_up_to_rounding(alone, tmp_path / "run", some)
+    assert f"{STEPS + 1} ({STEPS}, 1)" in outputs[2][0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_split_the_dictionary_equal_one_process(store, alone, tmp_path, ranks):
+    train_on_ranks(configure(store, tmp_path / "run", SPLIT_LATENTS, parallel="dictionary"), tmp_path, ranks)
     assert_equal_up_to_rounding(alone, tmp_path / "run", SPLIT_LATENTS)
 
 
+@pytest.mark.parametrize("begin", [1, 2])
 @pytest.mark.parametrize("parallel", ["data", "dictionary"])
-def test_a_run_of_one_process_is_continued_by_two(store, tmp_path, parallel):
+def test_a_run_is_continued_by_another_number_of_processes(store, tmp_path, parallel, begin):
     whole = one_process(configure(store, tmp_path / "whole", SPLIT_LATENTS))
     out = tmp_path / "run"
     config = configure(store, out, SPLIT_LATENTS, parallel=parallel)
-    one_process(config)
+    one_process(config) if begin == 1 else train_on_ranks(config, tmp_path)
     # Forget the second half.
     (out / "checkpoints" / "latest").write_text("step-00000012")
     for name in SPLIT_LATENTS:
         (out / name / "sae.json").unlink()
-    train_on_ranks(config, tmp_path)
+    train_on_ranks(config, tmp_path) if begin == 1 else one_process(config)
     assert_equal_up_to_rounding(whole, out, SPLIT_LATENTS)
 
 

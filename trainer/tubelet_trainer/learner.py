@@ -79,7 +79,7 @@ class Learner:
         self._sort_every = nesting.sort_every if isinstance(nesting, RandomPrefixes) else None
         self.energy_F = torch.zeros(sae.latents, device=self.device)
         """Running mean of each latent's squared code, where latents are sorted by it."""
-        self._peak_lr = config.peak_lr(sae.latents)
+        self._peak_lr = config.peak_lr(sae.latents * holders.size)
         beta1 = config.beta1 if config.beta1 is not None else (0.0 if isinstance(sae.config, JumpReLUConfig) else 0.9)
         self.adam = Adam(dict(sae.named_parameters()), (beta1, config.beta2), config.eps)
 

@@ -29,7 +29,6 @@ from tubelet_store.config import dump_yaml
 from tubelet_trainer.breakdown import refuse_breakdown
 from tubelet_trainer.checkpoint import Checkpoint, load_latest, save_checkpoint
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.evaluation import evaluate
 from tubelet_trainer.files import replace_file
 from tubelet_trainer.machine import choose_device, keep_memory, software
 from tubelet_trainer.metrics_log import MetricsLog
@@ -85,8 +84,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> Path:
     finally:
         logs.close()
     for member, metrics in zip(run.members, final, strict=True):
-        sae = run.result(member)
-        if ranks.first:
+        if (sae := run.result(member)) is not None and ranks.first:
             save_sae(member.out, sae, run.provenance(member, metrics))
     ranks.wait()
     return config.out
@@ -187,7 +185,7 @@ def _read(run: Run, member: Member, metrics: Mapping[str, Tensor], whole: bool) 
 def _evaluate(run: Run, step: int, logs: _Logs, report: ProgressReport) -> list[dict[str, float]]:
     if run.heldout is None:
         return []
-    held = [evaluate(run.result(member), run.heldout, member.hook) for member in run.members]
+    held = [run.evaluate(member, run.heldout) for member in run.members]
     logs.write("eval", step, held)
     for member, line in zip(run.members, held, strict=True):
         name = f" {member.name}" if member.name else ""

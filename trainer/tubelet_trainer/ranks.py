@@ -76,6 +76,20 @@ class Ranks:
         out: Tensor = _Gather.apply(local, self.rank, self.size)
         return out
 
+    def gather_on_first(self, local: Tensor) -> Tensor:
+        """Rows of all ranks in the first rank's host memory, nothing [0, ...] on the others; no gradient.
+
+        No device holds more than one rank's rows beside its own.
+        """
+        if self.size == 1:
+            return local.detach().cpu()
+        parts = []
+        for rank in range(self.size):
+            part = local.detach().clone() if rank == self.rank else torch.empty_like(local)
+            dist.broadcast(part, rank)
+            parts.append(part.cpu() if self.first else part[:0].cpu())
+        return torch.cat(parts)
+
     def interleave(self, local: Tensor, whole: int) -> Tensor:
         """The `whole` rows of a batch of which rank r holds rows r, r + size, ...: [whole, ...], in their order."""
         if self.size == 1:

@@ -22,6 +22,7 @@ from tubelet_trainer.capture import refuse_unrepeatable
 from tubelet_trainer.checkpoint import Checkpoint
 from tubelet_trainer.coherence import coherence_terms
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.evaluation import evaluate
 from tubelet_trainer.learner import Learner
 from tubelet_trainer.machine import software
 from tubelet_trainer.metrics_log import defined
@@ -42,7 +43,7 @@ from tubelet_trainer.sharding import (
 )
 from tubelet_trainer.source import choose_hook
 from tubelet_trainer.specs import Spec, flat, specs
-from tubelet_trainer.stream import Streams
+from tubelet_trainer.stream import Stream, Streams
 from tubelet_trainer.team import Team
 
 # Latents silent for 10 million tokens are dead (Gao et al. 2024, appendix A.2). A short run would never get there:
@@ -144,15 +145,17 @@ class Run:
         hook = choose_hook(self.store, config.hook)
         moments = self.streams.moments(hook)
         normalisation = Normalisation.from_moments(moments, config.sae.normalisation)
-        sae = SAE(config.sae, normalisation).to(self.device)
+        # A dictionary that is split because it is too large for a device is begun elsewhere.
+        home = torch.device("cpu") if self.sharded else self.device
+        sae = SAE(config.sae, normalisation).to(home)
         wanted = needs_tokens(config.sae.init)
-        initialise(sae, moments, self.streams.first_tokens(hook, config.sae.init.tokens) if wanted else None)
+        initialise(sae, moments, self.streams.first_tokens(hook, config.sae.init.tokens).to(home) if wanted else None)
         variance = normalisation.variance(moments)
         terms = sae_terms(config.sae, sae.channels, variance, self.windows.steps, self.device)
         terms += coherence_terms(config.objective, config.sae, sae.latents, variance)
         if self.sharded:
             refuse_unsplittable(config)
-            sae, terms = ShardedSAE(sae, self.ranks), sharded_terms(terms, self.ranks)
+            sae, terms = ShardedSAE(sae, self.ranks).to(self.device), sharded_terms(terms, self.ranks)
         else:
             split_batch(sae, self.ranks)
         learner = Learner(
@@ -171,13 +174,25 @@ class Run:
         """Step number `step` (from 0): learn from `batch`; metrics of each SAE, on the device, with `grad_norm`."""
         return self.team.learn(batch, step)
 
-    def result(self, member: Member) -> SAE:
-        """The SAE to evaluate and export, whole; a collective call."""
+    def result(self, member: Member) -> SAE | None:
+        """The SAE to export, whole; a split one on the first rank alone, None on the others. A collective call."""
         sae = member.learner.result()
         return sae.gathered() if isinstance(sae, ShardedSAE) else sae
 
+    def evaluate(self, member: Member, heldout: Stream) -> dict[str, float]:
+        """Figures of the SAE on held-out tokens (see `evaluation`); a collective call."""
+        found = evaluate(member.learner.result(), heldout, member.hook)
+        if self.sharded:
+            # Every rank saw all tokens through its own latents.
+            own = torch.tensor([found["l0"], found["dead"]], dtype=torch.float64, device=self.device)
+            l0, dead = self.ranks.sum(own).tolist()
+            found |= {"l0": l0, "dead": dead / self.ranks.size}
+        return found
+
     def checkpoint(self, step: int) -> Checkpoint:
-        """Everything that decides the rest of the run, after `step` steps; a collective call."""
+        """Everything that decides the rest of the run, after `step` steps: complete on the first rank. A collective
+        call.
+        """
         record = {
             "config": self.config.model_dump(mode="json"),
             "store_identity": self.store.identity,

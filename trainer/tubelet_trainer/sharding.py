@@ -9,6 +9,7 @@ with respect to the decoder's bias. A checkpoint and an export hold the whole di
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -80,11 +81,14 @@ class ShardedSAE(SAE):
         """Normalised tokens [N, D] from all ranks' codes."""
         return self.ranks.total(decode(codes.values, codes.indices, self.W_dec, codes.bags)) + self.b_dec
 
-    def gathered(self) -> SAE:
-        """The whole SAE, on every rank."""
-        whole = SAE(self.config.model_copy(update={"latents": self.latents * self.ranks.size}), self.normalisation)
-        whole = whole.to(device=self.W_dec.device, dtype=self.W_dec.dtype)
-        whole.load_state_dict(gather_state(self.state_dict(), self.ranks))
+    def gathered(self) -> SAE | None:
+        """The whole SAE, in the first rank's host memory; None on the others. A collective call."""
+        state = gather_state(self.state_dict(), self.ranks)
+        if not self.ranks.first:
+            return None
+        config = self.config.model_copy(update={"latents": self.latents * self.ranks.size})
+        whole = SAE(config, copy.deepcopy(self.normalisation).cpu()).to(dtype=self.W_dec.dtype)
+        whole.load_state_dict(state)
         return whole
 
 
@@ -214,9 +218,8 @@ def gradient_norm(sae: SAE) -> Tensor:
 
 
 def gather_state(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """State of the whole dictionary from this rank's; a collective call."""
-    with torch.no_grad():
-        return {name: ranks.gather(tensor) if _per_latent(name) else tensor for name, tensor in tensors.items()}
+    """State of the whole dictionary from this rank's, on the first rank's host; a collective call."""
+    return {name: ranks.gather_on_first(t) if _per_latent(name) else t.detach().cpu() for name, t in tensors.items()}
 
 
 def own_state(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
