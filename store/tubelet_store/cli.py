@@ -43,7 +43,7 @@ class Verb(Generic[C]):
     positionals: tuple[str, ...] = ()
     """Fields that may be given without their name, in order; the last takes all that is left if it ends with `...`."""
     settings_file: bool = True
-    """A YAML file among the arguments holds settings; False: it is an argument like any other."""
+    """A YAML (or JSON) file among the arguments holds settings; False: it is an argument like any other."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno != errno.ENOSPC and error.filename is None:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(
-            f"tubelet: error: No space left on the device{where}. Work done is kept: free some space, run again.",
-            file=sys.stderr,
-        )
+        where = f"{error.filename}: " if error.filename else ""
+        problem, remedy = error.strerror, "Check the path, its permissions and whether its disk may be written"
+        if error.errno == errno.ENOSPC:
+            problem, remedy = "No space left on the device", "Work done is kept: free some space, run again"
+        print(f"tubelet: error: {where}{problem}. {remedy}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tubelet: interrupted; run the same command again to continue.", file=sys.stderr)
@@ -117,6 +117,7 @@ def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None,
     """
     path: Path | None = None
     overrides: dict[str, str] = {}
+    known = fields_of(verb.config())
     free = list(verb.positionals)
     queue = list(arguments)
     rest: list[str] = []
@@ -125,11 +126,15 @@ def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None,
         if word.startswith("--"):
             field, equals, text = word[2:].partition("=")
             field = field.replace("-", "_")
-            if not equals:
+            if not equals and queue and not queue[0].startswith("--"):
+                text = queue.pop(0)
+            elif not equals:
+                if any(each.path == field and not each.is_switch for each in known):
+                    raise TubeletError(f"--{field} needs a value", f"Write --{field} VALUE")
                 # A bare option is a switch: `--json` means `--json true`.
-                text = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
+                text = "true"
             overrides[field] = text
-        elif verb.settings_file and word.endswith((".yaml", ".yml")) and path is None and "#" not in word:
+        elif verb.settings_file and word.endswith((".yaml", ".yml", ".json")) and path is None and "#" not in word:
             path = Path(word)
         elif free and free[0].endswith("..."):
             rest.append(word)

@@ -31,6 +31,8 @@ class Field:
     kinds: tuple[str, ...] = ()
     """Kinds of its section that have it; empty where all have it."""
     is_section: bool = False
+    is_switch: bool = False
+    """It is true or false, so that its name alone says true."""
 
 
 def fields_of(model: type[Config]) -> list[Field]:
@@ -48,7 +50,8 @@ def _fields(model: type[Config], instance: Any, prefix: str) -> list[Field]:
         text = REQUIRED if required else "" if isinstance(default, Config) else _as_yaml(default)
         sections = [m for m in models_in(info.annotation) if issubclass(m, Config)]
         if not sections:
-            found.append(Field(path, text, meaning, _literals(info.annotation)))
+            is_switch = bool in (info.annotation, *get_args(info.annotation))
+            found.append(Field(path, text, meaning, _literals(info.annotation), is_switch=is_switch))
             continue
         found.append(Field(path, text, meaning, is_section=True))
         found += _merged(

@@ -88,6 +88,12 @@ def test_arguments_become_overrides(arguments, path, overrides):
     assert (str(found_path) if found_path else None, found) == (path, overrides)
 
 
+@pytest.mark.parametrize("arguments", [["--threads"], ["--from", "--fresh"], ["s.zarr", "--fresh", "--from"]])
+def test_an_option_that_is_no_switch_needs_its_value(arguments):
+    with pytest.raises(TubeletError, match=r"--(threads|from) needs a value"):
+        parse_arguments(VERIFY, arguments)
+
+
 def test_an_unknown_positional_is_refused():
     with pytest.raises(TubeletError, match=r"`tubelet verify` does not take 'more'.*--help"):
         parse_arguments(VERIFY, ["s.zarr", "more"])
@@ -151,6 +157,12 @@ def test_info_of_a_store_just_begun(verbs, capsys, tmp_path):
     scripted.begin(str(tmp_path / "s.zarr"))
     assert main(["info", str(tmp_path / "s.zarr")]) == 0
     assert "0 of 3 shards committed" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_one_line_that_names_the_file(verbs, capsys, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert f"{tmp_path / 'file' / 's.zarr'}" in (said := error(capsys, "fill", str(tmp_path / "file" / "s.zarr")))
+    assert "Check the path, its permissions" in said
 
 
 def test_interruption_is_no_traceback(verbs, capsys, monkeypatch):

@@ -18,11 +18,20 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write `data` to `path` and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write `data` to `path` and wait until it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # Of a full disk the system names no file.
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
