@@ -206,7 +206,9 @@ def test_what_a_run_leaves(store, finished):
     lines = log(finished)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [5, 10, 15, 20, 25, 30]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [10, 20, 30]
-    assert lines[0].keys() >= {"loss", "fvu", "l0", "dead", "auxk", "lr", "grad_norm"}
+    mixing, first = lines[:2]
+    assert mixing == {"kind": "mixing", "step": 0, **record.provenance["mixing"]}
+    assert first.keys() >= {"loss", "fvu", "l0", "dead", "auxk", "lr", "grad_norm"}
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
         "latest",
         "step-00000028",
@@ -235,7 +237,7 @@ def test_another_configuration_is_refused_by_name(store, finished, tmp_path):
     with pytest.raises(TubeletError, match=r"seed: 0 -> 1"):
         train(configure(store, finished, seed=1))
     other = make_store(tmp_path / "other.zarr", store.plan, seed=5, clips_per_video=2)
-    with pytest.raises(TubeletError, match="store identity"):
+    with pytest.raises(TubeletError, match="store identities"):
         train(configure(other, finished))
     with pytest.raises(TubeletError, match="already holds a run"):
         train(configure(store, finished, resume=False))

@@ -90,7 +90,7 @@ EVERYTHING = {
         "nesting": {"kind": "random", "prefixes": 4, "sort_every": 7},
     },
     "relu, steered": {"kind": "relu", "target_l0": 4, "dead_after_tokens": 128, "auxk": 8},
-    "jumprelu, steered": {"kind": "jumprelu", "target_l0": 4, "dead_after_tokens": 128, "bandwidth": 0.1},
+    "jumprelu, steered": {"kind": "jumprelu", "target_l0": 4, "dead_after_tokens": 128},
     "gated": {"kind": "gated", "dead_after_tokens": 128, "nesting": {"kind": "groups"}},
     "abstopk, hierarchical": {"kind": "abstopk", "k": 4, "dead_after_tokens": 128, "nesting": {"kind": "hierarchical"}},
 }  # fmt: skip
@@ -264,7 +264,7 @@ def test_what_is_not_defined_is_null_and_named(store, tmp_path):
     text = (out / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    *others, last = log(out)
+    _, *others, last = log(out)
     assert last["fvu"] is None
     assert last["undefined"] == ["fvu"]
     assert last["l0"] == 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,19 @@ def test_batches_in_the_stored_type_hold_the_same_tokens(store):
 def test_a_last_batch_of_one_token_is_served_and_says_that_it_is_short(store):
     batches = list(windows(store, batch=len(ALL) - 1, window=130))
     assert [len(batch) for batch in batches] == [batch.whole for batch in batches] == [len(ALL) - 1, 1]
+
+
+def test_memory_is_held_only_while_batches_are_served(store):
+    windows = Windows(Source(store, "h"), np.arange(CLIPS), batch_tokens=16, window_tokens=100)
+    # Two windows of at most 100 tokens, 3 channels of 2 bytes.
+    assert 0 < windows.memory_bytes <= 2 * 100 * 3 * 2
+    batches = iter(windows)
+    next(batches)
+    memory = [weakref.ref(slot.host[0]) for slot in windows._slots]
+    assert sum(ref().nbytes for ref in memory) == windows.memory_bytes
+    list(batches)
+    gc.collect()
+    assert [ref() for ref in memory] == [None, None]
 
 
 def test_asking_the_kernel_to_read_ahead_changes_nothing_and_a_missing_file_is_told_by_the_reader(store, tmp_path):

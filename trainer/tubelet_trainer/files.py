@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from tubelet_store import TubeletError
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Have `folder`, made if need be, for this process alone.
+
+    Raises:
+        TubeletError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TubeletError(
+                f"Another process is training into {folder}", "Wait for it, or choose another --out"
+            ) from error
+        except OSError:
+            # A file system without locks: nobody can be told apart there.
+            pass
+        yield
 
 
 def replace_file(path: Path, data: bytes) -> None:

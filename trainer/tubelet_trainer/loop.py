@@ -13,31 +13,36 @@ weights that each would have alone. What a run leaves in its folder:
 With several SAEs `checkpoints` and the whole configuration lie there, and the rest in a folder for each.
 
 Killed at any point, the same command continues to the same weights: bit for bit on the CPU with the same number of
-threads.
+threads. Told to stop (Ctrl-C, SIGTERM) it leaves a checkpoint first. Of several SAEs one that breaks down is set aside,
+and the others go on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from tubelet_store import Store, TubeletError
 from tubelet_store.config import dump_yaml
-from tubelet_trainer.breakdown import refuse_breakdown
+from tubelet_trainer.breakdown import breakdown, refuse_broken
 from tubelet_trainer.checkpoint import Checkpoint, load_latest, save_checkpoint
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.files import replace_file
+from tubelet_trainer.files import held, replace_file
 from tubelet_trainer.machine import choose_device, keep_memory, software
 from tubelet_trainer.metrics_log import MetricsLog
 from tubelet_trainer.progress import ProgressReport
 from tubelet_trainer.ranks import Ranks, joined_ranks
-from tubelet_trainer.run import Member, Run
+from tubelet_trainer.run import Run
 from tubelet_trainer.sae.export import RECORD, load_record, save_sae
 from tubelet_trainer.sae.initialisation import Offset
 from tubelet_trainer.specs import flat
+from tubelet_trainer.steering import SteeringWatch
+from tubelet_trainer.stopping import StopRequest
 from tubelet_trainer.stream import open_stores, resident_shards
 from tubelet_trainer.trackers import Prefixed, Tracker, open_tracker
 
@@ -72,22 +77,36 @@ def _train(config: TrainConfig, ranks: Ranks) -> Path:
     if found is not None:
         run.restore(found)
     done = run.windows.step
-    if ranks.first:
-        _write_configs(run)
-    if done == run.windows.steps and all(_exported(member.out, run) for member in run.members):
-        return config.out
-    logs = _Logs(run, done)
-    try:
-        with ProgressReport(run.windows.steps, done, silent=not ranks.first) as report:
-            _announce(run, found, report)
-            final = _loop(run, folder, logs, report)
-    finally:
-        logs.close()
-    for member, metrics in zip(run.members, final, strict=True):
-        if (sae := run.result(member)) is not None and ranks.first:
-            save_sae(member.out, sae, run.provenance(member, metrics))
+    if done < run.windows.steps or not all(_exported(member.out, run) for member in run.sound):
+        with _claimed(run) as logs:
+            _finish(run, found, folder, logs)
     ranks.wait()
+    refuse_broken(run)
     return config.out
+
+
+def _finish(run: Run, found: Checkpoint | None, folder: Path, logs: _Logs) -> None:
+    """Train to the end, and write the SAEs."""
+    done = run.windows.step
+    with ProgressReport(run.windows.steps, done, silent=not run.ranks.first) as report:
+        _announce(run, found, report)
+        logs.write("mixing", 0, {member.name: asdict(run.mixing) for member in run.members})
+        final = _loop(run, folder, logs, report)
+    for member in run.sound:
+        if (sae := run.result(member)) is not None and run.ranks.first:
+            save_sae(member.out, sae, run.provenance(member, final[member.name]))
+
+
+@contextmanager
+def _claimed(run: Run) -> Iterator[_Logs]:
+    """The run's logs, while no other process writes into its folder."""
+    with ExitStack() as stack:
+        if run.ranks.first:
+            stack.enter_context(held(run.config.out))
+            _write_configs(run)
+        logs = _Logs(run, run.windows.step)
+        stack.callback(logs.close)
+        yield logs
 
 
 def _write_configs(run: Run) -> None:
@@ -106,24 +125,26 @@ class _Logs:
     """metrics.jsonl of each SAE, and one tracker for all; nothing on ranks but the first."""
 
     def __init__(self, run: Run, step: int) -> None:
-        self._logs: list[MetricsLog] = []
+        self._logs: dict[str, MetricsLog] = {}
         self._tracker: Tracker | None = None
         if run.ranks.first:
             config = run.config
             tracker = open_tracker(config.tracker, config.out, step, flat(config.model_dump(mode="json")))
             self._tracker = tracker
-            self._logs = [
-                MetricsLog(member.out / "metrics.jsonl", step, Prefixed(tracker, member.name)) for member in run.members
-            ]
+            self._logs = {
+                member.name: MetricsLog(member.out / "metrics.jsonl", step, Prefixed(tracker, member.name))
+                for member in run.members
+            }
 
-    def write(self, kind: str, step: int, values: Sequence[Mapping[str, float]]) -> None:
-        """One line for each SAE."""
-        for log, line in zip(self._logs, values, strict=False):
-            log.write(kind, step, **line)
+    def write(self, kind: str, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
+        """One line for each SAE that has values, by its name."""
+        if self._logs:
+            for name, line in values.items():
+                self._logs[name].write(kind, step, **line)
 
     def close(self) -> None:
         """Close the files and the tracker."""
-        for log in self._logs:
+        for log in self._logs.values():
             log.close()
         if self._tracker is not None:
             self._tracker.close()
@@ -138,70 +159,102 @@ def _with_resident_shards(config: TrainConfig, stores: Sequence[Store], found: C
     return config.model_copy(update={"resident_shards": resident_shards(config, stores)})
 
 
-def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> list[dict[str, float]]:
+def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
     """Train to the end; of each SAE the last evaluation, or without held-out videos the last training metrics."""
     config, steps = run.config, run.windows.steps
-    latest: list[dict[str, float]] = []
+    latest: dict[str, dict[str, float]] = {}
     tokens, since = 0, time.monotonic()
-    for batch in run.windows:
-        step = run.windows.step
-        found = run.learn(batch, step - 1)
-        tokens += batch.whole
-        reports = step % config.log_every == 0 or step == steps
-        saves = step % config.checkpoint_every == 0 or step == steps
-        if reports or saves:
-            whole = batch.whole == config.batch_tokens
-            latest = [_read(run, member, metrics, whole) for member, metrics in zip(run.members, found, strict=True)]
-        if reports:
-            speed = tokens / (time.monotonic() - since)
-            tokens, since = 0, time.monotonic()
-            rates = [{"lr": member.learner.lr, "tokens_per_s": round(speed, 1)} for member in run.members]
-            logs.write("train", step, [rate | line for rate, line in zip(rates, latest, strict=True)])
-            means = [sum(line[name] for line in latest) / len(latest) for name in ("fvu", "l0", "dead")]
-            report.metrics(step, speed, *means)
-        if step % config.eval_every == 0 and step < steps:
-            _evaluate(run, step, logs, report)
-        if saves:
-            checkpoint = run.checkpoint(step)
-            if run.ranks.first:
-                save_checkpoint(folder, checkpoint, config.keep_checkpoints)
+    watch = SteeringWatch()
+    with StopRequest().listening() as stop:
+        for batch in run.windows:
+            step = run.windows.step
+            found = run.learn(batch, step - 1)
+            tokens += batch.whole
+            reports = step % config.log_every == 0 or step == steps
+            # Ranks ask each other seldom: it is a wait for the device.
+            stops = step < steps and (reports or run.ranks.size == 1) and stop.came(run.ranks, run.device)
+            saves = step % config.checkpoint_every == 0 or step == steps or stops
+            if reports or saves:
+                latest = _read(run, found, batch.whole == config.batch_tokens, report)
+            if reports:
+                speed = tokens / (time.monotonic() - since)
+                tokens, since = 0, time.monotonic()
+                rates = {
+                    member.name: {"lr": member.learner.lr, "tokens_per_s": round(speed, 1)} for member in run.sound
+                }
+                logs.write("train", step, {name: rates[name] | line for name, line in latest.items()})
+                means = [sum(line[key] for line in latest.values()) / len(latest) for key in ("fvu", "l0", "dead")]
+                report.metrics(step, speed, *means)
+                for line in watch.look(step, steps, run.sound, latest):
+                    report.note(line)
+            if step % config.eval_every == 0 and step < steps:
+                _evaluate(run, step, logs, report)
+            if saves:
+                checkpoint = run.checkpoint(step)
+                if run.ranks.first:
+                    save_checkpoint(folder, checkpoint, config.keep_checkpoints)
+            if stops:
+                report.note(f"stopped after step {step} of {steps}, which is kept")
+                stop.leave()
     # Killed after its last checkpoint, a run has no step left to read metrics from.
-    return _evaluate(run, steps, logs, report) or latest or [{} for _ in run.members]
+    return _evaluate(run, steps, logs, report) or latest or {member.name: {} for member in run.members}
 
 
-def _read(run: Run, member: Member, metrics: Mapping[str, Tensor], whole: bool) -> dict[str, float]:
-    """A step's metrics as numbers. A batch that is not `whole`, the run's last, may be too small to judge it by.
+def _read(
+    run: Run, found: Sequence[Mapping[str, Tensor]], whole: bool, report: ProgressReport
+) -> dict[str, dict[str, float]]:
+    """The metrics of a step of each sound SAE as numbers; one that has broken down is set aside.
+
+    Args:
+        run: After the step.
+        found: The step's metrics of each SAE.
+        whole: The batch is not the run's last, which may be too small to judge by.
+        report: Tells of an SAE that is set aside.
 
     Raises:
-        TubeletError: training broke down.
+        TubeletError: no SAE is left.
     """
-    values = {name: float(value) for name, value in metrics.items()}
-    norm = member.learner.sae.W_enc.detach().norm(dim=1).mean()
-    values["encoder_norm"] = float(run.ranks.sum(norm) / run.ranks.size)
-    refuse_breakdown(member, run.windows.step, values, whole)
-    return values
+    latest: dict[str, dict[str, float]] = {}
+    for member, metrics in zip(run.members, found, strict=True):
+        if member.name in run.broken:
+            continue
+        values = {name: float(value) for name, value in metrics.items()}
+        norm = member.learner.sae.W_enc.detach().norm(dim=1).mean()
+        values["encoder_norm"] = float(run.ranks.sum(norm) / run.ranks.size)
+        fault = breakdown(member, run.windows.step, values, whole)
+        if fault is None:
+            latest[member.name] = values
+            continue
+        run.broken[member.name] = fault
+        if run.sound:
+            report.note(f"{fault} It is set aside; the others go on.")
+    if not run.sound:
+        refuse_broken(run)
+    return latest
 
 
-def _evaluate(run: Run, step: int, logs: _Logs, report: ProgressReport) -> list[dict[str, float]]:
+def _evaluate(run: Run, step: int, logs: _Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
     if run.heldout is None:
-        return []
-    held = [run.evaluate(member, run.heldout) for member in run.members]
+        return {}
+    held = {member.name: run.evaluate(member, run.heldout) for member in run.sound}
     logs.write("eval", step, held)
-    for member, line in zip(run.members, held, strict=True):
-        name = f" {member.name}" if member.name else ""
+    for name, line in held.items():
         dead = f"dead {line['dead']:.1%} over {line['tokens']:,} tokens"
-        report.note(f"step {step}:{name} held-out FVU {line['fvu']:.4f}  L0 {line['l0']:.1f}  {dead}")
+        label = f" {name}" if name else ""
+        report.note(f"step {step}:{label} held-out FVU {line['fvu']:.4f}  L0 {line['l0']:.1f}  {dead}")
     return held
 
 
 def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> None:
     windows = run.windows
-    held = 0 if run.heldout is None else len(run.heldout.clips)
+    kept = 0 if run.heldout is None else len(run.heldout.clips)
     report.note(
-        f"{', '.join(run.streams.hooks)}: {len(windows.clips)} clips to train on, {held} held out, "
+        f"{', '.join(run.streams.hooks)}: {len(windows.clips)} clips to train on, {kept} held out, "
         f"{run.streams.failed} failed; {windows.total_tokens:,} tokens in {windows.steps} steps"
     )
-    report.note(str(run.mixing))
+    report.note(f"{run.mixing}; windows take {windows.memory_bytes / 2**20:,.0f} MiB")
+    if not kept:
+        report.note("no video is held out: nothing will be evaluated (see holdout.fraction)")
     for member in run.members:
         channels = member.learner.sae.channels
         latents = member.spec.config.sae.latents_for(channels)

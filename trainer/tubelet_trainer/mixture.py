@@ -53,6 +53,11 @@ class Mixture:
         return np.concatenate([part.clips + part.clip_offset for part in self.parts])
 
     @property
+    def memory_bytes(self) -> int:
+        """Of the windows of all parts."""
+        return sum(part.memory_bytes for part in self.parts)
+
+    @property
     def step(self) -> int:
         """Number of the next batch."""
         return self.parts[0].step

@@ -115,6 +115,8 @@ class Run:
         self.heldout = self.streams.heldout
         self.members = [self._begin(spec) for spec in found]
         hooks = [member.hook for member in self.members]
+        self.broken: dict[str, str] = {}
+        """What is wrong with SAEs that have broken down, by name. They are not looked at any more."""
         refuse_unrepeatable(config, device, ranks)
         self.team = Team(
             [member.learner for member in self.members],
@@ -170,6 +172,11 @@ class Run:
         )
         return Member(spec, hook, learner, moments)
 
+    @property
+    def sound(self) -> list[Member]:
+        """The SAEs that have not broken down."""
+        return [member for member in self.members if member.name not in self.broken]
+
     def learn(self, batch: Batch, step: int) -> list[Mapping[str, Tensor]]:
         """Step number `step` (from 0): learn from `batch`; metrics of each SAE, on the device, with `grad_norm`."""
         return self.team.learn(batch, step)
@@ -194,11 +201,12 @@ class Run:
         call.
         """
         record = {
-            "config": self.config.model_dump(mode="json"),
-            "store_identity": self.store.identity,
+            "config": self._tree,
+            "store_identities": [store.identity for store in self.streams.stores],
             "hook": self.member.hook,
             "loader": {**self.windows.state_dict(), "step": step},
             "software": software(),
+            "broken": self.broken,
         }
         tensors: dict[str, Tensor] = {}
         for member in self.members:
@@ -219,16 +227,23 @@ class Run:
             found = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
             member.learner.load_state(own_state(found, self.ranks) if self.sharded else found)
         self.windows.load_state_dict(checkpoint.record["loader"])
+        self.broken = dict(checkpoint.record.get("broken", {}))
+
+    @property
+    def _tree(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json")
 
     def _refuse_other_run(self, record: Mapping[str, Any]) -> None:
-        then, now = flat(record["config"]), flat(self.config.model_dump(mode="json"))
+        then, now = (flat({**tree, "mix": list(tree["mix"].values())}) for tree in (record["config"], self._tree))
         differ = [
             f"{name}: {then.get(name)} -> {now.get(name)}"
             for name in sorted(then.keys() | now.keys())
             if name.partition(".")[0] not in _FREE_FIELDS and then.get(name) != now.get(name)
         ]
-        if record["store_identity"] != self.store.identity:
-            differ.append(f"store identity: {record['store_identity']} -> {self.store.identity}")
+        # Stores may have moved: what counts is what they hold.
+        identities = [store.identity for store in self.streams.stores]
+        if (before := record["store_identities"]) != identities:
+            differ.append(f"store identities: {', '.join(before)} -> {', '.join(identities)}")
         if differ:
             raise TubeletError(
                 f"{self.config.out} holds a run with another configuration: {'; '.join(differ)}",

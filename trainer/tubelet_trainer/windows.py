@@ -119,8 +119,8 @@ class Windows:
         if pairs is not None:
             if len(self.clips) < 2:
                 raise TubeletError(
-                    f"{source.store.url}: pairs need at least two clips to compare, and there is one",
-                    "Extract more clips, or set the objective's weights to 0",
+                    f"{source.store.url}: pairs need at least two clips to compare, and one is left to train on",
+                    "Extract more clips, lower holdout.fraction, or set the objective's weights to 0",
                 )
             self._arithmetic = PairArithmetic(pairs, source.store, source.block_patches, seed, self.device)
             self._anchors = self._part(min(pairs.config.anchors, batch_tokens))
@@ -135,6 +135,13 @@ class Windows:
     def needs(self) -> list[tuple[Source, int]]:
         """Each source, with the number of its shards whose blocks are shuffled together."""
         return [(source, self._order.together) for source in self.sources]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the windows that are held while batches are served: on the device, and as much on the host of a GPU."""
+        windows = 2 if self._end > self._order.window_tokens else 1
+        channels = sum(source.channels for source in self.sources)
+        return windows * self._order.window_tokens * channels * self._stored_dtype.itemsize
 
     @property
     def epoch(self) -> int:
@@ -255,6 +262,7 @@ class Windows:
                     yield Batch(tokens_of, positions_B[:filled], self.source.grid, wanted, temporal, spatial)
         finally:
             self._announced = None
+            self._slots = []
             if self._upcoming is not None:
                 self._upcoming.withdraw(self)
 
@@ -294,7 +302,7 @@ class Windows:
         )
 
     def _own_slots(self) -> list[Slot]:
-        """The two slots, allocated on first use and kept."""
+        """The two slots, held while batches are served."""
         if not self._slots:
             tokens = self._order.window_tokens
             # With a single window in the whole run there is nothing to stage ahead.

@@ -1,0 +1,156 @@
+"""A run that is told to stop, whose folder is taken, or one of whose SAEs breaks down loses nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stores import make_plan, make_store
+from tubelet_store import TubeletError
+from tubelet_store.cli import main
+from tubelet_trainer.checkpoint import load_latest
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.files import held
+from tubelet_trainer.loop import train
+from tubelet_trainer.run import Run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    plan = make_plan(clips=30, clips_per_shard=8, grid=(4, 3, 4), hooks={"h": 16})
+    return make_store(tmp_path_factory.mktemp("stopping") / "s.zarr", plan)
+
+
+def configure(store, out, **fields):
+    tree = {
+        "store": store.url, "out": out, "steps": 24, "batch_tokens": 64, "window_tokens": 500, "log_every": 4,
+        "sae": {"k": 4, "dead_after_tokens": 128}, "eval_tokens": 128, "checkpoint_every": 1000, "device": "cpu",
+        "holdout": {"fraction": 0.1},
+    }  # fmt: skip
+    return TrainConfig.model_validate({**tree, **fields})
+
+
+def same(one, other):
+    ours, theirs = (load_file(folder / "sae.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+SLOW = """
+import sys, time, torch
+torch.set_num_threads(1)
+from tubelet_store.cli import main
+from tubelet_trainer.run import Run
+
+learn = Run.learn
+
+def slow(run, batch, step):
+    time.sleep(0.02)
+    return learn(run, batch, step)
+
+Run.learn = slow
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_told_to_stop_a_run_keeps_every_step_it_took(store, tmp_path, number, status):
+    fields = {"steps": 300, "log_every": 1}
+    whole = train(configure(store, tmp_path / "whole", **fields))
+    out = tmp_path / "run"
+    config = configure(store, out, **fields)
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 60
+    while not (log.is_file() and len(log.read_text().splitlines()) > 10) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == status, said
+    # No step that was taken is lost: the last one logged is in the checkpoint, though none was due for long.
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert load_latest(out / "checkpoints").step == steps[-1] < 300
+    assert f"stopped after step {steps[-1]} of 300" in said
+    assert same(train(config), whole)
+
+
+def test_a_folder_is_one_runs_at_a_time(store, tmp_path, capsys):
+    out = tmp_path / "run"
+    with held(out):
+        assert main(["train", store.url, "--out", str(out), "--steps", "2", "--device", "cpu"]) == 2
+    assert f"Another process is training into {out}" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert main(["train", store.url, "--out", str(out), "--steps", "2", "--device", "cpu"]) == 0
+
+
+GRID = {"optimiser": {"lr": [1e-3, 1e30], "warmup_steps": [0]}, "sae.seed": [0, 1]}
+
+
+def test_of_several_saes_one_that_breaks_down_is_set_aside(store, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    config = configure(store, out, sweep=GRID, checkpoint_every=8)
+    with pytest.raises(TubeletError, match=r"2 of 4 SAEs broke down; the others are complete. Step 4 of lr=1e\+30"):
+        train(config)
+    names = sorted(path.name for path in out.iterdir() if path.is_dir() and path.name != "checkpoints")
+    healthy = [name for name in names if name.startswith("lr=0.001")]
+    assert (len(names), len(healthy)) == (4, 2)
+    for number, name in enumerate(healthy):
+        alone = configure(
+            store, tmp_path / name, sae={"k": 4, "dead_after_tokens": 128, "seed": number},
+            optimiser={"lr": 1e-3, "warmup_steps": 0},
+        )  # fmt: skip
+        assert same(out / name, train(alone))
+    assert not any((out / name / "sae.json").exists() for name in set(names) - set(healthy))
+    # The same command trains nothing more, and says it again; so does one that continues.
+    monkeypatch.setattr(Run, "learn", None)
+    with pytest.raises(TubeletError, match="2 of 4 SAEs broke down"):
+        train(config)
+    monkeypatch.undo()
+    before = {name: load_file(out / name / "sae.safetensors") for name in healthy}
+    (out / "checkpoints" / "latest").write_text("step-00000016")
+    for name in healthy:
+        (out / name / "sae.json").unlink()
+    with pytest.raises(TubeletError, match="2 of 4 SAEs broke down"):
+        train(config)
+    for name, tensors in before.items():
+        found = load_file(out / name / "sae.safetensors")
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+def test_where_all_saes_break_down_the_run_stops(store, tmp_path):
+    sweep = {"optimiser.lr": [1e29, 1e30]}
+    config = configure(store, tmp_path / "run", sweep=sweep, optimiser={"warmup_steps": 0}, checkpoint_every=1)
+    with pytest.raises(TubeletError, match=r"2 of 2 SAEs broke down.*lr=1e\+29.*lr=1e\+30.*Lower optimiser\.lr"):
+        train(config)
+
+
+def test_a_run_continues_where_its_stores_have_moved(store, tmp_path):
+    other = make_store(tmp_path / "other.zarr", make_plan(clips=10, grid=(4, 3, 4), hooks={"h": 16}), seed=9)
+    whole = train(configure(store, tmp_path / "whole", mix={other.url: 0.25}))
+    out = tmp_path / "run"
+    train(configure(store, out, mix={other.url: 0.25}, checkpoint_every=8))
+    (out / "checkpoints" / "latest").write_text("step-00000016")
+    (out / "sae.json").unlink()
+    moved = tmp_path / "moved" / "else.zarr"
+    shutil.copytree(other.url, moved)
+    shutil.rmtree(other.url)
+    assert same(train(configure(store, out, mix={str(moved): 0.25})), whole)
+    twin = make_store(tmp_path / "twin.zarr", make_plan(clips=10, grid=(4, 3, 4), hooks={"h": 16}), seed=10)
+    with pytest.raises(TubeletError, match="store identities"):
+        train(configure(store, out, mix={twin.url: 0.25}))
