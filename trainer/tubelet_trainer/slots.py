@@ -32,6 +32,8 @@ class Slot:
     """Per hook [window tokens, D] in the store's dtype; pinned for a GPU."""
     device: tuple[Tensor, ...]
     """The same on the device; on the CPU it *is* `host`."""
+    numbers: tuple[Tensor, Tensor] | None
+    """int64 [2 x window tokens], pinned and on the device: order and positions of a window's rows; on the CPU None."""
     finite: Tensor | None
     """[hooks] bool, pinned: whether what was copied to the device sums to a finite number; on the CPU None."""
     copied: torch.cuda.Event | None
@@ -44,10 +46,14 @@ class Slot:
         """A slot for windows of up to `tokens` tokens of hooks of `channels` channels each."""
         if device.type != "cuda":
             host = tuple(page_aligned(tokens, each, dtype) for each in channels)
-            return cls(host, host, None, None, None)
+            return cls(host, host, None, None, None, None)
         slot = cls(
             host=tuple(torch.empty((tokens, each), dtype=dtype, pin_memory=True) for each in channels),
             device=tuple(torch.empty((tokens, each), dtype=dtype, device=device) for each in channels),
+            numbers=(
+                torch.empty(2 * tokens, dtype=torch.int64, pin_memory=True),
+                torch.empty(2 * tokens, dtype=torch.int64, device=device),
+            ),
             finite=torch.ones(len(channels), dtype=torch.bool, pin_memory=True),
             copied=torch.cuda.Event(),
             released=torch.cuda.Event(),
@@ -61,17 +67,34 @@ class Slot:
         if self.released is not None:
             self.released.record(torch.cuda.current_stream(self.device[0].device))
 
-    def upload(self, tokens: int, stream: torch.cuda.Stream | None) -> None:
-        """Begin to copy the first `tokens` tokens to the device, once its old content was read."""
-        if stream is None or self.copied is None or self.released is None or self.finite is None:
-            return
+    def upload(
+        self, tokens: int, numbers: Sequence[NDArray[np.int64]], stream: torch.cuda.Stream | None
+    ) -> tuple[Tensor, ...]:
+        """Begin to copy the first `tokens` tokens, and `numbers`, to the device, once its old content was read.
+
+        Args:
+            tokens: Of the window.
+            numbers: Up to two arrays, together of at most twice the slot's tokens.
+            stream: Where copies queue; on the CPU None.
+
+        Returns:
+            `numbers` on the device: there when `copied` is, and until the slot is filled again.
+        """
+        if stream is None or self.copied is None or self.released is None or self.finite is None or not self.numbers:
+            return tuple(torch.from_numpy(each) for each in numbers)
+        pinned, there = self.numbers
+        sizes = [len(each) for each in numbers]
+        for part, each in zip(pinned[: sum(sizes)].split(sizes), numbers, strict=True):
+            part.copy_(torch.from_numpy(each))
         stream.wait_event(self.released)
         with torch.cuda.stream(stream):
+            there[: sum(sizes)].copy_(pinned[: sum(sizes)], non_blocking=True)
             for number, (host, device) in enumerate(zip(self.host, self.device, strict=True)):
                 device[:tokens].copy_(host[:tokens], non_blocking=True)
                 finite = torch.isfinite(device[:tokens].sum(dtype=torch.float32))
                 self.finite[number].copy_(finite, non_blocking=True)
             self.copied.record(stream)
+        return there[: sum(sizes)].split(sizes)
 
 
 class BatchMemory:

@@ -35,6 +35,8 @@ class Window:
     """Per hook [window tokens, D] in the store's dtype."""
     order: NDArray[np.int64]
     """[tokens] Rows of the window in the order they are served."""
+    rows: Tensor
+    """The same on the device."""
     locations: Locations
     """Where its rows come from."""
 
@@ -44,6 +46,10 @@ class _Staged:
     slot: Slot
     blocks: WindowBlocks
     order: NDArray[np.int64]
+    first: NDArray[np.int64]
+    """[K] Position of each block's first token."""
+    numbers: tuple[Tensor, ...]
+    """`order` and `first` on the device."""
 
 
 class Stager:
@@ -118,10 +124,9 @@ class Stager:
                 # The sum may also have overflowed.
                 if not finite:
                     each.refuse_nonfinite(blocks.clips, blocks.groups, _bits(host, each, blocks))
-        first = (blocks.clips + self._clip_offset) * source.grid.tokens + blocks.groups * source.block_patches
-        on_device = torch.from_numpy(first).to(self._device)
-        where = Locations(source.grid, source.block_patches, self._clip_offset, first, on_device)
-        return Window(slot.device, staged.order, where)
+        rows, first = staged.numbers
+        where = Locations(source.grid, source.block_patches, self._clip_offset, staged.first, first)
+        return Window(slot.device, staged.order, rows, where)
 
     def _run(
         self,
@@ -143,8 +148,10 @@ class Stager:
                     place = self._order.locate(position)
                     self._group_begins(*place)
                     coming = self._ahead(end, stop)
-                    self._fill(slot, blocks, stream, pool)
-                    ready.put(_Staged(slot, blocks, self._order.rows(*place)))
+                    self._copy(slot, blocks, pool)
+                    order, first = self._order.rows(*place), self._first(blocks)
+                    numbers = slot.upload(len(order), (order, first), stream)
+                    ready.put(_Staged(slot, blocks, order, first, numbers))
                     position = end
         except BaseException as error:  # the consumer raises it
             ready.put(error)
@@ -163,9 +170,13 @@ class Stager:
             source.read_ahead(blocks.clips, blocks.groups)
         return blocks
 
-    def _fill(
-        self, slot: Slot, blocks: WindowBlocks, stream: torch.cuda.Stream | None, pool: ThreadPoolExecutor
-    ) -> None:
+    def _first(self, blocks: WindowBlocks) -> NDArray[np.int64]:
+        """[K] Position of each block's first token."""
+        source = self._sources[0]
+        return (blocks.clips + self._clip_offset) * source.grid.tokens + blocks.groups * source.block_patches
+
+    def _copy(self, slot: Slot, blocks: WindowBlocks, pool: ThreadPoolExecutor) -> None:
+        """Copy a window's blocks from the memory maps to the slot's host side."""
         if slot.copied is not None:
             slot.copied.synchronize()  # the host side may still be on its way to the device
         # A GPU sums what it gets, at next to no cost; here each block is searched once.
@@ -187,7 +198,6 @@ class Stager:
             pass
         if check:
             self._checked[blocks.numbers] = True
-        slot.upload(count * self._sources[0].block_tokens, stream)
 
 
 def _bits(host: Tensor, source: Source, blocks: WindowBlocks) -> NDArray[np.signedinteger]:

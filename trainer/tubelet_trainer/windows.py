@@ -243,8 +243,7 @@ class Windows:
                     while seen < wanted:
                         if not len(host_rows):
                             window = next(windows)
-                            host_rows, skip = window.order[skip:], 0
-                            rows = torch.from_numpy(host_rows).to(self.device)
+                            rows, host_rows, skip = window.rows[skip:], window.order[skip:], 0
                         taken = min(wanted - seen, len(host_rows))
                         now = rows[:taken][(self.rank - offset - seen) % self.ranks :: self.ranks]
                         part = slice(filled, filled + len(now))
