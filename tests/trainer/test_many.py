@@ -156,6 +156,9 @@ def test_a_sweep_is_the_product_of_its_lists_and_of_the_list_of_saes(store, tmp_
     ]
     assert found[0].name == "a,k=2,lambda_s=0"
     assert len({s.name for s in found}) == 8
+    nestings = [{"kind": "flat"}, {"kind": "random", "prefixes": 4}, {"kind": "ks", "ks": [2, 4]}]
+    found = specs(configure(store, tmp_path, sae={"k": 4}, sweep={"sae.nesting": nestings}))
+    assert [s.name for s in found] == ["nesting=flat", "nesting=random-prefixes-4", "nesting=ks-ks-2+4"]
     assert all(not s.config.saes and not s.config.sweep for s in found)
 
 

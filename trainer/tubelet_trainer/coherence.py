@@ -210,9 +210,10 @@ class Contrast:
 
 
 class Smoothness:
-    """weight x mean over temporal pairs of cos(x, x') ||z - z'||_1: T-SAE's alternative without negatives (its code).
+    """weight x mean over temporal pairs of max(cos(x, x'), 0) ||z - z'||_1: T-SAE's alternative without negatives.
 
-    The cosine is of normalised tokens [RECON]: raw ones share a mean, so theirs is nearly 1 throughout.
+    The cosine is of raw tokens, as in its code. They share a mean, so it is nearly always positive; where it is not, a
+    pair counts nothing [RECON]: a negative one would reward distance, without bound.
 
     Args:
         weight: lambda.
@@ -225,13 +226,15 @@ class Smoothness:
 
     def __call__(self, forward: Forward) -> Term:
         """Metrics: `smoothness` (unweighted), `smoothness_pairs`."""
+        assert forward.batch is not None
         views = _Views.of(forward, "temporal", self.config, self.prefix)
         pairs, gather = views.pairs, forward.ranks.gather
-        x_AD = gather(forward.x_BD[pairs.rows], pairs.most)
-        other_AD = gather(forward.sae.normalisation(pairs.hooks[forward.hook]), pairs.most)
+        x_AD = gather(forward.batch.hooks[forward.hook][pairs.rows], pairs.most)
+        other_AD = gather(pairs.hooks[forward.hook], pairs.most)
+        alike_A = nnf.cosine_similarity(x_AD, other_AD, dim=1).relu()
         distance_A = (views.anchor_AG - views.neighbour_AG).abs().sum(dim=1)
         compared = views.valid_A.sum()
-        weighted_A = torch.where(views.valid_A, nnf.cosine_similarity(x_AD, other_AD, dim=1) * distance_A, 0)
+        weighted_A = torch.where(views.valid_A, alike_A * distance_A, 0)
         loss = weighted_A.sum() / compared.clamp_min(1)
         return Term(self.weight * loss, {"smoothness": loss.detach(), "smoothness_pairs": compared})
 

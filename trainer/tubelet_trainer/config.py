@@ -33,7 +33,8 @@ class OptimiserConfig(Config):
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a running mean of the weights, which is then what is evaluated and exported (0.999 is common)."""
+    """Decay of a running mean of the weights, which is then what is evaluated and exported (0.999 is common). Early in
+    a run it looks back over about a tenth of the steps so far."""
     resample_every: int | None = Field(default=None, ge=1)
     """Steps between resampling: dead latents get the direction of a badly reconstructed token (Bricken et al. 2023).
     None: never."""
@@ -117,7 +118,7 @@ class TrainConfig(Config):
     batch_tokens: int = Field(default=4096, ge=2)
     """Tokens per step."""
     window_tokens: int = Field(default=262_144, ge=1)
-    """Tokens shuffled together; two windows are held in memory."""
+    """Tokens shuffled together, at least a block; two windows are held in memory, during an evaluation up to four."""
     block_patches: int | None = Field(default=None, ge=1)
     """Patches copied together, a divisor of the grid's; none: a row of the grid, or the whole grid of small clips."""
     resident_shards: int | None = Field(default=None, ge=1)
@@ -160,7 +161,9 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: CUDA if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the encoder's product while training; weights, codes and losses stay float32."""
+    """Of the encoder's product while training, so that codes are rounded to it, and of the decoder's product where codes
+    are dense; weights, losses and the optimiser stay float32. Kind jumprelu encodes in float32 all the same: its
+    thresholds learn from differences that bfloat16 cannot tell apart."""
     compile: bool = False
     """Compile losses and gradients with torch.compile: a minute at the start, fewer passes over memory afterwards. On a
     CPU it does not pay."""

@@ -1,7 +1,9 @@
 """Reconstruction and sparsity of an SAE on held-out tokens, streamed, accumulated in float64.
 
-FVU = sum ||x - x^||^2 / sum ||x - mean||^2 with the *vector* mean of the evaluated tokens, the denominator being
-sum ||x||^2 - ||sum x||^2 / N. In normalised space, where x is nearly centred, that difference loses no digits.
+FVU = sum ||x - x^||^2 / sum ||x - mean||^2 of raw tokens, with the *vector* mean of the evaluated ones. After whitening
+that is not the FVU in normalised space, which is what training minimises and logs: there small directions count as much
+as large ones. The denominator is sum ||x||^2 - ||sum x||^2 / N, with x counted from the mean that the normalisation
+subtracts, so that the difference loses no digits.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ def evaluate(sae: SAE, windows: Stream, hook: str | None = None) -> dict[str, fl
     for batch in windows:
         x_BD = sae.normalisation(batch.tokens if hook is None else batch.hooks[hook])
         codes = sae.activate(x_BD, sae.pre_activations(x_BD))
-        x64_BD = x_BD.double()
-        error = error + (x64_BD - sae.reconstruct(codes).double()).square().sum()
-        square = square + x64_BD.square().sum()
-        total_D += x64_BD.sum(dim=0)
+        residual_BD = sae.normalisation.raw_difference(x_BD - sae.reconstruct(codes))
+        centred_BD = sae.normalisation.raw_difference(x_BD).double()
+        error = error + residual_BD.double().square().sum()
+        square = square + centred_BD.square().sum()
+        total_D += centred_BD.sum(dim=0)
         active += (codes.values != 0).sum()
         fired_F |= codes.fired(sae.latents)
     sae.train(training)

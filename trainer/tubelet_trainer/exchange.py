@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from tubelet_store import TubeletError
-from tubelet_store.config import Config
+from tubelet_store.config import Config, misfit
 
 
 class ExportConfig(Config):
@@ -40,6 +40,18 @@ class ImportConfig(Config):
     """Of which hook's tokens it is, as the store names it; kept in sae.json."""
     input_bias: Literal["auto", "subtracted", "kept"] = "auto"
     """saev: whether the encoder sees x - b_dec or x. auto: by the file's schema number."""
+    mean: Path | None = None
+    """saev: file with the mean that its loader subtracted from the tokens (scale_mean), a vector: .npy or a torch file.
+    None: none was."""
+    scale: float | None = Field(default=None, gt=0)
+    """saev: the number that its loader then divided them by (scale_norm: their mean norm / sqrt(channels)). None: none."""
+
+    @model_validator(mode="after")
+    def _of_saev(self) -> ImportConfig:
+        for name, given in (("mean", self.mean), ("scale", self.scale)):
+            if given is not None and self.format != "saev":
+                raise misfit(name, f"it goes with --format saev; {self.format} files hold their own")
+        return self
 
 
 def export_sae(config: ExportConfig) -> Path:
@@ -74,8 +86,11 @@ def import_sae(config: ImportConfig) -> Path:
     if config.format == "saelens":
         sae, described = load_saelens(config.path)
     else:
-        sae, described = load_saev(config.path, config.input_bias)
-    provenance: dict[str, JsonValue] = {"imported": {"format": config.format, "described": described}}
+        sae, described = load_saev(config.path, config.input_bias, config.mean, config.scale or 1.0)
+    given = config.model_dump(
+        mode="json", include={"input_bias", "mean", "scale"} if config.format == "saev" else set()
+    )
+    provenance: dict[str, JsonValue] = {"imported": {"format": config.format, **given, "described": described}}
     if config.hook is not None:
         provenance["hook"] = config.hook
     save_sae(config.out, sae, provenance)

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from tubelet_trainer.adam import Adam
 from tubelet_trainer.config import OptimiserConfig
+from tubelet_trainer.knob import Knob
 from tubelet_trainer.objective import FiringClock, Forward, Objective, Term
 from tubelet_trainer.ranks import ALONE, Ranks
 from tubelet_trainer.sae.config import JumpReLUConfig, RandomPrefixes
 from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.sparsifiers import JumpReLU
 from tubelet_trainer.sharding import RankedBatchTopK, ShardedSAE, gradient_norm
 
 # Resampled encoder rows are short, so that a new latent disturbs little (Bricken et al. 2023, appendix).
@@ -38,6 +40,16 @@ _RESAMPLE_UNTIL = 0.9
 _ENERGY_RATE = 0.05
 
 
+def ema_decay(decay: float, step: int) -> float:
+    """Decay of the running mean of the weights in step `step` (from 0): min(decay, (1 + step) / (10 + step)).
+
+    The mean looks back over about a tenth of the steps so far, until that is as long as `decay` says. With `decay`
+    alone a run of a few hundred steps would end in its initial weights. As `num_updates` does in TensorFlow's
+    ExponentialMovingAverage.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 class Learner:
     """An SAE and its optimiser.
 
@@ -47,7 +59,7 @@ class Learner:
         config: Optimiser and schedule.
         steps: Length of the run.
         dead_after_tokens: Tokens without firing after which a latent is dead.
-        precision: Of the encoder's product in training.
+        precision: Of the products in training, as `TrainConfig.precision` says.
         ranks: Processes that see the other parts of every batch.
         batch_tokens: Of a usual batch, over all ranks; None: all are alike.
     """
@@ -75,6 +87,7 @@ class Learner:
         self.clock = FiringClock(sae.latents, dead_after_tokens, self.device, holders)
         self.averaged = copy.deepcopy(sae) if config.ema is not None else None
         """Running mean of the weights."""
+        self._renewal = Knob(0.0)
         nesting = sae.config.nesting
         self._sort_every = nesting.sort_every if isinstance(nesting, RandomPrefixes) else None
         self.energy_F = torch.zeros(sae.latents, device=self.device)
@@ -96,6 +109,8 @@ class Learner:
             self.sae.sparsifier.whole = whole
         self.objective.begin(self.sae, step)
         self.adam.set_lr(self._peak_lr * self.config.lr_factor(step, self.steps))
+        if self.config.ema is not None:
+            self._renewal.set(1 - ema_decay(self.config.ema, step))
 
     def update(self, forward: Forward, total: Term) -> dict[str, Tensor]:
         """Step from the gradients of `total`, and count; the metrics."""
@@ -137,11 +152,11 @@ class Learner:
 
     @torch.no_grad()
     def _average(self) -> None:
-        if self.averaged is None or self.config.ema is None:
+        if self.averaged is None:
             return
-        pairs = zip(self.averaged.parameters(), self.sae.parameters(), strict=True)
-        means, now = (list(tensors) for tensors in zip(*pairs, strict=True))
-        torch._foreach_lerp_(means, now, 1 - self.config.ema)
+        renewal = self._renewal.on(self.device)
+        for average, parameter in zip(self.averaged.parameters(), self.sae.parameters(), strict=True):
+            average.lerp_(parameter, renewal.to(average.dtype))
         for mean, current in zip(self.averaged.buffers(), self.sae.buffers(), strict=True):
             mean.copy_(current)
 
@@ -166,8 +181,8 @@ class Learner:
         norm = (sae.W_enc.norm(dim=1, keepdim=True) * alive_F1).sum() / alive_F1.sum().clamp_min(1)
         zeros_F = torch.zeros_like(sae.b_enc)
         fresh = {"W_dec": rows_FD, "W_enc": rows_FD * norm * _RESAMPLED_ENCODER_NORM}
-        if isinstance(sae.config, JumpReLUConfig):
-            fresh["sparsifier.log_threshold"] = zeros_F + math.log(sae.config.initial_threshold)
+        if isinstance(sae.sparsifier, JumpReLU):
+            fresh["sparsifier.log_threshold"] = zeros_F + math.log(sae.sparsifier.initial_threshold)
         for name, tensors in self._per_latent().items():
             mask = dead_F if sae.get_parameter(name).ndim == 1 else dead_F[:, None]
             weights, moments = tensors

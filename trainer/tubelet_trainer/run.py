@@ -78,7 +78,7 @@ class Member:
     hook: str
     learner: Learner
     moments: Moments
-    """Of the tokens it learns from."""
+    """Of all tokens of the store at its hook, held-out videos included; of a mix, by its shares."""
 
     @property
     def name(self) -> str:

@@ -52,7 +52,7 @@ def specs(config: TrainConfig) -> list[Spec]:
             for dotted, value in {**flat(own), **swept}.items():
                 _refuse_shared(dotted)
                 set_dotted(tree, dotted, value)
-            words = [name, *(f"{_short(dotted, grid)}={value}" for dotted, value in swept.items())]
+            words = [name, *(f"{_short(dotted, grid)}={_word(value)}" for dotted, value in swept.items())]
             full = ",".join(word for word in words if word)
             tree["out"] = str(config.out / full)
             found.append(Spec(full, validate(TrainConfig, tree, f"SAE '{full}'")))
@@ -95,6 +95,15 @@ def _short(dotted: str, grid: Mapping[str, Any]) -> str:
     """The last part of a field's name where no other swept field ends the same."""
     leaf = dotted.rpartition(".")[2]
     return leaf if sum(other.rpartition(".")[2] == leaf for other in grid) == 1 else dotted
+
+
+def _word(value: Any) -> str:
+    """A swept value as it stands in a folder's name."""
+    if isinstance(value, Mapping):
+        # Of a section its kind says most: {kind: random, prefixes: 4} is random-prefixes-4.
+        parts = [str(value["kind"])] if "kind" in value else []
+        return "-".join([*parts, *(f"{name}-{_word(part)}" for name, part in value.items() if name != "kind")])
+    return "+".join(_word(part) for part in value) if isinstance(value, list | tuple) else str(value)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Streams:
             self.heldout = self._stream(self._heldout, window, wanted, seed=0, ranks=ALONE)
 
     def moments(self, hook: str) -> Moments:
-        """Of the tokens that batches hold on average."""
+        """Of the stores' tokens, held-out videos included, by their share of a batch."""
         if len(self.stores) == 1:
             return self.stores[0].moments(hook)
         return mixed_moments([store.moments(hook) for store in self.stores], [float(share) for share in self.shares])

@@ -10,6 +10,7 @@ where the kind keeps many latents (K = F).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from tubelet_store import TubeletError
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.normalisation import Normalisation
 from tubelet_trainer.sae.sparse import Bags, decode, densify, is_dense, select
-from tubelet_trainer.sae.sparsifiers import AbsTopK, BatchTopK, Choice, TopK, build_sparsifier
+from tubelet_trainer.sae.sparsifiers import AbsTopK, BatchTopK, Choice, JumpReLU, TopK, build_sparsifier
 
 # 128 rows of 768 float32 take 0.4 MB; with 16384 rows, projecting takes 8 ms in such blocks and 22 ms at once.
 _CACHED_ROWS = 128
@@ -101,7 +102,7 @@ class SAE(nn.Module):
         """[F, D], rows of unit norm"""
         self.b_dec = nn.Parameter(torch.zeros(self.channels))
         """[D]; zero is the mean of the tokens, because they are centred"""
-        self.sparsifier = build_sparsifier(config, self.latents)
+        self.sparsifier = build_sparsifier(config, self.latents, normalisation.unit)
 
     def encode_sparse(self, x: Tensor) -> Codes:
         """Codes of raw tokens [N, D]: `values` [N, K] and `indices` int64 [N, K].
@@ -130,9 +131,13 @@ class SAE(nn.Module):
     def pre_activations(self, x_ND: Tensor) -> Tensor:
         """W_enc (x - b_dec) + b_enc, [N, F], of normalised tokens. Without gradient: `choose` supplies it.
 
-        Under `torch.autocast` the product, and so the pre-activations, are in the lower precision.
+        Under `torch.autocast` the product, and so the pre-activations, are in the lower precision, save for JumpReLU.
+        Its thresholds learn from the pre-activations within a kernel around them: one narrower than the steps of
+        bfloat16 (up to 1/128 of the value) would see none of them, or all that were rounded to one number.
         """
-        with torch.no_grad():
+        narrow = isinstance(self.sparsifier, JumpReLU)
+        exact = torch.autocast(self.W_enc.device.type, enabled=False) if narrow else nullcontext()
+        with torch.no_grad(), exact:
             return nnf.linear(x_ND - self.b_dec, self.W_enc, self.b_enc)
 
     def activate(self, x_ND: Tensor, pre_NF: Tensor) -> Codes:

@@ -24,6 +24,8 @@ class Normalisation(nn.Module):
         scale: Positive, 0-dimensional; 1 with whitening.
         whiten: [D, D] or None. Applied from the right.
         unwhiten: Its inverse.
+        unit: Root of the normalised channels' mean variance: how large numbers are in the space the weights live in.
+            Decides where training starts, not what a trained SAE computes; so it is not part of the state.
     """
 
     mean: Tensor
@@ -32,9 +34,15 @@ class Normalisation(nn.Module):
     unwhiten: Tensor | None
 
     def __init__(
-        self, mean: Tensor, scale: Tensor, whiten: Tensor | None = None, unwhiten: Tensor | None = None
+        self,
+        mean: Tensor,
+        scale: Tensor,
+        whiten: Tensor | None = None,
+        unwhiten: Tensor | None = None,
+        unit: float = 1.0,
     ) -> None:
         super().__init__()
+        self.unit = unit
         self.register_buffer("mean", mean.clone())
         self.register_buffer("scale", scale.clone())
         self.register_buffer("whiten", None if whiten is None else whiten.clone())
@@ -65,7 +73,9 @@ class Normalisation(nn.Module):
         mean = moments.mean if config.centre else np.zeros(channels)
         centre = torch.from_numpy(mean).float()
         if config.whitening == "none":
-            return cls(centre, torch.tensor(scale if config.scale else 1.0, dtype=torch.float32))
+            if not config.scale:
+                return cls(centre, torch.tensor(1.0), unit=scale)
+            return cls(centre, torch.tensor(scale, dtype=torch.float32))
         if moments.covariance is None:
             raise TubeletError(
                 f"Whitening needs the covariance, which a store keeps for up to 1024 channels; these are {channels}",
@@ -99,5 +109,8 @@ class Normalisation(nn.Module):
 
     def inverse(self, normalised_ND: Tensor) -> Tensor:
         """Raw tokens [N, D]."""
-        spread = normalised_ND * self.scale if self.unwhiten is None else normalised_ND @ self.unwhiten
-        return spread + self.mean
+        return self.raw_difference(normalised_ND) + self.mean
+
+    def raw_difference(self, difference_ND: Tensor) -> Tensor:
+        """What a difference of normalised tokens [N, D] is between raw ones."""
+        return difference_ND * self.scale if self.unwhiten is None else difference_ND @ self.unwhiten

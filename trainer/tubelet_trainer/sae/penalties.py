@@ -9,6 +9,7 @@ A penalty is a term of the objective (see `tubelet_trainer.objective`).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -26,6 +27,11 @@ from tubelet_trainer.sae.sparsifiers import Choice, JumpReLU
 # e ^ rate. From L0 40 to a target of 5 on planted features, 0.003 took 1500 steps, 0.01 600 with L0 4.3 on the
 # way, 0.03 300; at full size L0 answers more slowly, so not the fastest.
 _STEERING_RATE = 0.01
+
+# Steering multiplies or divides the weight by at most this. [RECON] With the default weights an active latent then costs
+# as much as all the variance there is to explain, or nothing: going on would change nothing but the way back.
+STEERING_RANGE = 1000.0
+_MOST_LOG_GAIN = math.log(STEERING_RANGE)
 
 
 class PenaltyWeight:
@@ -62,6 +68,11 @@ class PenaltyWeight:
             # No active latent at all is as far below the target as the clamp allows.
             excess = (l0.double().clamp_min(1e-9) / self.target_l0).log().clamp(-1, 1)
             self.log_gain += self._rate.on(self.log_gain.device) * excess
+            self.log_gain.clamp_(-_MOST_LOG_GAIN, _MOST_LOG_GAIN)
+
+    def at_limit(self) -> Tensor:
+        """0-dimensional: 1 where steering has raised the weight as far as it may, -1 where lowered, else 0."""
+        return torch.where(self.log_gain.abs() < _MOST_LOG_GAIN, 0, self.log_gain.sign())
 
 
 class SparsityPenalty(ABC):
@@ -80,7 +91,7 @@ class SparsityPenalty(ABC):
         self.weight.begin(step)
 
     def __call__(self, forward: Forward) -> Term:
-        """Metrics: `sparsity` (the unweighted penalty), `sparsity_weight`."""
+        """Metrics: `sparsity` (the unweighted penalty), `sparsity_weight`; where that is steered, `sparsity_limit`."""
         weight = self.weight.now()
         penalty, beside = self.penalty(forward)
         active = forward.per_token((forward.codes.values.detach() != 0).sum())
@@ -88,7 +99,10 @@ class SparsityPenalty(ABC):
         loss = weight.to(penalty.dtype) * penalty
         if beside is not None:
             loss = loss + beside
-        return Term(loss, {"sparsity": penalty.detach(), "sparsity_weight": weight})
+        metrics = {"sparsity": penalty.detach(), "sparsity_weight": weight}
+        if self.weight.target_l0 is not None:
+            metrics["sparsity_limit"] = self.weight.at_limit()
+        return Term(loss, metrics)
 
     @abstractmethod
     def penalty(self, forward: Forward) -> tuple[Tensor, Tensor | None]:

@@ -8,12 +8,16 @@
     jumprelu                   jumprelu      (exp(log_threshold) is threshold)
     batchtopk                  jumprelu      (its one threshold for every latent, as SAELens itself saves it)
 
-Normalisation is folded in: what is written takes raw tokens.
+Normalisation is folded in: what is written takes raw tokens. SAELens folds its own at the end of a training and then
+sets `normalize_activations` to none; a checkpoint of a training under way has it in files beside the weights, and is
+folded when it is read.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +48,12 @@ WEIGHTS = "sae_weights.safetensors"
 # The release whose loader these files were tried with. Without a version of at least 6 it would take them for older.
 _SAELENS_VERSION = "6.54.12"
 
+# What a checkpoint of a training under way keeps its normalisation in.
+SCALER = "activation_scaler.json"
+WHITENING = "activation_whitening.safetensors"
+
 # Normalisations of single tokens, which no weights can stand in for.
-_UNFOLDABLE = ("layer_norm", "constant_norm_rescale", "covariance_whitening")
+_UNFOLDABLE = ("layer_norm", "constant_norm_rescale")
 
 
 def save_saelens(folder: Path, sae: SAE, provenance: dict[str, JsonValue]) -> None:
@@ -99,7 +107,7 @@ def load_saelens(folder: Path) -> tuple[SAE, dict[str, JsonValue]]:
     if normalises in _UNFOLDABLE:
         raise TubeletError(
             f"{where}: normalize_activations is '{normalises}', which depends on each token",
-            "Only 'none' and 'expected_average_only_in' (folded by SAELens when it saves) can be imported",
+            "Only 'none', 'expected_average_only_in' and 'covariance_whitening' can be imported",
         )
     if described.get("reshape_activations", "none") != "none" or described.get("finetuning_scaling_factor"):
         raise TubeletError(
@@ -113,12 +121,22 @@ def load_saelens(folder: Path) -> tuple[SAE, dict[str, JsonValue]]:
     config = _recipe(where, architecture, described, latents)
     try:
         weights = _weights(config, described, tensors)
-        sae = SAE(config, Normalisation.identity(channels))
-        sae.load_state_dict({**sae.state_dict(), **weights})
+        sae = with_weights(config, _normalisation(folder, normalises, channels), weights)
     except (KeyError, RuntimeError) as error:
         reason = f"{error.args[0]}".splitlines()[0]
         raise TubeletError(f"{folder / WEIGHTS} does not fit {CONFIG}: {reason}", "Copy both again") from error
-    return sae.eval(), described
+    return sae, described
+
+
+def with_weights(config: SAEConfig, normalisation: Normalisation, weights: Mapping[str, Tensor]) -> SAE:
+    """The SAE with these weights, for inference, with the normalisation that it saw folded in.
+
+    Raises:
+        RuntimeError: the weights have other shapes.
+    """
+    sae = SAE(config, normalisation)
+    sae.load_state_dict({**sae.state_dict(), **weights})
+    return sae.eval().fold()
 
 
 def raw_recipe(latents: int) -> dict[str, Any]:
@@ -129,6 +147,48 @@ def raw_recipe(latents: int) -> dict[str, Any]:
 def without_input_bias(W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor) -> Tensor:
     """Encoder bias [F] of an SAE that does not subtract b_dec first, for one that does: b_enc + W_enc b_dec."""
     return (b_enc_F.double() + W_enc_FD.double() @ b_dec_D.double()).to(b_enc_F.dtype)
+
+
+def _normalisation(folder: Path, kind: str, channels: int) -> Normalisation:
+    """What SAELens does to raw tokens before the SAE in `folder` sees them: x factor, or (x - mean) matrix.
+
+    Raises:
+        TubeletError: its numbers are not there.
+    """
+    plain = Normalisation.identity(channels)
+    if kind == "expected_average_only_in":
+        factor = _scaling_factor(folder / SCALER)
+        return Normalisation(plain.mean, torch.tensor(1 / factor))
+    if kind == "covariance_whitening":
+        path = folder / WHITENING
+        if not path.is_file():
+            raise _unfolded(folder, kind, f"there is no {WHITENING} beside it")
+        try:
+            t = {name: tensor.float() for name, tensor in load_file(path).items()}
+            return Normalisation(t["mean"], plain.scale, t["matrix"], t["inverse_matrix"])
+        except (KeyError, OSError, SafetensorError) as error:
+            raise TubeletError(f"{path} cannot be read: {error}", "Copy the checkpoint again") from error
+    return plain
+
+
+def _scaling_factor(path: Path) -> float:
+    kind = "expected_average_only_in"
+    if not path.is_file():
+        raise _unfolded(path.parent, kind, f"there is no {SCALER} beside it")
+    try:
+        factor = json.loads(path.read_text())["scaling_factor"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TubeletError(f"{path} cannot be read: {error}", "Copy the checkpoint again") from error
+    if not isinstance(factor, float | int) or not (math.isfinite(factor) and factor > 0):
+        raise _unfolded(path.parent, kind, f"{SCALER} holds no factor (scaling_factor is {factor!r})")
+    return float(factor)
+
+
+def _unfolded(folder: Path, kind: str, why: str) -> TubeletError:
+    return TubeletError(
+        f"{folder / CONFIG}: normalize_activations is '{kind}', which SAELens has not folded into the weights, and {why}",
+        "Import the SAE that SAELens saved when its training ended, or a checkpoint with all its files",
+    )
 
 
 def _recipe(where: Path, architecture: str, described: dict[str, Any], latents: int) -> SAEConfig:

@@ -1,7 +1,8 @@
 """SAEs that saev saved: one line of JSON, then a torch file with the weights.
 
 The torch file is read with `weights_only=True`, which builds tensors and nothing else; a file that needs more is
-refused. saev normalises tokens outside of its SAE, so an imported one takes tokens normalised that way.
+refused. saev may centre and scale tokens outside of its SAE, (x - mean) / scale, and notes neither number in the file:
+its loader finds them in a sample of its own tokens. Given here, they are folded into the weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pickle
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import JsonValue
 from torch import Tensor
@@ -20,14 +22,16 @@ from tubelet_store import TubeletError
 from tubelet_trainer.sae.config import BatchTopKConfig, ReLUConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.saelens import raw_recipe, without_input_bias
+from tubelet_trainer.sae.saelens import raw_recipe, with_weights, without_input_bias
 
 InputBias = Literal["auto", "subtracted", "kept"]
 
 _THRESHOLD = "activation.threshold"
 
 
-def load_saev(path: Path, input_bias: InputBias = "auto") -> tuple[SAE, dict[str, JsonValue]]:
+def load_saev(
+    path: Path, input_bias: InputBias = "auto", mean: Path | None = None, scale: float = 1.0
+) -> tuple[SAE, dict[str, JsonValue]]:
     """The SAE in the file that saev's `dump` wrote, and its header.
 
     Args:
@@ -35,9 +39,12 @@ def load_saev(path: Path, input_bias: InputBias = "auto") -> tuple[SAE, dict[str
         input_bias: Whether the encoder sees x - b_dec (`subtracted`) or x (`kept`). saev changed from the one to the
             other; auto: subtracted for files without a schema number (the February 2025 preprint), kept for later
             ones. [RECON]
+        mean: File with what was subtracted from its tokens, [D]: .npy, or a torch file. None: nothing.
+        scale: What they were divided by then.
 
     Raises:
-        TubeletError: the file is none of saev's, unsafe, or holds an activation that is not known here.
+        TubeletError: the file is none of saev's, unsafe, or holds an activation that is not known here; the mean does
+            not fit.
     """
     header, tensors = _read(path)
     try:
@@ -50,12 +57,32 @@ def load_saev(path: Path, input_bias: InputBias = "auto") -> tuple[SAE, dict[str
             # There what exceeds the threshold is kept, here what reaches it; 0 stands for "not learnt yet".
             threshold = tensors[_THRESHOLD].float()
             weights["sparsifier.threshold"] = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
-        sae = SAE(config, Normalisation.identity(W_enc.shape[1]))
-        sae.load_state_dict({**sae.state_dict(), **weights})
+        plain = Normalisation.identity(W_enc.shape[1])
+        subtracted = plain.mean if mean is None else _vector(mean, W_enc.shape[1])
+        sae = with_weights(config, Normalisation(subtracted, torch.tensor(scale)), weights)
     except (KeyError, RuntimeError) as error:
         reason = f"{error.args[0]}".splitlines()[0]
         raise TubeletError(f"{path} does not hold the weights of a saev SAE: {reason}", "Copy it again") from error
-    return sae.eval(), header
+    return sae, header
+
+
+def _vector(path: Path, channels: int) -> Tensor:
+    remedy = "Give the mean that saev subtracted: numpy.save, or torch.save of a vector"
+    if not path.is_file():
+        raise TubeletError(f"No file at {path}", remedy)
+    try:
+        if path.suffix == ".npy":
+            found = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise TubeletError(
+            f"{path} cannot be read as a vector: it holds something else, or is damaged", remedy
+        ) from error
+    if not isinstance(found, Tensor) or found.numel() != channels or not found.isfinite().all():
+        what = f"numbers of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TubeletError(f"{path} holds {what}, not {channels} finite numbers", remedy)
+    return found.reshape(channels).float()
 
 
 def _recipe(path: Path, header: dict[str, Any], latents: int, has_threshold: bool) -> SAEConfig:

@@ -175,10 +175,16 @@ class JumpReLU(Sparsifier):
         d Heaviside / d theta = -(1 / eps) K((pre - theta) / eps)
 
     Both look at *pre*-activations: latents just below their threshold count.
+
+    Args:
+        latents: F.
+        initial_threshold: Where all thresholds start.
+        bandwidth: eps. Like the thresholds in the units of pre-activations.
     """
 
     def __init__(self, latents: int, initial_threshold: float, bandwidth: float) -> None:
         super().__init__()
+        self.initial_threshold = initial_threshold
         self.bandwidth = bandwidth
         self.log_threshold = nn.Parameter(torch.full((latents,), math.log(initial_threshold)))
 
@@ -255,8 +261,8 @@ class _Heaviside(torch.autograd.Function):
         return None, -near / ctx.bandwidth, None
 
 
-def build_sparsifier(config: SAEConfig, latents: int) -> Sparsifier:
-    """The sparsifier that `config` names, for a dictionary of `latents`."""
+def build_sparsifier(config: SAEConfig, latents: int, unit: float = 1.0) -> Sparsifier:
+    """The sparsifier that `config` names, for a dictionary of `latents`; `unit` is `Normalisation.unit`."""
     match config:
         case TopKConfig():
             return TopK(config.k)
@@ -269,7 +275,7 @@ def build_sparsifier(config: SAEConfig, latents: int) -> Sparsifier:
         case GatedConfig():
             return Gated(latents)
         case JumpReLUConfig():
-            return JumpReLU(latents, config.initial_threshold, config.bandwidth)
+            return JumpReLU(latents, config.initial_threshold * unit, config.bandwidth * unit)
     raise TubeletError(
         f"No sparsifier for {type(config).__name__}", "Use one of the kinds in tubelet_trainer.sae.config"
     )
