@@ -1,4 +1,4 @@
-"""How much memory the loader needs: its windows, whatever the size of the store.
+"""How much memory the loader, and a whole training, need: their windows, whatever the size of the store.
 
     python benchmarks/memory.py [--out benchmarks/results/memory.txt]
 
@@ -6,6 +6,8 @@ A store, and one with 20 times the clips, are read in processes of their own, ea
 of what the process itself holds (the kernel's RssAnon: windows, batches, tables, libraries), over that of a process
 that has only imported the same and opened the store. `mapped` is the peak of pages of the store that lie in the page
 cache and are mapped (RssFile): the kernel takes them back when anybody needs them.
+
+The training takes as many steps on either store, with evaluations and checkpoints amid them.
 """
 
 from __future__ import annotations
@@ -22,17 +24,39 @@ from pathlib import Path
 from random_store import random_store
 from tubelet_store import Grid, Hook
 
-CLIPS, TIMES, CHANNELS, HOOK = 48, 20, 384, "blocks.6"
+CLIPS, TIMES, CHANNELS, HOOK = 96, 20, 384, "blocks.6"
 GRID = Grid(time=8, height=14, width=14)
-BATCH, WINDOW = 1024, 32_768
+BATCH, WINDOW, EVAL = 1024, 16_384, 12_288
+LATENTS, STEPS, EVERY = 1536, 60, 20
 MIB = 1 << 20
 
+# What is measured; gives the number of tokens.
+LOADER = """
+def work():
+    windows = Windows(
+        Source(store, HOOK), np.arange(store.plan.clips), batch_tokens=BATCH, window_tokens=int(sys.argv[2])
+    )
+    return sum(len(batch) for batch in windows)
+"""
+TRAINING = """
+def work():
+    with tempfile.TemporaryDirectory() as out:
+        train(TrainConfig.model_validate({
+            "store": store.url, "out": out, "steps": STEPS, "batch_tokens": BATCH, "window_tokens": int(sys.argv[2]),
+            "sae": {"latents": LATENTS, "k": 32}, "eval_every": EVERY, "checkpoint_every": EVERY, "eval_tokens": EVAL,
+            "device": "cpu",
+        }))
+    return STEPS * BATCH
+"""
+
 # Reads /proc/self/status every 5 ms from a thread, so that short peaks are seen.
-READER = """
-import json, sys, threading, time
+WATCHED = """
+import json, sys, tempfile, threading
 import numpy as np, torch
 torch.set_num_threads(1)
 from tubelet_store import open_store
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.loop import train
 from tubelet_trainer.source import Source
 from tubelet_trainer.windows import Windows
 
@@ -52,15 +76,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-tokens = 0
-windows = Windows(
-    Source(store, sys.argv[2]),
-    np.arange(store.plan.clips),
-    batch_tokens=int(sys.argv[3]),
-    window_tokens=int(sys.argv[4]),
-)
-for batch in windows:
-    tokens += len(batch)
+tokens = work()
 done.set()
 watcher.join()
 print(json.dumps({"tokens": tokens, **{name: peak[name] - start[name] for name in peak}}))
@@ -73,9 +89,11 @@ def write_store(folder: Path, clips: int) -> int:
     return clips * GRID.tokens * CHANNELS * 2
 
 
-def read(folder: Path, window_tokens: int) -> dict[str, int]:
-    """Tokens read, and peaks in bytes over the start."""
-    command = [sys.executable, "-c", READER, str(folder), HOOK, str(BATCH), str(window_tokens)]
+def watched(work: str, folder: Path, window_tokens: int) -> dict[str, int]:
+    """Tokens read by `work`, and peaks in bytes over the start."""
+    names = ("HOOK", "BATCH", "EVAL", "LATENTS", "STEPS", "EVERY")
+    constants = "".join(f"{name} = {globals()[name]!r}\n" for name in names)
+    command = [sys.executable, "-c", constants + work + WATCHED, str(folder), str(window_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peaks: dict[str, int] = json.loads(done.stdout)
     return peaks
@@ -90,20 +108,27 @@ def main() -> None:
         f"{CHANNELS} channels float16, grid {GRID.time}x{GRID.height}x{GRID.width}, batches of {BATCH}; "
         f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "",
-        f"{'store':>14} {'window tokens':>14} {'two windows':>12} {'anonymous':>11} {'over budget':>12} {'mapped':>11}",
+        f"{'':>9} {'store':>14} {'window tokens':>14} {'two windows':>12} {'anonymous':>11} {'over budget':>12} "
+        f"{'mapped':>11}",
     ]
     print("\n".join(lines))
+    anonymous: dict[tuple[str, int], list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for times in (1, TIMES):
             path = Path(folder) / f"{times}.zarr"
             size = write_store(path, times * CLIPS)
-            for window in (WINDOW, 2 * WINDOW):
-                peaks = read(path, window)
-                if peaks["tokens"] != times * CLIPS * GRID.tokens:
+            for name, work, window in (
+                ("loader", LOADER, WINDOW),
+                ("loader", LOADER, 2 * WINDOW),
+                ("training", TRAINING, WINDOW // 2),
+            ):
+                peaks = watched(work, path, window)
+                if peaks["tokens"] != (times * CLIPS * GRID.tokens if work == LOADER else STEPS * BATCH):
                     raise RuntimeError(f"read {peaks['tokens']} tokens")
+                anonymous[name, window] = [*anonymous.get((name, window), []), peaks["RssAnon"]]
                 budget = 2 * window * CHANNELS * 2
                 line = (
-                    f"{times:>3} x {size / times / MIB:>4.0f} MiB {window:>14} {budget / MIB:>8.0f} MiB "
+                    f"{name:>9} {times:>3} x {size / times / MIB:>4.0f} MiB {window:>14} {budget / MIB:>8.0f} MiB "
                     f"{peaks['RssAnon'] / MIB:>7.0f} MiB {(peaks['RssAnon'] - budget) / MIB:>8.0f} MiB "
                     f"{peaks['RssFile'] / MIB:>7.0f} MiB"
                 )
@@ -112,9 +137,11 @@ def main() -> None:
     lines += [
         "",
         "anonymous: what the process holds; mapped: pages of the store, which the kernel takes back at need.",
-        f"Windows of a store are of equal size: the small one's ({CLIPS * GRID.tokens} tokens) are smaller than asked.",
+        "A training holds weights, optimiser and two more windows during an evaluation too.",
+        f"{TIMES} x the store over 1 x, anonymous: "
+        + ", ".join(f"{name} {window} {large / small:.2f} x" for (name, window), (small, large) in anonymous.items()),
     ]
-    print("\n".join(lines[-3:]))
+    print("\n".join(lines[-4:]))
     if arguments.out is not None:
         arguments.out.write_text("\n".join(lines) + "\n")
 
