@@ -26,13 +26,17 @@ import torch
 from torch import Tensor
 
 from loader import GRID, HOOK, make_store
+from random_store import random_store
+from tubelet_store import Hook
 from tubelet_trainer.batch import Batch
+from tubelet_trainer.coherence import coherence_terms
 from tubelet_trainer.cohort import Cohort
-from tubelet_trainer.config import OptimiserConfig
+from tubelet_trainer.config import ObjectiveConfig, OptimiserConfig, PairsConfig
 from tubelet_trainer.learner import Learner
 from tubelet_trainer.machine import keep_memory
 from tubelet_trainer.objective import Objective
-from tubelet_trainer.sae.config import TopKConfig
+from tubelet_trainer.pairs import PairDraw
+from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, Groups, JumpReLUConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalisation import Normalisation
 from tubelet_trainer.sae.penalties import sae_terms
@@ -41,6 +45,7 @@ from tubelet_trainer.team import Team
 from tubelet_trainer.windows import Windows
 
 CHANNELS = 768
+PLAIN = ObjectiveConfig()
 KS = (32, 64)
 SIZES = (4096, 8192, 16384, 32768, 65536)
 CPU_BATCH, GPU_BATCH = 1024, 8192
@@ -76,11 +81,13 @@ class Stopwatch:
         return time.perf_counter() - start
 
 
-def make_learner(latents: int, k: int, device: torch.device, precision: torch.dtype, seed: int = 0) -> Learner:
-    """A TopK SAE whose latents are all alive, as most are after the start of a run."""
-    config = TopKConfig(latents=latents, k=k, seed=seed)
+def make_learner(
+    config: SAEConfig, device: torch.device, precision: torch.dtype, objective: ObjectiveConfig = PLAIN
+) -> Learner:
+    """An SAE whose latents are all alive, as most are after the start of a run."""
     sae = SAE(config, Normalisation.identity(CHANNELS)).to(device)
     terms = sae_terms(config, CHANNELS, float(CHANNELS), 1000, device)
+    terms += coherence_terms(objective, config, sae.latents, float(CHANNELS))
     return Learner(sae, Objective(terms), OptimiserConfig(), 1000, 2**62, precision)
 
 
@@ -123,7 +130,8 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
     rate = _matrix_rate(watch, device, precision) if cuda else 0.0
     for latents in sizes:
         for k in KS:
-            learner = make_learner(latents, k, device, precision)
+            config = TopKConfig(latents=latents, k=k)
+            learner = make_learner(config, device, precision)
             weight, low = learner.sae.W_enc.detach().to(precision), x_BD.to(precision)
             encoder = watch.best(lambda low=low, weight=weight: low @ weight.T)  # type: ignore[misc]
             step = watch.best(stepping([learner], x_BD))
@@ -133,7 +141,9 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
             if cuda:
                 line += f"{batch / step:>10.0f} {2 * batch * latents * CHANNELS / step / rate:>15.1%}"
                 for choice in ({"compiled": True}, {"captured": True}):
-                    other = stepping([make_learner(latents, k, device, precision)], x_BD, **choice)
+                    other = stepping(
+                        [make_learner(TopKConfig(latents=latents, k=k), device, precision)], x_BD, **choice
+                    )
                     for _ in range(WARM_UP):
                         other()
                     line += f"{watch.best(other) / encoder:>{11 if 'compiled' in choice else 9}.2f}"
@@ -142,7 +152,7 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
 
 def parts_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
     """Where the time of a step goes."""
-    learner, watch = make_learner(latents, k, device, torch.float32), Stopwatch(device)
+    learner, watch = make_learner(TopKConfig(latents=latents, k=k), device, torch.float32), Stopwatch(device)
     sae, x_BD = learner.sae, torch.randn(CPU_BATCH, CHANNELS, device=device)
     cohort, batch = Cohort([learner], HOOK), batch_of(x_BD)
     cohort.learn(batch, x_BD, 5)
@@ -158,16 +168,57 @@ def parts_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
     yield f"parts of a step, {latents} latents, k {k}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in parts.items())
 
 
+def kinds_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
+    """A step of other recipes over the encoder's product."""
+    cuda = device.type == "cuda"
+    tokens, precision = (GPU_BATCH, torch.bfloat16) if cuda else (CPU_BATCH, torch.float32)
+    watch, topk = Stopwatch(device), TopKConfig(latents=latents, k=k)
+    kinds: dict[str, tuple[SAEConfig, ObjectiveConfig]] = {
+        "TopK": (topk, PLAIN),
+        "TopK, half of them dead (AuxK)": (topk, PLAIN),
+        "BatchTopK": (BatchTopKConfig(latents=latents, k=k), PLAIN),
+        "AbsTopK": (AbsTopKConfig(latents=latents, k=k), PLAIN),
+        "Matryoshka TopK, 5 groups": (topk.model_copy(update={"nesting": Groups()}), PLAIN),
+        "TopK, contrast in time": (topk, ObjectiveConfig(lambda_t=0.1)),
+        "TopK, contrast in time and space": (topk, ObjectiveConfig(lambda_t=0.1, lambda_s=0.1)),
+        "JumpReLU (dense codes)": (JumpReLUConfig(latents=latents), PLAIN),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        clips = -(-2 * tokens // GRID.tokens)
+        store = random_store(Path(folder) / "s.zarr", GRID, Hook(name=HOOK, channels=CHANNELS), clips, clips)
+        draw = PairDraw(PairsConfig(anchors=tokens // 4), temporal=True, spatial=True)
+        source = Source(store, HOOK, GRID.space)
+        windows = Windows(source, np.arange(clips), batch_tokens=tokens, window_tokens=2**20, pairs=draw, device=device)
+        batch = next(iter(windows))
+    learner = make_learner(topk, device, precision)
+    weight, low = learner.sae.W_enc.detach().to(precision), batch.tokens.to(precision)
+    encoder = watch.best(lambda: low @ weight.T)
+    yield (
+        f"a step of other recipes over the encoder's product, {latents} latents, k {k}, batch {tokens}, "
+        f"{tokens // 4} anchors of pairs:"
+    )
+    for name, (config, objective) in kinds.items():
+        learner = make_learner(config, device, precision, objective)
+        if "dead" in name:
+            with torch.no_grad():
+                learner.sae.b_enc[::2] = -1e3
+            learner.clock.silent_tokens_F[::2] = 2**62 + 1
+            learner.clock.dead_most = latents // 2
+        team = Team([learner], [HOOK], tokens)
+        yield f"  {name:<34}{watch.best(lambda team=team: team.learn(batch, 5)) / encoder:>7.2f}"  # type: ignore[misc]
+
+
 def together_table(device: torch.device) -> Iterator[str]:
     """K SAEs that step together over K that step alone."""
     cuda = device.type == "cuda"
     batch, precision = (GPU_BATCH, torch.bfloat16) if cuda else (CPU_BATCH, torch.float32)
     watch, x_BD = Stopwatch(device), torch.randn(batch, CHANNELS, device=device)
     for latents in TOGETHER_LATENTS:
-        alone = watch.best(stepping([make_learner(latents, KS[0], device, precision)], x_BD))
+        alone = watch.best(stepping([make_learner(TopKConfig(latents=latents, k=KS[0]), device, precision)], x_BD))
         parts = []
         for count in (4, 8):
-            learners = [make_learner(latents, KS[0], device, precision, seed) for seed in range(count)]
+            configs = [TopKConfig(latents=latents, k=KS[0], seed=seed) for seed in range(count)]
+            learners = [make_learner(config, device, precision) for config in configs]
             together = watch.best(stepping(learners, x_BD))
             parts.append(f"{count} together {together / (count * alone):.2f}")
         yield f"SAEs of {latents} latents, k {KS[0]}: {', '.join(parts)} of the time of as many alone"
@@ -180,7 +231,7 @@ def feeding_table(device: torch.device) -> Iterator[str]:
         clips = np.arange(store.plan.clips)
         source = Source(store, HOOK)
         precision = torch.bfloat16 if device.type == "cuda" else torch.float32
-        team = Team([make_learner(FEED_LATENTS, KS[0], device, precision)], [HOOK], FEED_BATCH)
+        team = Team([make_learner(TopKConfig(latents=FEED_LATENTS, k=KS[0]), device, precision)], [HOOK], FEED_BATCH)
         resident = torch.from_numpy(store.shard_map(HOOK, 0).reshape(-1, CHANNELS).copy()).to(device)
 
         def from_store() -> None:
@@ -247,12 +298,14 @@ def main() -> None:
     tell(steps_table(cpu, tuple(arguments.sizes)))
     tell(iter([""]))
     tell(parts_table(cpu, 16384, 32))
+    tell(kinds_table(cpu, 16384, 32))
     tell(together_table(cpu))
     tell(feeding_table(cpu))
     tell(iter(["", "CUDA: bf16 encoder product, fused Adam, Triton kernels"]))
     if torch.cuda.is_available():
         gpu = torch.device("cuda")
         tell(steps_table(gpu, tuple(arguments.sizes)))
+        tell(kinds_table(gpu, 16384, 32))
         tell(together_table(gpu))
         tell(feeding_table(gpu))
     else:

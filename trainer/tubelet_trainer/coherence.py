@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -93,7 +93,8 @@ class _Views:
         sae, gather = forward.sae, forward.ranks.gather
         x_AD = sae.normalisation(pairs.hooks[forward.hook])
         if config.codes == "pre":
-            anchor_AG, neighbour_AG = _pre(sae, forward.x_BD[pairs.rows]), _pre(sae, x_AD)
+            anchor_AG = _pre(sae, forward.x_BD[pairs.rows], forward.pre_BF[pairs.rows])
+            neighbour_AG = _pre(sae, x_AD, sae.pre_activations(x_AD))
         else:
             codes = forward.codes
             if codes.bags is None:
@@ -113,8 +114,29 @@ class _Views:
         )
 
 
-def _pre(sae: SAE, x_AD: Tensor) -> Tensor:
-    pre_AF = nnf.linear(x_AD - sae.b_dec, sae.W_enc, sae.b_enc)
+class _Encoded(torch.autograd.Function):
+    """Pre-activations that are known already, as a function of the weights they came from.
+
+    The tokens need no gradient, so the decoder's bias gets its own from a sum: of a linear layer's three products only
+    the weights' gradient is left.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pre_AF: Tensor, x_AD: Tensor, b_dec: Tensor, W_enc: Tensor, _b_enc: Tensor) -> Tensor:
+        ctx.save_for_backward(x_AD, b_dec, W_enc)
+        return pre_AF.view_as(pre_AF)
+
+    @staticmethod
+    def backward(ctx: Any, grad_AF: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
+        x_AD, b_dec, W_enc = ctx.saved_tensors
+        total_F = grad_AF.sum(dim=0, dtype=W_enc.dtype)
+        grad_W = grad_AF.T @ (x_AD - b_dec).to(grad_AF.dtype)
+        return None, None, -(total_F @ W_enc), grad_W.to(W_enc.dtype), total_F
+
+
+def _pre(sae: SAE, x_AD: Tensor, pre_AF: Tensor) -> Tensor:
+    """What `pre` compares of tokens and their pre-activations, with its gradient."""
+    pre_AF = _Encoded.apply(pre_AF, x_AD, sae.b_dec, sae.W_enc, sae.b_enc)
     return pre_AF if isinstance(sae.config, AbsTopKConfig) else pre_AF.relu()
 
 
@@ -229,7 +251,7 @@ class Smoothness:
         assert forward.batch is not None
         views = _Views.of(forward, "temporal", self.config, self.prefix)
         pairs, gather = views.pairs, forward.ranks.gather
-        x_AD = gather(forward.batch.hooks[forward.hook][pairs.rows], pairs.most)
+        x_AD = gather(forward.sae.normalisation.inverse(forward.x_BD[pairs.rows]), pairs.most)
         other_AD = gather(pairs.hooks[forward.hook], pairs.most)
         alike_A = nnf.cosine_similarity(x_AD, other_AD, dim=1).relu()
         distance_A = (views.anchor_AG - views.neighbour_AG).abs().sum(dim=1)

@@ -81,9 +81,13 @@ class Cohort:
 
     def losses(self, batch: Batch, x_BD: Tensor) -> tuple[list[Forward], list[Term]]:
         """Each SAE's view of the batch, and what it minimises; the same in every step."""
-        forwards = self._forwards(batch, x_BD)
-        pairs = zip(self.learners, forwards, strict=True)
-        return forwards, [learner.objective(forward) for learner, forward in pairs]
+        first = self.learners[0]
+        low = first.precision != torch.float32
+        # Without its cache of cast weights, which a captured graph could not see again.
+        with torch.autocast(first.device.type, first.precision, enabled=low, cache_enabled=False):
+            forwards = self._forwards(batch, x_BD)
+            pairs = zip(self.learners, forwards, strict=True)
+            return forwards, [learner.objective(forward) for learner, forward in pairs]
 
     def finish(self, forwards: Sequence[Forward]) -> None:
         """After a step: what is done every so many steps."""
@@ -93,7 +97,6 @@ class Cohort:
     def _forwards(self, batch: Batch, x_BD: Tensor) -> list[Forward]:
         first = self.learners[0]
         k = getattr(first.sae.sparsifier, "k", first.sae.latents)
-        low = first.precision != torch.float32
         seen: list[dict[str, Any]] = [
             {
                 "dead_F": learner.clock.dead_F,
@@ -104,11 +107,9 @@ class Cohort:
             }
             for learner in self.learners
         ]
-        # Without its cache of cast weights, which a captured graph could not see again.
-        with torch.autocast(first.device.type, first.precision, enabled=low, cache_enabled=False):
-            if len(self.learners) == 1 or pays_dense(k, 1, first.sae.latents):
-                return [Forward.of(sae, x_BD, **own) for sae, own in zip(self.saes, seen, strict=True)]
-            parts = self._stacked(x_BD)
+        if len(self.learners) == 1 or pays_dense(k, 1, first.sae.latents):
+            return [Forward.of(sae, x_BD, **own) for sae, own in zip(self.saes, seen, strict=True)]
+        parts = self._stacked(x_BD)
         return [Forward(sae, x_BD, *part, **own) for sae, part, own in zip(self.saes, parts, seen, strict=True)]
 
     def _stacked(self, x_BD: Tensor) -> list[tuple[Tensor, Codes, Tensor]]:
