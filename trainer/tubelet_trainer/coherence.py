@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -32,7 +32,7 @@ from tubelet_trainer.objective import Forward, Term, TermFunction
 from tubelet_trainer.pairs import Pairs
 from tubelet_trainer.sae.config import AbsTopKConfig, Groups, SAEConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.sparse import decode, densify
+from tubelet_trainer.sae.sparse import decode, densify, every_latent, select
 from tubelet_trainer.sae.sparsifiers import Sparsifier
 from tubelet_trainer.sharding import RankedBatchTopK
 
@@ -114,29 +114,9 @@ class _Views:
         )
 
 
-class _Encoded(torch.autograd.Function):
-    """Pre-activations that are known already, as a function of the weights they came from.
-
-    The tokens need no gradient, so the decoder's bias gets its own from a sum: of a linear layer's three products only
-    the weights' gradient is left.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, pre_AF: Tensor, x_AD: Tensor, b_dec: Tensor, W_enc: Tensor, _b_enc: Tensor) -> Tensor:
-        ctx.save_for_backward(x_AD, b_dec, W_enc)
-        return pre_AF.view_as(pre_AF)
-
-    @staticmethod
-    def backward(ctx: Any, grad_AF: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
-        x_AD, b_dec, W_enc = ctx.saved_tensors
-        total_F = grad_AF.sum(dim=0, dtype=W_enc.dtype)
-        grad_W = grad_AF.T @ (x_AD - b_dec).to(grad_AF.dtype)
-        return None, None, -(total_F @ W_enc), grad_W.to(W_enc.dtype), total_F
-
-
 def _pre(sae: SAE, x_AD: Tensor, pre_AF: Tensor) -> Tensor:
     """What `pre` compares of tokens and their pre-activations, with its gradient."""
-    pre_AF = _Encoded.apply(pre_AF, x_AD, sae.b_dec, sae.W_enc, sae.b_enc)
+    pre_AF = select(x_AD, sae.b_dec, sae.W_enc, sae.b_enc, pre_AF, every_latent(pre_AF))
     return pre_AF if isinstance(sae.config, AbsTopKConfig) else pre_AF.relu()
 
 

@@ -245,6 +245,7 @@ class _Select(torch.autograd.Function):
         starts_N: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x_ND, b_dec, weight_FD, indices, of_E, starts_N)
+        ctx.precision = pre_NF.dtype
         if is_dense(indices):
             return pre_NF.to(x_ND.dtype, copy=True)
         own = indices if b_dec.ndim == 1 else indices % pre_NF.shape[1]
@@ -273,7 +274,10 @@ class _Select(torch.autograd.Function):
         if needs_weight:
             centred_ND = x_ND - b_dec if b_dec.ndim == 1 else _centred(x_ND, b_dec)
             if pays_dense(indices.numel(), len(x_ND), latents):
-                grad_weight = densify(grad, indices, latents, bags).T @ centred_ND
+                # As precise as the product that it belongs to.
+                low = ctx.precision
+                grad_weight = densify(grad, indices, latents, bags).to(low).T @ centred_ND.to(low)
+                grad_weight = grad_weight.to(weight_FD.dtype)
             else:
                 of_E = Bags.rows(indices).of_E if of_E is None else of_E
                 grad_weight = _outer_sum(grad.flatten(), indices.flatten(), centred_ND, latents, of_E)
