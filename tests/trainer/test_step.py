@@ -31,7 +31,7 @@ RECIPES = {
     "topk, random prefixes": {"sae": {"k": 4, "nesting": {"kind": "random", "prefixes": 4}}},
     "batchtopk, random prefixes": {"sae": {"kind": "batchtopk", "k": 4, "nesting": {"kind": "random", "prefixes": 4}}},
     "relu, steered": {"sae": {"kind": "relu", "target_l0": 4, "auxk": 8}},
-    "jumprelu": {"sae": {"kind": "jumprelu", "bandwidth": 0.1}},
+    "jumprelu": {"sae": {"kind": "jumprelu"}},
     "gated": {"sae": {"kind": "gated"}},
     "coherent": {
         "sae": {"kind": "batchtopk", "k": 4},
@@ -119,12 +119,11 @@ def begin(store, out, fields):
 def test_no_step_waits_for_the_device(store, tmp_path, fields):
     run, batches = begin(store, tmp_path, fields)
     for step in range(14):
-        batch = next(batches)
         if CUDA and step > 2:
             torch.cuda.set_sync_debug_mode("error")
         try:
             with NoWaiting():
-                run.learn(batch, step)
+                run.learn(next(batches), step)
         finally:
             if CUDA:
                 torch.cuda.set_sync_debug_mode("default")
