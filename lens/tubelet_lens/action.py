@@ -20,9 +20,14 @@ from tubelet_lens.labelled import Labelled, labelled
 from tubelet_lens.partition import Parts
 from tubelet_lens.probe import choose_penalty, fit_probe
 from tubelet_lens.section import Figure, Section, Subject
-from tubelet_lens.vectors import POOLING_WORDS, SUBJECT_WORDS, PoolingKind, subjects, vectors
+from tubelet_lens.vectors import SUBJECT_WORDS, PoolingKind, subjects, vector_words, vectors
 
-_TITLES: dict[PoolingKind, str] = {"mean": "mean pooling", "max": "max pooling", "mean_max": "mean and max pooling"}
+_TITLES: dict[PoolingKind, str] = {
+    "mean": "mean pooling",
+    "max": "max pooling",
+    "mean_max": "mean and max pooling",
+    "mean_then_encode": "mean pooling, then encoding",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +146,7 @@ class _Probing:
     def _definition(self, top: int, subject: Subject, kind: PoolingKind, score: _Score) -> str:
         words = (
             f"Share of test videos whose class is {'the most' if top == 1 else f'among the {top} most'} probable. "
-            f"A clip's vector is the {POOLING_WORDS[kind]} of {SUBJECT_WORDS[subject]}. "
+            f"A clip's vector is {vector_words(subject, kind)}. "
         )
         if len(score.by_draw) > 1:
             words += f"Mean of {len(score.by_draw)} random draws"

@@ -9,16 +9,17 @@ One file per metric. To add one, write the function and put it into `evaluate.CL
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_lens.codes import SparseCoder
+from tubelet_lens.codes import Encoder, SparseCoder
 from tubelet_lens.config import EvaluateConfig
+from tubelet_lens.effect_table import LatentEffect
 from tubelet_lens.latents import LatentColumn
 from tubelet_lens.metric import Setting
 from tubelet_lens.partition import Parts, partition
@@ -85,6 +86,8 @@ class ClipSetting:
     fit: Side | None
     """None: no clips to fit on; then a metric that must fit something has nothing to say."""
     test: Side
+    encoders: Mapping[Subject, Sequence[Encoder]] = field(default_factory=dict)
+    """What made the codes in the draws of both sides, in the order of these."""
 
     @cached_property
     def running(self) -> Running | None:
@@ -112,6 +115,8 @@ class ClipResult:
 
     section: Section
     latents: tuple[LatentColumn, ...] = ()
+    effects: tuple[LatentEffect, ...] = ()
+    """What edits of single latents do."""
 
 
 class ClipMetric(Protocol):

@@ -318,8 +318,9 @@ class Coherence:
                     n=overlap.flip_pairs,
                     n_of="pairs of tokens",
                     definition=f"{prefix}Mean over pairs one latent step apart of 1 - |A and B| / |A|: the share "
-                    "of a token's "
-                    f"active latents that are off one step later; |A| = k for a TopK code. {_PAIRS}",
+                    "of a token's active latents that are off one step later; pairs in which the earlier token has "
+                    "none are left out. Where k latents are active on every token, |A| = k; where the count varies, "
+                    f"|A| is the token's own [RECON]. {_PAIRS}",
                     style="percent",
                     better="low" if not prefix else "neither",
                 ),

@@ -104,7 +104,8 @@ def _curve(sizes: dict[str, NDArray[np.float64]]) -> Curve:
     edges = np.linspace(0, 1, _BINS + 1)
     lines = []
     for subject, label in (("sae", "SAE"), ("random", "random directions")):
-        counts, _ = np.histogram(sizes[subject], bins=edges)
+        # Rounding may take a cosine past 1, out of the last bin.
+        counts, _ = np.histogram(np.minimum(sizes[subject], 1), bins=edges)
         share = tuple(float(count) for count in counts / len(sizes[subject]))
         lines.append(Line(label=label, subject=subject, y=share))
     return Curve(

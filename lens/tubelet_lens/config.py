@@ -25,6 +25,7 @@ Topic = Literal[
     "scope",
     "recovery",
     "backbone_ablation",
+    "effects",
     "classification_edits",
     "segmentation_edits",
 ]
@@ -34,8 +35,11 @@ Topic = Literal[
 class ActionConfig(Config):
     """Linear probe of what is done in a video, on pooled vectors."""
 
-    poolings: tuple[Literal["mean", "max", "mean_max"], ...] = Field(default=("mean", "max", "mean_max"), min_length=1)
-    """How a clip's tokens become one vector; the first one's figures stand at the top. mean_max: both, end to end."""
+    poolings: tuple[Literal["mean", "max", "mean_max", "mean_then_encode"], ...] = Field(
+        default=("mean", "max", "mean_max"), min_length=1
+    )
+    """How a clip's tokens become one vector; the first one's figures stand at the top. mean_max: both, end to end.
+    These pool the codes of tokens; mean_then_encode: the clip's mean token is encoded, which is another model."""
     penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-3, 1e-2, 1e-1, 1.0), min_length=1)
     """L2 penalties to choose from on the validation videos; C of other programs is 1 / (penalty x clips)."""
     bootstrap: int = Field(default=2000, ge=1)

@@ -28,8 +28,10 @@ from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.controls import controls
 from tubelet_lens.edits.backbone_ablation import backbone_ablation
 from tubelet_lens.edits.classification import classification_edits
+from tubelet_lens.edits.latent_effects import latent_effects
 from tubelet_lens.edits.recovery import recovery
 from tubelet_lens.edits.segmentation import segmentation_edits
+from tubelet_lens.effect_table import LatentEffect, write_effects
 from tubelet_lens.evaluation import Coverage, Evaluation
 from tubelet_lens.label_metric import label_purity
 from tubelet_lens.latents import latent_table, write_latents
@@ -67,6 +69,7 @@ CLIP_METRICS: dict[Topic, ClipMetric] = {
     "scope": measure_information_scope,
     "recovery": recovery,
     "backbone_ablation": backbone_ablation,
+    "effects": latent_effects,
     "classification_edits": classification_edits,
     "segmentation_edits": segmentation_edits,
 }
@@ -80,12 +83,16 @@ class Result:
     evaluation: Evaluation
     latents: pa.Table
     """One row per latent, see `latents.latent_table`."""
+    effects: tuple[LatentEffect, ...] = ()
+    """What edits of single latents do, where the backbone ran."""
 
     def write(self, out: Path) -> Path:
-        """Write `evaluation.json`, `report.html` and `latents.parquet` into `out`; the report's path."""
+        """Write `evaluation.json`, `report.html`, `latents.parquet` and, where the backbone ran, `effects.parquet` into
+        `out`; the report's path."""
         out.mkdir(parents=True, exist_ok=True)
         self.evaluation.write(out / "evaluation.json")
         write_latents(self.latents, out)
+        write_effects(self.effects, out)
         report = out / "report.html"
         report.write_text(render_report(self.evaluation))
         return report
@@ -127,6 +134,7 @@ def evaluate(config: EvaluateConfig) -> Result:
     stream(setting, trained.coder, [*metrics, pooling], clips_per_window=per_window)
     sections = [metric.section() for metric in metrics]
     columns = [column for metric in metrics for column in metric.latents()]
+    effects: list[LatentEffect] = []
     over_clips = ClipSetting(
         setting=setting,
         config=config,
@@ -134,12 +142,14 @@ def evaluate(config: EvaluateConfig) -> Result:
         trained=trained,
         fit=_fit_side(config, trained, to_fit, standing_in) if to_fit is not None else None,
         test=side(store, pooling),
+        encoders={"sae": (trained.coder,), **standing_in},
     )
     for topic, measure in CLIP_METRICS.items():
         found = measure(over_clips) if topic not in config.skip else None
         if found is not None:
             sections.append(found.section)
             columns += found.latents
+            effects += found.effects
     training = training_section(config.run)
     evaluation = Evaluation(
         coverage=_coverage(setting, config.split),
@@ -150,7 +160,7 @@ def evaluate(config: EvaluateConfig) -> Result:
         software={**software(), "numpy": np.__version__, "device": device.type},
         sections=(*sections, training) if training is not None else tuple(sections),
     )
-    return Result(evaluation, latent_table(columns, trained.coder.latents))
+    return Result(evaluation, latent_table(columns, trained.coder.latents), tuple(effects))
 
 
 def _not_evaluated(store: Store, clips: NDArray[np.int64], setting: Setting) -> NDArray[np.int64]:

@@ -1,6 +1,11 @@
-"""Whether single latents keep to one label: purity of their strongest clips (science note 2.7).
+"""Whether single latents keep to one label: purity of their strongest videos.
 
-purity@16 of a latent = share of the commonest label among the 16 videos on which it fires strongest
+    purity@16 of a latent = share of the commonest label among the 16 videos on which it fires strongest
+
+[RECON] Science note 2.7 has the name and the 16 from saev, where a latent is scored against a class that is given; it
+says nothing of videos. Ours: the class is whichever label is commonest; a video's value is the largest over its clips
+and their tokens; latents that fire in fewer than 16 videos have none; the null permutes the labels of the videos. The
+share of the top label over all clips (`top_label_share`) is ours too.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ def label_purity(clips: ClipSetting) -> ClipResult | None:
     defined = np.isfinite(purity_F)
     how = (
         f"Share of the commonest label among the {_STRONGEST} test videos on which the latent's largest activation is "
-        f"highest; undefined where it fires in fewer than {_STRONGEST} of {len(first):,} videos."
+        f"highest; undefined where it fires in fewer than {_STRONGEST} of {len(first):,} videos. [RECON]"
     )
     null = [float(np.mean(draw[defined])) for draw in draws] if defined.any() else []
     return ClipResult(

@@ -25,7 +25,9 @@ _WORDS: dict[Subject, str] = {
 
 _SUMMARIES = {"mean": "mean", "median": "median", "p95": "95% quantile", "max": "largest"}
 
-_BINS = 40
+_LEVELS = np.linspace(0, 1, 41)
+"""Shares of latents at which the distribution is shown: the same of every SAE, so that curves can be laid over each
+other, however narrow the values lie."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +35,9 @@ class _Scores:
     """What one reference says.
 
     Attributes:
-        floor: Mean cosine of two clips: what a latent scores by chance.
+        floor: Mean cosine of two clips: the null, what a latent scores in expectation when clips are permuted.
         by_subject: float64 [units] MS of each subject's units, NaN where undefined.
-        permuted: float64 [latents] One array per draw of the null.
+        permuted: float64 [latents] One array per draw of such a permutation: how far chance spreads the scores.
     """
 
     reference: Reference
@@ -146,21 +148,7 @@ def _figures(scores: _Scores, head: Reference, how: str, units: Mapping[Subject,
                 better="high",
                 headline=summary == "mean" and subject == "sae" and reference is head,
             )
-        drawn = [value for values in scores.permuted if (value := _summary(values, summary)) is not None]
-        yield Figure(
-            name=f"{key}.permuted",
-            title=title,
-            subject="permuted",
-            value=sum(drawn) / len(drawn) if drawn else None,
-            low=min(drawn, default=None),
-            high=max(drawn, default=None),
-            n=int(np.isfinite(scores.permuted[0]).sum()),
-            n_of="latents",
-            definition=f"Null: the {words} when each clip is given another clip's embedding at random; mean, lowest "
-            "and "
-            f"highest of {len(scores.permuted)} draws. In expectation every latent then scores the mean cosine of two "
-            f"clips, {scores.floor:.4f}; the quantiles show how far chance alone spreads them. {definition}",
-        )
+        yield _null(scores, summary, f"{key}.permuted", title, definition)
     for subject in ("sae", "raw"):
         mean = _summary(scores.by_subject[subject], "mean")
         yield Figure(
@@ -170,9 +158,8 @@ def _figures(scores: _Scores, head: Reference, how: str, units: Mapping[Subject,
             value=None if mean is None else mean - scores.floor,
             n=int(np.isfinite(scores.by_subject[subject]).sum()),
             n_of=_WORDS[subject],
-            definition="Mean MS less the mean cosine of two evaluated clips, which is exactly what it is in "
-            "expectation "
-            f"when clips are permuted: {scores.floor:.4f}. {definition}",
+            definition=f"Mean MS less its null, the mean cosine of two evaluated clips ({scores.floor:.4f}). "
+            f"{definition}",
             better="high",
         )
     values = scores.by_subject["sae"]
@@ -188,29 +175,55 @@ def _figures(scores: _Scores, head: Reference, how: str, units: Mapping[Subject,
     )
 
 
+def _null(scores: _Scores, summary: str, name: str, title: str, definition: str) -> Figure:
+    """Of a mean its expectation, the floor; a quantile's expectation has no closed form and is drawn."""
+    words, draws = _SUMMARIES[summary], len(scores.permuted)
+    drawn = [value for values in scores.permuted if (value := _summary(values, summary)) is not None]
+    if summary == "mean":
+        how = (
+            "Null: the mean cosine of two different clips, which is what every latent (and every raw dimension) scores "
+            "in expectation when each clip is given another clip's embedding at random. Range: lowest and highest "
+            f"mean of {draws} such draws."
+        )
+    else:
+        how = (
+            f"Null: the {words} over the SAE's latents when each clip is given another clip's embedding at random; "
+            f"mean, lowest and highest of {draws} draws."
+        )
+    return Figure(
+        name=name,
+        title=title,
+        subject="permuted",
+        value=None if not drawn else scores.floor if summary == "mean" else sum(drawn) / len(drawn),
+        low=min(drawn, default=None),
+        high=max(drawn, default=None),
+        n=int(np.isfinite(scores.permuted[0]).sum()),
+        n_of="latents",
+        definition=f"{how} {definition}",
+    )
+
+
 def _curve(scores: _Scores, head: Reference, how: str) -> Curve:
     reference = scores.reference
-    shown = [("SAE", "sae", scores.by_subject["sae"]), ("raw dimensions", "raw", scores.by_subject["raw"])]
-    shown.append(("clips permuted", "permuted", np.concatenate(scores.permuted)))
-    finite = {label: values[np.isfinite(values)] for label, _, values in shown}
-    everything = np.concatenate(list(finite.values()))
-    low, high = (float(everything.min()), float(everything.max())) if len(everything) else (0.0, 1.0)
-    edges = np.linspace(low, high if high > low else low + 1e-6, _BINS + 1)
-    lines: list[Line] = []
-    for label, subject, _ in shown:
-        counts, _edges = np.histogram(finite[label], bins=edges)
-        share = counts / max(len(finite[label]), 1)
-        lines.append(Line(label=label, subject=subject, y=tuple(float(value) for value in share)))
+    shown: list[tuple[str, Subject, NDArray[np.float64]]] = [
+        ("SAE", "sae", scores.by_subject["sae"]),
+        ("raw dimensions", "raw", scores.by_subject["raw"]),
+        ("clips permuted", "permuted", np.concatenate(scores.permuted)),
+    ]
+    lines = []
+    for label, subject, values in shown:
+        finite = values[np.isfinite(values)]
+        at_levels = np.quantile(finite, _LEVELS).tolist() if len(finite) else [None] * len(_LEVELS)
+        lines.append(Line(label=label, subject=subject, y=tuple(at_levels)))
     return Curve(
         name="monosemanticity.distribution" + ("" if reference is head else f"_{reference.name}"),
         title=f"Monosemanticity by {reference.name}",
-        x_label="monosemanticity",
-        y_label="share",
-        x=tuple(float(value) for value in (edges[:-1] + edges[1:]) / 2),
+        x_label="share of latents below",
+        y_label="monosemanticity",
+        x=tuple(_LEVELS.tolist()),
         lines=tuple(lines),
-        definition=f"Share of latents, of raw dimensions, and of latents under the permuted null in each of {_BINS} "
-        "bins "
-        f"of MS; undefined ones are left out. {_definition(reference, how)}",
+        definition="Quantiles of MS over the latents, over the raw dimensions, and over the latents under the permuted "
+        f"null (its {len(scores.permuted)} draws together); undefined ones are left out. {_definition(reference, how)}",
     )
 
 

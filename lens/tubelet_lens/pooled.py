@@ -2,9 +2,10 @@
 
     Window ─▶ Pooling ─▶ Pooled: mean and max over a clip's tokens, of the codes, the raw activations and the controls
 
-Tokens are encoded first and pooled after (pooling before encoding is another model). Tokens of latent steps that cover
-only repeated frames are left out. Of codes only the latents that fire in a clip are kept, because six control draws of
-20,000 clips and 6,144 latents would be 7 GB; they become dense one draw at a time, when somebody reads them.
+Tokens are encoded first and pooled after (pooling before encoding is another model, see `vectors`). Tokens of latent
+steps that cover only repeated frames are left out. Of codes only the latents that fire in a clip are kept, because six
+control draws of 20,000 clips and 6,144 latents would be 7 GB; they become dense one draw at a time, when somebody reads
+them.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _curve(scope: Scope, split: Split | None, how: str) -> Curve:
     )
     lines = []
     for label, subject, values_F in shown:
-        counts, _ = np.histogram(values_F[np.isfinite(values_F)], bins=edges)
+        counts, _ = np.histogram(np.minimum(values_F[np.isfinite(values_F)], 1), bins=edges)
         lines.append(Line(label=label, subject=subject, y=tuple(float(count) for count in counts)))
     cut = f" The threshold between low and high lies at {split.threshold:.3f}." if split else ""
     return Curve(

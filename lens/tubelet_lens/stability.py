@@ -1,4 +1,9 @@
-"""How much of a token's code survives one step of time: cosine, support Jaccard, flip rate (science note 1.4 c)."""
+"""How much of a token's code survives one step of time: cosine, support Jaccard, flip rate (science note 1.4 c).
+
+The note's flip rate is 1 - |S_t & S_t+1| / k, of a code in which k latents are active on every token. Here |S_t| stands
+in place of k: the same number there, and defined where the count varies (BatchTopK, JumpReLU, ReLU, and TopK where
+fewer than k values are positive); tokens on which nothing is active are left out. [RECON]
+"""
 
 from __future__ import annotations
 

@@ -10,15 +10,17 @@ import torch
 from numpy.typing import NDArray
 
 from tubelet_lens.clip_metric import ClipSetting, Side
+from tubelet_lens.codes import Encoder
 from tubelet_lens.pooled import Pooled
 from tubelet_lens.section import Subject
 
-PoolingKind = Literal["mean", "max", "mean_max"]
+PoolingKind = Literal["mean", "max", "mean_max", "mean_then_encode"]
 
 POOLING_WORDS: dict[PoolingKind, str] = {
     "mean": "mean over its tokens",
     "max": "largest value over its tokens",
     "mean_max": "mean and largest value over its tokens, end to end",
+    "mean_then_encode": "mean over its tokens",
 }
 
 SUBJECT_WORDS: dict[Subject, str] = {
@@ -30,6 +32,11 @@ SUBJECT_WORDS: dict[Subject, str] = {
 }
 """What is pooled, in the report's order."""
 
+_NOT_ENCODED: tuple[Subject, ...] = ("raw", "pca")
+
+# Clips encoded at once.
+_ROWS = 1024
+
 
 def subjects(clips: ClipSetting) -> tuple[Subject, ...]:
     """Those that there are vectors of."""
@@ -37,10 +44,22 @@ def subjects(clips: ClipSetting) -> tuple[Subject, ...]:
     return tuple(subject for subject in SUBJECT_WORDS if subject in there)
 
 
+def vector_words(subject: Subject, kind: PoolingKind) -> str:
+    """What a clip's vector is."""
+    if kind == "mean_then_encode" and subject not in _NOT_ENCODED:
+        return f"{SUBJECT_WORDS[subject]}, of one token: the mean of the clip's raw tokens (pooled first, then encoded)"
+    return f"the {POOLING_WORDS[kind]} of {SUBJECT_WORDS[subject]}"
+
+
 def vectors(
     clips: ClipSetting, fit: Side, subject: Subject, kind: PoolingKind
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Fit rows [N, F] and test rows of each draw of `subject`."""
+    if kind == "mean_then_encode" and subject not in _NOT_ENCODED:
+        for encoder in clips.encoders[subject]:
+            rows, test_rows = (_encoded(encoder, side, clips.setting.device) for side in (fit, clips.test))
+            yield rows, test_rows
+        return
     source: Subject = "raw" if subject == "pca" else subject
     for here, there in zip(fit.draws[source], clips.test.draws[source], strict=True):
         rows, test_rows = _one(here, kind), _one(there, kind)
@@ -50,7 +69,16 @@ def vectors(
 def _one(pooled: Pooled, kind: PoolingKind) -> NDArray[np.float32]:
     if kind == "mean_max":
         return np.concatenate([pooled.mean_NF, pooled.max_NF], axis=1)
-    return pooled.mean_NF if kind == "mean" else pooled.max_NF
+    return pooled.max_NF if kind == "max" else pooled.mean_NF
+
+
+def _encoded(encoder: Encoder, side: Side, device: torch.device) -> NDArray[np.float32]:
+    """[N, F] Code of each clip's mean raw token."""
+    rows_ND = torch.from_numpy(side.pooled["raw"].mean_NF)
+    with torch.no_grad():
+        parts = [encoder.encode(part.to(device)).cpu() for part in rows_ND.split(_ROWS)]
+    codes_NF: NDArray[np.float32] = torch.cat(parts).numpy()
+    return codes_NF
 
 
 def _components(

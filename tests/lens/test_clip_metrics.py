@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from tubelet_lens.code_ablation import code_ablation
 from tubelet_lens.config import ActionConfig, EvaluateConfig
 from tubelet_lens.label_metric import label_purity
 from tubelet_lens.metric import Setting
+from tubelet_lens.monosemanticity_metric import measure_monosemanticity
 from tubelet_lens.pooled import Pooled
 from tubelet_lens.retrieval import retrieval
-from tubelet_lens.section import Section
+from tubelet_lens.section import Section, Subject
 from tubelet_lens.timing import latent_time
+from tubelet_lens.vectors import vectors
 from tubelet_store import Store, TubeletError
 
 CLASSES, OWN, LATENTS = 4, 3, 60
@@ -191,3 +195,68 @@ def test_retrieval_finds_the_videos_of_a_caption_and_noise_does_not(sure: ClipSe
     assert figures["retrieval.video_to_text_r1.random_topk"] == pytest.approx(1 / 6, abs=0.1)
     assert figures["retrieval.video_to_text_chance"] == pytest.approx(1 / 6)
     assert figures["retrieval.text_to_video_chance"] == pytest.approx(1 / 6)
+
+
+def test_one_null_stands_in_the_figure_and_in_what_is_above_it(sure: ClipSetting) -> None:
+    found = values(section_of(measure_monosemanticity(sure)))
+    e_NE = sure.test.pooled["raw"].mean_NF.astype(np.float64)
+    e_NE /= np.linalg.norm(e_NE, axis=1, keepdims=True)
+    null = found["monosemanticity.mean.permuted"]
+    assert null == pytest.approx((e_NE @ e_NE.T)[np.triu_indices(len(e_NE), 1)].mean(), abs=1e-12)
+    for subject, above in (("sae", "monosemanticity.above_null"), ("raw", "monosemanticity.above_null.raw")):
+        assert found[above] == found[f"monosemanticity.mean.{subject}"] - null
+    # What is drawn lies around it.
+    figure = next(f for f in section_of(measure_monosemanticity(sure)).figures if f.name.endswith("mean.permuted"))
+    assert figure.low == pytest.approx(null, abs=0.02)
+    assert figure.high == pytest.approx(null, abs=0.02)
+
+
+def test_distributions_of_monosemanticity_are_given_at_the_same_places_whatever_the_data(
+    store: Store, sure: ClipSetting
+) -> None:
+    other = clip_setting(store, None, planted(store, 50, 3))
+    curves = [section_of(measure_monosemanticity(setting)).curves[0] for setting in (sure, other)]
+    assert curves[0].x == curves[1].x
+    for curve, setting in zip(curves, (sure, other), strict=True):
+        found = values(section_of(measure_monosemanticity(setting)))
+        by_label = {line.label: line.y for line in curve.lines}
+        assert by_label["SAE"] == tuple(sorted(by_label["SAE"]))
+        middle, last = curve.x.index(0.5), curve.x.index(1.0)
+        assert by_label["SAE"][middle] == pytest.approx(found["monosemanticity.median.sae"])
+        assert by_label["raw dimensions"][last] == pytest.approx(found["monosemanticity.max.raw"])
+    assert curves[0].lines[0].y != curves[1].lines[0].y
+
+
+class Turned:
+    """The encoder whose codes `planted` has: it takes the turn of the raw activations back."""
+
+    def __init__(self, off: float = 0.0) -> None:
+        basis, _ = np.linalg.qr(np.random.default_rng(99).standard_normal((LATENTS, LATENTS)))
+        self._basis, self._off = torch.from_numpy(basis.T.astype(np.float32)), off
+
+    def encode(self, x_ND: torch.Tensor) -> torch.Tensor:
+        codes_NF = x_ND @ self._basis
+        return torch.where(codes_NF > self._off, codes_NF, 0.0)
+
+
+def test_pooled_before_encoding_is_the_code_of_the_mean_token(store: Store, sure: ClipSetting) -> None:
+    assert sure.fit is not None
+    encoders: dict[Subject, Any] = {"sae": (Turned(),), "random_topk": (Turned(2.0), Turned(0.5))}
+    setting = replace(sure, encoders=encoders)
+    rows, test_rows = next(vectors(setting, sure.fit, "sae", "mean_then_encode"))
+    # A clip of one token: before or after is the same.
+    np.testing.assert_allclose(rows, np.maximum(sure.fit.pooled["sae"].mean_NF, 0), atol=1e-5)
+    np.testing.assert_allclose(test_rows, np.maximum(sure.test.pooled["sae"].mean_NF, 0), atol=1e-5)
+    by_draw = [there for _, there in vectors(setting, sure.fit, "random_topk", "mean_then_encode")]
+    assert not by_draw[0].any()
+    assert by_draw[1].any()
+    for subject in ("raw", "pca"):
+        plain, first = (next(vectors(setting, sure.fit, subject, kind))[1] for kind in ("mean", "mean_then_encode"))
+        np.testing.assert_array_equal(plain, first)
+    poolings = ActionConfig(poolings=("mean", "mean_then_encode"), bootstrap=10)
+    setting = replace(setting, config=sure.config.model_copy(update={"action": poolings}))
+    figures = {figure.name: figure for figure in section_of(action(setting)).figures}
+    assert figures["action.top1_mean_then_encode.sae"].value == figures["action.top1.sae"].value == 1.0
+    assert figures["action.top1_mean_then_encode.random_topk"].value < 1.0
+    assert "pooled first, then encoded" in figures["action.top1_mean_then_encode.sae"].definition
+    assert "pooled first" not in figures["action.top1_mean_then_encode.raw"].definition

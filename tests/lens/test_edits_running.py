@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import csv
+import html
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
 
 from in_process import extract_here
+from tubelet_lens.clip_metric import Side
 from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.edits.backbone_ablation import accuracy_without
 from tubelet_lens.edits.class_edits import class_edit_section, edit_classes
+from tubelet_lens.edits.class_names import places, unknown_names
+from tubelet_lens.edits.classification import classification_edits
 from tubelet_lens.edits.config import EditConfig
 from tubelet_lens.edits.edit import Edit, LatentEdits
 from tubelet_lens.edits.footage import Footage, Shot
+from tubelet_lens.edits.latent_effects import changes
 from tubelet_lens.edits.operation import Amplify, Suppress
 from tubelet_lens.edits.patch_labels import NONE, Described, patch_labels, phrases
 from tubelet_lens.edits.recovery import recover
@@ -31,7 +40,15 @@ from tubelet_lens.edits.running import Running
 from tubelet_lens.edits.running_config import RunningConfig
 from tubelet_lens.edits.segmentation import validation_rows
 from tubelet_lens.edits.verb import EDIT
-from tubelet_lens.evaluate import evaluate
+from tubelet_lens.effect_table import LatentEffect, write_effects
+from tubelet_lens.evaluate import Result, evaluate
+from tubelet_lens.gallery.config import GalleryConfig
+from tubelet_lens.gallery.effects import read_effects
+from tubelet_lens.gallery.make import make_gallery
+from tubelet_lens.pooled import Pooled
+from tubelet_lens.study.cells import cells
+from tubelet_lens.study.config import StudyConfig
+from tubelet_lens.study.run import run_cell, study
 from tubelet_pipeline.backbones import rewriting
 from tubelet_pipeline.backbones.base import Captured
 from tubelet_pipeline.backbones.hooks import capture
@@ -42,6 +59,7 @@ from tubelet_pipeline.synthetic.config import VideosConfig
 from tubelet_pipeline.synthetic.dataset import make_dataset
 from tubelet_pipeline.synthetic.masks import read_masks
 from tubelet_store import Store, TubeletError, open_store
+from tubelet_store.config import validate
 from tubelet_store.plan import Grid
 from tubelet_trainer import SAE, TrainConfig, load_record, load_sae
 from tubelet_trainer.loop import train
@@ -193,6 +211,89 @@ def test_where_no_other_latent_is_alive_its_stand_ins_are_undefined_and_the_rest
     assert (figures["made.target.matched"].value, figures["made.target.matched"].n) == (None, 0)
     assert "Undefined where no other latent is alive" in figures["made.other.latent"].definition
     assert figures["made.target.class"].value == 1.0
+
+
+def test_the_effect_of_a_latent_is_what_it_gave_to_its_class(planted: Running) -> None:
+    """d logit_c = -scale f_c, mean over the clips on which it fires; a silent latent has no effect to tell."""
+    f_NF = torch.stack(
+        [(shot.pixels.permute(0, 2, 3, 1).flatten(0, 2) - MEAN).mean(0) / SCALE for shot in planted.shots]
+    )
+    fires = np.zeros((len(f_NF), 3), dtype=bool)
+    fires[5:10, 0], fires[:, 1] = True, True
+    one, two = changes(planted, fires, np.array([1, 3, 4]), seed=0)
+    assert ((one.latent, one.clips), (two.latent, two.clips)) == ((1, 5), (3, 20))
+    for found, clips in ((one, slice(5, 10)), (two, slice(None))):
+        wanted = np.zeros(CLASSES)
+        wanted[found.latent] = -SCALE * float(f_NF[clips, found.latent].mean())
+        np.testing.assert_allclose(found.own_C, wanted, atol=1e-4)
+        assert 0 < np.abs(found.random_C).max() < np.abs(found.own_C).max()
+
+
+def test_a_table_of_effects_goes_with_its_evaluation_and_others_stay(tmp_path: Path) -> None:
+    rows = [LatentEffect(3, "still", -0.5, "Made."), LatentEffect(3, "moving", 0.25, "Made.")]
+    write_effects(rows, tmp_path)
+    table = pq.read_table(tmp_path / "effects.parquet")
+    assert [LatentEffect(**row) for row in table.to_pylist()] == rows
+    assert read_effects(tmp_path / "effects.parquet")[3][0].by_target == (("still", -0.5), ("moving", 0.25))
+    write_effects([], tmp_path)
+    assert not list(tmp_path.iterdir())
+    pq.write_table(table.replace_schema_metadata(None), tmp_path / "effects.parquet")
+    write_effects([], tmp_path)
+    assert (tmp_path / "effects.parquet").is_file()
+
+
+@pytest.fixture(scope="module")
+def known_classes(planted: Running) -> Callable[[tuple[str, ...]], SimpleNamespace]:
+    """What `classification_edits` needs of a setting, with classes of these names in the data set: latent c is class c
+    on both sides."""
+
+    def make(names: tuple[str, ...]) -> SimpleNamespace:
+        codes_NF = np.eye(D, dtype=np.float32)[planted.class_N] + 0.1
+        nothing: Any = None
+        one_side = Side(
+            store=nothing,
+            clips=planted.rows,
+            videos=planted.rows.astype(str).astype(object),
+            labels=planted.class_N,
+            label_names=np.array(names, dtype=object)[planted.class_N],
+            captions=nothing,
+            draws={"sae": (Pooled(codes_NF, codes_NF),)},
+        )
+        quick = replace(planted, config=RunningConfig(strengths=(2.0,), control_draws=1))
+        return SimpleNamespace(running=quick, fit=one_side, test=one_side, config=SimpleNamespace(seed=0))
+
+    return make
+
+
+def test_a_class_is_found_by_its_name_but_never_guessed() -> None:
+    classes = ("Pushing something", "pulling_something", "Dropping  Something", "a_b", "a b")
+    names = ("pushing_something", "pulling_something", "dropping something", "Puling something", "A B", "a b")
+    assert places(names, classes) == {names[0]: 0, names[1]: 1, names[2]: 2, "a b": 4}
+    said = unknown_names(names, classes)
+    assert said is not None
+    assert "'Puling something' (nearest: 'pulling_something')" in said
+    assert said.startswith("2 of the data set's 6 classes")
+    assert all(f"'{name}'" in said for name in classes)
+    assert unknown_names(names[:3], classes) is None
+    many = tuple(f"class {number}" for number in range(400))
+    assert "380 more" in str(unknown_names(["x"], many))
+
+
+def test_edits_of_classes_say_which_the_readout_does_not_have(
+    planted: Running, known_classes: Callable[[tuple[str, ...]], Any]
+) -> None:
+    found = classification_edits(known_classes(("A", "b", "cc", "D")))
+    assert found is not None
+    figures = {figure.name: figure for figure in found.section.figures}
+    assert figures["classification_edits.target.class"].value == 1.0
+    assert figures["classification_edits.f1"].n == 3
+    assert "'cc'" in found.section.notes[-1]
+    assert "cc" not in " ".join(str(note) for note in classification_edits(known_classes(tuple("abcd"))).section.notes)  # type: ignore[union-attr]
+    nothing = classification_edits(known_classes(("one", "two", "three", "four")))
+    assert nothing is not None
+    assert nothing.section.figures == ()
+    assert "4 of the data set's 4 classes" in nothing.section.notes[0]
+    assert "'a', 'b', 'c', 'd'" in nothing.section.notes[0]
 
 
 def test_an_exact_sae_recovers_everything_and_the_mean_nothing(planted: Running) -> None:
@@ -378,10 +479,11 @@ def test_all_patches_of_a_video_choose_the_penalty_or_none_does(clips_per_video:
     assert not set(of_row[chosen]) & set(of_row[~chosen])
 
 
-IN_THE_BACKBONE = ["recovery", "backbone_ablation", "classification_edits", "segmentation_edits"]
+IN_THE_BACKBONE = ["recovery", "backbone_ablation", "effects", "classification_edits", "segmentation_edits"]
 
 
-def test_an_evaluation_measures_in_the_running_backbone(made: Path) -> None:
+@pytest.fixture(scope="module")
+def measured(made: Path) -> Result:
     settings = {
         "run": made / "run",
         "store": str(made / "s.zarr"),
@@ -392,10 +494,13 @@ def test_an_evaluation_measures_in_the_running_backbone(made: Path) -> None:
         "device": "cpu",
         "skip": [topic for topic in get_args(Topic) if topic not in IN_THE_BACKBONE],
         "running": {"fit_clips": 16, "test_clips": 2, "largest": 1, "draws": 1, "control_draws": 1, "strengths": [2.0]}
-        | {"masks": "object", "label_threshold": 0.6},
+        | {"masks": "object", "label_threshold": 0.6, "effects": 3},
     }
-    result = evaluate(EvaluateConfig.model_validate(settings))
-    figures = {figure.name: figure for figure in result.evaluation.figures()}
+    return evaluate(EvaluateConfig.model_validate(settings))
+
+
+def test_an_evaluation_measures_in_the_running_backbone(measured: Result) -> None:
+    figures = {figure.name: figure for figure in measured.evaluation.figures()}
     assert figures["recovery.kl.raw"].value == 0
     assert figures["recovery.kl.sae"].value < figures["recovery.kl.mean"].value  # type: ignore[operator]
     assert figures["recovery.recovered_kl"].value == pytest.approx(
@@ -406,8 +511,29 @@ def test_an_evaluation_measures_in_the_running_backbone(made: Path) -> None:
     for section in ("classification_edits", "segmentation_edits"):
         for arm in ("class", "matched", "latent", "direction"):
             assert figures[f"{section}.target.{arm}"].definition
-    names = [section.name for section in result.evaluation.sections]
+    names = [section.name for section in measured.evaluation.sections]
     assert names == [*IN_THE_BACKBONE, "training"]
+
+
+def test_the_gallery_shows_the_effects_that_an_evaluation_measured(
+    made: Path, store: Store, measured: Result, tmp_path: Path
+) -> None:
+    measured.write(tmp_path / "evaluation")
+    assert len({row.latent for row in measured.effects}) == measured.evaluation.figure("effects.largest.sae").n == 3
+    shown = {"kind": "list", "numbers": sorted({row.latent for row in measured.effects})}
+    settings = {
+        "run": made / "run",
+        "store": store.url,
+        "out": str(tmp_path / "site"),
+        "evaluation": tmp_path / "evaluation",
+    }
+    make_gallery(GalleryConfig.model_validate({**settings, "latents": shown, "device": "cpu", "top_clips": 1}))
+    for latent in shown["numbers"]:
+        page = html.unescape((tmp_path / "site" / "latents" / f"{latent:06d}.html").read_text())
+        mine = [row for row in measured.effects if row.latent == latent]
+        assert mine[0].definition in page
+        strongest = max(mine, key=lambda row: abs(row.effect))
+        assert page.index(mine[0].definition) < page.index(strongest.target, page.index(mine[0].definition))
 
 
 @pytest.mark.parametrize("alive", [0, 1])
@@ -427,16 +553,47 @@ def test_an_sae_of_one_living_latent_or_none_is_evaluated_to_the_end(
         "fit_store": store.url,
         "controls": False,
         "device": "cpu",
-        "action": {"poolings": ["mean"], "bootstrap": 10},
-        "running": {"fit_clips": 16, "test_clips": 2, "draws": 1, "control_draws": 1, "strengths": [2.0]}
+        "null_draws": 1,
+        "action": {"poolings": ["mean", "mean_then_encode"], "bootstrap": 10},
+        "running": {"fit_clips": 16, "test_clips": 2, "draws": 1, "control_draws": 1, "strengths": [2.0], "effects": 1}
         | {"masks": "object", "label_threshold": 0.6},
     }
     figures = {figure.name: figure for figure in evaluate(EvaluateConfig.model_validate(settings)).evaluation.figures()}
     assert figures["sparsity.dead_fraction"].value == pytest.approx(1 - alive / sae.latents)
     assert figures["recovery.kl.sae"].value is not None
+    assert figures["action.top1_mean_then_encode.sae"].value is not None
     for name in ("classification_edits.target.latent", "segmentation_edits.target.matched"):
         assert name not in figures or figures[name].value is None
     assert ("classification_edits.target.class" in figures) == bool(alive)
+
+
+def test_a_study_ablates_the_backbone_in_its_cells_where_it_is_at_hand(made: Path, tmp_path: Path) -> None:
+    running = {"fit_clips": 16, "test_clips": 2, "largest": 1, "draws": 1, "control_draws": 1, "effects": 1}
+    tree = {
+        "out": str(tmp_path / "study"),
+        "sources": {
+            "demo": {"backbone": "B", "dataset": "D", "train": str(made / "s.zarr"), "evaluate": {"running": running}}
+        },
+        "variants": {"plain": {"settings": {"sae": {"kind": "topk", "k": 8, "expansion": 2}}}},
+        "seeds": [0],
+        "train": {"steps": 10, "batch_tokens": 512, "holdout": {"fraction": 0.4}, "device": "cpu"},
+        "evaluate": {
+            "controls": False,
+            "device": "cpu",
+            "limit_clips": 6,
+            "skip": [topic for topic in get_args(Topic) if topic not in ("backbone_ablation", "effects")],
+        },
+    }
+    config = validate(StudyConfig, tree, "the test")
+    (cell,) = cells(config)
+    told = (one.model_dump(mode="json") for one in (cell.train, cell.evaluate))
+    run_cell(*told, str(cell.folder), cell.digest, 1)
+    assert study(config).done_before == 1
+    (row,) = csv.DictReader((tmp_path / "study" / "tables" / "backbone.csv").open())
+    before = cell.evaluation().figure("backbone_ablation.before").value
+    assert before is not None
+    assert float(row["backbone_ablation.before"]) == before
+    assert "backbone_ablation_curve.png" in (tmp_path / "study" / "study.md").read_text()
 
 
 def test_switching_off_is_a_factor_of_zero(planted: Running) -> None:

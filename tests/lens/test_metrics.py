@@ -185,6 +185,26 @@ def test_stability_of_a_hand_made_code() -> None:
     assert (cosine.pairs, overlap.jaccard_pairs, overlap.flip_pairs) == (1, 2, 2)
 
 
+def test_the_flip_rate_of_a_code_of_k_latents_is_that_of_the_note() -> None:
+    """1 - |S_t & S_t+1| / k, where every token has exactly k active latents."""
+    k, rng = 4, np.random.default_rng(0)
+    codes = torch.zeros(6, 5, 12)
+    for step, patch in np.ndindex(6, 5):
+        codes[step, patch, rng.choice(12, k, replace=False)] = 1.0
+    overlap = SupportOverlap()
+    overlap.add(Series.of(Active.of(codes)).common(), torch.ones(6, dtype=torch.bool), torch.arange(6))
+    both = (codes[:-1] * codes[1:]).sum(2)
+    assert overlap.flip_rate == pytest.approx(float((1 - both / k).mean()))
+
+
+def test_a_clip_in_which_nothing_fires_is_a_clip_of_zeros() -> None:
+    codes = torch.zeros(3, 2, 4)
+    silent = Series.of(Active.of(codes)).by_feature()
+    dense = FeatureProducts.of(codes.double())
+    for name in ("sums_TF", "products_TTF", "active_TF"):
+        torch.testing.assert_close(getattr(silent, name), getattr(dense, name))
+
+
 def test_products_of_active_codes_are_those_of_the_dense_ones() -> None:
     codes = torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(0)).relu()
     codes[..., 3] = 0

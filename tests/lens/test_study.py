@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from matplotlib.figure import Figure as Canvas
 
 from stores import make_plan, make_store, planned_table
-from tubelet_lens.study.cells import cells
+from tubelet_lens.evaluation import Evaluation
+from tubelet_lens.section import Curve, Figure, Line, Section
+from tubelet_lens.study.cells import Cell, cells
 from tubelet_lens.study.config import StudyConfig
-from tubelet_lens.study.derived import common_frames
+from tubelet_lens.study.derived import common_frames, equal_time_figures
+from tubelet_lens.study.plots import _draw
+from tubelet_lens.study.questions import Column, Question
 from tubelet_lens.study.run import StudySummary, run_cell, study
+from tubelet_lens.study.table import Table, table
 from tubelet_store import TubeletError
 from tubelet_store.config import validate
 
@@ -91,7 +99,71 @@ def test_a_row_is_the_mean_of_its_seeds(ran: tuple[StudyConfig, StudySummary]) -
         ]
         assert float(row["reconstruction.fvu"]) == pytest.approx(statistics.fmean(seeds))
         assert float(row["reconstruction.fvu.sd"]) == pytest.approx(statistics.stdev(seeds))
+        assert [float(row["reconstruction.fvu.low"]), float(row["reconstruction.fvu.high"])] == sorted(seeds)
         assert row["reconstruction.fvu.seeds"] == "2"
+
+
+def figure(name: str, value: float | None, definition: str = "d", **fields: Any) -> Figure:
+    return Figure(name=name, title="t", value=value, n=1, n_of="things", definition=definition, **fields)
+
+
+def table_of(
+    config: StudyConfig, derived: dict[str, list[Figure]], of_seeds: dict[tuple[str, str], list[Figure]]
+) -> Table:
+    done = cells(config)
+    question = Question("made", "T", "L", (Column("made.own", "own"), Column("seeds.cosine", "matched")))
+    found = table(question, config, done, {cell.name: cell.evaluation() for cell in done}, derived, of_seeds)
+    assert found is not None
+    return found
+
+
+def test_what_is_said_of_all_seeds_together_keeps_its_lowest_and_highest(ran: tuple[StudyConfig, StudySummary]) -> None:
+    config, _ = ran
+    together = figure("seeds.cosine", 0.4, low=0.2, high=0.625)
+    found = table_of(
+        config, {}, {("a", "plain"): [together], ("b", "plain"): [together.model_copy(update={"low": 0.4})]}
+    )
+    (row,) = (
+        row for row in csv.DictReader(io.StringIO(found.csv())) if (row["source"], row["variant"]) == ("a", "plain")
+    )
+    wanted = {"": "0.4", ".sd": "", ".low": "0.2", ".high": "0.625", ".seeds": "2"}
+    assert {part: row[f"seeds.cosine{part}"] for part in wanted} == wanted
+    assert "| a | plain | 0.400 (0.200 … 0.625) |" in found.markdown()
+    assert (config.out / "study.md").read_text().count("## Stability between seeds") == 1
+    real = next(csv.DictReader((config.out / "tables" / "seeds.csv").open()))
+    # Two seeds are one pair.
+    assert real["seeds.cosine"] == real["seeds.cosine.low"] == real["seeds.cosine.high"]
+
+
+def test_definitions_are_those_of_every_cell(ran: tuple[StudyConfig, StudySummary]) -> None:
+    config, _ = ran
+    said = "Share of clips of which the probe (penalty {}) is right, on {} clips."
+    derived = {
+        cell.name: [
+            figure("made.own", 1.0, said.format(0.1 if cell.seed else 0.01, 20 if cell.source == "a" else "3,000.5"))
+        ]
+        for cell in cells(config)
+    }
+    wanted = said.format("{0.01 | 0.1}", "{20 | 3,000.5}")
+    assert table_of(config, derived, {}).definitions == ((wanted,),)
+    derived["b/plain/seed=1"] = [figure("made.own", 1.0, "Something else.")]
+    alike, other = table_of(config, derived, {}).definitions[0]
+    assert other == "b/plain/seed=1: Something else."
+    assert alike.endswith(f": {wanted}")
+    assert "a/plain/seed=0" in alike
+    assert "b/plain/seed=1" not in alike
+
+
+def test_curves_of_seeds_are_joined_where_all_have_a_value() -> None:
+    axes = Canvas().subplots()
+    one = Curve(name="a.b", title="t", x_label="x", y_label="y", x=(1, 2, 4), lines=(), definition="d")
+    seeds = [
+        one.model_copy(update={"lines": (Line(label="SAE", y=(1.0, 2.0, 4.0)),)}),
+        one.model_copy(update={"x": (1.0, 2.0), "lines": (Line(label="SAE", y=(3.0, 6.0)),)}),
+        one.model_copy(update={"lines": (Line(label="SAE", y=(5.0, 7.0, None)),)}),
+    ]
+    _draw(axes, seeds, seeds[0].lines[0], "#000000", "v")
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, 3.0], [2.0, 5.0]]
 
 
 def test_seeds_differ_and_a_cell_alone_is_the_same(ran: tuple[StudyConfig, StudySummary], tmp_path: Path) -> None:
@@ -177,6 +249,39 @@ def test_two_backbones_are_compared_at_one_distance_in_time() -> None:
     assert common_frames({"videomae": 8.0, "dinov2": 4.0}) == 8.0
     assert common_frames({"one": 6.0, "two": 4.0}) is None
     assert common_frames({}) is None
+
+
+def test_the_figures_at_one_distance_are_each_backbones_own_lag(ran: tuple[StudyConfig, StudySummary]) -> None:
+    """Source a steps 2 frames, source b 4: at 4 frames stand a's lag 2 and b's lag 1."""
+    config, _ = ran
+    done = [cell for cell in cells(config) if cell.variant == "plain"]
+    values = {"a": (0.9, 0.7, 0.5), "b": (0.8, 0.6, 0.4)}
+
+    def said(cell: Cell, lags: int = 3) -> Evaluation:
+        y = tuple(value + cell.seed / 100 for value in values[cell.source])[:lags]
+        lines = (Line(label="SAE", y=y), Line(label="raw", subject="raw", y=tuple(-value for value in y)))
+        x = tuple(float(lag) for lag in range(1, lags + 1))
+        curve = Curve(name="coherence.lags", title="t", x_label="x", y_label="y", x=x, lines=lines, definition="d")
+        step = figure("coherence.step_frames", {"a": 2.0, "b": 4.0}[cell.source])
+        section = Section(name="coherence", title="t", lead="l", figures=(step,), curves=(curve,))
+        return cell.evaluation().model_copy(update={"sections": (section,)})
+
+    found = equal_time_figures(done, {cell.name: said(cell) for cell in done})
+    told = {name: {each.subject: each.value for each in figures} for name, figures in found.items()}
+    assert told == {
+        "a/plain/seed=0": {"sae": 0.7, "raw": -0.7},
+        "a/plain/seed=1": {"sae": 0.71, "raw": -0.71},
+        "b/plain/seed=0": {"sae": 0.8, "raw": -0.8},
+        "b/plain/seed=1": {"sae": 0.81, "raw": -0.81},
+    }
+    definition = found["a/plain/seed=0"][0].definition
+    assert "4 frames apart, which are 2 latent steps here" in definition
+    # A curve that ends before that distance says nothing of it; the others still do.
+    short = equal_time_figures(done, {cell.name: said(cell, 1 if cell.source == "a" else 3) for cell in done})
+    assert [bool(short[cell.name]) for cell in done] == [cell.source == "b" for cell in done]
+    # One source has nothing to be compared with.
+    alone = [cell for cell in done if cell.source == "a"]
+    assert equal_time_figures(alone, {cell.name: said(cell) for cell in alone}) == {}
 
 
 def test_the_best_is_marked_by_what_is_better(ran: tuple[StudyConfig, StudySummary]) -> None:

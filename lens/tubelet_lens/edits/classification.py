@@ -14,12 +14,17 @@ from numpy.typing import NDArray
 
 from tubelet_lens.clip_metric import ClipResult, ClipSetting
 from tubelet_lens.edits.class_edits import class_edit_section, edit_classes
+from tubelet_lens.edits.class_names import places, unknown_names
 from tubelet_lens.labelled import labelled
-from tubelet_lens.section import Figure
+from tubelet_lens.section import Figure, Section
 from tubelet_pipeline.backbones import rewriting
 from tubelet_pipeline.backbones.rewrite import Rewrite
 
 QUANTILES = (0.5, 0.75, 0.9, 0.95)
+
+_NAME = "classification_edits"
+_TITLE = "Classification edits"
+_LEAD = "Does suppressing the latent of a class in the running backbone make it deny that class, and it alone?"
 
 
 def best_latents(codes_NF: NDArray[np.float32], class_N: NDArray[np.int64]) -> dict[int, tuple[int, float]]:
@@ -51,7 +56,10 @@ def classification_edits(clips: ClipSetting) -> ClipResult | None:
     if running is None or running.readout is None or known is None or clips.fit is None:
         return None
     pooled, readout = clips.fit.pooled["sae"], running.readout
-    place = {name: number for number, name in enumerate(readout.classes)}
+    place, unknown = places(known.names, readout.classes), unknown_names(known.names, readout.classes)
+    if not place:
+        nothing = f"Nothing could be edited, and no section can say how often the running backbone is right. {unknown}"
+        return ClipResult(Section(name=_NAME, title=_TITLE, lead=_LEAD, notes=(nothing,)))
     best = {
         place[known.names[number]]: found
         for number, found in best_latents(pooled.mean_NF[known.fit_rows], known.fit_class).items()
@@ -83,7 +91,7 @@ def classification_edits(clips: ClipSetting) -> ClipResult | None:
     )
     scores = [f1 for _, f1 in best.values()]
     extra = Figure(
-        name="classification_edits.f1",
+        name=f"{_NAME}.f1",
         title="F1 of the class's latent",
         value=float(np.mean(scores)),
         low=min(scores),
@@ -95,11 +103,13 @@ def classification_edits(clips: ClipSetting) -> ClipResult | None:
     )
     section = class_edit_section(
         found,
-        name="classification_edits",
-        title="Classification edits",
-        lead="Does suppressing the latent of a class in the running backbone make it deny that class, and it alone?",
+        name=_NAME,
+        title=_TITLE,
+        lead=_LEAD,
         units="clips",
         how=how,
         extra=(extra,),
     )
+    if unknown is not None:
+        section = section.model_copy(update={"notes": (*section.notes, f"Left out: {unknown}")})
     return ClipResult(section)

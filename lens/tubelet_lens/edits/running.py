@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet_lens.clip_metric import ClipSetting, Side
+from tubelet_lens.edits.class_names import places
 from tubelet_lens.edits.footage import Footage, Shot
 from tubelet_lens.edits.readout import Readout, fit_probe, in_batches, own_classifier
 from tubelet_lens.edits.run import last_tokens, of_every_class
@@ -120,14 +121,9 @@ def _probe(clips: ClipSetting, footage: Footage | None, config: RunningConfig) -
 
 
 def _classes(readout: Readout | None, side: Side, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """By name: what number a class has differs between a checkpoint and a data set."""
-    place = {} if readout is None else {_plain(name): number for number, name in enumerate(readout.classes)}
     names = [
         str(name if name is not None else label)
         for name, label in zip(side.label_names[rows], side.labels[rows], strict=True)
     ]
-    return np.array([place.get(_plain(name), -1) for name in names], dtype=np.int64)
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").lower().split())
+    known = {} if readout is None else places(names, readout.classes)
+    return np.array([known.get(name, -1) for name in names], dtype=np.int64)

@@ -29,6 +29,9 @@ class RunningConfig(Config):
     """Edits of a class: f' = -strength x the latent's largest activation; figures are of the one nearest to 2."""
     control_draws: int = Field(default=2, ge=1)
     """Edits of a class: random latents, matched latents and random directions per class and strength."""
+    effects: int = Field(default=32, ge=0)
+    """Latents switched off one by one, the most important to the probe first, for `effects.parquet`, which the gallery
+    shows; each takes two passes over the test clips; 0: none."""
     masks: Literal["colour", "shape", "object"] = "colour"
     """Classes of patches, where the data set has masks as `tubelet videos` writes them."""
     max_frequency: float = Field(default=0.1, gt=0, le=1)

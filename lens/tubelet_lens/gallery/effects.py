@@ -1,7 +1,7 @@
 """What editing a latent does, latent by latent.
 
     probe on pooled codes ─▶ exact change of each class's logit when the latent is set to 0 in the code
-    effects.parquet       ─▶ whatever somebody measured in the running backbone
+    effects.parquet       ─▶ what `tubelet evaluate --running` (or somebody else) measured in the running backbone
 
 The first says what a reader of the code loses, nothing about the backbone: the page says so.
 """
@@ -19,12 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from tubelet_lens.config import ActionConfig
+from tubelet_lens.effect_table import SCHEMA
 from tubelet_lens.partition import partition
 from tubelet_lens.probe import choose_penalty, fit_probe
 from tubelet_lens.windows import Window
 from tubelet_store import TubeletError
-
-_COLUMNS = ("latent", "target", "effect", "definition")
 
 # Those of the evaluation's probe, and its share of videos on which they are chosen.
 _PENALTIES = ActionConfig().penalties
@@ -46,7 +45,7 @@ class Effects:
 
 
 def read_effects(path: Path) -> dict[int, tuple[Effects, ...]]:
-    """Effects by latent from the Parquet table at `path`: columns latent, target, effect, definition.
+    """Effects by latent from the table at `path`, see `effect_table`.
 
     Raises:
         TubeletError: it is missing, is not Parquet, or lacks a column.
@@ -57,11 +56,11 @@ def read_effects(path: Path) -> dict[int, tuple[Effects, ...]]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise TubeletError(f"{path} cannot be read: {error}", "Write it again") from error
-    missing = [name for name in _COLUMNS if name not in table.column_names]
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
-        raise TubeletError(f"{path} lacks {', '.join(missing)}", f"It needs columns {', '.join(_COLUMNS)}")
+        raise TubeletError(f"{path} lacks {', '.join(missing)}", f"It needs columns {', '.join(SCHEMA.names)}")
     found: dict[int, dict[str, list[tuple[str, float]]]] = {}
-    for row in table.select(_COLUMNS).to_pylist():
+    for row in table.select(SCHEMA.names).to_pylist():
         if row["effect"] is not None:
             pairs = found.setdefault(row["latent"], {}).setdefault(row["definition"], [])
             pairs.append((str(row["target"]), float(row["effect"])))

@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from rich.progress import Progress
 
 from tubelet_lens.dictionary import Nearest, directions, nearest_latents
+from tubelet_lens.effect_table import FILE
 from tubelet_lens.evaluation import read_evaluation
 from tubelet_lens.gallery.config import GalleryConfig, LatentList, TopLatents
 from tubelet_lens.gallery.effects import Effects, MeanCodes, probe_effects, read_effects
@@ -75,7 +76,7 @@ def make_gallery(config: GalleryConfig) -> Summary:
     store = open_store(config.store)
     check_store(trained, store, config.other_store)
     folder = _evaluation_folder(config)
-    effects_path = config.effects or _if_there(folder, "effects.parquet")
+    effects_path = config.effects or _if_there(folder, FILE)
     edits = read_effects(effects_path) if effects_path is not None else {}
     evaluated = read_latents(folder) if folder is not None else None
     reading = _Reading(config, trained, store, device)
@@ -121,8 +122,9 @@ def make_gallery(config: GalleryConfig) -> Summary:
 def _published(config: GalleryConfig) -> dict[str, JsonValue]:
     """The settings as anybody may read them: of paths and addresses only the last name, and not where the site lies."""
     told: dict[str, JsonValue] = config.model_dump(mode="json", exclude={"out"})
-    places = {"run": config.run, "store": config.store, "evaluation": config.evaluation}
-    for field, place in (places | {"effects": config.effects, "videos": config.videos}).items():
+    places: dict[str, Path | str | None] = {"run": config.run, "store": config.store, "videos": config.videos}
+    places |= {"evaluation": config.evaluation, "effects": config.effects}
+    for field, place in places.items():
         # A folder may be given as `.`; an address has no folder to resolve.
         told[field] = None if place is None else Path(place).name or Path(place).resolve().name
     return told

@@ -102,14 +102,18 @@ def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: st
 
 
 def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, colour: str, label: str | None) -> None:
-    """Mean over seeds of one line; only positions that every seed has."""
+    """Mean over seeds of one line, at the positions that every seed has: dictionaries of other sizes have others."""
     bars = seeds[0].kind == "bars"
-    positions = [sum(pair) / 2 for pair in zip(seeds[0].x, seeds[0].x[1:], strict=False)] if bars else seeds[0].x
-    same = [other for curve in seeds if curve.x == seeds[0].x for other in curve.lines if other.label == line.label]
+    at = [
+        dict(zip(_positions(curve), other.y, strict=True))
+        for curve in seeds
+        for other in curve.lines
+        if other.label == line.label
+    ]
     x, mean, low, high = [], [], [], []
-    for place, position in enumerate(positions):
-        values = [value for other in same if (value := other.y[place]) is not None]
-        if len(values) == len(same):
+    for position in _positions(seeds[0]):
+        values = [value for of_seed in at if (value := of_seed.get(position)) is not None]
+        if len(values) == len(at):
             x.append(position)
             mean.append(statistics.fmean(values))
             low.append(min(values))
@@ -123,6 +127,13 @@ def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, colour: str, label: st
         drawstyle="steps-mid" if bars else "default",
     )
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, step="mid" if bars else None)
+
+
+def _positions(curve: Curve) -> Sequence[float]:
+    """Where the values of a curve stand: of bars, the middle between their edges."""
+    if curve.kind == "bars":
+        return [sum(pair) / 2 for pair in zip(curve.x, curve.x[1:], strict=False)]
+    return curve.x
 
 
 def _colours(done: Sequence[Cell]) -> dict[str, str]:

@@ -151,6 +151,25 @@ QUESTIONS: tuple[Question, ...] = (
         ),
     ),
     Question(
+        "backbone",
+        "In the running backbone",
+        "What the backbone itself says when its activations are changed where the SAE sits: replaced by the "
+        "reconstruction, without some latents, with a class's latent suppressed. Only of cells whose evaluation has "
+        "`running`; the ablation above is of the code alone.",
+        _columns(
+            recovery__recovered_kl="recovered (KL)",
+            backbone_ablation__before="accuracy before",
+            backbone_ablation__m50="latents for half",
+            backbone_ablation__area__sae="area lost",
+            backbone_ablation__area__random="area, random",
+            effects__largest__sae="largest logit change",
+            effects__largest__random="random direction",
+            classification_edits__target__class="class's latent: target",
+            classification_edits__other__class="other",
+            classification_edits__target__matched="matched latent: target",
+        ),
+    ),
+    Question(
         "scope",
         "Information scope",
         "Does a latent follow the content when the view shifts (low), or stay with the frame (high)? Temporal scope is "

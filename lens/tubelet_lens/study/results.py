@@ -27,6 +27,16 @@ _CURVES = (
         "Accuracy as latents are taken away, most important first (dotted: random)",
         "ablation",
     ),
+    (
+        "backbone_ablation.curve",
+        "The same with latents switched off in the running backbone",
+        "backbone",
+    ),
+    (
+        "monosemanticity.distribution",
+        "Monosemanticity of the latents in ascending order (dashed: raw dimensions)",
+        "interpretability",
+    ),
     ("scope.spatial_distribution", "How far latents follow a shifted view, in space", "scope"),
     ("scope.temporal_distribution", "How far latents follow a shifted window, in time", "scope"),
 )

@@ -12,18 +12,21 @@ from tubelet_lens.evaluation import Evaluation
 from tubelet_lens.section import Figure
 from tubelet_lens.study.cells import Cell
 from tubelet_lens.study.config import StudyConfig
+from tubelet_lens.study.definitions import merged
 from tubelet_lens.study.questions import Column, Question
 
 
 @dataclass(frozen=True)
 class Place:
-    """One figure of one variant over its seeds."""
+    """One figure of one variant: a value per seed, or one value of all seeds together."""
 
     values: tuple[float, ...]
-    """Of the seeds for which it is defined."""
+    """Of the seeds for which it is defined; of all of them together, that one."""
     style: str
     seeds: int
-    """How many values there could be."""
+    """How many seeds it is of, those without a value among them."""
+    extremes: tuple[float, float] | None = None
+    """Of all seeds together: the figure's own lowest and highest. None: a value per seed."""
 
     @property
     def mean(self) -> float | None:
@@ -32,27 +35,46 @@ class Place:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over seeds (n - 1); None below two."""
+        """Standard deviation over seeds (n - 1); None below two values."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
+    @property
+    def low(self) -> float | None:
+        """Lowest over seeds (or over what the figure says); None where there is nothing."""
+        return self.extremes[0] if self.extremes is not None else min(self.values, default=None)
+
+    @property
+    def high(self) -> float | None:
+        """Highest, likewise."""
+        return self.extremes[1] if self.extremes is not None else max(self.values, default=None)
+
+    @property
+    def counted(self) -> int:
+        """Seeds behind it."""
+        return self.seeds if self.extremes is not None else len(self.values)
+
     def text(self) -> str:
-        """Mean ± standard deviation as a person reads them; an em dash where there is nothing."""
+        """Mean ± standard deviation (of all seeds together: value, lowest and highest) as a person reads them; an em
+        dash where there is nothing."""
         if self.mean is None:
             return "—"
-        if self.style == "percent":
-            spread = f" ± {100 * self.spread:.1f}" if self.spread is not None else ""
-            return f"{100 * self.mean:.1f}{spread} %{self._some}"
-        spread = f" ± {_short(self.spread)}" if self.spread is not None else ""
-        return f"{_short(self.mean)}{spread}{self._some}"
+        if self.extremes is not None and self.extremes[0] < self.extremes[1]:
+            beside = f" ({self._short(self.extremes[0])} … {self._short(self.extremes[1])})"
+        else:
+            beside = f" ± {self._short(self.spread)}" if self.spread is not None else ""
+        return f"{self._short(self.mean)}{beside}{' %' if self.style == 'percent' else ''}{self._some}"
+
+    def _short(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.style == "percent" else _short(value)
 
     @property
     def whole(self) -> bool:
         """Whether it is defined for every seed."""
-        return len(self.values) == self.seeds
+        return self.counted == self.seeds
 
     @property
     def _some(self) -> str:
-        return "" if self.whole else f" ({len(self.values)} of {self.seeds})"
+        return "" if self.whole else f" ({self.counted} of {self.seeds})"
 
 
 @dataclass(frozen=True)
@@ -74,8 +96,8 @@ class Table:
     question: Question
     columns: tuple[Column, ...]
     """Those of the question's columns that any cell has a figure for."""
-    definitions: tuple[str, ...]
-    """What each column is, from the figures themselves."""
+    definitions: tuple[tuple[str, ...], ...]
+    """What each column is, from the figures of all cells: one definition, or several where cells differ."""
     better: tuple[str, ...]
     rows: tuple[Row, ...]
 
@@ -89,13 +111,19 @@ class Table:
         return max(means) if direction == "high" else min(means)
 
     def csv(self) -> str:
-        """One line per row; mean, standard deviation and number of seeds of each figure."""
+        """One line per row; mean, standard deviation, lowest, highest and number of seeds of each figure."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        names = [f"{column.figure}{suffix}" for column in self.columns for suffix in ("", ".sd", ".seeds")]
+        names = [
+            f"{column.figure}{suffix}" for column in self.columns for suffix in ("", ".sd", ".low", ".high", ".seeds")
+        ]
         writer.writerow(["source", "backbone", "dataset", "variant", *names])
         for row in self.rows:
-            told = [part for place in row.places for part in (place.mean, place.spread, len(place.values))]
+            told = [
+                part
+                for place in row.places
+                for part in (place.mean, place.spread, place.low, place.high, place.counted)
+            ]
             writer.writerow([row.source, row.backbone, row.dataset, row.variant, *told])
         return out.getvalue()
 
@@ -132,43 +160,49 @@ def table(
         of_seeds: Figures of all seeds of a (source, variant) together.
     """
     grouped: dict[tuple[str, str], list[dict[str, Figure]]] = {}
-    seeds: dict[tuple[str, str], int] = {}
+    told: dict[str, list[tuple[str, Figure]]] = {}
     for cell in done:
         figures = {figure.name: figure for figure in evaluations[cell.name].figures()}
         figures |= {figure.name: figure for figure in derived.get(cell.name, ())}
-        key = (cell.source, cell.variant)
-        grouped.setdefault(key, []).append(figures)
-        seeds[key] = seeds.get(key, 0) + 1
-    for key, shared in of_seeds.items():
-        grouped[key].append({figure.name: figure for figure in shared})
-    known = {name: figure for group in grouped.values() for figures in group for name, figure in figures.items()}
-    columns = tuple(found for column in question.columns for found in column.found(known))
+        grouped.setdefault((cell.source, cell.variant), []).append(figures)
+        for name, figure in figures.items():
+            told.setdefault(name, []).append((cell.name, figure))
+    together = {key: {figure.name: figure for figure in shared} for key, shared in of_seeds.items()}
+    for (source, variant), figures in together.items():
+        for name, figure in figures.items():
+            told.setdefault(name, []).append((f"{source}/{variant}", figure))
+    columns = tuple(found for column in question.columns for found in column.found(told))
     if not columns:
         return None
     rows = []
     for (source, variant), group in grouped.items():
-        about = config.sources[source]
+        about, shared = config.sources[source], together.get((source, variant), {})
         places = tuple(
-            Place(
-                tuple(
-                    value
-                    for figures in group
-                    if column.figure in figures and (value := figures[column.figure].value) is not None
-                ),
-                known[column.figure].style,
-                # What is said of all seeds together is one value.
-                sum(column.figure in figures for figures in group),
-            )
+            _of_all(shared[column.figure], len(group)) if column.figure in shared else _by_seed(column.figure, group)
             for column in columns
         )
-        rows.append(Row(source, about.backbone, about.dataset, variant, seeds[source, variant], places))
+        rows.append(Row(source, about.backbone, about.dataset, variant, len(group), places))
     return Table(
         question,
         columns,
-        tuple(known[column.figure].definition for column in columns),
-        tuple(known[column.figure].better for column in columns),
+        tuple(merged((cell, figure.definition) for cell, figure in told[column.figure]) for column in columns),
+        tuple(told[column.figure][0][1].better for column in columns),
         tuple(rows),
     )
+
+
+def _of_all(figure: Figure, seeds: int) -> Place:
+    if figure.value is None:
+        return Place((), figure.style, seeds)
+    value = figure.value
+    low, high = (value if end is None else end for end in (figure.low, figure.high))
+    return Place((value,), figure.style, seeds, (low, high))
+
+
+def _by_seed(name: str, group: Sequence[Mapping[str, Figure]]) -> Place:
+    found = [figures[name] for figures in group if name in figures]
+    values = tuple(figure.value for figure in found if figure.value is not None)
+    return Place(values, found[0].style if found else "number", len(found))
 
 
 def _short(value: float) -> str:
