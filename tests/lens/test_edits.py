@@ -14,7 +14,7 @@ from torch import Tensor
 from families import CASES, backbone_for, pixels_for
 from tubelet_lens.edits.class_edits import change_rates, edit_classes
 from tubelet_lens.edits.classification import best_latents
-from tubelet_lens.edits.edit import Edit, LatentEdits, RandomDirection, undone
+from tubelet_lens.edits.edit import Edit, LatentEdits, RandomDirection
 from tubelet_lens.edits.operation import Amplify, SetTo, Suppress
 from tubelet_lens.edits.readout import LastTokenProbe, fit_probe, later_hooks
 from tubelet_lens.edits.region import Region, region_mask
@@ -353,4 +353,4 @@ def test_differences_do_not_go_through_the_mean() -> None:
         sae = sae_with(normal)
         rows = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
         wanted = normal.inverse(rows) - normal.inverse(torch.zeros(3, D))
-        torch.testing.assert_close(undone(sae, rows), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sae.normalisation.raw_difference(rows), wanted, rtol=1e-4, atol=1e-4)

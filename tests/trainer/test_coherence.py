@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from tubelet_trainer.source import Source
 from tubelet_trainer.windows import Windows
 
 D, F = 16, 48
+NO_DEAD = torch.zeros(F, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,15 +115,15 @@ def batch_of(store, kinds=(True, True), anchors=40, block_patches=12):
     return next(iter(loader))
 
 
-def make_sae(config):
-    sae = SAE(config, Normalisation.identity(D))
+def make_sae(config, mean=0.0):
+    sae = SAE(config, Normalisation(torch.full((D,), mean), torch.tensor(1.0)))
     with torch.no_grad():
         sae.W_enc.add_(0.1 * torch.randn(F, D, generator=torch.Generator().manual_seed(1)))
     return sae.train()
 
 
 def forward_of(sae, batch):
-    return Forward.of(sae, batch.tokens, torch.zeros(F, dtype=torch.bool), batch=batch, hook="h")
+    return Forward.of(sae, batch.tokens, NO_DEAD, batch=batch, hook="h")
 
 
 KINDS = [
@@ -193,15 +195,24 @@ def test_pre_reaches_latents_that_were_not_chosen_and_post_does_not(store):
         assert bool(sae.W_enc.grad[silent].abs().sum() > 0) == expected
 
 
-def test_smoothness_is_the_formula(store):
-    sae, batch = make_sae(KINDS[0]), batch_of(store)
-    forward = forward_of(sae, batch)
-    pairs = batch.temporal
-    x, y = batch.tokens[pairs.rows], pairs.hooks["h"]
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_smoothness_is_the_formula_of_raw_tokens_and_never_negative(store, mean):
+    """With centred tokens, or raw ones about the origin, a negative cosine would reward codes that lie far apart."""
+    sae, batch = make_sae(KINDS[0], mean), batch_of(store)
+    x, pairs = batch.tokens[batch.temporal.rows], batch.temporal
+    # Neighbours that point away from each other, where tokens lie about the origin.
+    y = torch.where(torch.arange(len(x))[:, None] % 3 == 0, -pairs.hooks["h"], pairs.hooks["h"])
+    pairs = replace(pairs, hooks={"h": y})
+    batch = replace(batch, temporal=pairs)
+    cosine = torch.nn.functional.cosine_similarity(x, y)
+    away = pairs.valid & (cosine < 0)
+    assert away.any()
     distance = (sae.encode(x) - sae.encode(y)).abs().sum(dim=1)
-    each = torch.nn.functional.cosine_similarity(x, y) * distance
-    found = Smoothness(1.0, ObjectiveConfig(codes="post"), F)(forward).loss
-    torch.testing.assert_close(found, each[pairs.valid].mean())
+    term = Smoothness(1.0, ObjectiveConfig(codes="post"), F)
+    found = term(Forward.of(sae, sae.normalisation(batch.tokens), NO_DEAD, batch=batch, hook="h")).loss
+    torch.testing.assert_close(found, (cosine.clamp_min(0) * distance)[pairs.valid].mean())
+    alone = replace(batch, temporal=replace(pairs, valid=away))
+    assert term(Forward.of(sae, sae.normalisation(batch.tokens), NO_DEAD, batch=alone, hook="h")).loss == 0
 
 
 def test_a_batch_of_one_clip_has_no_negatives(store):

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -167,6 +168,103 @@ def test_saelens_files_with_other_conventions_are_read(tmp_path):
     assert load_sae(import_sae(ImportConfig(path=tmp_path, out=tmp_path / "b"))).config.k == 3
 
 
+def unfolded(folder, kind, seed=0):
+    """What SAELens leaves of a training under way: weights for scaled or whitened tokens. And what it computes."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    t = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    folder.mkdir()
+    save_file(t, folder / "sae_weights.safetensors")
+    cfg = {"architecture": "topk", "d_in": D, "d_sae": F, "k": K, "normalize_activations": kind}
+    (folder / "cfg.json").write_text(json.dumps({**cfg, "apply_b_dec_to_input": seed == 0}))
+    mean, matrix = torch.zeros(D), torch.eye(D) * 0.37
+    if kind == "covariance_whitening":
+        mean, matrix = torch.randn(D, generator=generator), torch.eye(D) + 0.2 * torch.randn(D, D, generator=generator)
+        inverse = matrix.double().inverse().contiguous()
+        whitening = {"mean": mean.double(), "matrix": matrix.double(), "inverse_matrix": inverse}
+        save_file(whitening, folder / "activation_whitening.safetensors")
+    scaler = {"scaling_factor": None if kind == "covariance_whitening" else 0.37}
+    (folder / "activation_scaler.json").write_text(json.dumps({**scaler, "has_whitening": kind[0] == "c"}))
+
+    def run(x):
+        inner = (x - mean) @ matrix
+        pre = (inner - t["b_dec"] if seed == 0 else inner) @ t["W_enc"] + t["b_enc"]
+        top = pre.topk(K)
+        codes = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+        return codes, (codes @ t["W_dec"] + t["b_dec"]) @ matrix.inverse() + mean
+
+    return run
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["input bias", "no input bias"])
+@pytest.mark.parametrize("kind", ["expected_average_only_in", "covariance_whitening"])
+def test_what_saelens_has_not_folded_is_folded_here(kind, seed, tmp_path):
+    run = unfolded(tmp_path / "in", kind, seed)
+    back = load_sae(import_sae(ImportConfig(path=tmp_path / "in", out=tmp_path / "back")))
+    codes, recon = run(tokens())
+    torch.testing.assert_close(back.encode(tokens()), codes, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(back(tokens()), recon, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["expected_average_only_in", "covariance_whitening"])
+def test_what_saelens_has_not_folded_is_refused_without_its_numbers(kind, tmp_path):
+    unfolded(tmp_path / "in", kind)
+    scaler, config = (
+        tmp_path / "in" / "activation_scaler.json",
+        ImportConfig(path=tmp_path / "in", out=tmp_path / "back"),
+    )
+    for path in (tmp_path / "in").glob("activation_*"):
+        path.unlink()
+    with pytest.raises(TubeletError, match=f"'{kind}', which SAELens has not folded.*; there is no activation_"):
+        import_sae(config)
+    if kind == "expected_average_only_in":
+        for text, words in (
+            ('{"scaling_factor": null}', "None"),
+            ('{"scaling_factor": 0}', "0"),
+            ("{}", "cannot be read"),
+        ):
+            scaler.write_text(text)
+            with pytest.raises(TubeletError, match=words):
+                import_sae(config)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.skipif(SAELENS_PYTHON is None, reason="set TUBELET_SAELENS_PYTHON to a Python that has sae_lens")
+def test_our_folding_is_that_of_saelens(tmp_path):
+    code = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+torch.manual_seed(0)
+for kind in ("expected_average_only_in", "covariance_whitening"):
+    folder = Path(sys.argv[1]) / kind
+    sae = TopKSAE(TopKSAEConfig(d_in=12, d_sae=48, k=6, normalize_activations=kind))
+    with torch.no_grad():
+        sae.b_enc.normal_()
+        sae.b_dec.normal_()
+    sae.save_model(folder)
+    x = torch.randn(64, 12) * 3 + 2
+    scaler = ActivationScaler(scaling_factor=0.37 if kind[0] == "e" else None)
+    if kind[0] == "c":
+        matrix = torch.randn(12, 12, dtype=torch.float64)
+        scaler.whitening = ActivationWhitening(torch.randn(12, dtype=torch.float64), matrix, matrix.inverse())
+    scaler.save(str(folder / "activation_scaler.json"))
+    with torch.no_grad():
+        codes = sae.encode(scaler.scale(x))
+        recon = scaler.unscale(sae.decode(codes))
+    save_file({"x": x, "codes": codes.contiguous(), "recon": recon.contiguous()}, folder / "expected.safetensors")
+"""
+    done = subprocess.run([SAELENS_PYTHON, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in ("expected_average_only_in", "covariance_whitening"):
+        back = load_sae(import_sae(ImportConfig(path=tmp_path / kind, out=tmp_path / f"{kind}-back")))
+        want = load_file(tmp_path / kind / "expected.safetensors")
+        torch.testing.assert_close(back.encode(want["x"]), want["codes"], atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(back(want["x"]), want["recon"], atol=2e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -224,6 +322,39 @@ def test_saev_checkpoints_of_every_age_are_read(version, tmp_path):
     back = load_sae(import_sae(ImportConfig(path=path, out=tmp_path / "back", format="saev")))
     torch.testing.assert_close(back.encode(tokens()), codes, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(back(tokens()), codes @ t["W_dec"] + t["b_dec"], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("version", ["subtracted", "kept"])
+@pytest.mark.parametrize("file", ["mean.npy", "mean.pt"])
+def test_what_saev_did_to_its_tokens_is_folded_in(version, file, tmp_path):
+    t, mean = saev_weights(), torch.linspace(-3, 5, D)
+    inner = (tokens() - mean) / 1.7
+    codes = ((inner - t["b_dec"] if version == "subtracted" else inner) @ t["W_enc"] + t["b_enc"]).relu()
+    path = saev_file(tmp_path / "sae.pt", {"d_vit": D}, t)
+    np.save(tmp_path / file, mean.numpy()) if file == "mean.npy" else torch.save(mean[None], tmp_path / file)
+    config = ImportConfig(
+        path=path, out=tmp_path / "back", format="saev", input_bias=version, mean=tmp_path / file, scale=1.7
+    )
+    back = load_sae(import_sae(config))
+    torch.testing.assert_close(back.encode(tokens()), codes, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(back(tokens()), (codes @ t["W_dec"] + t["b_dec"]) * 1.7 + mean, atol=1e-3, rtol=1e-4)
+    assert load_record(tmp_path / "back").provenance["imported"]["scale"] == 1.7
+
+
+def test_a_mean_that_does_not_fit_is_refused(tmp_path, capsys):
+    path = saev_file(tmp_path / "sae.pt", {"d_vit": D}, saev_weights())
+    np.save(tmp_path / "short.npy", np.zeros(D - 1))
+    np.save(tmp_path / "nan.npy", np.full(D, np.nan))
+    (tmp_path / "text.npy").write_text("0")
+    torch.save({"mean": Bomb()}, tmp_path / "bomb.pt")
+    for name, words in [
+        ("short.npy", r"shape \[11\], not 12"), ("nan.npy", "not 12 finite"), ("text.npy", "cannot be read"),
+        ("bomb.pt", "cannot be read"), ("none.npy", "No file"),
+    ]:  # fmt: skip
+        with pytest.raises(TubeletError, match=words):
+            import_sae(ImportConfig(path=path, out=tmp_path / "back", format="saev", mean=tmp_path / name))
+    assert main(["import", str(tmp_path), "--out", str(tmp_path / "x"), "--scale", "2"]) == 2
+    assert "Field 'scale'" in capsys.readouterr().err
 
 
 class Bomb:

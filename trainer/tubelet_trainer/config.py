@@ -161,9 +161,9 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: CUDA if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the encoder's product while training, so that codes are rounded to it, and of the decoder's product where codes
-    are dense; weights, losses and the optimiser stay float32. Kind jumprelu encodes in float32 all the same: its
-    thresholds learn from differences that bfloat16 cannot tell apart."""
+    """Of the matrix products while training: the encoder's, so that codes are rounded to it, the decoder's where codes
+    are dense, the objective's. Weights, sums and the optimiser stay float32. Kind jumprelu encodes in float32 all the
+    same: its thresholds learn from differences that bfloat16 cannot tell apart."""
     compile: bool = False
     """Compile losses and gradients with torch.compile: a minute at the start, fewer passes over memory afterwards. On a
     CPU it does not pay."""

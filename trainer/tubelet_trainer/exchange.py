@@ -44,7 +44,7 @@ class ImportConfig(Config):
     """saev: file with the mean that its loader subtracted from the tokens (scale_mean), a vector: .npy or a torch file.
     None: none was."""
     scale: float | None = Field(default=None, gt=0)
-    """saev: the number that its loader then divided them by (scale_norm: their mean norm / sqrt(channels)). None: none."""
+    """saev: the number that its loader then divided them by (scale_norm): their mean norm / sqrt(channels). None: 1."""
 
     @model_validator(mode="after")
     def _of_saev(self) -> ImportConfig:

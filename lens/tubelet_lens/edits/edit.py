@@ -71,7 +71,7 @@ class LatentEdits:
         self._column = {latent: place for place, latent in enumerate(self.latents)}
         self._index = torch.tensor(self.latents, dtype=torch.int64, device=device)
         self._largest = {j: 0.0 if largest_F is None else float(largest_F[j]) for j in self.latents}
-        self._directions_ED = undone(sae, sae.W_dec[self._index].float())
+        self._directions_ED = sae.normalisation.raw_difference(sae.W_dec[self._index].float())
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """New tokens [B, T', S, D] in the precision of `tokens`."""
@@ -112,12 +112,6 @@ class LatentEdits:
                 new_TS = torch.where(edit.mask_TS.to(f_TS.device), new_TS, f_TS)
             codes_TSE[..., column] = new_TS
         return codes_TSE
-
-
-def undone(sae: SAE, rows_ND: Tensor) -> Tensor:
-    """Differences of normalised tokens [N, D] as differences of raw tokens: without the mean, which cancels."""
-    normalisation = sae.normalisation
-    return rows_ND * normalisation.scale if normalisation.unwhiten is None else rows_ND @ normalisation.unwhiten
 
 
 class RandomDirection:

@@ -255,11 +255,11 @@ class JumpReLUConfig(_PenalisedConfig):
 
     Bandwidth and first threshold count in standard deviations of a channel (root mean square, after normalisation): how
     far the pre-activation of a direction of length 1 spreads, whatever the number of channels. [RECON] The paper's 1e-3
-    belongs to tokens of mean squared norm 1; here it is 1e-3 sqrt(D), 0.06 for 3584 channels. Thresholds are exponentials
-    of what Adam moves, by at most the learning rate per step, so a short run that starts so low does not arrive. After
-    3000 steps of 2048 latents for 256 channels, target_l0 16, with bandwidth = first threshold: L0 267 from 0.016, 47
-    from 0.06 (the weight at its limit), 13.5 from 0.3 (there for 1000 steps), 13.2 from 1 (never near it). 96 latents for
-    12 channels, target_l0 4: L0 19 from 0.001, 4.1 or 4.2 from 0.03 to 1.
+    belongs to tokens of mean squared norm 1; here it is 1e-3 sqrt(D), 0.06 for 3584 channels. What Adam moves, by at
+    most the learning rate per step, is the logarithm of a threshold, so a short run that starts so low does not arrive.
+    After 3000 steps of 2048 latents for 256 channels, target_l0 16, with bandwidth and first threshold alike: L0 47
+    from 0.06 (the weight at its limit), 13.5 from 0.3 (there for 1000 steps), 13.2 from 1 (never near it). 96 latents
+    for 12 channels, target_l0 4: L0 4.1 or 4.2 from 0.03, 0.1, 0.3 and 1.
     """
 
     kind: Literal["jumprelu"] = "jumprelu"

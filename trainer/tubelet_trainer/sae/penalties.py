@@ -28,8 +28,8 @@ from tubelet_trainer.sae.sparsifiers import Choice, JumpReLU
 # way, 0.03 300; at full size L0 answers more slowly, so not the fastest.
 _STEERING_RATE = 0.01
 
-# Steering multiplies or divides the weight by at most this. [RECON] With the default weights an active latent then costs
-# as much as all the variance there is to explain, or nothing: going on would change nothing but the way back.
+# Steering multiplies or divides the weight by at most this. [RECON] From the default weights an active latent then
+# costs as much as all the variance there is to explain, or nothing: going on would only lengthen the way back.
 STEERING_RANGE = 1000.0
 _MOST_LOG_GAIN = math.log(STEERING_RANGE)
 

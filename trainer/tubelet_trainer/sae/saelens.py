@@ -186,7 +186,7 @@ def _scaling_factor(path: Path) -> float:
 
 def _unfolded(folder: Path, kind: str, why: str) -> TubeletError:
     return TubeletError(
-        f"{folder / CONFIG}: normalize_activations is '{kind}', which SAELens has not folded into the weights, and {why}",
+        f"{folder / CONFIG}: normalize_activations is '{kind}', which SAELens has not folded into the weights; {why}",
         "Import the SAE that SAELens saved when its training ended, or a checkpoint with all its files",
     )
 
