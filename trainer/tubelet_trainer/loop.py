@@ -236,13 +236,13 @@ def _read(
 def _evaluate(run: Run, step: int, logs: _Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
     if run.heldout is None:
         return {}
-    held = {member.name: run.evaluate(member, run.heldout) for member in run.sound}
-    logs.write("eval", step, held)
-    for name, line in held.items():
+    figures = {member.name: run.evaluate(member, run.heldout) for member in run.sound}
+    logs.write("eval", step, figures)
+    for name, line in figures.items():
         dead = f"dead {line['dead']:.1%} over {line['tokens']:,} tokens"
         label = f" {name}" if name else ""
         report.note(f"step {step}:{label} held-out FVU {line['fvu']:.4f}  L0 {line['l0']:.1f}  {dead}")
-    return held
+    return figures
 
 
 def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> None:
