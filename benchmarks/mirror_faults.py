@@ -125,7 +125,7 @@ def train_through_faults(folder: Path, proxy: FaultyProxy, local: Store, budget:
 
 
 def run() -> int:
-    """The campaign; 0 if nothing wrong came through."""
+    """The campaign; 0 if every process read, and nothing wrong came through."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--faults", type=int, default=1000)
@@ -170,13 +170,14 @@ def run() -> int:
             # A kill may have cut the last line short.
             lines = [line for log in logs for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             outcomes = Counter(line.split(":")[0].split()[0] for line in lines)
+            idle = sum("right\n" not in log.read_text() for log in logs)
             faults = Counter(proxy.faults)
             wrong_files = wrong_in(folder / "m")
             reading_s = time.monotonic() - start
             ended, right, most_training = train_through_faults(folder, proxy, local, budget)
             wrong_files += wrong_in(folder / "trainers")
             training_faults = proxy.faults.total() - faults.total()
-    text = table(faults, outcomes, most, budget, crashed, wrong_files, reading_s)
+    text = table(faults, outcomes, most, budget, crashed, idle, wrong_files, reading_s)
     text += "\n".join(
         [
             "",
@@ -192,7 +193,7 @@ def run() -> int:
     print(text, end="")
     if given.out is not None:
         given.out.write_text(text)
-    bad = outcomes["WRONG"] + outcomes["unnamed"] + crashed + wrong_files + (max(most, most_training) > budget)
+    bad = outcomes["WRONG"] + outcomes["unnamed"] + crashed + idle + wrong_files + (max(most, most_training) > budget)
     bad += PROCESSES - right
     return 1 if bad or faults.total() < given.faults else 0
 
@@ -203,7 +204,14 @@ def wrong_in(folder: Path) -> int:
 
 
 def table(
-    faults: Counter[str], outcomes: Counter[str], most: int, budget: int, crashed: int, wrong_files: int, wall_s: float
+    faults: Counter[str],
+    outcomes: Counter[str],
+    most: int,
+    budget: int,
+    crashed: int,
+    idle: int,
+    wrong_files: int,
+    wall_s: float,
 ) -> str:
     """The result as text."""
     lines = [
@@ -218,6 +226,7 @@ def table(
         f"{'reads that failed, naming the object':<46}{outcomes['named']:>8}",
         f"{'reads that failed otherwise':<46}{outcomes['unnamed']:>8}",
         f"{'processes that crashed':<46}{crashed:>8}",
+        f"{'processes that mapped none':<46}{idle:>8}",
         f"{'files kept with wrong bytes':<46}{wrong_files:>8}",
         f"{'most bytes held / budget':<46}{most / budget:>8.3f}",
     ]

@@ -40,6 +40,8 @@ from tubelet_pipeline.shard_task import ShardReport, report
 from tubelet_store import ClipOutcome, StoreWriter
 
 _WORKERS = 2
+# As docs/clusters.md starts workers.
+_SHARDS_AT_A_TIME = 2
 # Each worker's first shards hold its imports.
 _WARM_SHARDS = 5 * _WORKERS
 _FILES_PER_FOLDER = 1000
@@ -84,7 +86,7 @@ def cluster(folder: Path) -> Iterator[tuple[Path, Meter]]:
     options = ["--scheduler-file", str(file), "--no-dashboard"]
     kinds = [
         ["scheduler", "--port", "0", *options],
-        *[["worker", "--nthreads", "1", "--no-nanny", *options]] * _WORKERS,
+        *[["worker", "--nthreads", str(_SHARDS_AT_A_TIME), "--no-nanny", *options]] * _WORKERS,
     ]
     with (folder / "dask.log").open("wb") as log, contextlib.ExitStack() as stack:
         processes = []

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import boto3
+import pytest
 from moto.server import ThreadedMotoServer
 
 
@@ -34,6 +35,12 @@ def s3_environment(endpoint: str) -> dict[str, str]:
         "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
         "AWS_CONFIG_FILE": "/nonexistent",
     }
+
+
+def lead_to(endpoint: str, patch: pytest.MonkeyPatch) -> None:
+    """Give this process that environment, until `patch` is undone."""
+    for name, value in s3_environment(endpoint).items():
+        patch.setenv(name, value)
 
 
 def create_bucket(endpoint: str, name: str) -> None:

@@ -26,7 +26,7 @@ class FrameChoice:
 
 
 def dense_frames(
-    video_frames: int, *, frames: int, stride: int, clips: int, view: int, first: int = 0, more: int = 0
+    video_frames: int, *, frames: int, stride: int, clips: int, view: int, first: int, more: int
 ) -> FrameChoice:
     """`frames` frames, `stride` apart: `min(start + i * stride, n - 1)`.
 
@@ -43,9 +43,7 @@ def dense_frames(
     return FrameChoice(np.minimum(wanted, video_frames - 1), int((wanted >= video_frames).sum()))
 
 
-def uniform_frames(
-    video_frames: int, *, frames: int, clips: int, view: int, first: int = 0, more: int = 0
-) -> FrameChoice:
+def uniform_frames(video_frames: int, *, frames: int, clips: int, view: int, first: int, more: int) -> FrameChoice:
     """One frame from each of `frames` equal bins: `floor((i + (v + 1/2) / V) * n / T)`.
 
     One view takes the bin centres (TSN's test sampling). A video with fewer frames than bins repeats frames; `padded`

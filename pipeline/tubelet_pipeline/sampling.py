@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tubelet_pipeline.frames import FrameChoice, chosen_frames
 from tubelet_store.config import Config
 
 
@@ -39,19 +38,6 @@ class UniformSampling(Config):
 
 
 Sampling = Annotated[DenseSampling | UniformSampling, Field(discriminator="kind")]
-
-
-def choose_frames(
-    sampling: DenseSampling | UniformSampling, video_frames: int, view: int, first: int = 0, more: int = 0
-) -> FrameChoice:
-    """Frames of temporal view `view` of a video with `video_frames` frames.
-
-    With `more`, of `sampling.frames + more` frames those from `first` on.
-
-    Raises:
-        ValueError: the video has no frames, `view` is not in range(sampling.clips), or `first` not in range(more + 1).
-    """
-    return chosen_frames(sampling.model_dump(), video_frames, view, first, more)
 
 
 _FORMULAS = {

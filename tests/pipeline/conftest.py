@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from families import backbone_for
 from processes import run_tubelet
+from tubelet_pipeline.backbones import Backbone
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.synthetic.config import VideosConfig
 from tubelet_pipeline.synthetic.dataset import make_dataset
@@ -32,6 +36,18 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VideoMAE of two small layers with random weights."""
     folder = tmp_path_factory.mktemp("backbone") / "tiny-videomae"
     return write_tiny_videomae(folder, image_size=32, patch_size=8, frames=8, hidden=32, layers=2)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `backbone_of` writes its checkpoints."""
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture(scope="module")
+def backbone_of(root: Path) -> Callable[[str], Backbone]:
+    """Loads the tiny backbone of a case of `families.CASES`, once."""
+    return functools.cache(functools.partial(backbone_for, root=root))
 
 
 @pytest.fixture

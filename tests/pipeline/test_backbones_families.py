@@ -12,28 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from families import CASES, IMAGE, LAYERS, WIDE, backbone_for, pixels_for
+from families import CASES, IMAGE, LAYERS, WIDE, pixels_for
 from tubelet_pipeline.backbones import FAMILIES, Backbone, BackboneConfig, load_backbone
 from tubelet_pipeline.backbones.tiny import save_random, write_processor
 from tubelet_pipeline.preprocess import Preprocessing
 from tubelet_store.errors import TubeletError
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("families")
-
-
-@pytest.fixture(scope="module")
-def backbone_of(root: Path) -> Callable[[str], Backbone]:
-    loaded: dict[str, Backbone] = {}
-
-    def get(case: str) -> Backbone:
-        if case not in loaded:
-            loaded[case] = backbone_for(case, root)
-        return loaded[case]
-
-    return get
 
 
 def test_every_family_is_tried() -> None:

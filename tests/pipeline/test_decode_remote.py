@@ -11,7 +11,7 @@ import pytest
 
 import barcode
 from faulty_proxy import FaultyProxy, faulty_proxy
-from object_server import create_bucket, s3_environment, s3_server
+from object_server import create_bucket, lead_to, s3_server
 from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
@@ -39,8 +39,7 @@ def storage(barcode_clips) -> Iterator[tuple[FaultyProxy, str]]:
 @pytest.fixture
 def decode(storage, monkeypatch):
     _, address = storage
-    for name, value in s3_environment(address).items():
-        monkeypatch.setenv(name, value)
+    lead_to(address, monkeypatch)
 
     def decode(key: str) -> DecodedClip | DecodeFailure:
         with DecodePool(DecodeConfig(processes=1, memory_mb=LIMIT_MB)) as pool:

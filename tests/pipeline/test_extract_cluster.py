@@ -21,7 +21,7 @@ from distributed import Client
 from test_extract import PATIENT_S, commits, content, wait_for_commits
 
 from faulty_proxy import FaultyProxy, faulty_proxy
-from object_server import create_bucket, s3_environment, s3_server
+from object_server import create_bucket, lead_to, s3_environment, s3_server
 from processes import run_tubelet, start_tubelet
 from tubelet_pipeline import extract as extract_module
 from tubelet_pipeline.extract import extract
@@ -43,8 +43,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A proxy before an S3 server; the environment leads to it."""
     with s3_server() as server, faulty_proxy(server) as (proxy, endpoint):
         create_bucket(server, "bucket")
-        for name, value in s3_environment(endpoint).items():
-            monkeypatch.setenv(name, value)
+        lead_to(endpoint, monkeypatch)
         yield proxy
 
 

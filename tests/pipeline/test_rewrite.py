@@ -9,27 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from families import CASES, backbone_for, pixels_for, write_checkpoint
+from families import CASES, pixels_for, write_checkpoint
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone, rewriting
 from tubelet_pipeline.backbones.classifier import Classifier, has_classifier
 from tubelet_store.errors import TubeletError
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("families")
-
-
-@pytest.fixture(scope="module")
-def backbone_of(root: Path) -> Callable[[str], Backbone]:
-    loaded: dict[str, Backbone] = {}
-
-    def get(case: str) -> Backbone:
-        if case not in loaded:
-            loaded[case] = backbone_for(case, root)
-        return loaded[case]
-
-    return get
 
 
 def outputs_of(backbone: Backbone, hook: str) -> list[Any]:

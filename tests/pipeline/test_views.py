@@ -15,9 +15,10 @@ from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
 from tubelet_pipeline.clips import build_clip_table
 from tubelet_pipeline.clips.dataset import Folder
 from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.frames import chosen_frames
 from tubelet_pipeline.planning import make_plan
 from tubelet_pipeline.preprocess import Preprocessing
-from tubelet_pipeline.sampling import DenseSampling, UniformSampling, choose_frames
+from tubelet_pipeline.sampling import DenseSampling, UniformSampling
 from tubelet_pipeline.views import CentreView, ShiftedViews, ThreeCrops, clip_request, locate, place, views_per_window
 from tubelet_store import TubeletError, open_store
 from tubelet_store.config import validate
@@ -79,7 +80,8 @@ def test_shifted_windows_take_the_same_frames_where_they_overlap(frames, stride,
         chosen = []
         for number in (2 * window, 2 * window + 1):
             request = clip_request("x", sampling, views, locate(views, number), tubelet_frames=2)
-            chosen.append(choose_frames(request.sampling, video, request.view, request.first, request.more))
+            rule = request.sampling.model_dump(mode="json")
+            chosen.append(chosen_frames(rule, video, request.view, request.first, request.more))
         there, shifted = (choice.indices for choice in chosen)
         assert len(there) == len(shifted) == frames
         by = 2 * tubelets

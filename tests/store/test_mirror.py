@@ -18,12 +18,12 @@ import fsspec.config
 import numpy as np
 import pytest
 
-from object_server import create_bucket, s3_environment, s3_server
-from stores import make_plan, make_store
+from object_server import create_bucket, lead_to, s3_server
+from stores import make_plan, make_store, upload
 from tubelet_store import Store, TubeletError, open_store
 from tubelet_store.cli import main
 from tubelet_store.mirror import Mirror, MirrorConfig
-from tubelet_store.objects import LocalRoot, open_root
+from tubelet_store.objects import open_root
 from tubelet_store.transport import FsspecTransport, ObstoreTransport, Patience, open_transport
 
 PLAN = make_plan(clips=38, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 8, "g": 4})
@@ -36,13 +36,6 @@ def local(tmp_path_factory) -> Store:
     return make_store(tmp_path_factory.mktemp("local") / "s.zarr", PLAN, failed=(5,))
 
 
-def upload(local: Store, url: str) -> str:
-    root = open_root(url)
-    for key in LocalRoot(Path(local.url)).list_keys():
-        root.replace(key, local.root.read(key))
-    return url
-
-
 @pytest.fixture
 def url(local) -> str:
     return upload(local, f"memory://{uuid.uuid4().hex}/s.zarr")
@@ -51,8 +44,7 @@ def url(local) -> str:
 @pytest.fixture(scope="module")
 def endpoint():
     with s3_server() as endpoint, pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_environment(endpoint).items():
-            patch.setenv(name, value)
+        lead_to(endpoint, patch)
         create_bucket(endpoint, "bucket")
         yield endpoint
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from stores import make_plan, make_store
+from stores import make_plan, make_store, upload
 from tubelet_store import Store, TubeletError, open_store
 from tubelet_store.cache import cache_folder
 from tubelet_store.mirror import MirrorConfig
-from tubelet_store.objects import LocalRoot, open_root
 
 PLAN = make_plan(clips=8, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 512})
 CLIP = 12 * 512 * 2
@@ -29,10 +28,7 @@ def local(tmp_path_factory) -> Store:
 
 @pytest.fixture
 def url(local) -> str:
-    root = open_root(f"memory://{uuid.uuid4().hex}/s.zarr")
-    for key in LocalRoot(Path(local.url)).list_keys():
-        root.replace(key, local.root.read(key))
-    return root.url
+    return upload(local, f"memory://{uuid.uuid4().hex}/s.zarr")
 
 
 def shards(folder: Path) -> list[Path]:

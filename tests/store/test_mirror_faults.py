@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
+import boto3
 import numpy as np
 import pytest
 
 from faulty_proxy import KINDS, faulty_proxy
-from object_server import create_bucket, s3_environment, s3_server
-from stores import make_plan, make_store
+from object_server import create_bucket, lead_to, s3_server
+from stores import make_plan, make_store, upload
 from tubelet_store import Store, TubeletError, open_store
 from tubelet_store.errors import StoreUnreachable
 from tubelet_store.mirror import MirrorConfig
-from tubelet_store.objects import LocalRoot, open_root
 from tubelet_store.transport import NoAccess, Patience, open_transport
 
 PLAN = make_plan(clips=40, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 8})
@@ -32,13 +33,10 @@ def proxy(local):
         faulty_proxy(server, stall_s=1.5) as (proxy, url),
         pytest.MonkeyPatch.context() as patch,
     ):
-        for name, value in s3_environment(url).items():
-            patch.setenv(name, value)
+        lead_to(url, patch)
         patch.setattr("tubelet_store.transport.transport._FIRST_WAIT_S", 0.001)
         create_bucket(server, "bucket")
-        root = open_root("s3://bucket/s.zarr")
-        for key in LocalRoot(root_path := local.root.directory).list_keys():
-            root.replace(key, (root_path / key).read_bytes())
+        upload(local, "s3://bucket/s.zarr")
         yield proxy
 
 
@@ -132,6 +130,37 @@ def test_the_small_objects_are_checked_too(proxy, local, tmp_path):
         assert np.array_equal(mean, local.moments("h").mean)
     assert opened >= 8
     assert proxy.faults["flip"] > 5
+
+
+@pytest.fixture
+def put(proxy, monkeypatch):
+    """Replaces s3://bucket/replaced, past the proxy; obstore reads it in parts of 1000 bytes."""
+    monkeypatch.setattr("tubelet_store.transport.obstore_client._READ_BYTES", 1000)
+    client = boto3.client("s3", endpoint_url=f"http://{proxy.upstream}")
+    return lambda data: client.put_object(Bucket="bucket", Key="replaced", Body=data)
+
+
+@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
+@pytest.mark.parametrize(("before", "after"), [(900, 1300), (1300, 900), (2500, 2600), (2600, 2500), (2500, 2500)])
+def test_an_object_that_is_replaced_while_it_is_read_is_one_of_the_two_whole(proxy, put, before, after, transport):
+    client = open_transport("s3://bucket", transport)
+    old, new = b"o" * before, b"n" * after
+    outcomes = []
+    for moment in range(8):
+        put(old)
+        requests = itertools.count()
+        proxy.only = lambda path, at=moment, requests=requests: next(requests) == at and bool(put(new)) and False
+        outcomes.append(client.read("replaced"))
+    assert set(outcomes) == {old, new}
+
+
+def test_an_object_that_is_replaced_again_and_again_is_named(proxy, put):
+    client = open_transport("s3://bucket", "obstore", Patience(attempts=3))
+    put(b"0" * 2500)
+    requests = itertools.count(1)
+    proxy.only = lambda path: bool(put(str(next(requests)).encode() * 2500)) and False
+    with pytest.raises(StoreUnreachable, match=r"s3://bucket/replaced cannot be reached \(3 attempts\): it was repl"):
+        client.read("replaced")
 
 
 def test_credentials_renewed_while_reading_are_used(proxy, monkeypatch):

@@ -7,41 +7,31 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 
-import boto3
 import numpy as np
 import pytest
 import s3fs
 import scripted
 import zarr
-from moto.server import ThreadedMotoServer
 
+from object_server import create_bucket, lead_to, s3_environment, s3_server
 from tubelet_store import StoreWriter, TubeletError, open_store
 from tubelet_store.cli import main
 from tubelet_store.objects import LocalRoot, ObjectRoot, RemoteRoot, open_root
 from tubelet_store.verify import orphans, verify
 
-SECRET = "a-secret-that-must-not-travel"
+SECRET = s3_environment("")["AWS_SECRET_ACCESS_KEY"]
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
-def credentials(endpoint, monkeypatch, tmp_path) -> Iterator[str]:
+def credentials(endpoint, monkeypatch) -> Iterator[str]:
     """Environment of a process that may use the server; gives its endpoint."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    lead_to(endpoint, monkeypatch)
     s3fs.S3FileSystem.clear_instance_cache()
     yield endpoint
     s3fs.S3FileSystem.clear_instance_cache()
@@ -50,7 +40,7 @@ def credentials(endpoint, monkeypatch, tmp_path) -> Iterator[str]:
 @pytest.fixture
 def bucket(credentials) -> str:
     name = f"bucket-{uuid.uuid4().hex[:8]}"
-    boto3.client("s3").create_bucket(Bucket=name)
+    create_bucket(credentials, name)
     return name
 
 

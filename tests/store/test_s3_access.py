@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from faulty_proxy import faulty_proxy
-from object_server import create_bucket, s3_environment, s3_server
-from stores import make_plan, make_store
+from object_server import create_bucket, lead_to, s3_server
+from stores import make_plan, make_store, upload
 from tubelet_store import Store, TubeletError, open_store
 from tubelet_store.catalog import Catalog
 from tubelet_store.cli import main
@@ -34,12 +34,9 @@ def local(tmp_path_factory) -> Store:
 def public(local, monkeypatch) -> Iterator[str]:
     """A store that everybody may read, behind a door that refuses signatures; this process has no credentials."""
     with s3_server() as server, faulty_proxy(server) as (proxy, endpoint):
-        for name, value in s3_environment(endpoint).items():
-            monkeypatch.setenv(name, value)
+        lead_to(endpoint, monkeypatch)
         create_bucket(server, "public")
-        root = open_root(f"s3://public/{uuid.uuid4().hex}.zarr")
-        for key in LocalRoot(Path(local.url)).list_keys():
-            root.replace(key, local.root.read(key))
+        root = open_root(upload(local, f"s3://public/{uuid.uuid4().hex}.zarr"))
         client = boto3.client("s3", endpoint_url=server)
         client.put_bucket_acl(Bucket="public", ACL="public-read")
         for key in LocalRoot(Path(local.url)).list_keys():

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from tubelet_store.config import Config, dump_yaml, load_config
+from tubelet_store.config import Config, dump_yaml, load_config, misfit
 from tubelet_store.errors import TubeletError
 
 
@@ -16,6 +16,15 @@ class TopK(Config):
     kind: Literal["topk"] = "topk"
     k: int = 32
     """Features per token."""
+    most: int = 64
+
+    @model_validator(mode="after")
+    def _fits(self) -> TopK:
+        if self.k > self.most:
+            raise misfit("k", f"{self.k} is more than {self.most}")
+        if self.k == self.most:
+            raise ValueError("k is most")
+        return self
 
 
 class Relu(Config):
@@ -66,6 +75,13 @@ def refused(tree: dict[str, Any]) -> str:
         ({}, ["Field 'name' is missing", "--name"]),
         ({"name": "a", "data.stride": "many"}, ["'data.stride'", "integer", "'many'"]),
         ({"name": "a", "data.stride": "0"}, ["'data.stride'", "greater than or equal to 1"]),
+        ({"name": "a", "sparsifier.kind": "topk", "sparsifier.k": "65"}, ["Field 'sparsifier.k'", "(given: 65)"]),
+        (
+            {"name": "a", "sparsifier.kind": "topk", "sparsifier.most": "9"},
+            ["Field 'sparsifier.k'", "32 is more than 9."],
+        ),
+        ({"name": "a", "sparsifier.kind": "topk", "sparsifier.k": "64"}, ["Field 'sparsifier' in", "k is most"]),
+        ({"name": "a", "sparsifier.kind": "topk", "sparsifier.topk": "1"}, ["Unknown field 'sparsifier.topk'"]),
         ({"name": "a", "sparsifier.kind": "top"}, ["'sparsifier'", "'topk', 'relu'"]),
         ({"name": "a", "sparsifier.kind": "topk", "sparsifier.k": "x"}, ["Field 'sparsifier.k'"]),
         ({"name": "a", "hooks": "[{stride: 0}]"}, ["'hooks.0.stride'"]),
@@ -88,12 +104,30 @@ def test_overrides_go_over_the_file_field_by_field(tmp_path):
     assert job.sparsifier == Relu(l1=2.0)
 
 
-@pytest.mark.parametrize(("text", "hooks"), [("blocks.6", ("blocks.6",)), ("[a, b]", ("a", "b"))])
-def test_a_list_of_one_needs_no_brackets(text, hooks):
-    class Chosen(Config):
-        hooks: tuple[str, ...] = ()
+class Chosen(Config):
+    hooks: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    mixed: tuple[str | int, ...] = ()
+    named: dict[str, str] = Field(default_factory=dict)
 
+
+@pytest.mark.parametrize(("text", "hooks"), [("blocks.6", ("blocks.6",)), ("[a, b]", ("a", "b")), ("7", ("7",))])
+def test_a_list_of_one_needs_no_brackets(text, hooks):
     assert load_config(Chosen, None, {"hooks": text}).hooks == hooks
+
+
+def test_in_a_list_of_texts_too_the_letters_count_and_elsewhere_the_numbers():
+    for letters in ("007", "no", "1e3", "2026-11-21"):
+        assert load_config(Chosen, None, {"hooks": letters}).hooks == (letters,)
+        assert load_config(Chosen, None, {"hooks": f"[a, {letters}]"}).hooks == ("a", letters)
+        assert load_config(Chosen, None, {"named": f"{{a: {letters}, b: x}}"}).named == {"a": letters, "b": "x"}
+    chosen = load_config(Chosen, None, {"layers": "7", "mixed": "[7, '7', a]", "hooks": "7"})
+    assert (chosen.layers, chosen.mixed, chosen.hooks) == ((7,), (7, "7", "a"), ("7",))
+    for wrong in ("[[7]]", "[a, {b: 7}]"):
+        with pytest.raises(TubeletError, match="Field 'hooks"):
+            load_config(Chosen, None, {"hooks": wrong})
+    with pytest.raises(TubeletError, match="Field 'named"):
+        load_config(Chosen, None, {"named": "{7: a}"})
 
 
 @pytest.mark.parametrize("text", ["007", "no", "1e3", "2026-11-21", "[a"])

@@ -14,7 +14,7 @@ import pytest
 import scripted
 
 from faulty_proxy import WRITE_KINDS, FaultyProxy, faulty_proxy
-from object_server import create_bucket, s3_environment, s3_server
+from object_server import create_bucket, lead_to, s3_server
 from tubelet_store import ClipOutcome, StoreWriter, TubeletError, open_store, upload
 from tubelet_store.errors import StoreUnreachable
 from tubelet_store.finished_shard import FinishedShard
@@ -30,8 +30,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A proxy before an S3 server; the environment leads to it."""
     with s3_server() as server, faulty_proxy(server, seed=1, stall_s=0.05) as (proxy, endpoint):
         create_bucket(server, "bucket")
-        for name, value in s3_environment(endpoint).items():
-            monkeypatch.setenv(name, value)
+        lead_to(endpoint, monkeypatch)
         yield proxy
 
 

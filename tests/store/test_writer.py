@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -238,3 +241,28 @@ def test_tables_of_an_older_tubelet_lack_columns_and_still_read(tmp_path):
     assert store.kept_patches is None
     planned = StoreWriter.attach(str(path), store.plan.digest).planned_clips()
     assert planned.schema.equals(PLANNED)
+
+
+PARQUET = """
+import psutil
+from stores import planned_table
+from tubelet_store.clips import from_parquet, to_parquet
+
+from_parquet(to_parquet(planned_table(10)))
+table = planned_table(100_000)
+before = psutil.Process().memory_info().rss
+to_parquet(table)
+print((psutil.Process().memory_info().rss - before) / table.nbytes)
+"""
+
+
+def test_a_table_that_was_written_leaves_no_memory_behind():
+    folder = str(Path(__file__).parents[1])
+    ran = subprocess.run(
+        [sys.executable, "-c", PARQUET],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": folder},
+    )
+    assert float(ran.stdout) < 0.5

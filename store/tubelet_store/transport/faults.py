@@ -23,11 +23,18 @@ _NO_CREDENTIALS = {
     *("SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError", "NoAuthTokenError"),
 }
 # What these packages raise without a code is a request that did not get through.
-_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "http", "obstore", "ssl", "urllib3")
+_CLIENTS = {
+    *("aiobotocore", "aiohttp", "botocore", "http", "httpcore", "httpx", "httpx2", "huggingface_hub", "obstore"),
+    *("requests", "ssl", "urllib3"),
+}
 
 
 class ShortRead(Exception):
     """Fewer bytes came than were asked for."""
+
+
+class Replaced(Exception):
+    """Another object took the name of the one that was being read in parts."""
 
 
 def fault_of(error: BaseException) -> Fault:
@@ -39,6 +46,8 @@ def fault_of(error: BaseException) -> Fault:
         if isinstance(response, dict):
             codes.add(str(response.get("Error", {}).get("Code")))
             codes.add(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode")))
+        elif response is not None:
+            codes.add(str(getattr(response, "status_code", None)))
         elif type(each).__module__.startswith("obstore"):
             # obstore puts the answer into its message.
             codes |= set(re.findall(r"<Code>(\w+)</Code>", str(each)))
@@ -54,7 +63,15 @@ def fault_of(error: BaseException) -> Fault:
         return "denied"
     if any(isinstance(each, PermissionError) for each in kinds):
         return "denied"
-    passing = (ConnectionError, TimeoutError, asyncio.TimeoutError, asyncio.IncompleteReadError, EOFError, ShortRead)
+    passing = (
+        ConnectionError,
+        TimeoutError,
+        asyncio.TimeoutError,
+        asyncio.IncompleteReadError,
+        EOFError,
+        ShortRead,
+        Replaced,
+    )
     if any(isinstance(each, passing) or type(each).__module__.partition(".")[0] in _CLIENTS for each in kinds):
         return "passing"
     return "other"

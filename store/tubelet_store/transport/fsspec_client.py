@@ -53,7 +53,11 @@ class FsspecTransport(Transport):
     def _read_range(self, key: str, start: int, stop: int) -> NDArray[np.uint8]:
         import numpy as np
 
-        return np.frombuffer(bytes(self._files().cat_file(self._path(key), start=start, end=stop)), np.uint8)
+        files = self._files()
+        # What fsspec reads through its buffered files (the Hub, say) would be read ahead, and thrown away.
+        buffered = not files.async_impl and type(files).cat_file is fsspec.AbstractFileSystem.cat_file
+        exact = {"cache_type": "none"} if buffered else {}
+        return np.frombuffer(bytes(files.cat_file(self._path(key), start=start, end=stop, **exact)), np.uint8)
 
     def _size(self, key: str) -> int:
         return int(self._files().size(self._path(key)))

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tubelet_store.errors import TubeletError
-from tubelet_store.transport.faults import ShortRead
+from tubelet_store.transport.faults import Replaced, ShortRead
 from tubelet_store.transport.per_process import PerProcess
 from tubelet_store.transport.s3 import S3Settings, has_usual_settings
 from tubelet_store.transport.transport import Patience, Transport
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from botocore.credentials import Credentials
     from numpy.typing import NDArray
+    from obstore import ObjectMeta
     from obstore.store import S3Store
 
 _READ_BYTES = 16 << 20
@@ -73,15 +74,25 @@ class ObstoreTransport(Transport):
     def _read(self, key: str) -> bytes:
         import obstore
 
-        # In parts, because obstore's timeout is for the whole of an answer, however long.
-        size = self._size(key)
-        starts = list(range(0, size, _READ_BYTES))
-        stops = [min(start + _READ_BYTES, size) for start in starts]
-        parts = obstore.get_ranges(self._store(), key, starts=starts, ends=stops, coalesce=0) if size else []
-        data = b"".join(parts)
+        found = obstore.get(self._store(), key)
+        size = found.meta["size"]
+        if size <= _READ_BYTES:
+            data = bytes(found.bytes())
+        else:
+            # In parts, because obstore's timeout is for the whole of an answer, however long.
+            parts = [(start, min(start + _READ_BYTES, size)) for start in range(0, size, _READ_BYTES)]
+            data = b"".join(self._part(key, part, found.meta) for part in parts)
         if len(data) != size:
             raise ShortRead(f"{len(data)} of {size} bytes came")
         return data
+
+    def _part(self, key: str, part: tuple[int, int], of: ObjectMeta) -> bytes:
+        import obstore
+
+        answer = obstore.get(self._store(), key, options={"range": part})
+        if _version(answer.meta) != _version(of):
+            raise Replaced("it was replaced while it was read")
+        return bytes(answer.bytes())
 
     def _read_range(self, key: str, start: int, stop: int) -> NDArray[np.uint8]:
         import numpy as np
@@ -101,6 +112,11 @@ class ObstoreTransport(Transport):
 
     def _renew(self) -> None:
         self._store.forget()
+
+
+def _version(meta: ObjectMeta) -> tuple[str | None, datetime, int]:
+    """What differs between an object and another one of the same name."""
+    return meta["e_tag"], meta["last_modified"], meta["size"]
 
 
 def _provider(credentials: Credentials) -> Callable[[], Any]:
