@@ -75,8 +75,8 @@ RENDERED = {
     ),
 }
 CHOICES: dict[str, Choose] = {
-    "uniform 16": lambda n: uniform_frames(n, frames=16, clips=1, view=0),
-    "dense 16x4": lambda n: dense_frames(n, frames=16, stride=4, clips=1, view=0),
+    "uniform 16": lambda n: uniform_frames(n, frames=16, clips=1, view=0, first=0, more=0),
+    "dense 16x4": lambda n: dense_frames(n, frames=16, stride=4, clips=1, view=0, first=0, more=0),
 }
 
 

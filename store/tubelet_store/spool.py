@@ -126,7 +126,8 @@ class Spool:
                 # Half an entry must not be taken for a whole one.
                 gone = self._mine / f"partial-{uuid.uuid4().hex}"
                 entry.rename(gone)
-                shutil.rmtree(gone)
+                # `discard_partial` of another process may be at it too.
+                shutil.rmtree(gone, ignore_errors=True)
                 (self._mine / f"{shard}.lock").unlink()
             done.append(shard)
         return done
@@ -136,7 +137,7 @@ class Spool:
         if self._mine.exists():
             with self._locked(self.directory / "room.lock"):
                 for partial in self._mine.glob("partial-*"):
-                    shutil.rmtree(partial)
+                    shutil.rmtree(partial, ignore_errors=True)
 
     def _read(self, entry: Path) -> FinishedShard:
         commit = Commit.model_validate_json((entry / _COMMIT).read_text())
