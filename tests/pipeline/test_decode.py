@@ -18,8 +18,8 @@ from tubelet_pipeline.decode.source import local_path
 from tubelet_pipeline.frames import FrameChoice, dense_frames, uniform_frames
 
 CHOICES = {
-    "uniform": lambda n: uniform_frames(n, frames=8, clips=1, view=0),
-    "dense": lambda n: dense_frames(n, frames=8, stride=2, clips=2, view=1),
+    "uniform": lambda n: uniform_frames(n, frames=8, clips=1, view=0, first=0, more=0),
+    "dense": lambda n: dense_frames(n, frames=8, stride=2, clips=2, view=1, first=0, more=0),
     "every": lambda n: FrameChoice(np.arange(n), 0),
     "last": lambda n: FrameChoice(np.array([n - 1]), 0),
 }
