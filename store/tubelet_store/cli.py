@@ -28,6 +28,13 @@ from tubelet_store.fields import REQUIRED, fields_of
 C = TypeVar("C", bound=Config)
 
 
+# What a path or a disk may be at fault for; other errors of the system are ours.
+_USERS_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+
+
 @dataclass(frozen=True)
 class Verb(Generic[C]):
     """One verb of the command line."""
@@ -61,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno != errno.ENOSPC and error.filename is None:
+        if error.errno not in _USERS_ERRORS or (error.filename is None and error.errno != errno.ENOSPC):
             raise
         where = f"{error.filename}: " if error.filename else ""
         problem, remedy = error.strerror, "Check the path, its permissions and whether its disk may be written"

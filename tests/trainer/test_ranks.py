@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -73,16 +75,16 @@ sys.exit(code)
 """
 
 
-def train_on_ranks(config, folder, ranks=2):
-    """What every process prints; all must have taken the same steps."""
+def start_ranks(config, folder, ranks, code):
+    """Processes that train."""
     path = folder / "ranks.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", CODE, str(path)],
+            [sys.executable, "-c", code, str(path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -97,6 +99,11 @@ def train_on_ranks(config, folder, ranks=2):
         )
         for rank in range(ranks)
     ]
+
+
+def train_on_ranks(config, folder, ranks=2):
+    """What every process prints; all must have taken the same steps."""
+    processes = start_ranks(config, folder, ranks, CODE)
     try:
         outputs = [process.communicate(timeout=200) for process in processes]
     finally:
@@ -177,6 +184,51 @@ def test_a_run_is_continued_by_another_number_of_processes(store, tmp_path, para
         (out / name / "sae.json").unlink()
     train_on_ranks(config, tmp_path) if begin == 1 else one_process(config)
     assert_equal_up_to_rounding(whole, out, SPLIT_LATENTS)
+
+
+SLOW = CODE.replace("    return learn", "    time.sleep(0.02)\n    return learn").replace(
+    "import sys", "import time, sys"
+)
+
+# As slow as a disk may be: no rank may end before the first one has written.
+SLOW_DISK = SLOW.replace(
+    "code = main",
+    """
+import tubelet_trainer.loop as loop
+save = loop.save_checkpoint
+
+def slow_save(*arguments):
+    time.sleep(1.5)
+    save(*arguments)
+
+loop.save_checkpoint = slow_save
+code = main""",
+)
+
+
+def test_ranks_that_are_told_to_stop_leave_a_checkpoint_together(store, tmp_path):
+    fields = {"tokens": 400 * BATCH, "checkpoint_every": 10_000, "log_every": 2}
+    some = {"topk": SPLIT_BATCH["topk"]}
+    out = tmp_path / "run"
+    config = configure(store, out, some, **fields)
+    processes = start_ranks(config, tmp_path, 2, SLOW_DISK)
+    log, deadline = out / "topk" / "metrics.jsonl", time.monotonic() + 60
+    while not (log.is_file() and len(log.read_text().splitlines()) > 5) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    # A launcher passes on to all what it got, and ends all when one has ended.
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    while all(process.poll() is None for process in processes):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], said
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert load_latest(out / "checkpoints").step == steps[-1] < 400
 
 
 def test_what_a_split_dictionary_cannot_do_is_named(store, tmp_path):

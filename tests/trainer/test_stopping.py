@@ -20,7 +20,9 @@ from tubelet_trainer.checkpoint import load_latest
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.files import held
 from tubelet_trainer.loop import train
+from tubelet_trainer.ranks import ALONE
 from tubelet_trainer.run import Run
+from tubelet_trainer.stopping import StopRequest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +57,9 @@ SLOW = """
 import sys, time, torch
 torch.set_num_threads(1)
 from tubelet_store.cli import main
+from tubelet_trainer.ranks import ALONE
 from tubelet_trainer.run import Run
+from tubelet_trainer.stopping import StopRequest
 
 learn = Run.learn
 
@@ -88,6 +92,46 @@ def test_told_to_stop_a_run_keeps_every_step_it_took(store, tmp_path, number, st
     assert load_latest(out / "checkpoints").step == steps[-1] < 300
     assert f"stopped after step {steps[-1]} of 300" in said
     assert same(train(config), whole)
+
+
+def test_a_reader_that_is_gone_costs_no_checkpoint(store, tmp_path):
+    """`tubelet train ... 2>&1 | tee log`: Ctrl-C ends tee too."""
+    config = configure(store, tmp_path / "run", steps=300, log_every=1)
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not (log.is_file() and len(log.read_text().splitlines()) > 10) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    process.stdout.close()
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert load_latest(tmp_path / "run" / "checkpoints").step == steps[-1] < 300
+
+
+def test_an_ignored_signal_stays_ignored_and_one_that_comes_twice_at_once_is_one(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest().listening() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.came(ALONE, torch.device("cpu"))
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.came(ALONE, torch.device("cpu"))
+        with pytest.raises(SystemExit, match="143"):
+            stop.leave(ALONE)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        monkeypatch.setattr("tubelet_trainer.stopping._SAME_WITHIN_S", 0.0)
+        with StopRequest().listening():
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_folder_is_one_runs_at_a_time(store, tmp_path, capsys):
@@ -136,7 +180,7 @@ def test_of_several_saes_one_that_breaks_down_is_set_aside(store, tmp_path, monk
 def test_where_all_saes_break_down_the_run_stops(store, tmp_path):
     sweep = {"optimiser.lr": [1e29, 1e30]}
     config = configure(store, tmp_path / "run", sweep=sweep, optimiser={"warmup_steps": 0}, checkpoint_every=1)
-    with pytest.raises(TubeletError, match=r"2 of 2 SAEs broke down.*lr=1e\+29.*lr=1e\+30.*Lower optimiser\.lr"):
+    with pytest.raises(TubeletError, match=r"2 of 2 SAEs broke down\. .*lr=1e\+29.*lr=1e\+30.*Lower optimiser\.lr"):
         train(config)
 
 

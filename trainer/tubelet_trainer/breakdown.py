@@ -64,6 +64,7 @@ def refuse_broken(run: Run) -> None:
         return
     faults = list(run.broken.values())
     if len(run.members) > 1:
-        faults.insert(0, f"{len(faults)} of {len(run.members)} SAEs broke down; the others are complete.")
+        others = "; the others are complete" if run.sound else ""
+        faults.insert(0, f"{len(faults)} of {len(run.members)} SAEs broke down{others}.")
     problem, remedy = " ".join(faults).removesuffix(".").rsplit(". ", 1)
     raise TubeletError(problem, remedy)

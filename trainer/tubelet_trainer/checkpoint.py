@@ -64,22 +64,28 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         _remove(stale)
 
 
+def latest_name(folder: Path) -> str | None:
+    """Name of the newest whole checkpoint below `folder`; None if there is none."""
+    pointer = folder / _LATEST
+    # Only a name below this folder is followed, whatever the file says.
+    return Path(pointer.read_text().strip()).name if pointer.is_file() else None
+
+
 def load_latest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint below `folder`; None if there is none.
 
     Raises:
         TubeletError: the checkpoint that `latest` names is missing or damaged.
     """
-    pointer = folder / _LATEST
-    if not pointer.is_file():
+    name = latest_name(folder)
+    if name is None:
         return None
-    # Only a name below this folder is followed, whatever the file says.
-    path = folder / Path(pointer.read_text().strip()).name
+    path = folder / name
     try:
         record = json.loads((path / _RECORD).read_text())
         return Checkpoint(int(record["step"]), load_file(path / _TENSORS), record)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        remedy = f"Write the name of another checkpoint into {pointer}, or delete {folder} to start again"
+        remedy = f"Write the name of another checkpoint into {folder / _LATEST}, or delete {folder} to start again"
         raise TubeletError(f"Checkpoint {path} cannot be read: {error}", remedy) from error
 
 

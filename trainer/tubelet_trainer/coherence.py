@@ -18,7 +18,7 @@ Neighbours pass the sparsifier separately; only anchors are reconstructed (T-SAE
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,7 +91,8 @@ class _Views:
         if batch is None or pairs is None:
             raise ValueError(f"the batch was drawn without {kind} pairs")
         sae, gather = forward.sae, forward.ranks.gather
-        x_AD = sae.normalisation(pairs.hooks[forward.hook])
+        with _exact(forward):
+            x_AD = sae.normalisation(pairs.hooks[forward.hook])
         if config.codes == "pre":
             anchor_AG = _pre(sae, forward.x_BD[pairs.rows], forward.pre_BF[pairs.rows])
             neighbour_AG = _pre(sae, x_AD, sae.pre_activations(x_AD))
@@ -112,6 +113,11 @@ class _Views:
             clip_A=gather(batch.clip[pairs.rows], pairs.most),
             valid_A=gather(pairs.valid.int(), pairs.most) > 0,
         )
+
+
+def _exact(forward: Forward) -> torch.autocast:
+    """Whitening in low precision would lose the directions of small variance, which it magnifies."""
+    return torch.autocast(forward.x_BD.device.type, enabled=False)
 
 
 def _pre(sae: SAE, x_AD: Tensor, pre_AF: Tensor) -> Tensor:
@@ -164,7 +170,10 @@ def info_nce(
     """
     if similarity == "cosine":
         anchor_AG, neighbour_AG = nnf.normalize(anchor_AG, dim=1), nnf.normalize(neighbour_AG, dim=1)
-    s_AA = anchor_AG @ neighbour_AG.T / temperature
+    # A raw product has no bound, and would be rounded to 8 bits; a cosine loses a hundredth of its gradient at most.
+    exact = nullcontext() if similarity == "cosine" else torch.autocast(anchor_AG.device.type, enabled=False)
+    with exact:
+        s_AA = (anchor_AG @ neighbour_AG.T).to(anchor_AG.dtype) / temperature
     own_AA = torch.eye(len(s_AA), dtype=torch.bool, device=s_AA.device)
     other_AA = clip_A[:, None] != clip_A[None, :]
     positive_A = s_AA.diagonal()
@@ -231,7 +240,8 @@ class Smoothness:
         assert forward.batch is not None
         views = _Views.of(forward, "temporal", self.config, self.prefix)
         pairs, gather = views.pairs, forward.ranks.gather
-        x_AD = gather(forward.sae.normalisation.inverse(forward.x_BD[pairs.rows]), pairs.most)
+        with _exact(forward):
+            x_AD = gather(forward.sae.normalisation.inverse(forward.x_BD[pairs.rows]), pairs.most)
         other_AD = gather(pairs.hooks[forward.hook], pairs.most)
         alike_A = nnf.cosine_similarity(x_AD, other_AD, dim=1).relu()
         distance_A = (views.anchor_AG - views.neighbour_AG).abs().sum(dim=1)

@@ -118,7 +118,7 @@ class TrainConfig(Config):
     batch_tokens: int = Field(default=4096, ge=2)
     """Tokens per step."""
     window_tokens: int = Field(default=262_144, ge=1)
-    """Tokens shuffled together, at least a block; two windows are held in memory, during an evaluation up to four."""
+    """Tokens shuffled together, at least a block; two windows are held in memory, while evaluating its tokens too."""
     block_patches: int | None = Field(default=None, ge=1)
     """Patches copied together, a divisor of the grid's; none: a row of the grid, or the whole grid of small clips."""
     resident_shards: int | None = Field(default=None, ge=1)

@@ -3,7 +3,7 @@
 FVU = sum ||x - x^||^2 / sum ||x - mean||^2 of raw tokens, with the *vector* mean of the evaluated ones. After whitening
 that is not the FVU in normalised space, which is what training minimises and logs: there small directions count as much
 as large ones. The denominator is sum ||x||^2 - ||sum x||^2 / N, with x counted from the mean that the normalisation
-subtracts, so that the difference loses no digits.
+subtracts (where it centres), so that the difference loses no digits.
 """
 
 from __future__ import annotations

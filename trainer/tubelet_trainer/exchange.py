@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -90,6 +91,9 @@ def import_sae(config: ImportConfig) -> Path:
     given = config.model_dump(
         mode="json", include={"input_bias", "mean", "scale"} if config.format == "saev" else set()
     )
+    if config.mean is not None and "mean" in given:
+        # What leaves this machine names no folder of it.
+        given["mean"] = {"file": config.mean.name, "sha256": hashlib.sha256(config.mean.read_bytes()).hexdigest()}
     provenance: dict[str, JsonValue] = {"imported": {"format": config.format, **given, "described": described}}
     if config.hook is not None:
         provenance["hook"] = config.hook

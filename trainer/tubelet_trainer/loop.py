@@ -30,7 +30,7 @@ from torch import Tensor
 from tubelet_store import Store, TubeletError
 from tubelet_store.config import dump_yaml
 from tubelet_trainer.breakdown import breakdown, refuse_broken
-from tubelet_trainer.checkpoint import Checkpoint, load_latest, save_checkpoint
+from tubelet_trainer.checkpoint import Checkpoint, latest_name, load_latest, save_checkpoint
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.files import held, replace_file
 from tubelet_trainer.machine import choose_device, keep_memory, software
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig, ranks: Ranks) -> Path:
     stores = open_stores(config)
     folder = config.out / "checkpoints"
-    found = load_latest(folder)
+    looked_at, found = latest_name(folder), load_latest(folder)
     # Everyone has looked before the first one writes.
     ranks.wait()
     config = _with_resident_shards(config, stores, found)
@@ -78,7 +78,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> Path:
         run.restore(found)
     done = run.windows.step
     if done < run.windows.steps or not all(_exported(member.out, run) for member in run.sound):
-        with _claimed(run) as logs:
+        with _claimed(run, looked_at) as logs:
             _finish(run, found, folder, logs)
     ranks.wait()
     refuse_broken(run)
@@ -98,11 +98,21 @@ def _finish(run: Run, found: Checkpoint | None, folder: Path, logs: _Logs) -> No
 
 
 @contextmanager
-def _claimed(run: Run) -> Iterator[_Logs]:
-    """The run's logs, while no other process writes into its folder."""
+def _claimed(run: Run, looked_at: str | None) -> Iterator[_Logs]:
+    """The run's logs, while no other process writes into its folder.
+
+    Args:
+        run: As its newest checkpoint says.
+        looked_at: The name of that checkpoint.
+
+    Raises:
+        TubeletError: another process does, or did since.
+    """
     with ExitStack() as stack:
         if run.ranks.first:
             stack.enter_context(held(run.config.out))
+            if latest_name(run.config.out / "checkpoints") != looked_at:
+                raise TubeletError(f"Another process has trained into {run.config.out} meanwhile", "Run it again")
             _write_configs(run)
         logs = _Logs(run, run.windows.step)
         stack.callback(logs.close)
@@ -173,8 +183,8 @@ def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> dict[s
             reports = step % config.log_every == 0 or step == steps
             # Ranks ask each other seldom: it is a wait for the device.
             stops = step < steps and (reports or run.ranks.size == 1) and stop.came(run.ranks, run.device)
-            saves = step % config.checkpoint_every == 0 or step == steps or stops
-            if reports or saves:
+            saves = step % config.checkpoint_every == 0 or step == steps
+            if reports or saves or stops:
                 latest = _read(run, found, batch.whole == config.batch_tokens, report)
             if reports:
                 speed = tokens / (time.monotonic() - since)
@@ -183,21 +193,29 @@ def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> dict[s
                     member.name: {"lr": member.learner.lr, "tokens_per_s": round(speed, 1)} for member in run.sound
                 }
                 logs.write("train", step, {name: rates[name] | line for name, line in latest.items()})
+            if stops:
+                # Before all that takes long, and before a terminal that may be gone is written to.
+                _save(run, step, folder)
+            if reports:
                 means = [sum(line[key] for line in latest.values()) / len(latest) for key in ("fvu", "l0", "dead")]
                 report.metrics(step, speed, *means)
                 for line in watch.look(step, steps, run.sound, latest):
                     report.note(line)
             if step % config.eval_every == 0 and step < steps:
                 _evaluate(run, step, logs, report)
-            if saves:
-                checkpoint = run.checkpoint(step)
-                if run.ranks.first:
-                    save_checkpoint(folder, checkpoint, config.keep_checkpoints)
             if stops:
                 report.note(f"stopped after step {step} of {steps}, which is kept")
-                stop.leave()
+                stop.leave(run.ranks)
+            if saves:
+                _save(run, step, folder)
     # Killed after its last checkpoint, a run has no step left to read metrics from.
     return _evaluate(run, steps, logs, report) or latest or {member.name: {} for member in run.members}
+
+
+def _save(run: Run, step: int, folder: Path) -> None:
+    checkpoint = run.checkpoint(step)
+    if run.ranks.first:
+        save_checkpoint(folder, checkpoint, run.config.keep_checkpoints)
 
 
 def _read(
@@ -215,6 +233,7 @@ def _read(
         TubeletError: no SAE is left.
     """
     latest: dict[str, dict[str, float]] = {}
+    new: list[str] = []
     for member, metrics in zip(run.members, found, strict=True):
         if member.name in run.broken:
             continue
@@ -226,10 +245,11 @@ def _read(
             latest[member.name] = values
             continue
         run.broken[member.name] = fault
-        if run.sound:
-            report.note(f"{fault} It is set aside; the others go on.")
+        new.append(fault)
     if not run.sound:
         refuse_broken(run)
+    for fault in new:
+        report.note(f"{fault} It is set aside; the others go on.")
     return latest
 
 

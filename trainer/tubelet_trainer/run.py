@@ -224,6 +224,10 @@ class Run:
         self._refuse_other_run(checkpoint.record)
         for member in self.members:
             prefix = _inside(member, "")
+            if not any(name.startswith(prefix) for name in checkpoint.tensors):
+                raise TubeletError(
+                    f"The checkpoint in {self.config.out} has no SAE '{member.name}'", "Train into another --out"
+                )
             found = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
             member.learner.load_state(own_state(found, self.ranks) if self.sharded else found)
         self.windows.load_state_dict(checkpoint.record["loader"])
@@ -234,7 +238,9 @@ class Run:
         return self.config.model_dump(mode="json")
 
     def _refuse_other_run(self, record: Mapping[str, Any]) -> None:
-        then, now = (flat({**tree, "mix": list(tree["mix"].values())}) for tree in (record["config"], self._tree))
+        then, now = (
+            flat({**tree, "mix": list(tree.get("mix", {}).values())}) for tree in (record["config"], self._tree)
+        )
         differ = [
             f"{name}: {then.get(name)} -> {now.get(name)}"
             for name in sorted(then.keys() | now.keys())
@@ -242,8 +248,9 @@ class Run:
         ]
         # Stores may have moved: what counts is what they hold.
         identities = [store.identity for store in self.streams.stores]
-        if (before := record["store_identities"]) != identities:
-            differ.append(f"store identities: {', '.join(before)} -> {', '.join(identities)}")
+        if (before := record.get("store_identities")) != identities:
+            known = ", ".join(before) if before else "not recorded (an older version)"
+            differ.append(f"store identities: {known} -> {', '.join(identities)}")
         if differ:
             raise TubeletError(
                 f"{self.config.out} holds a run with another configuration: {'; '.join(differ)}",

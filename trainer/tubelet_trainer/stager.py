@@ -96,6 +96,10 @@ class Stager:
                 slot.release()
             free.put(None)
             thread.join()
+            # What was staged and not served may still be on its way into memory that is given back next.
+            for slot in slots:
+                if slot.copied is not None:
+                    slot.copied.synchronize()
 
     def _served(
         self,

@@ -2,14 +2,17 @@
 
     signal ─▶ noted ─▶ the step in work ends ─▶ checkpoint ─▶ the process ends
 
-A second signal does what it always does.
+Another signal a second later or more does what it always does. Sooner it may be the same one: a scheduler signals every
+process, and the launcher of several ranks passes its own on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +22,8 @@ import torch
 from tubelet_trainer.ranks import Ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME_WITHIN_S = 1.0
+_NOTE = b"tubelet: stopping after this step; once more stops at once.\n"
 
 
 class StopRequest:
@@ -26,6 +31,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._came: int | None = None
+        self._came_at_s = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -34,17 +40,24 @@ class StopRequest:
             yield self
             return
         before = {each: signal.getsignal(each) or signal.SIG_DFL for each in _SIGNALS}
+        # What the parent had ignored (a script's background job ignores Ctrl-C) stays ignored.
+        before = {each: handler for each, handler in before.items() if handler is not signal.SIG_IGN}
 
         def restore() -> None:
             for each, handler in before.items():
                 signal.signal(each, handler)
 
         def note(number: int, _frame: FrameType | None) -> None:
-            self._came = number
-            print("tubelet: stopping after this step; once more stops at once.", file=sys.stderr, flush=True)
-            restore()
+            if self._came is None:
+                self._came, self._came_at_s = number, time.monotonic()
+                # Not `print`: the signal may have come amid one, and whoever reads may be gone.
+                with contextlib.suppress(OSError):
+                    os.write(2, _NOTE)
+            elif time.monotonic() - self._came_at_s > _SAME_WITHIN_S:
+                restore()
+                signal.raise_signal(number)
 
-        for each in _SIGNALS:
+        for each in before:
             signal.signal(each, note)
         try:
             yield self
@@ -58,13 +71,14 @@ class StopRequest:
         told = torch.tensor(float(self._came is not None), device=device)
         return float(ranks.sum(told)) > 0
 
-    def leave(self) -> None:
-        """End as the signal asks.
+    def leave(self, ranks: Ranks) -> None:
+        """End as the signal asks, all ranks together: the launcher ends those that are left when one has ended.
 
         Raises:
             KeyboardInterrupt: it was Ctrl-C.
             SystemExit: it was SIGTERM, here or on another rank.
         """
+        ranks.wait()
         if self._came == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)

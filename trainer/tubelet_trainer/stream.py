@@ -75,8 +75,8 @@ class Streams:
         """The first tokens of a shuffled pass over all held-out ones; its seed is fixed, so always the same tokens."""
         if held := sum(len(clips) for clips in self._heldout) * tokens:
             wanted = min(config.eval_tokens, held)
-            window = min(config.window_tokens, wanted)
-            self.heldout = self._stream(self._heldout, window, wanted, seed=0, ranks=ALONE)
+            # One window, so that they are the same whatever the windows of training are.
+            self.heldout = self._stream(self._heldout, wanted, wanted, seed=0, ranks=ALONE)
 
     def moments(self, hook: str) -> Moments:
         """Of the stores' tokens, held-out videos included, by their share of a batch."""

@@ -75,7 +75,7 @@ def _vector(path: Path, channels: int) -> Tensor:
             found = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, TypeError, ValueError, EOFError) as error:
         raise TubeletError(
             f"{path} cannot be read as a vector: it holds something else, or is damaged", remedy
         ) from error
