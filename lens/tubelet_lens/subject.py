@@ -34,11 +34,10 @@ def load_trained(folder: Path, device: str) -> TrainedSae:
         TubeletError: there is none, it is damaged, or it does not say what it was trained on.
     """
     record = load_record(folder)
-    missing = [key for key in ("hook", "plan_digest", "backbone", "holdout") if key not in record.provenance]
-    if missing:
+    if "hook" not in record.provenance:
         raise TubeletError(
-            f"The SAE in {folder} does not say what it was trained on ({', '.join(missing)} missing)",
-            "Evaluate the folder that `tubelet train` wrote",
+            f"The SAE in {folder} does not say at which hook its tokens are read",
+            "Import it again with --hook, as the store names it",
         )
     return TrainedSae(
         folder=folder,
@@ -47,7 +46,7 @@ def load_trained(folder: Path, device: str) -> TrainedSae:
         recipe=record.config.model_dump(mode="json"),
         provenance=record.provenance,
         hook=str(record.provenance["hook"]),
-        holdout=HoldoutConfig.model_validate(record.provenance["holdout"]),
+        holdout=HoldoutConfig.model_validate(record.provenance.get("holdout", {"fraction": 0})),
     )
 
 
@@ -70,7 +69,14 @@ def check_store(sae: TrainedSae, store: Store, other_store: bool) -> None:
             f"The SAE in {sae.folder} takes {sae.channels} channels; {store.url} has {hooks[sae.hook]} at '{sae.hook}'",
             "Give the store it was trained on",
         )
-    if sae.provenance["plan_digest"] == store.plan.digest:
+    if sae.provenance.get("plan_digest") == store.plan.digest:
+        return
+    if "backbone" not in sae.provenance:
+        if not other_store:
+            raise TubeletError(
+                f"The SAE in {sae.folder} does not say which backbone it was trained on: it is not of `tubelet train`",
+                f"If {store.url} holds the same backbone's activations, say --other_store true, and --split all",
+            )
         return
     differ = [
         f"{name} {sae.provenance.get(name)} -> {here}"
@@ -86,5 +92,5 @@ def check_store(sae: TrainedSae, store: Store, other_store: bool) -> None:
         detail = f": {'; '.join(differ)}" if differ else " (sampling, preprocessing, grid, clips or dtype differ)"
         raise TubeletError(
             f"{store.url} has another plan than the store the SAE in {sae.folder} was trained on{detail}",
-            "Give that store, or evaluate on this one all the same with --other-store",
+            "Give that store, or take this one all the same with --other_store true",
         )

@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         problem, remedy = error.strerror, "Check the path, its permissions and whether its disk may be written"
+        if error.errno == errno.EEXIST:
+            remedy = "Choose another path"
         if error.errno == errno.ENOSPC:
             problem, remedy = "No space left on the device", "Work done is kept: free some space, run again"
         print(f"tubelet: error: {where}{problem}. {remedy}.", file=sys.stderr)

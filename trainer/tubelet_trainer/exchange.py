@@ -94,7 +94,13 @@ def import_sae(config: ImportConfig) -> Path:
     if config.mean is not None and "mean" in given:
         # What leaves this machine names no folder of it.
         given["mean"] = {"file": config.mean.name, "sha256": hashlib.sha256(config.mean.read_bytes()).hexdigest()}
-    provenance: dict[str, JsonValue] = {"imported": {"format": config.format, **given, "described": described}}
+    # What was exported from here says itself what it was trained on.
+    known: JsonValue = described
+    for level in ("metadata", "tubelet", "provenance"):
+        known = known.get(level) if isinstance(known, dict) else None
+    provenance: dict[str, JsonValue] = (known if isinstance(known, dict) else {}) | {
+        "imported": {"format": config.format, **given, "described": described}
+    }
     if config.hook is not None:
         provenance["hook"] = config.hook
     save_sae(config.out, sae, provenance)

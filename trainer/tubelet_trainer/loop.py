@@ -19,6 +19,7 @@ and the others go on.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -45,6 +46,9 @@ from tubelet_trainer.steering import SteeringWatch
 from tubelet_trainer.stopping import StopRequest
 from tubelet_trainer.stream import open_stores, resident_shards
 from tubelet_trainer.trackers import Prefixed, Tracker, open_tracker
+
+# With fewer steps hardly anything is learnt.
+_FEW_STEPS = 100
 
 
 def train(config: TrainConfig) -> Path:
@@ -80,6 +84,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> Path:
     if done < run.windows.steps or not all(_exported(member.out, run) for member in run.sound):
         with _claimed(run, looked_at) as logs:
             _finish(run, found, folder, logs)
+    elif ranks.first:
+        print(f"{config.out} is complete: {done} steps were taken", file=sys.stderr)
     ranks.wait()
     refuse_broken(run)
     return config.out
@@ -92,6 +98,13 @@ def _finish(run: Run, found: Checkpoint | None, folder: Path, logs: _Logs) -> No
         _announce(run, found, report)
         logs.write("mixing", 0, {member.name: asdict(run.mixing) for member in run.members})
         final = _loop(run, folder, logs, report)
+        for name, figures in final.items():
+            if figures.get("fvu", 0.0) > 1:
+                label = f"{name}: " if name else ""
+                report.note(
+                    f"{label}FVU {figures['fvu']:.2f} is worse than predicting the mean (FVU 1): it has not learnt. "
+                    "Train longer, or with a lower optimiser.lr, into another --out"
+                )
     for member in run.sound:
         if (sae := run.result(member)) is not None and run.ranks.first:
             save_sae(member.out, sae, run.provenance(member, final[member.name]))
@@ -197,8 +210,8 @@ def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> dict[s
                 # Before all that takes long, and before a terminal that may be gone is written to.
                 _save(run, step, folder)
             if reports:
-                means = [sum(line[key] for line in latest.values()) / len(latest) for key in ("fvu", "l0", "dead")]
-                report.metrics(step, speed, *means)
+                means = {key: sum(line[key] for line in latest.values()) / len(latest) for key in ("fvu", "l0", "dead")}
+                report.metrics(step, speed, means, len(latest))
                 for line in watch.look(step, steps, run.sound, latest):
                     report.note(line)
             if step % config.eval_every == 0 and step < steps:
@@ -275,6 +288,8 @@ def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> Non
     report.note(f"{run.mixing}; windows take {windows.memory_bytes / 2**20:,.0f} MiB")
     if not kept:
         report.note("no video is held out: nothing will be evaluated (see holdout.fraction)")
+    if windows.steps < _FEW_STEPS:
+        report.note(f"only {windows.steps} steps: lower batch_tokens, or raise epochs, tokens or steps, to learn more")
     for member in run.members:
         channels = member.learner.sae.channels
         latents = member.spec.config.sae.latents_for(channels)

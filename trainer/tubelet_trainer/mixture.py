@@ -147,6 +147,8 @@ def refuse_other_kind(one: Store, other: Store, hooks: Sequence[str]) -> None:
     Raises:
         TubeletError: grid, type, backbone, preprocessing, or the width of a hook differ.
     """
+    if one.identity == other.identity:
+        raise TubeletError(f"{other.url} is the same store as {one.url}", "Leave it out of mix")
     differ = [
         name
         for name in ("grid", "dtype", "backbone", "preprocessing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -36,9 +37,11 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.stop()
 
-    def metrics(self, step: int, tokens_per_s: float, fvu: float, l0: float, dead: float) -> None:
-        """Show the metrics of a training step."""
-        text = f"{tokens_per_s:,.0f} tokens/s  FVU {fvu:.4f}  L0 {l0:.1f}  dead {dead:.1%}"
+    def metrics(self, step: int, tokens_per_s: float, means: Mapping[str, float], saes: int) -> None:
+        """Show the metrics of a training step, means over `saes`; without a terminal a line every 10 seconds."""
+        mean = f"mean of {saes}: " if saes > 1 else ""
+        figures = f"FVU {means['fvu']:.4f}  L0 {means['l0']:.1f}  dead {means['dead']:.1%}"
+        text = f"{tokens_per_s:,.0f} tokens/s  {mean}{figures}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif time.monotonic() - self._line_at_s > _LINE_EVERY_S or step == self._steps:

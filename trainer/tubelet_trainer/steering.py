@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from tubelet_trainer.run import Member
+from tubelet_trainer.sae.config import JumpReLUConfig
 from tubelet_trainer.sae.penalties import STEERING_RANGE
+
+# An L0 this many times its target, or this part of it, is far from it.
+_FAR = 1.5
 
 
 class SteeringWatch:
@@ -28,7 +32,11 @@ class SteeringWatch:
         for member in members:
             line = metrics.get(member.name, {})
             side = line.get("sparsity_limit", 0.0)
-            if side == 0 or (member.name in self._told and step < steps):
+            if "sparsity_limit" not in line or (member.name in self._told and step < steps):
+                continue
+            if side == 0:
+                if step == steps:
+                    yield from _missed(member, line)
                 continue
             self._told.add(member.name)
             where = f"step {step} of {member.name}" if member.name else f"step {step}"
@@ -43,6 +51,25 @@ class SteeringWatch:
             else:
                 yield (
                     f"{where}: L0 is {line['l0']:.1f} and does not rise to {target}, though the penalty's weight was "
-                    f"lowered to its limit, {weight} (sae.sparsity / {STEERING_RANGE:g}). Lower sae.target_l0 or "
-                    f"optimiser.lr, or give more latents"
+                    f"lowered to its limit, {weight} (sae.sparsity / {STEERING_RANGE:g}). {_lever(member)}"
                 )
+
+
+def _missed(member: Member, line: Mapping[str, float]) -> Iterator[str]:
+    """A line if the run ended far from its target, its weight still on the way."""
+    target = getattr(member.spec.config.sae, "target_l0", None)
+    if target and not target / _FAR < line["l0"] < target * _FAR:
+        name = f" of {member.name}" if member.name else ""
+        remedy = f"raise sae.sparsity or train longer{_threshold(member)}" if line["l0"] > target else _lever(member)
+        yield (
+            f"L0{name} is {line['l0']:.1f} at the end, target_l0 {target:g} not reached: the penalty's weight "
+            f"was still changing. To come closer {remedy}"
+        )
+
+
+def _lever(member: Member) -> str:
+    return f"lower sae.sparsity or sae.target_l0, or train longer{_threshold(member)}"
+
+
+def _threshold(member: Member) -> str:
+    return ", or start from another sae.initial_threshold" if isinstance(member.spec.config.sae, JumpReLUConfig) else ""

@@ -167,15 +167,25 @@ def open_tracker(config: AnyTracker, out: Path, step: int, settings: Mapping[str
         settings: The run's configuration, flat.
 
     Raises:
-        TubeletError: its library is not installed.
+        TubeletError: its library is not installed, or it cannot be set up.
     """
-    match config:
-        case TensorBoardConfig():
-            return _TensorBoard(out, step)
-        case WandbConfig():
-            return _Wandb(config, out, settings)
-        case MLflowConfig():
-            return _MLflow(config, out, settings)
+    try:
+        match config:
+            case TensorBoardConfig():
+                return _TensorBoard(out, step)
+            case WandbConfig():
+                return _Wandb(config, out, settings)
+            case MLflowConfig():
+                return _MLflow(config, out, settings)
+    except TubeletError:
+        raise
+    # Whatever the library has of its own: no key, no server, a version that does not fit.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        remedy = {"wandb": "Run `wandb login`, or set --tracker.mode offline", "mlflow": "Check --tracker.uri"}
+        raise TubeletError(
+            f"The tracker {config.kind} cannot be opened: {reason}", remedy.get(config.kind, "Check its installation")
+        ) from error
     return _Nowhere()
 
 

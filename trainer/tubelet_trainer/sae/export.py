@@ -58,7 +58,10 @@ def load_record(folder: Path | str) -> SAERecord:
     """
     path = Path(folder) / RECORD
     if not path.is_file():
-        raise TubeletError(f"No SAE in {folder}: {RECORD} is missing", "Finish the training: run `tubelet train` again")
+        if inside := sorted(each.parent.name for each in Path(folder).glob(f"*/{RECORD}")):
+            raise TubeletError(f"{folder} holds {len(inside)} SAEs", f"Name the folder of one: {', '.join(inside)}")
+        remedy = "Finish the training: run `tubelet train` again" if Path(folder).is_dir() else "Check the path"
+        raise TubeletError(f"No SAE in {folder}: {RECORD} is missing", remedy)
     try:
         tree = json.loads(path.read_text())
     except ValueError as error:

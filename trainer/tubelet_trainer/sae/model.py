@@ -107,8 +107,17 @@ class SAE(nn.Module):
     def encode_sparse(self, x: Tensor) -> Codes:
         """Codes of raw tokens [N, D]: `values` [N, K] and `indices` int64 [N, K].
 
-        K = k for TopK and AbsTopK, the largest number any token keeps for BatchTopK, F for the others.
+        K = k for TopK and AbsTopK, the largest number any token keeps for BatchTopK (the others' entries are 0), F for
+        the other kinds.
+
+        Raises:
+            TubeletError: the tokens are of another shape.
         """
+        if x.ndim != 2 or x.shape[1] != self.channels:
+            raise TubeletError(
+                f"Tokens of shape {list(x.shape)} were given, the SAE takes [tokens, {self.channels}]",
+                "Flatten clips, times and patches first: tokens.flatten(0, -2)",
+            )
         x_ND = self.normalisation(x)
         return self.activate(x_ND, self.pre_activations(x_ND))
 
