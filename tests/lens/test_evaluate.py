@@ -25,6 +25,7 @@ from tubelet_lens.verbs import EVALUATE
 from tubelet_store import TubeletError, open_store
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.loop import train
+from tubelet_trainer.sae.export import load_record, load_sae, save_sae
 from tubelet_trainer.split import HoldoutConfig, held_out
 
 HOLDOUT = HoldoutConfig(fraction=0.4)
@@ -92,6 +93,20 @@ def test_the_other_splits_are_the_other_clips(trained: Path, result: Evaluation,
     there = evaluation(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), split=split, **QUICK))
     held = result.coverage.clips
     assert there.coverage.clips == (28 if split == "all" else 28 - held)
+
+
+def test_an_sae_of_another_library_is_evaluated_where_one_says_that_it_fits(trained: Path, tmp_path: Path) -> None:
+    sae = load_sae(trained / "run")
+    save_sae(tmp_path / "foreign", sae, {"hook": load_record(trained / "run").provenance["hook"]})
+    options = {"run": tmp_path / "foreign", "store": str(trained / "s.zarr"), "split": "all", **QUICK}
+    with pytest.raises(TubeletError, match=r"which backbone it was trained on.*--other_store true"):
+        evaluation(EvaluateConfig(**options))
+    there = evaluation(EvaluateConfig(**options, other_store=True))
+    own = evaluation(EvaluateConfig(**{**options, "run": trained / "run"}))
+    assert there.figure("reconstruction.fvu").value == own.figure("reconstruction.fvu").value
+    save_sae(tmp_path / "nowhere", sae, {})
+    with pytest.raises(TubeletError, match="at which hook"):
+        evaluation(EvaluateConfig(**{**options, "run": tmp_path / "nowhere"}))
 
 
 def test_a_limit_takes_clips_of_every_class_however_the_store_lists_them() -> None:

@@ -90,6 +90,23 @@ def as_saelens_says(folder, x):
     return codes, codes @ t["W_dec"] + t["b_dec"]
 
 
+def test_an_sae_that_comes_back_still_knows_what_it_was_trained_on(tmp_path):
+    trained(tmp_path / "run", RECIPES["topk"], False)
+    out = export_sae(ExportConfig(run=tmp_path / "run", out=tmp_path / "out"))
+    known = {"hook": "blocks.6", "plan_digest": "sha256:a", "backbone": {"id": "b"}}
+    cfg = json.loads((out / "cfg.json").read_text())
+    cfg["metadata"]["tubelet"]["provenance"] = known
+    (out / "cfg.json").write_text(json.dumps(cfg))
+    back = load_record(import_sae(ImportConfig(path=out, out=tmp_path / "back")))
+    assert known.items() <= back.provenance.items()
+    # Of another library's there is nothing to know, whatever stands there.
+    for strange in ({}, "text", [1], None):
+        cfg["metadata"]["tubelet"] = strange
+        (out / "cfg.json").write_text(json.dumps(cfg))
+        found = load_record(import_sae(ImportConfig(path=out, out=tmp_path / f"foreign-{strange!s}")))
+        assert found.provenance.keys() == {"imported"}
+
+
 @pytest.mark.parametrize("whitened", [False, True], ids=["scaled", "whitened"])
 @pytest.mark.parametrize("kind", RECIPES)
 def test_saelens_would_compute_the_same_from_raw_tokens(kind, whitened, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -160,6 +161,18 @@ def test_a_sweep_is_the_product_of_its_lists_and_of_the_list_of_saes(store, tmp_
     found = specs(configure(store, tmp_path, sae={"k": 4}, sweep={"sae.nesting": nestings}))
     assert [s.name for s in found] == ["nesting=flat", "nesting=random-prefixes-4", "nesting=ks-ks-2+4"]
     assert all(not s.config.saes and not s.config.sweep for s in found)
+
+
+def test_a_store_is_not_mixed_with_itself(store, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store.url, copy)
+    with pytest.raises(TubeletError, match="is the same store as"):
+        train(configure(store, tmp_path / "run", mix={str(copy): 0.25}))
+
+
+def test_of_a_folder_with_several_saes_one_must_be_named(together):
+    with pytest.raises(TubeletError, match=r"holds 10 SAEs\. Name the folder of one: batch, jump, plain"):
+        load_record(together)
 
 
 def test_sweeps_run_from_the_command_line(store, tmp_path, capsys):

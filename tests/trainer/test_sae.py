@@ -318,6 +318,13 @@ def test_a_short_batch_moves_the_threshold_by_its_share_of_a_whole_one():
     assert not math.isclose(before, smallest, rel_tol=0.1)
 
 
+def test_tokens_of_another_shape_are_refused_with_the_right_one():
+    sae = make_sae(TopKConfig(latents=F, k=5)).eval()
+    for wrong in (torch.randn(2, 3, D), torch.randn(4, D + 1), torch.randn(D)):
+        with pytest.raises(TubeletError, match=rf"the SAE takes \[tokens, {D}\]"):
+            sae.encode(wrong)
+
+
 def test_batchtopk_takes_a_batch_in_which_nothing_is_positive():
     sae = make_sae(BatchTopKConfig(latents=F, k=5)).train()
     sae(tokens())

@@ -30,10 +30,10 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("steering") / "s.zarr", plan, {"h": x})
 
 
-def run(store, out, **sae):
+def run(store, out, steps=900, **sae):
     """A run whose learning rate is too low for anything to change, unless the weight alone does."""
     tree = {
-        "store": store.url, "out": out, "steps": 900, "batch_tokens": 16, "window_tokens": 300, "block_patches": 6,
+        "store": store.url, "out": out, "steps": steps, "batch_tokens": 16, "window_tokens": 300, "block_patches": 6,
         "sae": {"latents": 16, "sparsity_warmup_steps": 0, **sae}, "optimiser": {"lr": 1e-6}, "device": "cpu",
         "holdout": {"fraction": 0}, "log_every": 30, "checkpoint_every": 900,
     }  # fmt: skip
@@ -61,3 +61,13 @@ def test_a_target_out_of_reach_is_said_once_and_at_the_end(store, tmp_path, caps
     assert [line.split(":")[0] for line in said] == [f"step {first}", "step 900"]
     assert all(words in line for line in said)
     assert f"L0 is {lines[-1]['l0']:.1f}" in said[-1]
+
+
+def test_a_target_that_a_short_run_misses_is_said_at_the_end(store, tmp_path, capsys):
+    lines = run(store, tmp_path / "run", steps=60, kind="relu", target_l0=1)
+    assert lines[-1]["sparsity_limit"] == 0
+    assert lines[-1]["l0"] > 1.5
+    said = [line for line in capsys.readouterr().err.splitlines() if "target_l0" in line]
+    assert len(said) == 1
+    assert f"L0 is {lines[-1]['l0']:.1f} at the end, target_l0 1 not reached" in said[0]
+    assert "raise sae.sparsity or train longer" in said[0]

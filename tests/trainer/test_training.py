@@ -246,6 +246,28 @@ def test_a_missing_tracker_is_one_clear_line_before_training(store, tmp_path, mo
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_tracker_that_cannot_be_opened_is_one_clear_line(store, tmp_path, monkeypatch):
+    class NoKey:
+        @staticmethod
+        def init(**_):
+            raise ConnectionError("No API key configured.\nA second line.")
+
+    monkeypatch.setattr(trackers, "import_module", lambda name: NoKey)
+    config = configure(store, tmp_path / "run", sae={"k": 4}, tracker={"kind": "wandb"})
+    with pytest.raises(
+        TubeletError, match=r"wandb cannot be opened: ConnectionError: No API key configured\. .*offline"
+    ):
+        train(config)
+
+
+def test_a_run_that_has_not_learnt_says_so(store, tmp_path, capsys):
+    # An encoder as it starts, all of whose latents may be active.
+    train(configure(store, tmp_path / "run", steps=4, sae={"kind": "relu"}, optimiser={"lr": 1e-9}))
+    said = capsys.readouterr().err
+    assert "is worse than predicting the mean (FVU 1)" in said
+    assert "only 4 steps" in said
+
+
 def test_batchtopk_keeps_k_on_held_out_tokens_after_a_short_run(tmp_path):
     generator = np.random.default_rng(0)
     directions = generator.standard_normal((256, 32))
