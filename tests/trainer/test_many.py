@@ -40,7 +40,7 @@ def store(tmp_path_factory):
 def configure(store, out, **fields):
     tree = {
         "store": store.url, "out": out, "hook": "h", "steps": 20, "batch_tokens": 64, "window_tokens": 500,
-        "sae": {"k": 4, "dead_after_tokens": 128}, "log_every": 5, "eval_every": 10, "eval_tokens": 128,
+        "sae": {"k": 4, "dead_after_tokens": 96}, "log_every": 5, "eval_every": 10, "eval_tokens": 128,
         "checkpoint_every": 6, "holdout": {"fraction": 0.1}, "device": "cpu", "pairs": {"anchors": 32},
     }  # fmt: skip
     return TrainConfig.model_validate({**tree, **fields})
@@ -72,7 +72,7 @@ def same(one, other):
 def together(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("together") / "run"
     listed = [{"name": name, **spec} for name, spec in SAES.items()]
-    return train(configure(store, out, sae={"dead_after_tokens": 128}, saes=listed))
+    return train(configure(store, out, sae={"dead_after_tokens": 96}, saes=listed))
 
 
 @pytest.mark.parametrize("name", SAES)
@@ -89,7 +89,7 @@ def test_trained_together_equals_trained_alone(together, tmp_path, name):
 
 def test_saes_of_equal_shape_step_as_one(store, tmp_path):
     listed = [{"name": name, **spec} for name, spec in SAES.items()]
-    run = Run(configure(store, tmp_path, sae={"dead_after_tokens": 128}, saes=listed), [store], torch.device("cpu"))
+    run = Run(configure(store, tmp_path, sae={"dead_after_tokens": 96}, saes=listed), [store], torch.device("cpu"))
     names = [[run.members[run.team.learners.index(own)].name for own in c.learners] for c in run.team.cohorts]
     topk = ["plain", "time", "space", "slow", "random"]
     assert names == [topk, ["batch", "seeded"], ["signed", "signed too"], ["jump"]]

@@ -15,22 +15,27 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 # Bumped when the same key would give another order; part of what a checkpoint remembers.
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 
-# Four rounds make a Feistel network a strong pseudo-random permutation (Luby & Rackoff 1988); two more for small grids.
+# Four rounds make a Feistel network a strong pseudo-random permutation (Luby & Rackoff 1988); two more are margin. On a
+# grid of few points, whose halves take two or three values, six leave some orders likelier than others.
 _ROUNDS = 6
+_SMALL, _ROUNDS_OF_SMALL = 256, 16
 
 # Positions worked on together: their intermediate values stay in the cache.
 _TOGETHER = 1 << 13
 
-# Constants of the splitmix64 finaliser (Stafford's mix 13).
-_MIX_A = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_B = np.uint64(0x94D049BB133111EB)
+# Below it numbers of 32 bits will do, whose products processors have instructions for: 262,144 positions in 6.4 ms
+# instead of 20.4, which is a fifth instead of two thirds of the time in which their tokens are copied.
+_NARROW_BELOW = 2**31
+
+Words = NDArray[np.unsignedinteger[Any]]
 
 
 class Permutation:
@@ -47,14 +52,17 @@ class Permutation:
         self.size = size
         self._left = math.isqrt(size - 1) + 1
         self._right = -(-size // self._left)
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
-        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+        self._word: type[np.uint32 | np.uint64] = np.uint32 if size < _NARROW_BELOW else np.uint64
+        self._mix = _mix32 if size < _NARROW_BELOW else _mix64
+        rounds = _ROUNDS if size >= _SMALL else _ROUNDS_OF_SMALL
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=rounds * np.dtype(self._word).itemsize).digest()
+        self._keys = np.frombuffer(digest, dtype=np.dtype(self._word).newbyteorder("<")).astype(self._word)
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ids at `positions` [N] (each in [0, size)), int64 [N]."""
         found = np.empty(len(positions), dtype=np.int64)
         for start in range(0, len(positions), _TOGETHER):
-            ids = self._rounds(positions[start : start + _TOGETHER].astype(np.uint64))
+            ids = self._rounds(positions[start : start + _TOGETHER].astype(self._word))
             outside = np.flatnonzero(ids >= self.size)
             while len(outside):
                 ids[outside] = self._rounds(ids[outside])
@@ -66,15 +74,15 @@ class Permutation:
         """Ids at positions [start, stop)."""
         return self(np.arange(start, stop, dtype=np.int64))
 
-    def _rounds(self, points: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        a, b = np.uint64(self._left), np.uint64(self._right)
+    def _rounds(self, points: Words) -> Words:
+        a, b = self._word(self._left), self._word(self._right)
         left = points // b
         right = points - left * b
         for number, key in enumerate(self._keys):
             if number % 2:
-                right = _modulo(_modulo(_mix(left ^ key), b) + right, b)
+                right = _modulo(_modulo(self._mix(left ^ key), b) + right, b)
             else:
-                left = _modulo(_modulo(_mix(right ^ key), a) + left, a)
+                left = _modulo(_modulo(self._mix(right ^ key), a) + left, a)
         return left * b + right
 
 
@@ -129,12 +137,20 @@ class EpochOrder:
         )
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    values = (values ^ (values >> np.uint64(30))) * _MIX_A
-    values = (values ^ (values >> np.uint64(27))) * _MIX_B
+def _mix64(values: Words) -> Words:
+    """The finaliser of splitmix64 (Stafford's mix 13)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def _modulo(values: NDArray[np.uint64], divisor: np.uint64) -> NDArray[np.uint64]:
+def _mix32(values: Words) -> Words:
+    """The finaliser lowbias32 (Wellons 2018, "Prospecting for hash functions")."""
+    values = (values ^ (values >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    values = (values ^ (values >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return values ^ (values >> np.uint32(16))
+
+
+def _modulo(values: Words, divisor: np.unsignedinteger[Any]) -> Words:
     """`values % divisor`; NumPy has fast division by a constant, but no fast remainder."""
     return values - values // divisor * divisor
