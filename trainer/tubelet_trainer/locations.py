@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,9 +33,14 @@ class Locations:
 
     def positions(self, rows: Tensor) -> Tensor:
         """Positions of the tokens at `rows`."""
-        inside = rows % self.block_tokens
-        first = self.on_device[rows // self.block_tokens]
-        return first + inside // self.block_patches * self.grid.space + inside % self.block_patches
+        return self._all.index_select(0, rows)
+
+    @cached_property
+    def _all(self) -> Tensor:
+        """[rows of the window] Made once: divisions for each batch took half as long as gathering its tokens."""
+        inside = torch.arange(self.block_tokens, device=self.on_device.device)
+        steps, patches = inside // self.block_patches, inside % self.block_patches
+        return (self.on_device[:, None] + (steps * self.grid.space + patches)).flatten()
 
     def clips(self, rows: Tensor) -> Tensor:
         """Clips of the tokens at `rows`, as the store counts them."""
