@@ -21,31 +21,26 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from tubelet_store import Store, TubeletError
-from tubelet_store.config import dump_yaml
 from tubelet_trainer.breakdown import breakdown, refuse_broken
 from tubelet_trainer.checkpoint import Checkpoint, latest_name, load_latest, save_checkpoint
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.files import held, replace_file
 from tubelet_trainer.machine import choose_device, keep_memory, software
-from tubelet_trainer.metrics_log import MetricsLog
 from tubelet_trainer.progress import ProgressReport
 from tubelet_trainer.ranks import Ranks, joined_ranks
 from tubelet_trainer.run import Run
-from tubelet_trainer.sae.export import RECORD, load_record, save_sae
+from tubelet_trainer.run_folder import Logs, claimed, exported
+from tubelet_trainer.sae.export import save_sae
 from tubelet_trainer.sae.initialisation import Offset
-from tubelet_trainer.specs import flat
 from tubelet_trainer.steering import SteeringWatch
 from tubelet_trainer.stopping import StopRequest
 from tubelet_trainer.stream import open_stores, resident_shards
-from tubelet_trainer.trackers import Prefixed, Tracker, open_tracker
 
 # With fewer steps hardly anything is learnt.
 _FEW_STEPS = 100
@@ -81,8 +76,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> Path:
     if found is not None:
         run.restore(found)
     done = run.windows.step
-    if done < run.windows.steps or not all(_exported(member.out, run) for member in run.sound):
-        with _claimed(run, looked_at) as logs:
+    if done < run.windows.steps or not all(exported(member.out, run) for member in run.sound):
+        with claimed(run, looked_at) as logs:
             _finish(run, found, folder, logs)
     elif ranks.first:
         print(f"{config.out} is complete: {done} steps were taken", file=sys.stderr)
@@ -91,7 +86,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> Path:
     return config.out
 
 
-def _finish(run: Run, found: Checkpoint | None, folder: Path, logs: _Logs) -> None:
+def _finish(run: Run, found: Checkpoint | None, folder: Path, logs: Logs) -> None:
     """Train to the end, and write the SAEs."""
     done = run.windows.step
     with ProgressReport(run.windows.steps, done, silent=not run.ranks.first) as report:
@@ -110,69 +105,6 @@ def _finish(run: Run, found: Checkpoint | None, folder: Path, logs: _Logs) -> No
             save_sae(member.out, sae, run.provenance(member, final[member.name]))
 
 
-@contextmanager
-def _claimed(run: Run, looked_at: str | None) -> Iterator[_Logs]:
-    """The run's logs, while no other process writes into its folder.
-
-    Args:
-        run: As its newest checkpoint says.
-        looked_at: The name of that checkpoint.
-
-    Raises:
-        TubeletError: another process does, or did since.
-    """
-    with ExitStack() as stack:
-        if run.ranks.first:
-            stack.enter_context(held(run.config.out))
-            if latest_name(run.config.out / "checkpoints") != looked_at:
-                raise TubeletError(f"Another process has trained into {run.config.out} meanwhile", "Run it again")
-            _write_configs(run)
-        logs = _Logs(run, run.windows.step)
-        stack.callback(logs.close)
-        yield logs
-
-
-def _write_configs(run: Run) -> None:
-    """The run's configuration, and that of each SAE as it would be trained alone."""
-    run.config.out.mkdir(parents=True, exist_ok=True)
-    replace_file(run.config.out / "config.yaml", dump_yaml(run.config).encode())
-    for member in run.members:
-        if member.name:
-            member.out.mkdir(parents=True, exist_ok=True)
-            decided = {"block_patches": run.streams.block_patches, "resident_shards": run.config.resident_shards}
-            alone = member.spec.config.model_copy(update=decided)
-            replace_file(member.out / "config.yaml", dump_yaml(alone).encode())
-
-
-class _Logs:
-    """metrics.jsonl of each SAE, and one tracker for all; nothing on ranks but the first."""
-
-    def __init__(self, run: Run, step: int) -> None:
-        self._logs: dict[str, MetricsLog] = {}
-        self._tracker: Tracker | None = None
-        if run.ranks.first:
-            config = run.config
-            tracker = open_tracker(config.tracker, config.out, step, flat(config.model_dump(mode="json")))
-            self._tracker = tracker
-            self._logs = {
-                member.name: MetricsLog(member.out / "metrics.jsonl", step, Prefixed(tracker, member.name))
-                for member in run.members
-            }
-
-    def write(self, kind: str, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
-        """One line for each SAE that has values, by its name."""
-        if self._logs:
-            for name, line in values.items():
-                self._logs[name].write(kind, step, **line)
-
-    def close(self) -> None:
-        """Close the files and the tracker."""
-        for log in self._logs.values():
-            log.close()
-        if self._tracker is not None:
-            self._tracker.close()
-
-
 def _with_resident_shards(config: TrainConfig, stores: Sequence[Store], found: Checkpoint | None) -> TrainConfig:
     """`config` with `resident_shards` decided: it is part of the order of tokens, so it must stay with the run."""
     if config.resident_shards is not None:
@@ -182,7 +114,7 @@ def _with_resident_shards(config: TrainConfig, stores: Sequence[Store], found: C
     return config.model_copy(update={"resident_shards": resident_shards(config, stores)})
 
 
-def _loop(run: Run, folder: Path, logs: _Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
+def _loop(run: Run, folder: Path, logs: Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
     """Train to the end; of each SAE the last evaluation, or without held-out videos the last training metrics."""
     config, steps = run.config, run.windows.steps
     latest: dict[str, dict[str, float]] = {}
@@ -266,7 +198,7 @@ def _read(
     return latest
 
 
-def _evaluate(run: Run, step: int, logs: _Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
+def _evaluate(run: Run, step: int, logs: Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
     if run.heldout is None:
         return {}
     figures = {member.name: run.evaluate(member, run.heldout) for member in run.sound}
@@ -308,7 +240,3 @@ def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> Non
     changed = [f"{name} {then.get(name)} -> {value}" for name, value in software().items() if then.get(name) != value]
     if changed:
         report.note(f"changed since: {', '.join(changed)}; results agree up to rounding, not bit for bit")
-
-
-def _exported(out: Path, run: Run) -> bool:
-    return (out / RECORD).is_file() and load_record(out).provenance.get("store_identity") == run.store.identity
