@@ -107,10 +107,12 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             store=store.url,
             out=root / "run",
             holdout=HOLDOUT,
-            sae={"k": 2, "latents": LATENTS, "init": {"directions": "data"}},
-            steps=600,
+            seed=3,
+            # From many active latents to few: begun with two, most runs end with some features not found.
+            sae={"k": 2, "latents": LATENTS, "k_anneal_steps": 1200, "init": {"directions": "data"}},
+            steps=2000,
             batch_tokens=256,
-            eval_every=600,
+            eval_every=2000,
             optimiser={"lr": 5e-3},
             device="cpu",
         )
@@ -138,7 +140,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 
 def test_the_sae_finds_the_planted_features(planted: Planted) -> None:
     found = recovery(directions(load_sae(planted.root / "run")), planted.true)
-    assert found.matched_cosine > 0.9
+    assert found.matched_cosine > 0.95
     assert recovery(random_directions(LATENTS, CHANNELS, 9), planted.true).matched_cosine < 0.7
 
 
@@ -151,8 +153,8 @@ def test_ablation_finds_the_latents_that_carry_the_class(planted: Planted) -> No
     np.testing.assert_array_equal(planted.column("probe_label")[CLASS], CLASS)
     assert planted.figure("ablation.m50.sae") <= len(CLASS)
     assert planted.result.evaluation.figure("ablation.m50.random").value is None
-    assert planted.figure("ablation.class_m50.sae") == 1
-    assert planted.figure("ablation.class_area.sae") > 0.8 > 0.2 > planted.figure("ablation.class_area.random")
+    assert planted.figure("ablation.class_m50.sae") <= 2
+    assert planted.figure("ablation.class_area.sae") > 0.7 > 0.2 > planted.figure("ablation.class_area.random")
     assert planted.figure("ablation.class_others") < 0.1
 
 

@@ -36,11 +36,23 @@ def read(clip) -> list[int]:
     return [barcode.read_index(frame) for frame in clip.frames]
 
 
+_OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    """An idle runtime, which another test of this process left, has decoding processes too."""
+    _OTHERS.clear()
+    _OTHERS.update(process.pid for process in psutil.Process().children(recursive=True))
+
+
 def children() -> list[psutil.Process]:
     return [
         process
         for process in psutil.Process().children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE and "tubelet_pipeline.decode.child" in " ".join(process.cmdline())
+        if process.pid not in _OTHERS
+        and process.status() != psutil.STATUS_ZOMBIE
+        and "tubelet_pipeline.decode.child" in " ".join(process.cmdline())
     ]
 
 

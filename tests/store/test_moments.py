@@ -136,6 +136,7 @@ def test_above_a_width_the_diagonal_alone_is_kept():
 
 
 @given(st.integers(0, 40), st.integers(0, 10**6))
+@settings(deadline=None)
 def test_storing_keeps_them(count, seed):
     of = Moments.of(tokens(count, 3, seed)).merge(Moments.empty(3, nonfinite=4))
     assert_close(Moments.from_arrays(of.arrays()), of, tolerance=1e-14)

@@ -54,8 +54,10 @@ def same(one, other):
 
 
 SLOW = """
-import sys, time, torch
+import signal, sys, time, torch
 torch.set_num_threads(1)
+# A parent in the background of a script ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tubelet_store.cli import main
 from tubelet_trainer.ranks import ALONE
 from tubelet_trainer.run import Run
