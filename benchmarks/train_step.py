@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -205,7 +206,7 @@ def kinds_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
             learner.clock.silent_tokens_F[::2] = 2**62 + 1
             learner.clock.dead_most = latents // 2
         team = Team([learner], [HOOK], tokens)
-        yield f"  {name:<34}{watch.best(lambda team=team: team.learn(batch, 5)) / encoder:>7.2f}"  # type: ignore[misc]
+        yield f"  {name:<34}{watch.best(partial(team.learn, batch, 5)) / encoder:>7.2f}"
 
 
 def together_table(device: torch.device) -> Iterator[str]:

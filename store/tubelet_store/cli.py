@@ -126,7 +126,6 @@ def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None,
     """
     path: Path | None = None
     overrides: dict[str, str] = {}
-    known = fields_of(verb.config())
     free = list(verb.positionals)
     queue = list(arguments)
     rest: list[str] = []
@@ -138,7 +137,7 @@ def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None,
             if not equals and queue and not queue[0].startswith("--"):
                 text = queue.pop(0)
             elif not equals:
-                if any(each.path == field and not each.is_switch for each in known):
+                if any(each.path == field and not each.is_switch for each in fields_of(verb.config())):
                     raise TubeletError(f"--{field} needs a value", f"Write --{field} VALUE")
                 # A bare option is a switch: `--json` means `--json true`.
                 text = "true"

@@ -30,14 +30,6 @@ D, F = 16, 48
 NO_DEAD = torch.zeros(F, dtype=torch.bool)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Clips with a signal of their own that changes slowly, under noise."""

@@ -23,14 +23,6 @@ from tubelet_trainer.specs import specs
 from tubelet_trainer.stream import open_stores
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     plan = make_plan(clips=30, clips_per_shard=8, grid=(4, 3, 4), hooks={"h": 16, "g": 12})

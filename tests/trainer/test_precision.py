@@ -21,14 +21,6 @@ DEAD = slice(20, 60)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def learner_of(config, terms, precision, device="cpu", seed=1):
     """A learner whose SAE is in general position, with some latents dead."""
     generator = torch.Generator().manual_seed(seed)

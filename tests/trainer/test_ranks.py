@@ -115,15 +115,6 @@ def train_on_ranks(config, folder, ranks=2):
     return outputs
 
 
-def one_process(config):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return train(config)
-    finally:
-        torch.set_num_threads(before)
-
-
 def assert_equal_up_to_rounding(one, other, names):
     for name in names:
         mine, theirs = (load_file(folder / name / "sae.safetensors") for folder in (one, other))
@@ -145,10 +136,10 @@ def assert_equal_up_to_rounding(one, other, names):
 
 @pytest.fixture(scope="module")
 def alone(store, tmp_path_factory):
-    return one_process(configure(store, tmp_path_factory.mktemp("alone") / "run", SPLIT_BATCH))
+    return train(configure(store, tmp_path_factory.mktemp("alone") / "run", SPLIT_BATCH))
 
 
-def test_ranks_that_split_the_batch_equal_one_process(store, alone, tmp_path):
+def test_ranks_that_split_the_batch_equal_train(store, alone, tmp_path):
     outputs = train_on_ranks(configure(store, tmp_path / "run", SPLIT_BATCH), tmp_path)
     assert_equal_up_to_rounding(alone, tmp_path / "run", SPLIT_BATCH)
     assert load_latest(tmp_path / "run" / "checkpoints").step == STEPS + 1
@@ -166,7 +157,7 @@ def test_a_batch_that_does_not_divide_into_ranks_is_shared_all_the_same(store, a
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_that_split_the_dictionary_equal_one_process(store, alone, tmp_path, ranks):
+def test_ranks_that_split_the_dictionary_equal_train(store, alone, tmp_path, ranks):
     train_on_ranks(configure(store, tmp_path / "run", SPLIT_LATENTS, parallel="dictionary"), tmp_path, ranks)
     assert_equal_up_to_rounding(alone, tmp_path / "run", SPLIT_LATENTS)
 
@@ -174,15 +165,15 @@ def test_ranks_that_split_the_dictionary_equal_one_process(store, alone, tmp_pat
 @pytest.mark.parametrize("begin", [1, 2])
 @pytest.mark.parametrize("parallel", ["data", "dictionary"])
 def test_a_run_is_continued_by_another_number_of_processes(store, tmp_path, parallel, begin):
-    whole = one_process(configure(store, tmp_path / "whole", SPLIT_LATENTS))
+    whole = train(configure(store, tmp_path / "whole", SPLIT_LATENTS))
     out = tmp_path / "run"
     config = configure(store, out, SPLIT_LATENTS, parallel=parallel)
-    one_process(config) if begin == 1 else train_on_ranks(config, tmp_path)
+    train(config) if begin == 1 else train_on_ranks(config, tmp_path)
     # Forget the second half.
     (out / "checkpoints" / "latest").write_text("step-00000012")
     for name in SPLIT_LATENTS:
         (out / name / "sae.json").unlink()
-    train_on_ranks(config, tmp_path) if begin == 1 else one_process(config)
+    train_on_ranks(config, tmp_path) if begin == 1 else train(config)
     assert_equal_up_to_rounding(whole, out, SPLIT_LATENTS)
 
 

@@ -44,14 +44,6 @@ SHARD_BYTES = STORE_BYTES // 20 + 68
 BUDGET = 20 * SHARD_BYTES // 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("local") / "s.zarr", PLAN, failed=(3, 20, 21), clips_per_video=2)

@@ -6,21 +6,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from stores import make_plan, make_store
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.loop import train
 
 D = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

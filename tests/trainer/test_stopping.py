@@ -25,14 +25,6 @@ from tubelet_trainer.run import Run
 from tubelet_trainer.stopping import StopRequest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     plan = make_plan(clips=30, clips_per_shard=8, grid=(4, 3, 4), hooks={"h": 16})

@@ -29,14 +29,6 @@ from tubelet_trainer.sae.export import load_record, load_sae
 from tubelet_trainer.split import HoldoutConfig, held_out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     plan = make_plan(clips=40, clips_per_shard=8, grid=(4, 3, 5), hooks={"h": 16})

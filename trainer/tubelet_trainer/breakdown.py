@@ -16,8 +16,8 @@ _EXPLODED_NORM = 100.0
 _EXPLODED_FVU = 100.0
 
 
-def breakdown(member: Member, step: int, metrics: Mapping[str, float], whole: bool) -> str | None:
-    """What is wrong with an SAE that cannot recover, and what to do about it; None: nothing.
+def breakdown(member: Member, step: int, metrics: Mapping[str, float], whole: bool) -> TubeletError | None:
+    """What is wrong with an SAE that cannot recover, and what to do about it; None: nothing. It is not raised.
 
     That is: a figure is not finite, all latents are silent, or the weights or the error exploded.
 
@@ -31,25 +31,25 @@ def breakdown(member: Member, step: int, metrics: Mapping[str, float], whole: bo
     recipe = member.spec.config.sae
     wrong = [name for name in ("loss", "grad_norm", "encoder_norm") if not math.isfinite(metrics[name])]
     if wrong:
-        return (
-            f"{where}: {' and '.join(wrong)} not finite (learning rate {member.learner.lr:.2e}). "
-            "Lower optimiser.lr or raise optimiser.warmup_steps, and train into another --out."
+        return TubeletError(
+            f"{where}: {' and '.join(wrong)} not finite (learning rate {member.learner.lr:.2e})",
+            "Lower optimiser.lr or raise optimiser.warmup_steps, and train into another --out",
         )
     if not whole:
         return None
     silent = "All latents are dead" if metrics["dead"] == 1 else "No latent is active" if metrics["l0"] == 0 else None
     if silent is not None:
         lever = "Lower sae.sparsity" if isinstance(recipe, _PENALISED) else "Raise sae.k or sae.auxk_coef"
-        return (
-            f"{where}: {silent} ({recipe.latents_for(member.learner.sae.channels)} of them). "
-            f"{lever} or lower optimiser.lr, and train into another --out."
+        return TubeletError(
+            f"{where}: {silent} ({recipe.latents_for(member.learner.sae.channels)} of them)",
+            f"{lever} or lower optimiser.lr, and train into another --out",
         )
     # A healthy encoder keeps its rows within a small factor of the 1 they start from.
     if metrics["encoder_norm"] > _EXPLODED_NORM or metrics["fvu"] > _EXPLODED_FVU:
-        return (
+        return TubeletError(
             f"{where}: training diverges (encoder rows of norm {metrics['encoder_norm']:.3g} on average, "
-            f"FVU {metrics['fvu']:.3g}). "
-            "Lower optimiser.lr or raise optimiser.warmup_steps, and train into another --out."
+            f"FVU {metrics['fvu']:.3g})",
+            "Lower optimiser.lr or raise optimiser.warmup_steps, and train into another --out",
         )
     return None
 
@@ -62,9 +62,9 @@ def refuse_broken(run: Run) -> None:
     """
     if not run.broken:
         return
-    faults = list(run.broken.values())
+    *others, last = run.broken.values()
+    told = [*map(str, others), last.problem]
     if len(run.members) > 1:
-        others = "; the others are complete" if run.sound else ""
-        faults.insert(0, f"{len(faults)} of {len(run.members)} SAEs broke down{others}.")
-    problem, remedy = " ".join(faults).removesuffix(".").rsplit(". ", 1)
-    raise TubeletError(problem, remedy)
+        rest = "; the others are complete" if run.sound else ""
+        told.insert(0, f"{len(run.broken)} of {len(run.members)} SAEs broke down{rest}.")
+    raise TubeletError(" ".join(told), last.remedy)

@@ -178,7 +178,7 @@ def _read(
         TubeletError: no SAE is left.
     """
     latest: dict[str, dict[str, float]] = {}
-    new: list[str] = []
+    new: list[TubeletError] = []
     for member, metrics in zip(run.members, found, strict=True):
         if member.name in run.broken:
             continue

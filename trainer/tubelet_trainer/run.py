@@ -115,7 +115,7 @@ class Run:
         self.heldout = self.streams.heldout
         self.members = [self._begin(spec) for spec in found]
         hooks = [member.hook for member in self.members]
-        self.broken: dict[str, str] = {}
+        self.broken: dict[str, TubeletError] = {}
         """What is wrong with SAEs that have broken down, by name. They are not looked at any more."""
         refuse_unrepeatable(config, device, ranks)
         self.team = Team(
@@ -202,11 +202,11 @@ class Run:
         """
         record = {
             "config": self._tree,
-            "store_identities": [store.identity for store in self.streams.stores],
+            "store_identities": self.streams.identities,
             "hook": self.member.hook,
             "loader": {**self.windows.state_dict(), "step": step},
             "software": software(),
-            "broken": self.broken,
+            "broken": {name: [fault.problem, fault.remedy] for name, fault in self.broken.items()},
         }
         tensors: dict[str, Tensor] = {}
         for member in self.members:
@@ -231,7 +231,8 @@ class Run:
             found = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
             member.learner.load_state(own_state(found, self.ranks) if self.sharded else found)
         self.windows.load_state_dict(checkpoint.record["loader"])
-        self.broken = dict(checkpoint.record.get("broken", {}))
+        broken = checkpoint.record.get("broken", {})
+        self.broken = {name: TubeletError(problem, remedy) for name, (problem, remedy) in broken.items()}
 
     @property
     def _tree(self) -> dict[str, Any]:
@@ -247,10 +248,9 @@ class Run:
             if name.partition(".")[0] not in _FREE_FIELDS and then.get(name) != now.get(name)
         ]
         # Stores may have moved: what counts is what they hold.
-        identities = [store.identity for store in self.streams.stores]
-        if (before := record.get("store_identities")) != identities:
+        if (before := record.get("store_identities")) != self.streams.identities:
             known = ", ".join(before) if before else "not recorded (an older version)"
-            differ.append(f"store identities: {known} -> {', '.join(identities)}")
+            differ.append(f"store identities: {known} -> {', '.join(self.streams.identities)}")
         if differ:
             raise TubeletError(
                 f"{self.config.out} holds a run with another configuration: {'; '.join(differ)}",

@@ -41,7 +41,6 @@ def claimed(run: Run, looked_at: str | None) -> Iterator[Logs]:
 
 def _write_configs(run: Run) -> None:
     """The run's configuration, and that of each SAE as it would be trained alone."""
-    run.config.out.mkdir(parents=True, exist_ok=True)
     replace_file(run.config.out / "config.yaml", dump_yaml(run.config).encode())
     for member in run.members:
         if member.name:

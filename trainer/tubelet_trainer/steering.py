@@ -31,8 +31,8 @@ class SteeringWatch:
         """
         for member in members:
             line = metrics.get(member.name, {})
-            side = line.get("sparsity_limit", 0.0)
-            if "sparsity_limit" not in line or (member.name in self._told and step < steps):
+            side = line.get("sparsity_limit")
+            if side is None or (member.name in self._told and step < steps):
                 continue
             if side == 0:
                 if step == steps:

@@ -91,6 +91,11 @@ class Streams:
         return next(iter(stream)).hooks[hook]
 
     @property
+    def identities(self) -> list[str]:
+        """Of the stores, wherever they lie."""
+        return [store.identity for store in self.stores]
+
+    @property
     def failed(self) -> int:
         """Clips that hold no activations."""
         return sum(int((~store.ok()).sum()) for store in self.stores)

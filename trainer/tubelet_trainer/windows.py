@@ -139,9 +139,8 @@ class Windows:
     @property
     def memory_bytes(self) -> int:
         """Of the windows that are held while batches are served: on the device, and as much on the host of a GPU."""
-        windows = 2 if self._end > self._order.window_tokens else 1
         channels = sum(source.channels for source in self.sources)
-        return windows * self._order.window_tokens * channels * self._stored_dtype.itemsize
+        return self._held * self._order.window_tokens * channels * self._stored_dtype.itemsize
 
     @property
     def epoch(self) -> int:
@@ -300,12 +299,16 @@ class Windows:
             self, [[(source, int(shard)) for shard in shards for source in self.sources] for shards in groups]
         )
 
+    @property
+    def _held(self) -> int:
+        """Windows held at once. With a single one in the whole run there is nothing to stage ahead."""
+        return 2 if self._end > self._order.window_tokens else 1
+
     def _own_slots(self) -> list[Slot]:
         """The two slots, held while batches are served."""
         if not self._slots:
-            tokens = self._order.window_tokens
-            # With a single window in the whole run there is nothing to stage ahead.
-            for _ in range(2 if self._end > tokens else 1):
-                channels = [source.channels for source in self.sources]
-                self._slots.append(Slot.allocate(tokens, channels, self._stored_dtype, self.device))
+            channels = [source.channels for source in self.sources]
+            for _ in range(self._held):
+                slot = Slot.allocate(self._order.window_tokens, channels, self._stored_dtype, self.device)
+                self._slots.append(slot)
         return self._slots
