@@ -20,16 +20,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tubelet_store import Grid, Hook, Moments, Plan
 from tubelet_store.catalog.edit import _items, add_store
 from tubelet_store.catalog.entry import HookBlock
-from tubelet_store.clips import FINISHED, to_parquet
+from tubelet_store.clip_table import FINISHED, to_parquet
 from tubelet_store.commit import StoredObject
-from tubelet_store.keys import ACTIVATIONS, CLIPS, GROUP, MANIFEST, shard_key
-from tubelet_store.layout import metadata_documents, moments_documents, shard_bytes
+from tubelet_store.format import metadata_documents, moments_documents, shard_bytes
 from tubelet_store.manifest import Manifest
-from tubelet_store.objects import LocalRoot
-from tubelet_store.state import StoreState, state_document
+from tubelet_store.moments import Moments
+from tubelet_store.object_keys import ACTIVATIONS, CLIPS, GROUP, MANIFEST, shard_key
+from tubelet_store.plan import Grid, Hook, Plan
+from tubelet_store.storage.local import LocalRoot
+from tubelet_store.store_state import StoreState, state_document
 
 GOAL_S = 2.0
 
@@ -159,10 +160,8 @@ def main() -> None:
     parser.add_argument("--hooks", type=int, default=4)
     parser.add_argument("--clips-per-shard", type=int, default=16)
     settings = parser.parse_args()
-    program = [sys.executable, "-c", "import sys; from tubelet_store.cli import main; sys.exit(main())"]
-    manifest = (
-        "import tubelet_store; m = tubelet_store.open('store.zarr').manifest(); print(m.identity, sum(1 for _ in m))"
-    )
+    program = [sys.executable, "-c", "import sys; from tubelet.cli.main import main; sys.exit(main())"]
+    manifest = "from tubelet_store.reader import open_store; m = open_store('store.zarr').manifest(); print(m.identity, sum(1 for _ in m))"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clips = settings.objects // settings.hooks * settings.clips_per_shard

@@ -24,12 +24,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from barcode import ClipSpec, make_clip
-from tubelet_pipeline.clips.root import VIDEO_SUFFIXES
-from tubelet_pipeline.decode import decord_backend, policy, pyav_backend, torchcodec_backend
-from tubelet_pipeline.decode.child import FrameMemory
-from tubelet_pipeline.decode.probe import probe
+from tubelet_pipeline.datasets.dataset_root import VIDEO_SUFFIXES
+from tubelet_pipeline.decode import decoder_choice as policy
+from tubelet_pipeline.decode import decord_backend, pyav_backend, torchcodec_backend
+from tubelet_pipeline.decode.process_main import FrameMemory
 from tubelet_pipeline.decode.pyav_backend import Choose
-from tubelet_pipeline.frames import dense_frames, uniform_frames
+from tubelet_pipeline.decode.video_index import probe
+from tubelet_pipeline.frame_indices import dense_frames, uniform_frames
 
 REPEATS = 3
 FAST = {"preset": "veryfast"}

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from tubelet_store import cli, open_store
+from tubelet.cli import main as cli
+from tubelet_store.reader import open_store
 
 HOOK = "blocks.2"
 # Every second of a video's 48 frames: a window of 16, and one that begins a tubelet later, both fit.

@@ -30,15 +30,16 @@ import zarr
 
 from tubelet_pipeline.backbones import load_backbone
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.clips import resolve_uri
-from tubelet_pipeline.decode.clip import DecodedClip
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.datasets import resolve_uri
+from tubelet_pipeline.decode.decoded_clip import DecodedClip
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
-from tubelet_pipeline.extract import ExtractSummary, extract
-from tubelet_pipeline.extract_config import ExtractConfig
-from tubelet_pipeline.planning import make_plan
+from tubelet_pipeline.driver import ExtractSummary, extract
+from tubelet_pipeline.plan_extraction import make_plan
 from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.dataset import make_dataset
-from tubelet_store import ClipOutcome, StoreWriter
+from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.store_writer import StoreWriter
 
 CORES = len(os.sched_getaffinity(0))
 # The plain script is slow, and each clip costs it the same: a part of them will do.

@@ -47,9 +47,9 @@ import yaml
 
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.dataset import make_dataset
-from tubelet_store import open_store
-from tubelet_store.objects import open_root
+from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_store.reader import open_store
+from tubelet_store.storage.open_root import open_root
 from tubelet_store.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -240,7 +240,7 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 def tubelet(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
     """`tubelet ARGUMENTS` as a process."""
-    command = [sys.executable, "-c", "import sys; from tubelet_store.cli import main; sys.exit(main())", *arguments]
+    command = [sys.executable, "-c", "import sys; from tubelet.cli.main import main; sys.exit(main())", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -24,9 +24,9 @@ from PIL import Image
 
 from tubelet_lens.config import DemoConfig
 from tubelet_lens.gallery.config import GalleryConfig
-from tubelet_lens.gallery.make import make_gallery
+from tubelet_lens.gallery.make_gallery import make_gallery
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
+from tubelet_trainer.run.loop import train
 
 _HOOK = "blocks.2"
 _EXPANSION = 16
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     work: Path = arguments.work
     if not (work / "validation.zarr").is_dir():
-        from tubelet_lens.demo import demo
+        from tubelet_lens.demo.demo import demo
 
         demo(DemoConfig(out=work))
     run = work / f"wide-{_EXPANSION}"

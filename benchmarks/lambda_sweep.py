@@ -32,16 +32,19 @@ import torch
 import yaml
 from torch import Tensor
 
-from tubelet_lens.active import Active
-from tubelet_lens.autocorrelation import PooledAutocorrelation
-from tubelet_lens.series import Series, pairs_at_lags, shuffled_steps
-from tubelet_store import Store, cli, open_store
-from tubelet_trainer import Source, Windows, load_sae
+from tubelet.cli import main as cli
+from tubelet_lens.codes.series import Series, pairs_at_lags, shuffled_steps
+from tubelet_lens.codes.sparse_codes import Active
+from tubelet_lens.stats.autocorrelation import PooledAutocorrelation
+from tubelet_store.reader import Store, open_store
 from tubelet_trainer.config import ObjectiveConfig, TrainConfig
-from tubelet_trainer.evaluation import evaluate
-from tubelet_trainer.loop import train
-from tubelet_trainer.pairs import fresh_steps
+from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.pairs import fresh_steps
+from tubelet_trainer.data.source import Source
+from tubelet_trainer.run.heldout import evaluate
+from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.config import TopKConfig
+from tubelet_trainer.sae.sae_files import load_sae
 
 HOOK = "blocks.2"
 VIDEOS = 240

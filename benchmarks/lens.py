@@ -26,21 +26,24 @@ import torch
 from numpy.typing import NDArray
 
 from tubelet_lens import EvaluateConfig
-from tubelet_lens.clip_metric import ClipMetric, ClipResult, ClipSetting
+from tubelet_lens.codes.controls import controls
+from tubelet_lens.codes.pooled import Pooling
 from tubelet_lens.config import Topic
-from tubelet_lens.controls import controls
 from tubelet_lens.evaluate import CLIP_METRICS, METRICS, evaluate
-from tubelet_lens.metric import Metric, Setting
-from tubelet_lens.pooled import Pooling
-from tubelet_lens.subject import load_trained
-from tubelet_lens.timing import latent_time
-from tubelet_lens.windows import read_clip, windows
-from tubelet_store import ClipOutcome, Grid, Hook, Plan, Store, StoreWriter, open_store
-from tubelet_store.clips import PLANNED
-from tubelet_trainer import SAE, held_out, load_sae
+from tubelet_lens.inputs.clip_stream import read_clip, windows
+from tubelet_lens.inputs.latent_time import latent_time
+from tubelet_lens.inputs.trained_sae import load_trained
+from tubelet_lens.metrics.clip_metric import ClipMetric, ClipResult, ClipSetting
+from tubelet_lens.metrics.metric import Metric, Setting
+from tubelet_store.clip_table import PLANNED, ClipOutcome
+from tubelet_store.plan import Grid, Hook, Plan
+from tubelet_store.reader import Store, open_store
+from tubelet_store.store_writer import StoreWriter
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.split import HoldoutConfig
+from tubelet_trainer.data.split import HoldoutConfig, held_out
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.sae_files import load_sae
 
 T = TypeVar("T")
 

@@ -37,11 +37,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from peer_loaders import BATCH, clip_entropy, memcpy_seconds
 from random_store import random_store
-from tubelet_store import Grid, Hook, Store, open_store
-from tubelet_store.keys import ACTIVATIONS, shard_key
-from tubelet_trainer.slots import page_aligned
-from tubelet_trainer.source import Source
-from tubelet_trainer.windows import Windows
+from tubelet_store.object_keys import ACTIVATIONS, shard_key
+from tubelet_store.plan import Grid, Hook
+from tubelet_store.reader import Store, open_store
+from tubelet_trainer.data.buffers import page_aligned
+from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.source import Source
 
 CLIPS, CLIPS_PER_SHARD, GRID, CHANNELS = 256, 32, Grid(time=8, height=14, width=14), 768
 HOOK = "blocks.6"

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from random_store import random_store
-from tubelet_store import Grid, Hook
+from tubelet_store.plan import Grid, Hook
 
 CLIPS, TIMES, CHANNELS, HOOK = 96, 20, 384, "blocks.6"
 GRID = Grid(time=8, height=14, width=14)
@@ -54,11 +54,11 @@ WATCHED = """
 import json, sys, tempfile, threading
 import numpy as np, torch
 torch.set_num_threads(1)
-from tubelet_store import open_store
+from tubelet_store.reader import open_store
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.source import Source
-from tubelet_trainer.windows import Windows
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.data.source import Source
+from tubelet_trainer.data.loader import Windows
 
 def now():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))

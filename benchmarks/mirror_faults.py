@@ -26,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from faulty_proxy import KINDS, FaultyProxy, faulty_proxy
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
-from tubelet_store import Store
-from tubelet_store.mirror import Mirror, MirrorConfig
-from tubelet_store.objects import LocalRoot, open_root
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.reader import Store
+from tubelet_store.storage.local import LocalRoot
+from tubelet_store.storage.open_root import open_root
 
 PROCESSES = 8
 SHARDS_IN_BUDGET = 12
@@ -40,10 +42,11 @@ READER = """
 import sys
 from pathlib import Path
 import numpy as np
-import tubelet_store.transport.transport as transport_module
-from tubelet_store import TubeletError, open_store
-from tubelet_store import Store
-from tubelet_store.mirror import MirrorConfig
+import tubelet_store.storage.client as transport_module
+from tubelet.errors import TubeletError
+from tubelet_store.reader import open_store
+from tubelet_store.reader import Store
+from tubelet_store.cache import MirrorConfig
 transport_module._FIRST_WAIT_S = 0.01
 folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
 mirror = MirrorConfig(
@@ -70,8 +73,8 @@ import sys
 import torch
 torch.set_num_threads(1)
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-import tubelet_store.transport.transport as transport_module
+from tubelet_trainer.run.loop import train
+import tubelet_store.storage.client as transport_module
 transport_module._FIRST_WAIT_S = 0.01
 train(TrainConfig.model_validate_json(sys.argv[1]))
 """

@@ -29,14 +29,15 @@ import yaml
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.clips.root import VIDEO_SUFFIXES
-from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.datasets.dataset_root import VIDEO_SUFFIXES
 from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
 from tubelet_pipeline.decode.pyav_backend import upright
 from tubelet_pipeline.sampling import UniformSampling
-from tubelet_store import Store, TubeletError, open_store
+from tubelet_store.reader import Store, open_store
 
 KINDS = ("flipped bits", "cut short", "blocks shuffled")
 BLOCK_BYTES = 4096
@@ -265,7 +266,7 @@ def _codec(path: Path) -> str:
 def _extract_by_command(settings: dict[str, Any]) -> None:
     path = Path(settings["store"]).with_name("job.yaml")
     path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-c", "import sys; from tubelet_store.cli import main; sys.exit(main())", "extract"]
+    command = [sys.executable, "-c", "import sys; from tubelet.cli.main import main; sys.exit(main())", "extract"]
     done = subprocess.run([*command, str(path)], capture_output=True, text=True)
     if done.returncode:
         raise TubeletError(f"The job was lost: {done.stderr[-500:]}", "See its error")

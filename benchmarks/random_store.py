@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tubelet_store import ClipOutcome, Grid, Hook, Plan, Store, StoreWriter, open_store
-from tubelet_store.clips import PLANNED
+from tubelet_store.clip_table import PLANNED, ClipOutcome
+from tubelet_store.plan import Grid, Hook, Plan
+from tubelet_store.reader import Store, open_store
+from tubelet_store.store_writer import StoreWriter
 
 
 def random_store(folder: Path, grid: Grid, hook: Hook, clips: int, clips_per_shard: int) -> Store:

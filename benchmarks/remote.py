@@ -32,9 +32,10 @@ import zarr
 
 from random_store import random_store
 from range_server import range_server
-from tubelet_store import Grid, Hook, Store, open_store
-from tubelet_store.mirror import MirrorConfig
-from tubelet_store.transport import TransportName, open_transport
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.plan import Grid, Hook
+from tubelet_store.reader import Store, open_store
+from tubelet_store.storage.client_choice import TransportName, open_transport
 
 CLIPS, CLIPS_PER_SHARD, GRID, CHANNELS = 112, 28, Grid(time=8, height=14, width=14), 768
 HOOK = "blocks.6"

@@ -29,15 +29,16 @@ from typing import Any
 import numpy as np
 import psutil
 
-from tubelet_pipeline import extract as extract_module
+from tubelet_pipeline import driver as extract_module
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.extract import ExtractSummary, extract
-from tubelet_pipeline.extract_config import ExtractConfig
-from tubelet_pipeline.hand_out import HandOut
-from tubelet_pipeline.planning import make_plan
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.driver import ExtractSummary, extract
+from tubelet_pipeline.plan_extraction import make_plan
+from tubelet_pipeline.scheduler import HandOut
 from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport, report
-from tubelet_store import ClipOutcome, StoreWriter
+from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.store_writer import StoreWriter
 
 _WORKERS = 2
 # As docs/clusters.md starts workers.

@@ -28,22 +28,22 @@ from torch import Tensor
 
 from loader import GRID, HOOK, make_store
 from random_store import random_store
-from tubelet_store import Hook
-from tubelet_trainer.batch import Batch
-from tubelet_trainer.coherence import coherence_terms
-from tubelet_trainer.cohort import Cohort
+from tubelet_store.plan import Hook
 from tubelet_trainer.config import ObjectiveConfig, OptimiserConfig, PairsConfig
-from tubelet_trainer.learner import Learner
-from tubelet_trainer.machine import keep_memory
-from tubelet_trainer.objective import Objective
-from tubelet_trainer.pairs import PairDraw
+from tubelet_trainer.data.batch import Batch
+from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.pairs import PairDraw
+from tubelet_trainer.data.source import Source
+from tubelet_trainer.losses.coherence import coherence_terms
+from tubelet_trainer.losses.objective import Objective
+from tubelet_trainer.losses.sparsity import sae_terms
+from tubelet_trainer.optim.sae_group import Team
+from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.optim.stacked import Cohort
+from tubelet_trainer.run.environment import keep_memory
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, Groups, JumpReLUConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.penalties import sae_terms
-from tubelet_trainer.source import Source
-from tubelet_trainer.team import Team
-from tubelet_trainer.windows import Windows
+from tubelet_trainer.sae.normalization import Normalisation
 
 CHANNELS = 768
 PLAIN = ObjectiveConfig()

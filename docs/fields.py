@@ -11,8 +11,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from tubelet_store.cli import Verb
-from tubelet_store.fields import REQUIRED, Field, fields_of
+from tubelet.cli.fields import REQUIRED, Field, fields_of
+from tubelet.cli.main import Verb
 
 PAGES = Path(__file__).parent / "verbs"
 _TABLE = re.compile(r"(<!-- fields:(\w+) -->\n).*?(<!-- /fields -->)", re.DOTALL)

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from barcode import ClipSpec, make_clip
 from stores import make_plan, planned_table
 from tubelet_lens.gallery.config import GalleryConfig
-from tubelet_store import ClipOutcome, Store, StoreWriter, open_store
+from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.reader import Store, open_store
+from tubelet_store.store_writer import StoreWriter
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.split import HoldoutConfig
+from tubelet_trainer.data.split import HoldoutConfig
+from tubelet_trainer.run.loop import train
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror=hacked=1> \"quoted\" 'too' & \u2028 more"
 """Caption of every clip."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from distributed import LocalCluster
 
-from tubelet_pipeline.extract import ExtractSummary, extract
-from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.driver import ExtractSummary, extract
 
 
 def extract_here(config: ExtractConfig) -> ExtractSummary:

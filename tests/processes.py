@@ -10,7 +10,7 @@ import sys
 def start_tubelet(*arguments: str) -> subprocess.Popen[str]:
     """`tubelet ARGUMENTS` in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", "import sys; from tubelet_store.cli import main; sys.exit(main())", *arguments],
+        [sys.executable, "-c", "import sys; from tubelet.cli.main import main; sys.exit(main())", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,9 +2,9 @@
 
 import torch
 
-from tubelet_store import Grid
-from tubelet_trainer.batch import Batch
-from tubelet_trainer.cohort import Cohort
+from tubelet_store.plan import Grid
+from tubelet_trainer.data.batch import Batch
+from tubelet_trainer.optim.stacked import Cohort
 
 GRID = Grid(time=1, height=1, width=1)
 

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tubelet_store import ClipOutcome, Grid, Hook, Plan, Store, StoreWriter, open_store
-from tubelet_store.clips import PLANNED
-from tubelet_store.objects import LocalRoot, open_root
+from tubelet_store.clip_table import PLANNED, ClipOutcome
+from tubelet_store.plan import Grid, Hook, Plan
+from tubelet_store.reader import Store, open_store
+from tubelet_store.storage.local import LocalRoot
+from tubelet_store.storage.open_root import open_root
+from tubelet_store.store_writer import StoreWriter
 
 
 def planned_table(clips: int, clips_per_video: int = 1) -> pa.Table:

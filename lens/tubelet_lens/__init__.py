@@ -10,6 +10,6 @@ configurations without torch.
 """
 
 from tubelet_lens.config import EvaluateConfig
-from tubelet_lens.evaluation import Evaluation, read_evaluation
+from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 
 __all__ = ["EvaluateConfig", "Evaluation", "read_evaluation"]

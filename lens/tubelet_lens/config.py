@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tubelet_lens.edits.running_config import RunningConfig
-from tubelet_lens.monosemanticity_config import MonosemanticityConfig
-from tubelet_lens.scope_config import ScopeConfig
-from tubelet_store.config import Config
+from tubelet.config import Config
+from tubelet_lens.metrics.monosemanticity_config import MonosemanticityConfig
+from tubelet_lens.metrics.scope_config import ScopeConfig
+from tubelet_lens.steering.running_config import RunningConfig
 
 Topic = Literal[
     "reconstruction",

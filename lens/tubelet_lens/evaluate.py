@@ -18,39 +18,40 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from rich.progress import Progress
 
-from tubelet_lens.action import action
-from tubelet_lens.clip_metric import ClipMetric, ClipSetting, Side, side
-from tubelet_lens.code_ablation import code_ablation
-from tubelet_lens.codes import Encoder, SparseCoder
-from tubelet_lens.coherence import Coherence
-from tubelet_lens.collinearity import measure_collinearity
+from tubelet.errors import TubeletError
+from tubelet_lens.codes.controls import controls
+from tubelet_lens.codes.encoder import Encoder, SparseCoder
+from tubelet_lens.codes.pooled import Pooling
 from tubelet_lens.config import EvaluateConfig, Topic
-from tubelet_lens.controls import controls
-from tubelet_lens.edits.backbone_ablation import backbone_ablation
-from tubelet_lens.edits.classification import classification_edits
-from tubelet_lens.edits.latent_effects import latent_effects
-from tubelet_lens.edits.recovery import recovery
-from tubelet_lens.edits.segmentation import segmentation_edits
-from tubelet_lens.effect_table import LatentEffect, write_effects
-from tubelet_lens.evaluation import Coverage, Evaluation
-from tubelet_lens.label_metric import label_purity
-from tubelet_lens.latents import latent_table, write_latents
-from tubelet_lens.metric import Metric, Setting
-from tubelet_lens.monosemanticity_metric import measure_monosemanticity
-from tubelet_lens.pooled import Pooling
-from tubelet_lens.reconstruction import Reconstruction
-from tubelet_lens.report import render_report
-from tubelet_lens.retrieval import retrieval
-from tubelet_lens.scope_metric import measure_information_scope
-from tubelet_lens.section import Subject
-from tubelet_lens.selection import choose_clips
-from tubelet_lens.sparsity import Sparsity
-from tubelet_lens.subject import TrainedSae, check_store, load_trained
-from tubelet_lens.timing import latent_time
-from tubelet_lens.training import training_section
-from tubelet_lens.windows import clip_bytes, windows
-from tubelet_store import Store, TubeletError, open_store
-from tubelet_trainer.machine import choose_device, software
+from tubelet_lens.inputs.clip_selection import choose_clips
+from tubelet_lens.inputs.clip_stream import clip_bytes, windows
+from tubelet_lens.inputs.latent_time import latent_time
+from tubelet_lens.inputs.trained_sae import TrainedSae, check_store, load_trained
+from tubelet_lens.metrics.action_probe import action
+from tubelet_lens.metrics.clip_metric import ClipMetric, ClipSetting, Side, side
+from tubelet_lens.metrics.code_ablation import code_ablation
+from tubelet_lens.metrics.code_sparsity import Sparsity
+from tubelet_lens.metrics.collinearity import measure_collinearity
+from tubelet_lens.metrics.information_scope import measure_information_scope
+from tubelet_lens.metrics.label_purity import label_purity
+from tubelet_lens.metrics.metric import Metric, Setting
+from tubelet_lens.metrics.monosemanticity import measure_monosemanticity
+from tubelet_lens.metrics.reconstruction import Reconstruction
+from tubelet_lens.metrics.retrieval import retrieval
+from tubelet_lens.metrics.temporal_coherence import Coherence
+from tubelet_lens.report.render import render_report
+from tubelet_lens.results.effect_table import LatentEffect, write_effects
+from tubelet_lens.results.evaluation import Coverage, Evaluation
+from tubelet_lens.results.latent_table import latent_table, write_latents
+from tubelet_lens.results.section import Subject
+from tubelet_lens.results.training_curves import training_section
+from tubelet_lens.steering.backbone_ablation import backbone_ablation
+from tubelet_lens.steering.classification_edits import classification_edits
+from tubelet_lens.steering.latent_effects import latent_effects
+from tubelet_lens.steering.recovery import recovery
+from tubelet_lens.steering.segmentation_edits import segmentation_edits
+from tubelet_store.reader import Store, open_store
+from tubelet_trainer.run.environment import choose_device, software
 
 METRICS: dict[Topic, Callable[[Setting], Metric]] = {
     "reconstruction": Reconstruction,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tubelet.cli.main import Verb
 from tubelet_lens.config import DemoConfig, EvaluateConfig
-from tubelet_store.cli import Verb
 
 if TYPE_CHECKING:
     from tubelet_lens.study.config import StudyConfig
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def _run(config: EvaluateConfig) -> int:
     from tubelet_lens.evaluate import evaluate
-    from tubelet_lens.section import readable
+    from tubelet_lens.results.section import readable
 
     result = evaluate(config)
     report = result.write(config.out if config.out is not None else config.run / "evaluation")
@@ -34,7 +34,7 @@ EVALUATE = Verb(
 
 
 def _demo(config: DemoConfig) -> int:
-    from tubelet_lens.demo import demo
+    from tubelet_lens.demo.demo import demo
 
     demo(config)
     return 0
@@ -55,7 +55,7 @@ def _study_config() -> type[StudyConfig]:
 
 
 def _study(config: StudyConfig) -> int:
-    from tubelet_lens.study.run import study
+    from tubelet_lens.study.run_study import study
 
     summary = study(config)
     done = summary.cells - len(summary.failures)

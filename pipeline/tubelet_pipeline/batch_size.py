@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone
-from tubelet_store.errors import TubeletError
 
 _CPU_MOST = 16
 _CPU_BYTES = 256 * 2**20

@@ -25,8 +25,8 @@ from distributed import Client, LocalCluster
 from distributed.utils import silence_logging_cmgr
 from pydantic import Field, JsonValue, model_validator
 
-from tubelet_store.config import Config
-from tubelet_store.errors import TubeletError, nearest
+from tubelet.config import Config
+from tubelet.errors import TubeletError, nearest
 
 _CONNECT_TIMEOUT_S = 30
 _FILE_POLL_S = 0.5

@@ -20,20 +20,22 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, load_backbone
-from tubelet_pipeline.clips import resolve_uri
-from tubelet_pipeline.decode.clip import DecodedClip
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.datasets import resolve_uri
+from tubelet_pipeline.decode.decoded_clip import DecodedClip
 from tubelet_pipeline.decode.pool import DecodePool
-from tubelet_pipeline.extract_config import ExtractConfig
-from tubelet_pipeline.planning import Planned, make_plan
-from tubelet_pipeline.tokens import TokenSelector
+from tubelet_pipeline.plan_extraction import Planned, make_plan
+from tubelet_pipeline.token_selection import TokenSelector
 from tubelet_pipeline.views import clip_request, locate
-from tubelet_store import ClipOutcome, Plan, TubeletError
+from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.dtypes import NUMPY_DTYPES
-from tubelet_store.layout import array_kinds, clip_bytes, index_bytes, metadata_documents, shard_bytes
-from tubelet_store.objects import LocalRoot
-from tubelet_store.shard import ShardWriter
-from tubelet_store.upload import part_count
+from tubelet_store.format import array_kinds, clip_bytes, index_bytes, metadata_documents, shard_bytes
+from tubelet_store.plan import Plan
+from tubelet_store.shard_writer import ShardWriter
+from tubelet_store.storage.local import LocalRoot
+from tubelet_store.storage.upload import part_count
 
 T = TypeVar("T")
 

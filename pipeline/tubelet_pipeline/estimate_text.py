@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tubelet_pipeline.estimate import Estimate
-from tubelet_store.summary import human_bytes
+from tubelet_store.store_summary import human_bytes
 
 
 def estimate_lines(found: Estimate) -> Iterator[str]:

@@ -13,8 +13,8 @@ import warnings
 
 from distributed import Client, TimeoutError
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import ClusterConfig
-from tubelet_store.errors import TubeletError
 
 # A difference in any of these changes bytes, or keeps tasks from being understood.
 _MUST_AGREE = ("tubelet", "torch", "transformers", "av")

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, ValidationError, model_validator
 
-from tubelet_store.config import Config
-from tubelet_store.errors import TubeletError
+from tubelet.config import Config
+from tubelet.errors import TubeletError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 

@@ -8,9 +8,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tubelet_pipeline.extract import ExtractSummary
-from tubelet_store import open_store
-from tubelet_store.summary import failed_clips, human_bytes
+from tubelet_pipeline.driver import ExtractSummary
+from tubelet_store.reader import open_store
+from tubelet_store.store_summary import failed_clips, human_bytes
 
 _LOG_EVERY_S = 10.0
 _FAILURES_SHOWN = 20

@@ -14,14 +14,14 @@ from typing import Any, get_args
 import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
-from tubelet_pipeline.decode.clip import DecodedClip
+from tubelet_pipeline.decode.decoded_clip import DecodedClip
 from tubelet_pipeline.decode.pool import DecodeRequest
 from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
 from tubelet_pipeline.preprocess import CropBox, Preprocessing
 from tubelet_pipeline.sampling import DenseSampling, Sampling, UniformSampling
 from tubelet_pipeline.views import CentreView, ShiftedViews, ThreeCrops, Views, clip_request, locate, place
-from tubelet_store.errors import TubeletError
 from tubelet_store.plan import Plan
 
 

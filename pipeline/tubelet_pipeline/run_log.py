@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from tubelet_store.errors import TubeletError
+from tubelet.errors import TubeletError
 
 
 class RunLog:

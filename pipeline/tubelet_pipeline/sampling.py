@@ -3,7 +3,7 @@
     DenseSampling    frames `stride` apart, as VideoMAE on Kinetics (16 x 4)
     UniformSampling  one frame from each of T equal parts, as TSN on SSv2
 
-The formulas stand in `tubelet_pipeline.frames`.
+The formulas stand in `tubelet_pipeline.frame_indices`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tubelet_store.config import Config
+from tubelet.config import Config
 
 
 class DenseSampling(Config):

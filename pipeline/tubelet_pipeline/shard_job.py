@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from tubelet.config import Config
 from tubelet_pipeline.backbones import BackboneConfig
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.sampling import Sampling
-from tubelet_pipeline.tokens import AllTokens, Tokens
+from tubelet_pipeline.token_selection import AllTokens, Tokens
 from tubelet_pipeline.views import CentreView, Views
-from tubelet_store.config import Config
 from tubelet_store.spool import UploadConfig
 
 

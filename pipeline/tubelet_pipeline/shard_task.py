@@ -25,17 +25,17 @@ from distributed import get_worker
 from distributed.comm import get_address_host
 from numpy.typing import NDArray
 
-from tubelet_pipeline.clips import resolve_uri
-from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet_pipeline.datasets import resolve_uri
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.overlap import ahead
-from tubelet_pipeline.planning import software_versions
-from tubelet_pipeline.runtime import Runtime, runtimes
+from tubelet_pipeline.plan_extraction import software_versions
 from tubelet_pipeline.views import place
-from tubelet_store import ClipOutcome, TubeletError
+from tubelet_pipeline.worker_state import Runtime, runtimes
+from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.commit import Commit
-from tubelet_store.errors import StoreUnreachable
 from tubelet_store.finished_shard import FinishedShard
-from tubelet_store.shard import ShardWriter
+from tubelet_store.shard_writer import ShardWriter
 from tubelet_store.spool import patiently
 
 

@@ -7,24 +7,24 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from tubelet.cli.main import Verb
 from tubelet_pipeline.verbs_videos import VIDEOS
-from tubelet_store.cli import Verb
 
 if TYPE_CHECKING:
+    from tubelet_pipeline.config import ExtractConfig
     from tubelet_pipeline.estimate import EstimateConfig
-    from tubelet_pipeline.extract_config import ExtractConfig
 
 __all__ = ["ESTIMATE", "EXTRACT", "VIDEOS"]
 
 
 def _extract_config() -> type[ExtractConfig]:
-    from tubelet_pipeline.extract_config import ExtractConfig
+    from tubelet_pipeline.config import ExtractConfig
 
     return ExtractConfig
 
 
 def _extract(config: ExtractConfig) -> int:
-    from tubelet_pipeline.extract import extract
+    from tubelet_pipeline.driver import extract
     from tubelet_pipeline.preemption import Preempted, preemptible
     from tubelet_pipeline.progress import ExtractProgress, print_summary
 

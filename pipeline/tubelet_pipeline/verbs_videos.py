@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 
+from tubelet.cli.main import Verb
 from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_store.cli import Verb
 
 
 def _run(config: VideosConfig) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tubelet_pipeline.synthetic.dataset import dataset_bytes, make_dataset
+    from tubelet_pipeline.synthetic.render_dataset import dataset_bytes, make_dataset
 
     console = Console(stderr=True)
     begin_s = time.monotonic()

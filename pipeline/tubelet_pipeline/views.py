@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tubelet.config import Config
 from tubelet_pipeline.decode.pool import DecodeRequest
 from tubelet_pipeline.preprocess import CENTRE, Place
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling, describe
-from tubelet_store.config import Config
 
 
 class CentreView(Config):

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from tubelet_store.keys import CLIPS, MANIFEST
+from tubelet_store.object_keys import CLIPS, MANIFEST
 from tubelet_store.reader import Store
-from tubelet_store.summary import failed_clips, human_bytes, summarise
+from tubelet_store.store_summary import failed_clips, human_bytes, summarise
 
 CARD, CROISSANT = "README.md", "croissant.json"
 

@@ -15,13 +15,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tubelet_store.clips import ClipOutcome
-from tubelet_store.config import Config
-from tubelet_store.errors import TubeletError
-from tubelet_store.keys import COMMITS, commit_key, commit_moments_key
+from tubelet.config import Config
+from tubelet.errors import TubeletError
+from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.moments import Moments
-from tubelet_store.objects import ObjectRoot
+from tubelet_store.object_keys import COMMITS, commit_key, commit_moments_key
 from tubelet_store.plan import canonical_json
+from tubelet_store.storage.object_root import ObjectRoot
 
 # A key stays inside its store wherever that is copied: no empty segment, none that begins with a dot.
 KEY_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"

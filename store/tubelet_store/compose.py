@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tubelet_store.clips import PLANNED, clip_table_digest, outcomes_of
+from tubelet.concurrency import in_parallel
+from tubelet.errors import TubeletError, nearest
+from tubelet_store.clip_table import PLANNED, clip_table_digest, outcomes_of
 from tubelet_store.commit import (
     Commit,
     StoredObject,
@@ -31,16 +33,14 @@ from tubelet_store.commit import (
     read_commit_moments,
     stored_moments,
 )
-from tubelet_store.errors import TubeletError, nearest
 from tubelet_store.finished_shard import FinishedShard
-from tubelet_store.keys import ACTIVATIONS, SPECIAL, shard_key
-from tubelet_store.layout import array_kinds
+from tubelet_store.format import array_kinds
 from tubelet_store.manifest import Manifest
-from tubelet_store.parallel import in_parallel
+from tubelet_store.object_keys import ACTIVATIONS, SPECIAL, shard_key
 from tubelet_store.plan import Hook
 from tubelet_store.reader import Store, open_store
+from tubelet_store.store_writer import StoreWriter
 from tubelet_store.transfer import fetch
-from tubelet_store.writer import StoreWriter
 
 # Fields of two plans that may differ when their stores are joined.
 _MAY_DIFFER = ("clips", "clip_table", "clips_per_shard")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tubelet.errors import TubeletError
 from tubelet_store.commit import (
     Commit,
     StoredObject,
@@ -25,12 +26,11 @@ from tubelet_store.commit import (
     write_commit,
 )
 from tubelet_store.digest import digest_of
-from tubelet_store.errors import TubeletError
-from tubelet_store.keys import ACTIVATIONS, commit_key, commit_moments_key, shard_key
-from tubelet_store.layout import array_kinds, clip_bytes, clip_shape, encode_index
+from tubelet_store.format import array_kinds, clip_bytes, clip_shape, encode_index
 from tubelet_store.moments import Moments
-from tubelet_store.objects import ObjectRoot
+from tubelet_store.object_keys import ACTIVATIONS, commit_key, commit_moments_key, shard_key
 from tubelet_store.plan import Plan
+from tubelet_store.storage.object_root import ObjectRoot
 
 
 @dataclass(frozen=True)

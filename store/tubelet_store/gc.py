@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tubelet_store.keys import ACTIVATIONS, COMMITS, MOMENTS, SPECIAL
+from tubelet_store.object_keys import ACTIVATIONS, COMMITS, MOMENTS, SPECIAL
 from tubelet_store.reader import Store
 from tubelet_store.verify import orphans
 

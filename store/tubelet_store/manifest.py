@@ -16,7 +16,7 @@ from typing import overload
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tubelet_store.clips import from_parquet, to_parquet
+from tubelet_store.clip_table import from_parquet, to_parquet
 from tubelet_store.commit import KEY_PATTERN, StoredObject
 from tubelet_store.plan import Plan
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from tubelet_store.config import Config
-from tubelet_store.errors import TubeletError
+from tubelet.config import Config
+from tubelet.errors import TubeletError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tubelet_store.arrays import HookArray, html_table
+from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.cache.shard_object import ShardObject
 from tubelet_store.catalog.catalog import is_reference, resolve
-from tubelet_store.clips import FINISHED, completed, finished_table, from_parquet
+from tubelet_store.clip_table import FINISHED, completed, finished_table, from_parquet
 from tubelet_store.commit import Commit, committed_shards, read_commit, read_commit_moments
-from tubelet_store.errors import StoreUnreachable, TubeletError
-from tubelet_store.keys import ACTIVATIONS, CLIPS, GROUP, MANIFEST, MOMENTS, PLAN_TABLE, SPECIAL, shard_key
-from tubelet_store.layout import (
+from tubelet_store.format import (
     check_index,
     clip_bytes,
     clip_shape,
@@ -31,13 +32,15 @@ from tubelet_store.layout import (
     read_moments,
     shard_bytes,
 )
+from tubelet_store.hook_array import HookArray, html_table
 from tubelet_store.manifest import Manifest
-from tubelet_store.mirror import Mirror, MirrorConfig, ShardObject
 from tubelet_store.moments import Moments
-from tubelet_store.objects import ObjectRoot, open_root
+from tubelet_store.object_keys import ACTIVATIONS, CLIPS, GROUP, MANIFEST, MOMENTS, PLAN_TABLE, SPECIAL, shard_key
 from tubelet_store.plan import Plan
-from tubelet_store.state import StoreState, read_state
-from tubelet_store.transport import NoAccess
+from tubelet_store.storage.client import NoAccess
+from tubelet_store.storage.object_root import ObjectRoot
+from tubelet_store.storage.open_root import open_root
+from tubelet_store.store_state import StoreState, read_state
 
 T = TypeVar("T")
 

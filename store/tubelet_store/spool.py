@@ -22,13 +22,14 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from tubelet_store.cache import cache_folder
+from tubelet.config import Config
+from tubelet.errors import StoreUnreachable
+from tubelet.paths import cache_folder
 from tubelet_store.commit import Commit
-from tubelet_store.config import Config
-from tubelet_store.errors import StoreUnreachable
 from tubelet_store.finished_shard import FinishedShard, publish
-from tubelet_store.objects import ObjectRoot, synchronise
 from tubelet_store.plan import Plan
+from tubelet_store.storage.local import synchronise
+from tubelet_store.storage.object_root import ObjectRoot
 
 T = TypeVar("T")
 

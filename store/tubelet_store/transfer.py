@@ -14,15 +14,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tubelet.concurrency import in_parallel
+from tubelet.errors import TubeletError
 from tubelet_store.commit import Commit, StoredObject, committed_shards
 from tubelet_store.digest import ObjectDigest, digest_of
-from tubelet_store.errors import TubeletError
-from tubelet_store.keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key
 from tubelet_store.manifest import Manifest
-from tubelet_store.objects import ObjectRoot, link_or_copy, open_root
-from tubelet_store.parallel import in_parallel
+from tubelet_store.object_keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key
 from tubelet_store.reader import Store
-from tubelet_store.state import read_state
+from tubelet_store.storage.local import link_or_copy
+from tubelet_store.storage.object_root import ObjectRoot
+from tubelet_store.storage.open_root import open_root
+from tubelet_store.store_state import read_state
 
 # Transfers are tried so often before the source or the target is called damaged.
 ATTEMPTS = 3

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tubelet_store.cli import Verb
-from tubelet_store.config import Config
+from tubelet.cli.main import Verb
+from tubelet.config import Config
 
 # The formula's text is for `--format json`.
 _SAMPLING = ("kind", "frames", "stride", "clips")
@@ -40,7 +40,7 @@ class VerifyConfig(Config):
 
 def _info(config: InfoConfig) -> int:
     from tubelet_store.reader import open_store
-    from tubelet_store.summary import failed_clips, summarise
+    from tubelet_store.store_summary import failed_clips, summarise
 
     store = open_store(config.store, allow_unfinished=True)
     summary = summarise(store)
@@ -58,7 +58,7 @@ def _info(config: InfoConfig) -> int:
 
 
 def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    from tubelet_store.summary import human_bytes
+    from tubelet_store.store_summary import human_bytes
 
     clips, shards, grid = summary["clips"], summary["shards"], summary["grid"]
     backbone = summary["backbone"]
@@ -115,9 +115,9 @@ def _views_line(views: dict[str, Any]) -> str:
 def _verify(config: VerifyConfig) -> int:
     from rich.progress import Progress as Bar
 
-    from tubelet_store.errors import TubeletError
+    from tubelet.errors import TubeletError
     from tubelet_store.reader import open_store
-    from tubelet_store.summary import human_bytes
+    from tubelet_store.store_summary import human_bytes
     from tubelet_store.verify import Progress, Repair, expected_objects, orphans, verify
 
     store = open_store(config.store, allow_unfinished=True)

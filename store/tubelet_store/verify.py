@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tubelet_store.cache import cache_folder
+from tubelet.concurrency import in_parallel
+from tubelet.errors import TubeletError
+from tubelet.paths import cache_folder
 from tubelet_store.commit import StoredObject, committed_shards
 from tubelet_store.digest import digest_of
-from tubelet_store.errors import TubeletError
-from tubelet_store.keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key, shard_key
-from tubelet_store.layout import array_kinds, clip_bytes
+from tubelet_store.format import array_kinds, clip_bytes
 from tubelet_store.manifest import Manifest
-from tubelet_store.parallel import in_parallel
+from tubelet_store.object_keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key, shard_key
 from tubelet_store.reader import Store
 from tubelet_store.transfer import transfer
 

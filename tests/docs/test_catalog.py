@@ -9,9 +9,9 @@ import numpy as np
 import pages
 import pytest
 
-import tubelet_store
 from stores import make_plan, make_store
 from tubelet_store.catalog import Catalog, StoreEntry
+from tubelet_store.reader import open_store
 
 CATALOG = pages.ROOT / "catalog.yaml"
 
@@ -25,7 +25,7 @@ def stores() -> list[StoreEntry]:
 
 def test_it_lists_what_the_demo_makes(stores):
     """The demo's own settings are the reference; only what they say can be compared without running it."""
-    from tubelet_lens import demo
+    from tubelet_lens.demo.demo import demo
     from tubelet_pipeline.demo_backbones import NAMES
 
     assert [entry.name for entry in stores] == ["demo-train", "demo-validation"]
@@ -49,7 +49,7 @@ def test_tubelet_and_intake_read_the_stores(stores, tmp_path):
         opened = intake.open_catalog(str(tmp_path / CATALOG.name))
     for entry in stores:
         array = opened[f"{entry.name}/{entry.about.hook}"].read()
-        mine = tubelet_store.open(f"{tmp_path / CATALOG.name}#{entry.name}")[entry.about.hook]
+        mine = open_store(f"{tmp_path / CATALOG.name}#{entry.name}")[entry.about.hook]
         assert array.shape == mine.shape
         assert mine.shape[1:] == entry.about.shape[1:]
         np.testing.assert_array_equal(array[4].compute(scheduler="synchronous"), mine[4])

@@ -10,9 +10,9 @@ import pages
 import pytest
 import yaml
 
-from tubelet_store.cli import parse_arguments
-from tubelet_store.config import validate
-from tubelet_store.fields import fields_of
+from tubelet.cli.fields import fields_of
+from tubelet.cli.main import parse_arguments
+from tubelet.config import validate
 
 NAMES = entry_points(group="tubelet.verbs").names
 REQUIRED = {

@@ -15,8 +15,8 @@ FIRST_PAGES = {pages.ROOT / "README.md", pages.DOCS / "index.md"}
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory) -> Path:
-    from tubelet_trainer import TrainConfig
-    from tubelet_trainer.loop import train
+    from tubelet_trainer.config import TrainConfig
+    from tubelet_trainer.run.loop import train
 
     folder = tmp_path_factory.mktemp("docs")
     shutil.copy(pages.ROOT / "catalog.yaml", folder)

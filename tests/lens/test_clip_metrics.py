@@ -11,19 +11,20 @@ import pytest
 import torch
 
 from stores import make_plan, make_store
-from tubelet_lens.action import action
-from tubelet_lens.clip_metric import ClipSetting, Side
-from tubelet_lens.code_ablation import code_ablation
+from tubelet.errors import TubeletError
+from tubelet_lens.codes.pooled import Pooled
+from tubelet_lens.codes.vectors import vectors
 from tubelet_lens.config import ActionConfig, EvaluateConfig
-from tubelet_lens.label_metric import label_purity
-from tubelet_lens.metric import Setting
-from tubelet_lens.monosemanticity_metric import measure_monosemanticity
-from tubelet_lens.pooled import Pooled
-from tubelet_lens.retrieval import retrieval
-from tubelet_lens.section import Section, Subject
-from tubelet_lens.timing import latent_time
-from tubelet_lens.vectors import vectors
-from tubelet_store import Store, TubeletError
+from tubelet_lens.inputs.latent_time import latent_time
+from tubelet_lens.metrics.action_probe import action
+from tubelet_lens.metrics.clip_metric import ClipSetting, Side
+from tubelet_lens.metrics.code_ablation import code_ablation
+from tubelet_lens.metrics.label_purity import label_purity
+from tubelet_lens.metrics.metric import Setting
+from tubelet_lens.metrics.monosemanticity import measure_monosemanticity
+from tubelet_lens.metrics.retrieval import retrieval
+from tubelet_lens.results.section import Section, Subject
+from tubelet_store.reader import Store
 
 CLASSES, OWN, LATENTS = 4, 3, 60
 COLOURS, SHAPES = ("red", "green", "blue"), ("ball", "cube")

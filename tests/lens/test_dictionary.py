@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as nnf
 
 from stores import make_plan, make_store
-from tubelet_lens import dictionary
-from tubelet_lens.dictionary import directions, effective_rank, nearest_latents, random_directions
-from tubelet_lens.matching import cosines, match, recovery
-from tubelet_lens.seeds import seed_figures
-from tubelet_store import TubeletError
-from tubelet_trainer import load_sae
+from tubelet.errors import TubeletError
+from tubelet_lens.codes import dictionary
+from tubelet_lens.codes.dictionary import directions, effective_rank, nearest_latents, random_directions
+from tubelet_lens.metrics.seed_stability import seed_figures
+from tubelet_lens.stats.matching import cosines, match, recovery
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.sae.sae_files import load_sae
 
 HOOK = "blocks.1"
 FEATURES, LATENTS, CHANNELS, ACTIVE = 24, 48, 16, 2
@@ -112,7 +112,7 @@ def test_directions_are_what_one_unit_adds_in_raw_units(planted: tuple[Path, tor
 
 
 def test_seeds_that_find_the_same_features_are_stable(planted: tuple[Path, torch.Tensor]) -> None:
-    from tubelet_store import open_store
+    from tubelet_store.reader import open_store
 
     root, _ = planted
     figures = seed_figures([root / "run0", root / "run1"], store=open_store(str(root / "s.zarr")), limit_clips=10)

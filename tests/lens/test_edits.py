@@ -12,22 +12,22 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from families import CASES, backbone_for, pixels_for
-from tubelet_lens.edits.class_edits import change_rates, edit_classes
-from tubelet_lens.edits.classification import best_latents
-from tubelet_lens.edits.edit import Edit, LatentEdits, RandomDirection
-from tubelet_lens.edits.operation import Amplify, SetTo, Suppress
-from tubelet_lens.edits.readout import LastTokenProbe, fit_probe, later_hooks
-from tubelet_lens.edits.region import Region, region_mask
-from tubelet_lens.edits.run import of_every_class
-from tubelet_lens.edits.segmentation import Marks
-from tubelet_lens.edits.trial import matched_edits
-from tubelet_lens.edits.usage import Usage
+from tubelet.errors import TubeletError
+from tubelet_lens.steering.class_edits import change_rates, edit_classes
+from tubelet_lens.steering.classification_edits import best_latents
+from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
+from tubelet_lens.steering.latent_usage import Usage
+from tubelet_lens.steering.operation import Amplify, SetTo, Suppress
+from tubelet_lens.steering.readout import LastTokenProbe, fit_probe, later_hooks
+from tubelet_lens.steering.region import Region, region_mask
+from tubelet_lens.steering.run_edit import of_every_class
+from tubelet_lens.steering.segmentation_edits import Marks
+from tubelet_lens.steering.trial import matched_edits
 from tubelet_pipeline.backbones import Backbone, rewriting
-from tubelet_store import TubeletError
 from tubelet_store.plan import Grid
-from tubelet_trainer import SAE
 from tubelet_trainer.sae.config import NormalisationConfig, ReLUConfig, TopKConfig
-from tubelet_trainer.sae.normalisation import Normalisation
+from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.normalization import Normalisation
 
 D, F = 6, 11
 ROTATION = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(5)))[0]

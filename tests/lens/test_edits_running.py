@@ -21,51 +21,53 @@ import torch
 from torch import Tensor, nn
 
 from in_process import extract_here
-from tubelet_lens.clip_metric import Side
+from tubelet.config import validate
+from tubelet.errors import TubeletError
+from tubelet_lens.codes.pooled import Pooled
 from tubelet_lens.config import EvaluateConfig, Topic
-from tubelet_lens.edits.backbone_ablation import accuracy_without
-from tubelet_lens.edits.class_edits import class_edit_section, edit_classes
-from tubelet_lens.edits.class_names import places, unknown_names
-from tubelet_lens.edits.classification import classification_edits
-from tubelet_lens.edits.config import EditConfig
-from tubelet_lens.edits.edit import Edit, LatentEdits
-from tubelet_lens.edits.footage import Footage, Shot
-from tubelet_lens.edits.latent_effects import changes
-from tubelet_lens.edits.operation import Amplify, Suppress
-from tubelet_lens.edits.patch_labels import NONE, Described, patch_labels, phrases
-from tubelet_lens.edits.recovery import recover
-from tubelet_lens.edits.report import EditReport
-from tubelet_lens.edits.run import edit
-from tubelet_lens.edits.running import Running
-from tubelet_lens.edits.running_config import RunningConfig
-from tubelet_lens.edits.segmentation import validation_rows
-from tubelet_lens.edits.verb import EDIT
-from tubelet_lens.effect_table import LatentEffect, write_effects
 from tubelet_lens.evaluate import Result, evaluate
 from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_lens.gallery.effects import read_effects
-from tubelet_lens.gallery.make import make_gallery
-from tubelet_lens.pooled import Pooled
+from tubelet_lens.gallery.make_gallery import make_gallery
+from tubelet_lens.metrics.clip_metric import Side
+from tubelet_lens.results.effect_table import LatentEffect, write_effects
+from tubelet_lens.steering.backbone_ablation import accuracy_without
+from tubelet_lens.steering.backbone_session import Running
+from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
+from tubelet_lens.steering.class_names import places, unknown_names
+from tubelet_lens.steering.classification_edits import classification_edits
+from tubelet_lens.steering.clip_source import Footage, Shot
+from tubelet_lens.steering.config import EditConfig
+from tubelet_lens.steering.edit_report import EditReport
+from tubelet_lens.steering.latent_edits import Edit, LatentEdits
+from tubelet_lens.steering.latent_effects import changes
+from tubelet_lens.steering.operation import Amplify, Suppress
+from tubelet_lens.steering.patch_labels import NONE, Described, patch_labels, phrases
+from tubelet_lens.steering.recovery import recover
+from tubelet_lens.steering.run_edit import edit
+from tubelet_lens.steering.running_config import RunningConfig
+from tubelet_lens.steering.segmentation_edits import validation_rows
+from tubelet_lens.steering.verb import EDIT
 from tubelet_lens.study.cells import cells
 from tubelet_lens.study.config import StudyConfig
-from tubelet_lens.study.run import run_cell, study
+from tubelet_lens.study.run_study import run_cell, study
 from tubelet_pipeline.backbones import rewriting
 from tubelet_pipeline.backbones.base import Captured
 from tubelet_pipeline.backbones.hooks import capture
+from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.demo_backbones import demo_backbone
-from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.replay import backbone_of
 from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.dataset import make_dataset
 from tubelet_pipeline.synthetic.masks import read_masks
-from tubelet_store import Store, TubeletError, open_store
-from tubelet_store.config import validate
+from tubelet_pipeline.synthetic.render_dataset import make_dataset
 from tubelet_store.plan import Grid
-from tubelet_trainer import SAE, TrainConfig, load_record, load_sae
-from tubelet_trainer.loop import train
+from tubelet_store.reader import Store, open_store
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.config import ReLUConfig
-from tubelet_trainer.sae.export import save_sae
-from tubelet_trainer.sae.normalisation import Normalisation
+from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.sae_files import load_record, load_sae, save_sae
 
 D, CLASSES, SCALE = 6, 4, 3.0
 MEAN = torch.linspace(2, 5, D)
@@ -339,7 +341,7 @@ def edit_config(made: Path, **fields: Any) -> EditConfig:
 
 
 def busiest(made: Path, store: Store, clip: int) -> int:
-    from tubelet_lens.windows import read_clip
+    from tubelet_lens.inputs.clip_stream import read_clip
 
     codes = load_sae(made / "run").encode(read_clip(store, "blocks.2", clip).flatten(0, 1))
     return int((codes > 0).sum(0).argmax())
@@ -352,7 +354,7 @@ def report(made: Path, store: Store) -> EditReport:
 
 
 def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Store) -> None:
-    from tubelet_lens.windows import read_clip
+    from tubelet_lens.inputs.clip_stream import read_clip
 
     backbone = backbone_of(store.plan, device="cpu")
     (shot,) = Footage(store, backbone).clips([3])
@@ -435,7 +437,7 @@ def test_what_does_not_fit_is_one_clear_line(made: Path, fields: dict[str, Any],
 
 def test_the_verb_is_described_without_torch() -> None:
     code = (
-        "import sys; from tubelet_lens.edits.verb import EDIT; EDIT.config();"
+        "import sys; from tubelet_lens.steering.verb import EDIT; EDIT.config();"
         "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'jinja2')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 
 from stores import make_plan, make_store
+from tubelet.errors import TubeletError
 from tubelet_lens import EvaluateConfig, Evaluation, read_evaluation
 from tubelet_lens.config import Topic
 from tubelet_lens.evaluate import CLIP_METRICS, METRICS, Result, evaluate
-from tubelet_lens.latents import read_latents
-from tubelet_lens.report import show
-from tubelet_lens.section import Figure
-from tubelet_lens.selection import some_of
+from tubelet_lens.inputs.clip_selection import some_of
+from tubelet_lens.report.render import show
+from tubelet_lens.results.latent_table import read_latents
+from tubelet_lens.results.section import Figure
 from tubelet_lens.verbs import EVALUATE
-from tubelet_store import TubeletError, open_store
+from tubelet_store.reader import open_store
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.sae.export import load_record, load_sae, save_sae
-from tubelet_trainer.split import HoldoutConfig, held_out
+from tubelet_trainer.data.split import HoldoutConfig, held_out
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.sae.sae_files import load_record, load_sae, save_sae
 
 HOLDOUT = HoldoutConfig(fraction=0.4)
 QUICK: dict[str, Any] = {

@@ -8,13 +8,13 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from tubelet_lens.basis import Basis
-from tubelet_lens.bootstrap import interval
-from tubelet_lens.logistic import fit_logistic, fit_path
-from tubelet_lens.partition import partition
-from tubelet_lens.probe import choose_penalty, fit_probe
-from tubelet_lens.ranks import ranks
-from tubelet_lens.ridge import fit_ridge
+from tubelet_lens.inputs.partition import partition
+from tubelet_lens.stats.basis import Basis
+from tubelet_lens.stats.bootstrap import interval
+from tubelet_lens.stats.logistic import fit_logistic, fit_path
+from tubelet_lens.stats.probe import choose_penalty, fit_probe
+from tubelet_lens.stats.retrieval_ranks import ranks
+from tubelet_lens.stats.ridge import fit_ridge
 
 CPU = torch.device("cpu")
 

@@ -22,19 +22,19 @@ from PIL import Image
 from barcode import ClipSpec, draw_frame, make_clip, read_index
 from galleries import CROP, FRAMES, GRID, HOSTILE, Made, make_run
 from object_server import create_bucket, s3_environment, s3_server
-from tubelet_lens.active import Active
+from tubelet.errors import TubeletError
+from tubelet_lens.codes.sparse_codes import Active
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.evaluate import evaluate
 from tubelet_lens.gallery.effects import probe_effects
 from tubelet_lens.gallery.frames import SheetConfig, draw_sheet
 from tubelet_lens.gallery.heat import packed
-from tubelet_lens.gallery.make import Summary, make_gallery
+from tubelet_lens.gallery.make_gallery import Summary, make_gallery
 from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Survey, Surveyed, exemplars
 from tubelet_lens.gallery.verb import GALLERY
-from tubelet_lens.probe import fit_probe
-from tubelet_lens.windows import Window
-from tubelet_store import TubeletError
-from tubelet_trainer import load_sae
+from tubelet_lens.inputs.clip_stream import Window
+from tubelet_lens.stats.probe import fit_probe
+from tubelet_trainer.sae.sae_files import load_sae
 
 
 @pytest.fixture(scope="module")

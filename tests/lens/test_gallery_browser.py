@@ -10,7 +10,7 @@ import pytest
 
 from browser import Browser, chromium
 from galleries import make_run
-from tubelet_lens.gallery.make import make_gallery
+from tubelet_lens.gallery.make_gallery import make_gallery
 
 AT_PAGE = "location.pathname.includes('/latents/') && document.readyState === 'complete'"
 AT_OVERVIEW = "location.pathname.endsWith('/index.html') && !!document.querySelector('.latents tbody tr')"

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from stores import make_plan, make_store, planned_table
-from tubelet_lens.active import Active
-from tubelet_lens.autocorrelation import PooledAutocorrelation, WithinAutocorrelation
+from tubelet.errors import TubeletError
+from tubelet_lens.codes.series import FeatureProducts, Series, pairs_at_lags, patch_products, shuffled_steps
+from tubelet_lens.codes.sparse_codes import Active
 from tubelet_lens.evaluate import METRICS, stream
-from tubelet_lens.metric import Setting
-from tubelet_lens.section import Curve, Figure, Section
-from tubelet_lens.series import FeatureProducts, Series, pairs_at_lags, patch_products, shuffled_steps
-from tubelet_lens.stability import StepCosine, SupportOverlap
-from tubelet_lens.timing import LatentTime, latent_time
-from tubelet_lens.windows import windows
-from tubelet_store import ClipOutcome, Store, StoreWriter, TubeletError, open_store
+from tubelet_lens.inputs.clip_stream import windows
+from tubelet_lens.inputs.latent_time import LatentTime, latent_time
+from tubelet_lens.metrics.metric import Setting
+from tubelet_lens.metrics.step_stability import StepCosine, SupportOverlap
+from tubelet_lens.results.section import Curve, Figure, Section
+from tubelet_lens.stats.autocorrelation import PooledAutocorrelation, WithinAutocorrelation
+from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.reader import Store, open_store
+from tubelet_store.store_writer import StoreWriter
 
 HOOK = "blocks.1"
 CPU = torch.device("cpu")

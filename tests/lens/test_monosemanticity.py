@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stores import make_plan, make_store
-from tubelet_lens.active import Active
-from tubelet_lens.clip_metric import Side, side
-from tubelet_lens.monosemanticity import mean_cosine, monosemanticity
-from tubelet_lens.monosemanticity_config import ArrayReference, StoreReference
-from tubelet_lens.monosemanticity_metric import _activations, _Units
-from tubelet_lens.pooled import Pooling
-from tubelet_lens.references import own_reference, read_reference
-from tubelet_lens.windows import Window, windows
-from tubelet_store import Store, TubeletError
+from tubelet.errors import TubeletError
+from tubelet_lens.codes.pooled import Pooling
+from tubelet_lens.codes.sparse_codes import Active
+from tubelet_lens.inputs.clip_stream import Window, windows
+from tubelet_lens.inputs.references import own_reference, read_reference
+from tubelet_lens.metrics.clip_metric import Side, side
+from tubelet_lens.metrics.monosemanticity import _activations, _Units
+from tubelet_lens.metrics.monosemanticity_config import ArrayReference, StoreReference
+from tubelet_lens.metrics.monosemanticity_score import mean_cosine, monosemanticity
+from tubelet_store.reader import Store
 
 HOOK = "blocks.1"
 

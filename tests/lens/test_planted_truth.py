@@ -20,14 +20,14 @@ import pytest
 import torch
 
 from stores import make_plan, make_store, planned_table
+from tubelet_lens.codes.dictionary import directions, random_directions
 from tubelet_lens.config import EvaluateConfig
-from tubelet_lens.dictionary import directions, random_directions
 from tubelet_lens.evaluate import Result, evaluate
-from tubelet_lens.matching import cosines, match, recovery
-from tubelet_trainer import load_sae
+from tubelet_lens.stats.matching import cosines, match, recovery
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.split import HoldoutConfig, held_out
+from tubelet_trainer.data.split import HoldoutConfig, held_out
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.sae.sae_files import load_sae
 
 HOOK = "blocks.1"
 VIDEOS, STEPS, SIDE, SHIFT = 200, 2, 6, 1

@@ -18,24 +18,27 @@ from torch import Tensor
 
 from in_process import extract_here
 from stores import make_plan, make_store, planned_table
+from tubelet.config import validate
+from tubelet.errors import TubeletError
+from tubelet_lens.codes.removal import remove_from_means, remove_latents
 from tubelet_lens.config import EvaluateConfig
-from tubelet_lens.earth_mover import line_distance, plane_distance
 from tubelet_lens.evaluate import evaluate
-from tubelet_lens.removal import remove_from_means, remove_latents
-from tubelet_lens.scope import Scope, measure_scope, otsu, strangers
-from tubelet_lens.shifts import Axis, shifted_pairs
+from tubelet_lens.inputs.shifted_pairs import Axis, shifted_pairs
+from tubelet_lens.metrics.scope_measure import Scope, measure_scope, otsu, strangers
+from tubelet_lens.stats.earth_mover import line_distance, plane_distance
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
-from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.dataset import make_dataset
-from tubelet_store import ClipOutcome, Store, StoreWriter, TubeletError, open_store
-from tubelet_store.config import validate
+from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.reader import Store, open_store
+from tubelet_store.store_writer import StoreWriter
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
+from tubelet_trainer.data.split import HoldoutConfig
+from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.config import TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.split import HoldoutConfig
+from tubelet_trainer.sae.normalization import Normalisation
 
 HOOK, CPU = "blocks.1", torch.device("cpu")
 VIDEOS, STEPS, SIDE = 24, 6, 6

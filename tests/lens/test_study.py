@@ -16,17 +16,17 @@ import pytest
 from matplotlib.figure import Figure as Canvas
 
 from stores import make_plan, make_store, planned_table
-from tubelet_lens.evaluation import Evaluation
-from tubelet_lens.section import Curve, Figure, Line, Section
+from tubelet.config import validate
+from tubelet.errors import TubeletError
+from tubelet_lens.results.evaluation import Evaluation
+from tubelet_lens.results.section import Curve, Figure, Line, Section
 from tubelet_lens.study.cells import Cell, cells
 from tubelet_lens.study.config import StudyConfig
 from tubelet_lens.study.derived import common_frames, equal_time_figures
-from tubelet_lens.study.plots import _draw
 from tubelet_lens.study.questions import Column, Question
-from tubelet_lens.study.run import StudySummary, run_cell, study
+from tubelet_lens.study.run_study import StudySummary, run_cell, study
+from tubelet_lens.study.study_plots import _draw
 from tubelet_lens.study.table import Table, table
-from tubelet_store import TubeletError
-from tubelet_store.config import validate
 
 
 def store_at(path: Path, seed: int, steps: int = 4) -> str:

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tubelet.errors import TubeletError
 from tubelet_lens.config import PrecomputedText, TransformersText, Words
-from tubelet_lens.text import embed
-from tubelet_store import TubeletError
+from tubelet_lens.inputs.captions import embed
 
 CPU = torch.device("cpu")
 CAPTIONS = ["Moving a red ball up", "Moving a red ball down", "Turning a cube"]

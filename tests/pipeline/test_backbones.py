@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
 from tubelet_pipeline.backbones import checkpoint as checkpoint_module
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2, write_tiny_videomae
 from tubelet_pipeline.preprocess import Preprocessing
-from tubelet_store.errors import TubeletError
 
 SMALL = {"image_size": 32, "patch_size": 8, "hidden": 32, "layers": 3, "heads": 4}
 Edit = Callable[[dict[str, torch.Tensor]], object]
@@ -384,7 +384,7 @@ def offline(config: str, hub_home: Path) -> list[str]:
     """Lines said by a process without a network that loads `config`."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(hub_home)}
     body = (
-        "from tubelet_pipeline.backbones import *\nfrom tubelet_store.errors import TubeletError\n"
+        "from tubelet_pipeline.backbones import *\nfrom tubelet.errors import TubeletError\n"
         f"try:\n    described = load_backbone(BackboneConfig({config})).describe()\n"
         "    print(described['id'], described['revision'])\n"
         "except TubeletError as error:\n    print(error)\n"

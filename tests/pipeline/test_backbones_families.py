@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from families import CASES, IMAGE, LAYERS, WIDE, pixels_for
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import FAMILIES, Backbone, BackboneConfig, load_backbone
 from tubelet_pipeline.backbones.tiny import save_random, write_processor
 from tubelet_pipeline.preprocess import Preprocessing
-from tubelet_store.errors import TubeletError
 
 
 def test_every_family_is_tried() -> None:

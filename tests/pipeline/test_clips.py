@@ -8,10 +8,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tubelet_pipeline.clips import Folder, Kinetics, Ssv2, build_clip_table, missing_videos, resolve_uri
+from tubelet.errors import TubeletError
+from tubelet_pipeline.datasets import Folder, Kinetics, Ssv2, build_clip_table, missing_videos, resolve_uri
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
-from tubelet_store.clips import clip_table_digest
-from tubelet_store.errors import TubeletError
+from tubelet_store.clip_table import clip_table_digest
 
 ONE = UniformSampling(frames=4)
 

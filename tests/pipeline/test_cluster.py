@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster
 
+from tubelet.config import validate
+from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import CLUSTER_CLASSES, ClusterConfig, connect
-from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.preflight import check_workers
-from tubelet_store import TubeletError
-from tubelet_store.config import validate
 
 
 def cluster(**fields: Any) -> ClusterConfig:

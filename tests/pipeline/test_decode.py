@@ -11,11 +11,11 @@ import pytest
 import barcode
 from optional_decoders import NEEDS_TORCHCODEC, TORCHCODEC
 from tubelet_pipeline.decode import decord_backend, pyav_backend
-from tubelet_pipeline.decode.clip import DecodeFailure
-from tubelet_pipeline.decode.policy import decode
-from tubelet_pipeline.decode.probe import probe
-from tubelet_pipeline.decode.source import local_path
-from tubelet_pipeline.frames import FrameChoice, dense_frames, uniform_frames
+from tubelet_pipeline.decode.decoded_clip import DecodeFailure
+from tubelet_pipeline.decode.decoder_choice import decode
+from tubelet_pipeline.decode.local_path import local_path
+from tubelet_pipeline.decode.video_index import probe
+from tubelet_pipeline.frame_indices import FrameChoice, dense_frames, uniform_frames
 
 CHOICES = {
     "uniform": lambda n: uniform_frames(n, frames=8, clips=1, view=0, first=0, more=0),

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 import barcode
 from optional_decoders import TORCHCODEC
-from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
 
@@ -52,7 +52,7 @@ def children() -> list[psutil.Process]:
         for process in psutil.Process().children(recursive=True)
         if process.pid not in _OTHERS
         and process.status() != psutil.STATUS_ZOMBIE
-        and "tubelet_pipeline.decode.child" in " ".join(process.cmdline())
+        and "tubelet_pipeline.decode.process_main" in " ".join(process.cmdline())
     ]
 
 
@@ -317,7 +317,7 @@ def test_libraries_are_kept_off_the_terminal(barcode_clips, tmp_path, capfd):
 
 
 def test_a_child_imports_no_more_than_it_decodes_with():
-    script = "import sys, tubelet_pipeline.decode.child; print(sorted({n.split('.')[0] for n in sys.modules}))"
+    script = "import sys, tubelet_pipeline.decode.process_main; print(sorted({n.split('.')[0] for n in sys.modules}))"
     modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     for heavy in ("torch", "transformers", "pydantic", "pyarrow", "zarr", "dask", "fsspec", "tubelet_store", "decord"):
         assert f"'{heavy}'" not in modules

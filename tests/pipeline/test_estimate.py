@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tubelet.cli.main import main
 from tubelet_pipeline.estimate import EstimateConfig, estimate
-from tubelet_store import open_store
-from tubelet_store.cli import main
+from tubelet_store.reader import open_store
 
 
 def test_sizes_and_counts_are_those_of_the_store(job_settings: dict[str, Any], undisturbed: Path) -> None:

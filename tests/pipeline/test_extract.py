@@ -16,9 +16,10 @@ import torch
 import zarr
 
 from processes import run_tubelet, start_tubelet
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import BackboneConfig, load_backbone
-from tubelet_store import TubeletError, open_store
-from tubelet_store.cli import main
+from tubelet_store.reader import open_store
 
 # Seconds pass on an idle machine; workers import for minutes where others compute.
 PATIENT_S = 240
@@ -220,7 +221,7 @@ def test_a_folder_of_real_videos_is_stored_and_the_broken_ones_are_listed(
 def test_a_disk_without_room_is_refused_before_anything_runs(
     job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tubelet_store.objects.LocalRoot.free_bytes", lambda self: 1000)
+    monkeypatch.setattr("tubelet_store.storage.local.LocalRoot.free_bytes", lambda self: 1000)
     assert main(["extract", str(job)]) == 2
     assert "are free at" in capsys.readouterr().err
     assert commits(tmp_path / "store.zarr") == 0

@@ -23,13 +23,14 @@ from test_extract import PATIENT_S, commits, content, wait_for_commits
 from faulty_proxy import FaultyProxy, faulty_proxy
 from object_server import create_bucket, lead_to, s3_environment, s3_server
 from processes import run_tubelet, start_tubelet
-from tubelet_pipeline import extract as extract_module
-from tubelet_pipeline.extract import extract
-from tubelet_pipeline.extract_config import ExtractConfig
-from tubelet_pipeline.hand_out import HandOut
+from tubelet.errors import TubeletError
+from tubelet_pipeline import driver as extract_module
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.driver import extract
+from tubelet_pipeline.scheduler import HandOut
 from tubelet_pipeline.shard_task import ShardReport, run_shard
-from tubelet_store import TubeletError, open_store
-from tubelet_store.objects import open_root
+from tubelet_store.reader import open_store
+from tubelet_store.storage.open_root import open_root
 
 SECRET = s3_environment("")["AWS_SECRET_ACCESS_KEY"]
 DEADLY = 4

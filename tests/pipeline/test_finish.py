@@ -6,8 +6,7 @@ import weakref
 from collections.abc import Iterator
 
 from stores import planned_table
-from tubelet_store import ClipOutcome
-from tubelet_store.clips import finished_table, outcomes_of
+from tubelet_store.clip_table import ClipOutcome, finished_table, outcomes_of
 
 
 def test_outcomes_do_not_wait_for_each_other() -> None:

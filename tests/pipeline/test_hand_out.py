@@ -13,8 +13,8 @@ import dask
 from distributed import Client, LocalCluster
 
 from tubelet_pipeline.cluster import ClusterConfig
-from tubelet_pipeline.hand_out import HandOut
 from tubelet_pipeline.run_log import RunLog
+from tubelet_pipeline.scheduler import HandOut
 from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport
 

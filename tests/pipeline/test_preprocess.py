@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.preprocess import Preprocessing, parse_processor, read_preprocessing
-from tubelet_store.errors import TubeletError
 
 # Height x width: landscape, portrait, square, odd, tiny (upscaled), one short of the crop.
 SIZES = [(240, 320), (320, 240), (96, 96), (101, 77), (24, 17), (63, 65), (64, 97)]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from families import CASES, pixels_for, write_checkpoint
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone, rewriting
 from tubelet_pipeline.backbones.classifier import Classifier, has_classifier
-from tubelet_store.errors import TubeletError
 
 
 def outputs_of(backbone: Backbone, hook: str) -> list[Any]:

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import ClusterConfig
-from tubelet_pipeline.extract import shard_job
-from tubelet_pipeline.extract_config import ExtractConfig
-from tubelet_pipeline.hand_out import HandOut
-from tubelet_pipeline.planning import make_plan
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.driver import shard_job
+from tubelet_pipeline.plan_extraction import make_plan
 from tubelet_pipeline.run_log import RunLog
-from tubelet_pipeline.runtime import Runtime, Runtimes
+from tubelet_pipeline.scheduler import HandOut
 from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport
-from tubelet_store import StoreWriter, TubeletError, open_store
+from tubelet_pipeline.worker_state import Runtime, Runtimes
+from tubelet_store.reader import open_store
+from tubelet_store.store_writer import StoreWriter
 
 
 @pytest.fixture

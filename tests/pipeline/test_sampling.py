@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from tubelet_pipeline.frames import FrameChoice, chosen_frames
+from tubelet_pipeline.frame_indices import FrameChoice, chosen_frames
 from tubelet_pipeline.sampling import DenseSampling, Sampling, UniformSampling, describe
 
 samplings = st.one_of(

@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from in_process import extract_here
-from tubelet_pipeline.extract_config import ExtractConfig
-from tubelet_pipeline.tokens import AllTokens, PatchSubset, PooledGrid, TokenSelector
-from tubelet_store import Grid, Moments, Store, TubeletError, open_store
-from tubelet_store.config import validate
+from tubelet.config import validate
+from tubelet.errors import TubeletError
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.token_selection import AllTokens, PatchSubset, PooledGrid, TokenSelector
+from tubelet_store.moments import Moments
+from tubelet_store.plan import Grid
+from tubelet_store.reader import Store, open_store
 
 GRID = Grid(time=4, height=6, width=4)
 
@@ -161,7 +164,8 @@ def test_a_part_of_such_a_store_keeps_the_places(stores, tmp_path):
 
 
 def test_wrong_places_are_refused(stores, tmp_path):
-    from tubelet_store import ClipOutcome, StoreWriter
+    from tubelet_store.clip_table import ClipOutcome
+    from tubelet_store.store_writer import StoreWriter
 
     store = stores["patches"]
     writer = StoreWriter.begin(str(tmp_path / "s.zarr"), store.plan, store.clips(), {})

@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from in_process import extract_here
+from tubelet.config import validate
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
-from tubelet_pipeline.clips import build_clip_table
-from tubelet_pipeline.clips.dataset import Folder
-from tubelet_pipeline.extract_config import ExtractConfig
-from tubelet_pipeline.frames import chosen_frames
-from tubelet_pipeline.planning import make_plan
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.datasets import build_clip_table
+from tubelet_pipeline.datasets.config import Folder
+from tubelet_pipeline.frame_indices import chosen_frames
+from tubelet_pipeline.plan_extraction import make_plan
 from tubelet_pipeline.preprocess import Preprocessing
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
 from tubelet_pipeline.views import CentreView, ShiftedViews, ThreeCrops, clip_request, locate, place, views_per_window
-from tubelet_store import TubeletError, open_store
-from tubelet_store.config import validate
+from tubelet_store.reader import open_store
 
 RULES = {
     "edge and crop": Preprocessing(shortest_edge=40, crop=(32, 32)),

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from stores import make_plan, planned_table
-from tubelet_store import ClipOutcome, StoreWriter
+from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.store_writer import StoreWriter
 
 PLAN = make_plan(
     clips=10, clips_per_shard=4, grid=(2, 2, 3), hooks={"blocks.1": 4, "blocks.3": 6}, special_tokens=("cls",)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import make_plan, make_store
-from tubelet_store import Store, TubeletError, open_store
-from tubelet_store.cli import main
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
+from tubelet_store.reader import Store, open_store
 from tubelet_store.transfer import StoreCopy
 
 CLIPS = 11

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from stores import make_plan, make_store
-from tubelet_store import Store
 from tubelet_store.card import write_card
+from tubelet_store.reader import Store
 
 mlcroissant = pytest.importorskip("mlcroissant")
 

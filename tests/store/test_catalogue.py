@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import yaml
 
-import tubelet_store
 from stores import make_plan, make_store
-from tubelet_store import Store, TubeletError
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
 from tubelet_store.catalog import Catalog
 from tubelet_store.catalog.document import MAX_DEPTH, parse
 from tubelet_store.catalog.edit import add_catalog, add_store, describe, remove
-from tubelet_store.cli import main
-from tubelet_store.objects import open_root
+from tubelet_store.reader import Store, open_store
+from tubelet_store.storage.open_root import open_root
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +190,12 @@ def test_intake_opens_what_we_write_and_reads_through_dask(stores, catalog):
 
 def test_a_name_opens_the_store_it_means(stores, catalog):
     for name in ("a", "a/blocks.2"):
-        store = tubelet_store.open(f"{catalog}#{name}")
+        store = open_store(f"{catalog}#{name}")
         assert store.identity == stores[0].identity
     with pytest.raises(TubeletError, match=r"no store 'aa'. Did you mean 'a'"):
-        tubelet_store.open(f"{catalog}#aa")
+        open_store(f"{catalog}#aa")
     with pytest.raises(TubeletError, match="No catalogue at"):
-        tubelet_store.open(f"{catalog}.yaml#a")
+        open_store(f"{catalog}.yaml#a")
 
 
 def test_another_store_in_its_place_is_an_error(tmp_path):
@@ -206,15 +206,15 @@ def test_another_store_in_its_place_is_an_error(tmp_path):
     assert main(["catalog", "check", "--catalog", catalog]) == 1
     make_store(tmp_path / "s.zarr", seed=9)
     with pytest.raises(TubeletError, match=f"not the store that the catalogue means.*{store.identity}"):
-        tubelet_store.open(f"{catalog}#s")
+        open_store(f"{catalog}#s")
     assert main(["catalog", "check", "s", "--catalog", catalog]) == 1
 
 
 def test_a_new_version_takes_the_name_and_the_old_digest_still_opens(stores, catalog):
     first, second = stores
     kept = add_store(catalog, second.url, describe(second.state, "a"), replace=True)
-    assert tubelet_store.open(f"{catalog}#a").identity == second.identity
-    assert tubelet_store.open(f"{catalog}#{kept}").identity == first.identity
+    assert open_store(f"{catalog}#a").identity == second.identity
+    assert open_store(f"{catalog}#{kept}").identity == first.identity
     assert Catalog.read(catalog).find("a").about.parents == (first.identity,)
 
 
@@ -299,7 +299,7 @@ def test_nested_catalogues_are_read_once_whatever_their_circle(stores, tmp_path)
     assert catalog.problems == []
     top = str(tmp_path / "top.yaml")
     add_catalog(top, one, "team")
-    assert tubelet_store.open(f"{top}#team/a").identity == stores[0].identity
+    assert open_store(f"{top}#team/a").identity == stores[0].identity
 
 
 def test_a_chain_of_catalogues_ends_and_a_broken_one_hides_nothing(stores, tmp_path):

@@ -10,11 +10,14 @@ import pytest
 import scripted
 
 from stores import make_plan, planned_table
-from tubelet_store import ClipOutcome, Plan, Store, StoreWriter, TubeletError, open_store
-from tubelet_store.cli import main
-from tubelet_store.clips import PLANNED, clip_table_digest
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
+from tubelet_store.clip_table import PLANNED, ClipOutcome, clip_table_digest
 from tubelet_store.compose import Composition, choose_clips, next_version, whole
-from tubelet_store.objects import LocalRoot
+from tubelet_store.plan import Plan
+from tubelet_store.reader import Store, open_store
+from tubelet_store.storage.local import LocalRoot
+from tubelet_store.store_writer import StoreWriter
 from tubelet_store.verify import verify
 
 PLAN = make_plan(clips_per_shard=4, grid=(2, 2, 3), hooks={"blocks.1": 4, "blocks.3": 6}, special_tokens=("cls",))

@@ -12,7 +12,8 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 import scripted
-from tubelet_store import objects, shard
+from tubelet_store import shard_writer
+from tubelet_store.storage import local
 
 def events(owner, name, on_event):
     original = getattr(owner, name)
@@ -43,9 +44,9 @@ def write_until(point, url, count_file=None):
         if seen == point:
             os.kill(os.getpid(), signal.SIGKILL)
     for name in ("replace", "create", "publish"):
-        events(objects.LocalRoot, name, on_event)
+        events(local.LocalRoot, name, on_event)
     events(os, "fsync", on_event)
-    events(shard._ObjectFile, "_write", on_event)
+    events(shard_writer._ObjectFile, "_write", on_event)
     scripted.write_all(url)
     if count_file:
         Path(count_file).write_text(str(seen))

@@ -12,7 +12,7 @@ import xarray
 import zarr
 
 from stores import make_plan, make_store
-from tubelet_store import Store
+from tubelet_store.reader import Store
 
 FAILED, ZERO = 2, 5
 

@@ -15,15 +15,15 @@ import pytest
 import scripted
 
 from stores import make_plan, make_store
-from tubelet_store import Grid, Hook, Moments, Plan, open_store
-from tubelet_store.clips import FINISHED, OUTCOME, PLANNED, ClipOutcome, from_parquet
+from tubelet_store.clip_table import FINISHED, OUTCOME, PLANNED, ClipOutcome, from_parquet
 from tubelet_store.commit import Commit, StoredObject
 from tubelet_store.dtypes import NUMPY_DTYPES
-from tubelet_store.keys import commit_key, commit_moments_key, shard_key
 from tubelet_store.manifest import SCHEMA
-from tubelet_store.moments import COVARIANCE_MAX_CHANNELS, NORM_BINS
-from tubelet_store.plan import TokenSelection
-from tubelet_store.state import FORMAT_VERSION, StoreState
+from tubelet_store.moments import COVARIANCE_MAX_CHANNELS, NORM_BINS, Moments
+from tubelet_store.object_keys import commit_key, commit_moments_key, shard_key
+from tubelet_store.plan import Grid, Hook, Plan, TokenSelection
+from tubelet_store.reader import open_store
+from tubelet_store.store_state import FORMAT_VERSION, StoreState
 from tubelet_store.verify import expected_objects
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/store-format.md").read_text(encoding="utf-8")

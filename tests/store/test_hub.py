@@ -11,16 +11,16 @@ import pytest
 
 from hub_server import REPOSITORY, REVISION, Hub, hub_server
 from stores import make_plan, make_store
-from tubelet_store import Store, open_store
+from tubelet_store.reader import Store, open_store
 
-MAIN = "import sys; from tubelet_store.cli import main; sys.exit(main())"
+MAIN = "import sys; from tubelet.cli.main import main; sys.exit(main())"
 URL = f"hf://datasets/{REPOSITORY}@{REVISION}/deep/s.zarr"
 
 MIRRORED = """
 import sys
 from pathlib import Path
-from tubelet_store import open_store
-from tubelet_store.mirror import MirrorConfig
+from tubelet_store.reader import open_store
+from tubelet_store.cache import MirrorConfig
 
 url, local, folder = sys.argv[1:]
 store, truth = open_store(url, mirror=MirrorConfig(directory=Path(folder))), open_store(local)

@@ -7,9 +7,8 @@ import json
 import pytest
 
 from stores import make_plan, make_store
-from tubelet_store import Grid
-from tubelet_store.cli import main
-from tubelet_store.plan import TokenSelection
+from tubelet.cli.main import main
+from tubelet_store.plan import Grid, TokenSelection
 
 WHOLE = Grid(time=4, height=4, width=6)
 

@@ -12,7 +12,9 @@ import pytest
 import zarr
 
 from stores import make_plan, make_store, planned_table
-from tubelet_store import StoreWriter, TubeletError, open_store
+from tubelet.errors import TubeletError
+from tubelet_store.reader import open_store
+from tubelet_store.store_writer import StoreWriter
 
 OBJECT = "activations/blocks.1/c/0/0/0/0"
 CLIP_BYTES = 4 * 15 * 8 * 2
@@ -140,7 +142,7 @@ def test_an_unfinished_store_is_refused_unless_asked_for_and_then_shows_committe
 
 
 def make_shard(writer: StoreWriter, shard: int, values: np.ndarray) -> None:
-    from tubelet_store import ClipOutcome
+    from tubelet_store.clip_table import ClipOutcome
 
     with writer.shard(shard) as shard_writer:
         for clip in writer.plan.shard_range(shard):

@@ -20,11 +20,16 @@ import pytest
 
 from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
-from tubelet_store import Store, TubeletError, open_store
-from tubelet_store.cli import main
-from tubelet_store.mirror import Mirror, MirrorConfig
-from tubelet_store.objects import open_root
-from tubelet_store.transport import FsspecTransport, ObstoreTransport, Patience, open_transport
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.reader import Store, open_store
+from tubelet_store.storage.client import Patience
+from tubelet_store.storage.client_choice import open_transport
+from tubelet_store.storage.fsspec_client import FsspecTransport
+from tubelet_store.storage.obstore_client import ObstoreTransport
+from tubelet_store.storage.open_root import open_root
 
 PLAN = make_plan(clips=38, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 8, "g": 4})
 SHARD = 4 * 12 * 8 * 2 + 16 * 4 + 4
@@ -97,7 +102,7 @@ def test_the_budget_is_kept_and_the_longest_unused_goes(url, local, tmp_path):
 
 
 def test_a_map_in_use_is_never_evicted(url, local, tmp_path, monkeypatch):
-    monkeypatch.setattr("tubelet_store.mirror.directory._PATIENCE_S", 0.2)
+    monkeypatch.setattr("tubelet_store.cache.directory._PATIENCE_S", 0.2)
     store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=2 * SHARD))
     held = store.shard_map("h", 0)[1:]
     for shard in (1, 2, 3, 4):
@@ -187,7 +192,7 @@ class TestWhatWasCutOff:
 
     def partial(self, url: str, folder: Path, monkeypatch) -> tuple[Mirror, object]:
         """A download that fails after its first two parts."""
-        monkeypatch.setattr("tubelet_store.mirror.shard_object._PART_BYTES", 1)
+        monkeypatch.setattr("tubelet_store.cache.shard_object._PART_BYTES", 1)
         store = open_store(url, mirror=MirrorConfig(directory=folder, connections=1))
         wanted = store.shard_object("h", 0)
         read_range, calls = store.mirror.transport.read_range, []
@@ -278,8 +283,8 @@ def test_a_mirror_that_is_not_used_any_more_leaves_no_thread(url, tmp_path):
 ENDS = """
 import sys, time
 from test_mirror import PLAN, make_store, upload
-from tubelet_store import open_store
-from tubelet_store.mirror import MirrorConfig, shard_object
+from tubelet_store.reader import open_store
+from tubelet_store.cache import MirrorConfig, shard_object
 from pathlib import Path
 
 shard_object._PART_BYTES = 1
@@ -336,8 +341,8 @@ READER = """
 import sys
 from pathlib import Path
 import numpy as np
-from tubelet_store import open_store
-from tubelet_store.mirror import MirrorConfig
+from tubelet_store.reader import open_store
+from tubelet_store.cache import MirrorConfig
 remote, local, folder, budget, seed, rounds = sys.argv[1:]
 store = open_store(remote, mirror=MirrorConfig(directory=Path(folder), budget=int(budget)))
 truth = open_store(local)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from stores import make_plan, make_store, upload
-from tubelet_store import Store, TubeletError, open_store
-from tubelet_store.cache import cache_folder
-from tubelet_store.mirror import MirrorConfig
+from tubelet.errors import TubeletError
+from tubelet.paths import cache_folder
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.reader import Store, open_store
 
 PLAN = make_plan(clips=8, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 512})
 CLIP = 12 * 512 * 2
@@ -45,10 +46,11 @@ def test_a_budget_below_one_shard_is_refused_before_anything_is_read(url, tmp_pa
 UNDER_A_LIMIT = """
 import resource, sys
 from pathlib import Path
-from tubelet_store import TubeletError, open_store
-from tubelet_store.mirror import MirrorConfig
-from tubelet_store.mirror.mirror import Mirror
-from tubelet_store.mirror.partial import Partial
+from tubelet.errors import TubeletError
+from tubelet_store.reader import open_store
+from tubelet_store.cache import MirrorConfig
+from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.cache.partial_file import Partial
 local, folder, limit, allocates = sys.argv[1:]
 store = open_store(local)
 # A local store has no mirror: this one reads the files as a server would give them.
@@ -98,7 +100,7 @@ class TestAfterThePowerWasCut:
     """Nothing waits for the disk, so what a power cut lost must be found."""
 
     def test_what_was_lost_is_fetched_again_and_nothing_else(self, url, local, tmp_path, monkeypatch):
-        monkeypatch.setattr("tubelet_store.mirror.shard_object._PART_BYTES", CLIP)
+        monkeypatch.setattr("tubelet_store.cache.shard_object._PART_BYTES", CLIP)
         config = MirrorConfig(directory=tmp_path)
         name = open_store(url, mirror=config).shard_object("h", 0).stored.sha256
         open_store(url, mirror=config).shard_map("h", 0)
@@ -122,7 +124,7 @@ class TestAfterThePowerWasCut:
         gc.collect()
         store = open_store(url, mirror=config)
         monkeypatch.setattr(store.mirror.transport, "read_range", None)
-        monkeypatch.setattr("tubelet_store.mirror.shard_object.google_crc32c", None)
+        monkeypatch.setattr("tubelet_store.cache.shard_object.google_crc32c", None)
         store.shard_map("h", 0)
 
     def test_what_is_in_use_stays(self, url, local, tmp_path):

@@ -12,10 +12,11 @@ import pytest
 from faulty_proxy import KINDS, faulty_proxy
 from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
-from tubelet_store import Store, TubeletError, open_store
-from tubelet_store.errors import StoreUnreachable
-from tubelet_store.mirror import MirrorConfig
-from tubelet_store.transport import NoAccess, Patience, open_transport
+from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.reader import Store, open_store
+from tubelet_store.storage.client import NoAccess, Patience
+from tubelet_store.storage.client_choice import open_transport
 
 PLAN = make_plan(clips=40, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 8})
 
@@ -34,7 +35,7 @@ def proxy(local):
         pytest.MonkeyPatch.context() as patch,
     ):
         lead_to(url, patch)
-        patch.setattr("tubelet_store.transport.transport._FIRST_WAIT_S", 0.001)
+        patch.setattr("tubelet_store.storage.client._FIRST_WAIT_S", 0.001)
         create_bucket(server, "bucket")
         upload(local, "s3://bucket/s.zarr")
         yield proxy
@@ -135,7 +136,7 @@ def test_the_small_objects_are_checked_too(proxy, local, tmp_path):
 @pytest.fixture
 def put(proxy, monkeypatch):
     """Replaces s3://bucket/replaced, past the proxy; obstore reads it in parts of 1000 bytes."""
-    monkeypatch.setattr("tubelet_store.transport.obstore_client._READ_BYTES", 1000)
+    monkeypatch.setattr("tubelet_store.storage.obstore_client._READ_BYTES", 1000)
     client = boto3.client("s3", endpoint_url=f"http://{proxy.upstream}")
     return lambda data: client.put_object(Bucket="bucket", Key="replaced", Body=data)
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import make_plan, make_store
-from tubelet_store import Moments, moments
-from tubelet_store.layout import moments_documents, read_moments
+from tubelet_store import moments
+from tubelet_store.format import moments_documents, read_moments
+from tubelet_store.moments import Moments
 
 
 def tokens(count: int, channels: int, seed: int, offset: float = 0.0) -> np.ndarray:
@@ -160,7 +161,8 @@ def test_a_store_of_failed_clips_alone_has_moments_of_nothing(tmp_path):
 
 
 def test_a_missing_value_is_no_zero(tmp_path):
-    from tubelet_store import TubeletError, open_store
+    from tubelet.errors import TubeletError
+    from tubelet_store.reader import open_store
 
     make_store(tmp_path / "s.zarr")
     (tmp_path / "s.zarr/moments/blocks.1/mean/c/0").unlink()

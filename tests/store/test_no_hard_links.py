@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from stores import make_plan, make_store
-from tubelet_store import open_store
-from tubelet_store.cli import main
-from tubelet_store.objects import LocalRoot
+from tubelet.cli.main import main
+from tubelet_store.reader import open_store
+from tubelet_store.storage.local import LocalRoot
 
 PLAN = make_plan(clips=8, clips_per_shard=4)
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from stores import make_plan, planned_table
-from tubelet_store import Grid, Hook, Plan, StoreWriter, TubeletError
-from tubelet_store.plan import TokenSelection, canonical_json, sha256_of_json
+from tubelet.errors import TubeletError
+from tubelet_store.plan import Grid, Hook, Plan, TokenSelection, canonical_json, sha256_of_json
+from tubelet_store.store_writer import StoreWriter
 
 BASE = make_plan(
     hooks={"blocks.1": 8, "blocks.3": 8}, special_tokens=("cls",), special_time=4, dtype="float16", clips=10
@@ -77,9 +78,7 @@ def test_the_digest_ignores_key_order_and_survives_json(sampling):
 )
 def test_the_digest_is_the_same_on_every_machine(tmp_path, environment):
     plan = BASE.model_copy(update={"dataset": {"kind": "folder", "name": "Übung 測試", "ratio": 0.1}})
-    program = (
-        "import sys; from tubelet_store import Plan; print(Plan.model_validate_json(sys.stdin.buffer.read()).digest)"
-    )
+    program = "import sys; from tubelet_store.plan import Plan; print(Plan.model_validate_json(sys.stdin.buffer.read()).digest)"
     found = subprocess.run(
         [sys.executable, "-c", program],
         input=plan.model_dump_json().encode(),

@@ -14,9 +14,14 @@ import scripted
 import zarr
 
 from object_server import create_bucket, lead_to, s3_environment, s3_server
-from tubelet_store import StoreWriter, TubeletError, open_store
-from tubelet_store.cli import main
-from tubelet_store.objects import LocalRoot, ObjectRoot, RemoteRoot, open_root
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
+from tubelet_store.reader import open_store
+from tubelet_store.storage.local import LocalRoot
+from tubelet_store.storage.object_root import ObjectRoot
+from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage.remote import RemoteRoot
+from tubelet_store.store_writer import StoreWriter
 from tubelet_store.verify import orphans, verify
 
 SECRET = s3_environment("")["AWS_SECRET_ACCESS_KEY"]

@@ -14,12 +14,15 @@ import yaml
 from faulty_proxy import faulty_proxy
 from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
-from tubelet_store import Store, TubeletError, open_store
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
+from tubelet_store.cache.config import MirrorConfig
 from tubelet_store.catalog import Catalog
-from tubelet_store.cli import main
-from tubelet_store.mirror import MirrorConfig
-from tubelet_store.objects import LocalRoot, open_root
-from tubelet_store.transport import Patience, open_transport
+from tubelet_store.reader import Store, open_store
+from tubelet_store.storage.client import Patience
+from tubelet_store.storage.client_choice import open_transport
+from tubelet_store.storage.local import LocalRoot
+from tubelet_store.storage.open_root import open_root
 
 PLAN = make_plan(clips=8, clips_per_shard=4, hooks={"h": 8})
 CLIENTS = ("obstore", "fsspec")

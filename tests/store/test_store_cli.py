@@ -12,9 +12,11 @@ import pytest
 import scripted
 
 from stores import make_store
-from tubelet_store import StoreWriter, TubeletError, cli
-from tubelet_store.cli import Verb, main, parse_arguments
-from tubelet_store.config import Config
+from tubelet.cli import main as cli
+from tubelet.cli.main import Verb, main, parse_arguments
+from tubelet.config import Config
+from tubelet.errors import TubeletError
+from tubelet_store.store_writer import StoreWriter
 from tubelet_store.verbs import INFO, VERIFY
 
 

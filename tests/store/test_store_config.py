@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from tubelet_store.config import Config, dump_yaml, load_config, misfit
-from tubelet_store.errors import TubeletError
+from tubelet.config import Config, dump_yaml, load_config, misfit
+from tubelet.errors import TubeletError
 
 
 class TopK(Config):

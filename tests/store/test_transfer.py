@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import scripted
 
-import tubelet_store
-from tubelet_store import Store, TubeletError, open_store
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
 from tubelet_store.catalog.edit import add_store, describe
-from tubelet_store.cli import main
 from tubelet_store.manifest import Manifest
-from tubelet_store.objects import LocalRoot
+from tubelet_store.reader import Store, open_store
+from tubelet_store.storage.local import LocalRoot
 from tubelet_store.transfer import ATTEMPTS, StoreCopy
 from tubelet_store.verify import Progress, verify
 
@@ -248,7 +248,7 @@ def test_verification_skips_only_what_it_knows(store, tmp_path, monkeypatch):
 def test_everything_two_lines_give_is_read_only(store):
     import torch
 
-    opened = tubelet_store.open(store.url)
+    opened = open_store(store.url)
     array = opened["blocks.1"]
     for view in (array[0], array[1:3], array.shard(1)):
         assert not view.flags.writeable

@@ -15,13 +15,16 @@ import scripted
 
 from faulty_proxy import WRITE_KINDS, FaultyProxy, faulty_proxy
 from object_server import create_bucket, lead_to, s3_server
-from tubelet_store import ClipOutcome, StoreWriter, TubeletError, open_store, upload
-from tubelet_store.errors import StoreUnreachable
+from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.finished_shard import FinishedShard
-from tubelet_store.objects import open_root
+from tubelet_store.reader import open_store
 from tubelet_store.spool import Spool, UploadConfig
-from tubelet_store.transport import Patience
-from tubelet_store.upload import Uploader
+from tubelet_store.storage import upload
+from tubelet_store.storage.client import Patience
+from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage.upload import Uploader
+from tubelet_store.store_writer import StoreWriter
 from tubelet_store.verify import verify
 
 

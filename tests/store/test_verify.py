@@ -10,8 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stores import make_plan, make_store, planned_table
-from tubelet_store import ClipOutcome, StoreWriter, TubeletError, open_store
-from tubelet_store.cli import main
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
+from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.reader import open_store
+from tubelet_store.store_writer import StoreWriter
 from tubelet_store.verify import Finding, expected_objects, orphans, verify
 
 CLIP_BYTES = 2 * 6 * 4 * 2

@@ -16,8 +16,10 @@ import pytest
 import scripted
 
 from stores import make_plan, make_store, planned_table
-from tubelet_store import ClipOutcome, StoreWriter, TubeletError, open_store
-from tubelet_store.clips import FINISHED, PLANNED, from_parquet, to_parquet
+from tubelet.errors import TubeletError
+from tubelet_store.clip_table import FINISHED, PLANNED, ClipOutcome, from_parquet, to_parquet
+from tubelet_store.reader import open_store
+from tubelet_store.store_writer import StoreWriter
 from tubelet_store.verify import orphans, verify
 
 
@@ -246,7 +248,7 @@ def test_tables_of_an_older_tubelet_lack_columns_and_still_read(tmp_path):
 PARQUET = """
 import psutil
 from stores import planned_table
-from tubelet_store.clips import from_parquet, to_parquet
+from tubelet_store.clip_table import from_parquet, to_parquet
 
 from_parquet(to_parquet(planned_table(10)))
 table = planned_table(100_000)

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from stores import make_plan, make_store
-from tubelet_store import TubeletError
-from tubelet_trainer.coherence import Contrast, Smoothness, coherence_terms, info_nce, prefix_length
+from tubelet.errors import TubeletError
 from tubelet_trainer.config import ObjectiveConfig, PairsConfig, TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.objective import Forward
-from tubelet_trainer.pairs import PairDraw
+from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.pairs import PairDraw
+from tubelet_trainer.data.source import Source
+from tubelet_trainer.losses.coherence import Contrast, Smoothness, coherence_terms, info_nce, prefix_length
+from tubelet_trainer.losses.objective import Forward
+from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, Groups, JumpReLUConfig, ReLUConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.source import Source
-from tubelet_trainer.windows import Windows
+from tubelet_trainer.sae.normalization import Normalisation
 
 D, F = 16, 48
 NO_DEAD = torch.zeros(F, dtype=torch.bool)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from stores import make_plan, make_store
-from tubelet_store import Moments
-from tubelet_trainer.evaluation import evaluate
+from tubelet_store.moments import Moments
+from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.source import Source
+from tubelet_trainer.run.heldout import evaluate
 from tubelet_trainer.sae.config import NormalisationConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.source import Source
-from tubelet_trainer.windows import Windows
+from tubelet_trainer.sae.normalization import Normalisation
 
 D, F = 12, 48
 

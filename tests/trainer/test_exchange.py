@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tubelet_store import TubeletError
-from tubelet_store.cli import main
-from tubelet_trainer.exchange import ExportConfig, ImportConfig, export_sae, import_sae
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     BatchTopKConfig,
@@ -24,9 +23,10 @@ from tubelet_trainer.sae.config import (
     ReLUConfig,
     TopKConfig,
 )
-from tubelet_trainer.sae.export import load_record, load_sae, save_sae
+from tubelet_trainer.sae.interop.exchange import ExportConfig, ImportConfig, export_sae, import_sae
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalisation import Normalisation
+from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.sae_files import load_record, load_sae, save_sae
 
 D, F, N, K = 12, 48, 64, 6
 RECIPES = {

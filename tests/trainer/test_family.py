@@ -12,11 +12,13 @@ import torch
 from torch.autograd import gradcheck
 
 from steps import see, take_step
-from tubelet_store import Moments, TubeletError
-from tubelet_store.config import Config, validate
+from tubelet.config import Config, validate
+from tubelet.errors import TubeletError
+from tubelet_store.moments import Moments
 from tubelet_trainer.config import OptimiserConfig
-from tubelet_trainer.learner import Learner
-from tubelet_trainer.objective import AuxK, Forward, Objective, Reconstruction
+from tubelet_trainer.losses.objective import AuxK, Forward, Objective, Reconstruction
+from tubelet_trainer.losses.sparsity import PenaltyWeight, sae_terms
+from tubelet_trainer.optim.sae_trainer import Learner
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     AnySAEConfig,
@@ -32,13 +34,12 @@ from tubelet_trainer.sae.config import (
     ReLUConfig,
     TopKConfig,
 )
-from tubelet_trainer.sae.export import load_sae, save_sae
-from tubelet_trainer.sae.initialisation import Offset, geometric_median, initialise
+from tubelet_trainer.sae.init import Offset, geometric_median, initialise
+from tubelet_trainer.sae.matryoshka import cuts
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.nesting import cuts
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.penalties import PenaltyWeight, sae_terms
-from tubelet_trainer.sae.sparse import decode_groups
+from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.sae_files import load_sae, save_sae
+from tubelet_trainer.sae.sparse_ops import decode_groups
 
 D, F, N, K = 12, 96, 40, 6
 NO_DEAD = torch.zeros(F, dtype=torch.bool)

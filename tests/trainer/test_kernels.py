@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from tubelet_trainer.sae import kernels
-from tubelet_trainer.sae.sparse import Bags, decode_dense, densify
+from tubelet_trainer.sae.sparse_ops import Bags, decode_dense, densify
 
 
 def case(n, k, f, d, dtype):
@@ -61,7 +61,7 @@ def test_every_product_equals_its_reference(n, k, f, d, equal, dtype):
 def test_on_cuda_the_kernels_are_what_decodes():
     values, weight, indices, upstream = case(64, 8, 512, 300, torch.float32)
     values, weight = values.requires_grad_(), weight.requires_grad_()
-    from tubelet_trainer.sae.sparse import decode_sparse
+    from tubelet_trainer.sae.sparse_ops import decode_sparse
 
     ours = torch.autograd.grad(decode_sparse(values, indices, weight), (values, weight), upstream)
     theirs = torch.autograd.grad(densify(values, indices, 512) @ weight, (values, weight), upstream)

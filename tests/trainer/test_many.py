@@ -11,16 +11,16 @@ import yaml
 from safetensors.torch import load_file
 
 from stores import make_plan, make_store
-from tubelet_store import TubeletError
-from tubelet_store.cli import main
-from tubelet_trainer.checkpoint import load_latest
-from tubelet_trainer.cohort import Cohort
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.run import Run
-from tubelet_trainer.sae.export import load_record
-from tubelet_trainer.specs import specs
-from tubelet_trainer.stream import open_stores
+from tubelet_trainer.data.streams import open_stores
+from tubelet_trainer.optim.stacked import Cohort
+from tubelet_trainer.run.checkpoint import load_latest
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.run.specs import specs
+from tubelet_trainer.run.training_run import Run
+from tubelet_trainer.sae.sae_files import load_record
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import make_plan, make_store, planned_table
-from tubelet_store import ClipOutcome, Grid, Moments, StoreWriter, TubeletError, open_store
-from tubelet_store.plan import TokenSelection
+from tubelet.errors import TubeletError
+from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.moments import Moments
+from tubelet_store.plan import Grid, TokenSelection
+from tubelet_store.reader import open_store
+from tubelet_store.store_writer import StoreWriter
 from tubelet_trainer.config import PairsConfig
-from tubelet_trainer.mixing import measure_mixing
-from tubelet_trainer.mixture import Mixture, mixed_moments
-from tubelet_trainer.pairs import PairDraw, fresh_steps, neighbour_table
-from tubelet_trainer.source import Source
-from tubelet_trainer.windows import Windows
+from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.mixing import measure_mixing
+from tubelet_trainer.data.mixture import Mixture, mixed_moments
+from tubelet_trainer.data.pairs import PairDraw, fresh_steps, neighbour_table
+from tubelet_trainer.data.source import Source
 
 TIME, HEIGHT, WIDTH = GRID = (4, 3, 5)
 SPACE = HEIGHT * WIDTH

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from steps import seen
-from tubelet_trainer.cohort import Cohort
 from tubelet_trainer.config import OptimiserConfig
-from tubelet_trainer.learner import Learner
-from tubelet_trainer.objective import AuxK, Objective, Reconstruction
+from tubelet_trainer.losses.objective import AuxK, Objective, Reconstruction
+from tubelet_trainer.losses.sparsity import sae_terms
+from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.optim.stacked import Cohort
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, JumpReLUConfig, ReLUConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.penalties import sae_terms
-from tubelet_trainer.sae.sparse import largest
+from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.sparse_ops import largest
 
 D, F, N = 24, 192, 512
 DEAD = slice(20, 60)

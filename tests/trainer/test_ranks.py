@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from stores import make_plan, make_store
-from tubelet_trainer.checkpoint import load_latest
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
+from tubelet_trainer.run.checkpoint import load_latest
+from tubelet_trainer.run.loop import train
 
 BATCH, STEPS = 64, 12
 
@@ -59,8 +59,8 @@ def configure(store, out, listed, **fields):
 CODE = """
 import sys, torch
 torch.set_num_threads(1)
-from tubelet_store.cli import main
-from tubelet_trainer.run import Run
+from tubelet.cli.main import main
+from tubelet_trainer.run.training_run import Run
 
 learn, steps = Run.learn, []
 
@@ -185,7 +185,7 @@ SLOW = CODE.replace("    return learn", "    time.sleep(0.02)\n    return learn"
 SLOW_DISK = SLOW.replace(
     "code = main",
     """
-import tubelet_trainer.loop as loop
+import tubelet_trainer.run.loop as loop
 save = loop.save_checkpoint
 
 def slow_save(*arguments):
@@ -223,9 +223,9 @@ def test_ranks_that_are_told_to_stop_leave_a_checkpoint_together(store, tmp_path
 
 
 def test_what_a_split_dictionary_cannot_do_is_named(store, tmp_path):
-    from tubelet_store import TubeletError
-    from tubelet_trainer.ranks import Ranks
-    from tubelet_trainer.run import Run
+    from tubelet.errors import TubeletError
+    from tubelet_trainer.run.process_group import Ranks
+    from tubelet_trainer.run.training_run import Run
 
     def run(spec):
         config = configure(store, tmp_path / "run", {"a": spec}, parallel="dictionary")

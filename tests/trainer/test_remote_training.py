@@ -15,28 +15,30 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import tubelet_store
 from faulty_proxy import faulty_proxy
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
+from tubelet.cli.main import main
+from tubelet.config import dump_yaml
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.extract import extract
-from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.driver import extract
 from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.dataset import make_dataset
-from tubelet_store import TubeletError, open_store
-from tubelet_store.cli import main
-from tubelet_store.config import dump_yaml
-from tubelet_store.mirror import Mirror, MirrorConfig
-from tubelet_store.objects import LocalRoot, open_root
-from tubelet_trainer import load_sae
+from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.reader import open_store
+from tubelet_store.storage.local import LocalRoot
+from tubelet_store.storage.open_root import open_root
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.mixture import Mixture
-from tubelet_trainer.order import EpochOrder
-from tubelet_trainer.source import Source
-from tubelet_trainer.upcoming import Upcoming, fitting_shards
-from tubelet_trainer.windows import Windows
+from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.mixture import Mixture
+from tubelet_trainer.data.order import EpochOrder
+from tubelet_trainer.data.shard_prefetch import Upcoming, fitting_shards
+from tubelet_trainer.data.source import Source
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.sae.sae_files import load_sae
 
 PLAN = make_plan(clips=80, clips_per_shard=4, grid=(4, 3, 5), hooks={"h": 16})
 STORE_BYTES = 80 * 60 * 16 * 2
@@ -149,8 +151,8 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from tubelet_trainer.config import TrainConfig
-from tubelet_store.config import load_config
-from tubelet_trainer.loop import train
+from tubelet.config import load_config
+from tubelet_trainer.run.loop import train
 train(load_config(TrainConfig, Path(sys.argv[1]), {"out": sys.argv[2], "seed": sys.argv[3]}))
 """
 
@@ -245,8 +247,8 @@ def test_a_newcomer_needs_a_catalogue_and_what_it_says(url, tmp_path, monkeypatc
     assert main(["catalog", "show", "shared"]) == 0
     said = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if ":  " in line)
 
-    array = tubelet_store.open("catalog.yaml#shared")["h"]
-    assert 'tubelet_store.open("catalog.yaml#shared")' in said["Open it"]
+    array = open_store("catalog.yaml#shared")["h"]
+    assert 'open_store("catalog.yaml#shared")' in said["Open it"]
     assert array.torch(0).flatten(0, 2).shape == (4 * 60, 16)
 
     program, *arguments = shlex.split(said["Train on it"])
@@ -259,7 +261,7 @@ def test_a_newcomer_needs_a_catalogue_and_what_it_says(url, tmp_path, monkeypatc
     assert main(["push", "catalog.yaml#shared", part, "--hooks", "h", "--first", "8"]) == 0
     assert main(["catalog", "add", "part", part, "--owner", "team-b"]) == 0
     assert main(["catalog", "check"]) == 0
-    assert len(tubelet_store.open("catalog.yaml#part").clips()) == 8
+    assert len(open_store("catalog.yaml#part").clips()) == 8
 
 
 class Listening(Mirror):

@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from tubelet_store import Moments, TubeletError
+from tubelet.errors import TubeletError
+from tubelet_store.moments import Moments
 from tubelet_trainer.config import OptimiserConfig
-from tubelet_trainer.learner import Learner
-from tubelet_trainer.objective import AuxK, FiringClock, Forward, Objective, Reconstruction
+from tubelet_trainer.losses.objective import AuxK, FiringClock, Forward, Objective, Reconstruction
+from tubelet_trainer.optim.sae_trainer import Learner
 from tubelet_trainer.sae.config import BatchTopKConfig, SAEConfig, TopKConfig
-from tubelet_trainer.sae.export import load_sae, save_sae
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.sparse import Bags, decode_dense, decode_sparse, largest, select
+from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.sae_files import load_sae, save_sae
+from tubelet_trainer.sae.sparse_ops import Bags, decode_dense, decode_sparse, largest, select
 
 D, F, N = 12, 96, 40
 KINDS = [TopKConfig(latents=F, k=5), BatchTopKConfig(latents=F, k=5)]

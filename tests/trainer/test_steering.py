@@ -9,7 +9,7 @@ import pytest
 
 from stores import make_plan, make_store
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
+from tubelet_trainer.run.loop import train
 
 D = 8
 

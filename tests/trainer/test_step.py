@@ -10,15 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steps import take_step
 from stores import make_plan, make_store
-from tubelet_trainer.capture import held_batch, inputs_of, signature
 from tubelet_trainer.config import OptimiserConfig, TrainConfig
-from tubelet_trainer.learner import Learner
-from tubelet_trainer.objective import Objective
-from tubelet_trainer.run import Run
+from tubelet_trainer.losses.objective import Objective
+from tubelet_trainer.losses.sparsity import sae_terms
+from tubelet_trainer.optim.cuda_graph import held_batch, inputs_of, signature
+from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.config import RandomPrefixes, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.penalties import sae_terms
+from tubelet_trainer.sae.normalization import Normalisation
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

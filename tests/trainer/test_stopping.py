@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from stores import make_plan, make_store
-from tubelet_store import TubeletError
-from tubelet_store.cli import main
-from tubelet_trainer.checkpoint import load_latest
+from tubelet.cli.main import main
+from tubelet.durable_files import held
+from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.files import held
-from tubelet_trainer.loop import train
-from tubelet_trainer.ranks import ALONE
-from tubelet_trainer.run import Run
-from tubelet_trainer.stopping import StopRequest
+from tubelet_trainer.run.checkpoint import load_latest
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.run.process_group import ALONE
+from tubelet_trainer.run.stop_signal import StopRequest
+from tubelet_trainer.run.training_run import Run
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ import signal, sys, time, torch
 torch.set_num_threads(1)
 # A parent in the background of a script ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tubelet_store.cli import main
-from tubelet_trainer.ranks import ALONE
-from tubelet_trainer.run import Run
-from tubelet_trainer.stopping import StopRequest
+from tubelet.cli.main import main
+from tubelet_trainer.run.process_group import ALONE
+from tubelet_trainer.run.training_run import Run
+from tubelet_trainer.run.stop_signal import StopRequest
 
 learn = Run.learn
 
@@ -118,7 +118,7 @@ def test_an_ignored_signal_stays_ignored_and_one_that_comes_twice_at_once_is_one
         with pytest.raises(SystemExit, match="143"):
             stop.leave(ALONE)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        monkeypatch.setattr("tubelet_trainer.stopping._SAME_WITHIN_S", 0.0)
+        monkeypatch.setattr("tubelet_trainer.run.stop_signal._SAME_WITHIN_S", 0.0)
         with StopRequest().listening():
             signal.raise_signal(signal.SIGINT)
             with pytest.raises(KeyboardInterrupt):

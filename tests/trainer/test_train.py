@@ -18,15 +18,16 @@ import torch.nn.functional as nnf
 from safetensors.torch import load_file
 
 from stores import make_plan, make_store
-from tubelet_store import TubeletError, open_store
-from tubelet_store.cli import main
-from tubelet_trainer.checkpoint import Checkpoint, load_latest, save_checkpoint
+from tubelet.cli.main import main
+from tubelet.errors import TubeletError
+from tubelet_store.reader import open_store
 from tubelet_trainer.config import OptimiserConfig, TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.mixing import measure_mixing
-from tubelet_trainer.run import Run
-from tubelet_trainer.sae.export import load_record, load_sae
-from tubelet_trainer.split import HoldoutConfig, held_out
+from tubelet_trainer.data.mixing import measure_mixing
+from tubelet_trainer.data.split import HoldoutConfig, held_out
+from tubelet_trainer.run.checkpoint import Checkpoint, load_latest, save_checkpoint
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.run.training_run import Run
+from tubelet_trainer.sae.sae_files import load_record, load_sae
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_kill_at_any_moment_then_rerun_gives_the_same_weights(store, tmp_path):
 RUN_ONE_THREAD = """
 import sys, torch
 torch.set_num_threads(1)
-from tubelet_store.cli import main
+from tubelet.cli.main import main
 sys.exit(main(["train", sys.argv[1]]))
 """
 
@@ -315,7 +316,7 @@ def test_an_unfinished_store_is_refused(store, tmp_path):
     assert open_store(store.url).complete
     unfinished = tmp_path / "u.zarr"
     from stores import planned_table
-    from tubelet_store import StoreWriter
+    from tubelet_store.store_writer import StoreWriter
 
     StoreWriter.begin(str(unfinished), make_plan(), planned_table(10), {})
     with pytest.raises(TubeletError, match="unfinished"):
@@ -335,9 +336,9 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch
 torch.set_num_threads(1)
-from tubelet_trainer import load_sae
+from tubelet_trainer.sae.sae_files import load_sae
 from tubelet_trainer.verbs import TRAIN
-from tubelet_store.config import load_config
+from tubelet.config import load_config
 from pathlib import Path
 config = load_config(TRAIN.config(), Path(sys.argv[1]), {})
 assert TRAIN.run(config) == 0
@@ -355,7 +356,7 @@ def test_trains_where_neither_dask_nor_decoders_nor_transformers_are_installed(s
 
 def test_the_verb_is_described_without_loading_torch():
     code = (
-        "import sys; from tubelet_trainer.verbs import TRAIN; from tubelet_store.cli import describe_fields;"
+        "import sys; from tubelet_trainer.verbs import TRAIN; from tubelet.cli.main import describe_fields;"
         "print('\\n'.join(describe_fields(TRAIN.config()))); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from stores import make_plan, make_store
-from tubelet_store import TubeletError
-from tubelet_trainer import trackers
+from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.loop import train
-from tubelet_trainer.run import Run
-from tubelet_trainer.sae.export import load_record, load_sae
+from tubelet_trainer.run import trackers
+from tubelet_trainer.run.loop import train
+from tubelet_trainer.run.training_run import Run
+from tubelet_trainer.sae.sae_files import load_record, load_sae
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_the_libraries_themselves_take_it(store, tmp_path, kind):
     environment = {**os.environ, "MLFLOW_ALLOW_FILE_STORE": "true"}
     config = configure(store, tmp_path / "run", steps=10, sae={"k": 4}, tracker={"kind": kind, **tracker})
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    code = "import sys; from tubelet_store.cli import main; sys.exit(main(['train', sys.argv[1]]))"
+    code = "import sys; from tubelet.cli.main import main; sys.exit(main(['train', sys.argv[1]]))"
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "run.yaml")],

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import make_plan, make_store
-from tubelet_store import TubeletError
-from tubelet_trainer import stager
-from tubelet_trainer.source import Source
-from tubelet_trainer.windows import Windows
+from tubelet.errors import TubeletError
+from tubelet_trainer.data import prefetcher as stager
+from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.source import Source
 
 GRID = (4, 3, 5)
 TOKENS = 60

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from tubelet_store.config import Config
-from tubelet_store.mirror import MirrorConfig
+from tubelet.config import Config
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_trainer.data.split import HoldoutConfig
+from tubelet_trainer.run.trackers import AnyTracker, NoTracker
 from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig
-from tubelet_trainer.split import HoldoutConfig
-from tubelet_trainer.trackers import AnyTracker, NoTracker
 
 
 class OptimiserConfig(Config):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tubelet_store.cli import Verb
+from tubelet.cli.main import Verb
 
 if TYPE_CHECKING:
     from tubelet_trainer.config import TrainConfig
-    from tubelet_trainer.exchange import ExportConfig, ImportConfig
+    from tubelet_trainer.sae.interop.exchange import ExportConfig, ImportConfig
 
 
 def _config() -> type[TrainConfig]:
@@ -18,33 +18,33 @@ def _config() -> type[TrainConfig]:
 
 
 def _run(config: TrainConfig) -> int:
-    from tubelet_trainer.loop import train
+    from tubelet_trainer.run.loop import train
 
     print(train(config))
     return 0
 
 
 def _export_config() -> type[ExportConfig]:
-    from tubelet_trainer.exchange import ExportConfig
+    from tubelet_trainer.sae.interop.exchange import ExportConfig
 
     return ExportConfig
 
 
 def _export(config: ExportConfig) -> int:
-    from tubelet_trainer.exchange import export_sae
+    from tubelet_trainer.sae.interop.exchange import export_sae
 
     print(export_sae(config))
     return 0
 
 
 def _import_config() -> type[ImportConfig]:
-    from tubelet_trainer.exchange import ImportConfig
+    from tubelet_trainer.sae.interop.exchange import ImportConfig
 
     return ImportConfig
 
 
 def _import(config: ImportConfig) -> int:
-    from tubelet_trainer.exchange import import_sae
+    from tubelet_trainer.sae.interop.exchange import import_sae
 
     print(import_sae(config))
     return 0

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tubelet.config import Config
 from tubelet_pipeline.decode.config import DecodeConfig
-from tubelet_store.config import Config
 
 
 class AllLatents(Config):

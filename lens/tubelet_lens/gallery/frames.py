@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tubelet_pipeline.clips import resolve_uri
-from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
 from tubelet_pipeline.replay import sampling_of, views_of
 from tubelet_pipeline.views import clip_request, locate
-from tubelet_store import Store
+from tubelet_store.reader import Store
 
 _METHOD = 4
 _AHEAD = 8

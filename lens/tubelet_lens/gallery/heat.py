@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tubelet_lens.windows import Window
+from tubelet_lens.inputs.clip_stream import Window
 
 _LEVELS = 255
 _LONGEST_GAP = 255

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tubelet_lens.gallery.effects import Effects
 from tubelet_lens.gallery.frames import sheet_columns
 from tubelet_lens.gallery.heat import packed
+from tubelet_lens.gallery.latent_statistics import Statistic
 from tubelet_lens.gallery.site import page_key, sheet_key
-from tubelet_lens.gallery.statistics import Statistic
 from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Exemplar, Surveyed
 from tubelet_store.plan import Grid
 

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from tubelet_store import TubeletError
-from tubelet_store.objects import open_root
-from tubelet_store.parallel import in_parallel
+from tubelet.concurrency import in_parallel
+from tubelet.errors import TubeletError
+from tubelet_store.storage.open_root import open_root
 
 RECORD = "gallery.json"
 INDEX = "index.html"

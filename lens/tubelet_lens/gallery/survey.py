@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tubelet_lens.gallery.strongest import Kept
-from tubelet_lens.windows import Window
+from tubelet_lens.inputs.clip_stream import Window
 
 # Videos sampled per latent: enough for every fifth of them to be met with near certainty.
 _SAMPLE = 40

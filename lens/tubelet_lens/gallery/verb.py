@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tubelet_store.cli import Verb
+from tubelet.cli.main import Verb
 
 if TYPE_CHECKING:
     from tubelet_lens.gallery.config import GalleryConfig
@@ -17,7 +17,7 @@ def _config() -> type[GalleryConfig]:
 
 
 def _run(config: GalleryConfig) -> int:
-    from tubelet_lens.gallery.make import make_gallery
+    from tubelet_lens.gallery.make_gallery import make_gallery
 
     made = make_gallery(config)
     print(f"{made.pages:,} latents, {made.clips:,} clips, {made.size_bytes / 2**20:.1f} MiB written")

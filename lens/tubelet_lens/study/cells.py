@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tubelet.config import validate
+from tubelet.errors import TubeletError
 from tubelet_lens.config import EvaluateConfig
-from tubelet_lens.evaluation import Evaluation, read_evaluation
-from tubelet_lens.monosemanticity_config import ArrayReference, StoreReference
+from tubelet_lens.metrics.monosemanticity_config import ArrayReference, StoreReference
+from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.study.config import SourceConfig, StudyConfig
-from tubelet_store import TubeletError, open_store
-from tubelet_store.config import validate
+from tubelet_store.reader import open_store
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.specs import specs
+from tubelet_trainer.run.specs import specs
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field, JsonValue, model_validator
 
+from tubelet.config import Config
 from tubelet_pipeline.cluster import ClusterConfig
-from tubelet_store.config import Config
 
 
 class SourceConfig(Config):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tubelet_lens.evaluation import Evaluation
-from tubelet_lens.section import Figure
+from tubelet_lens.results.evaluation import Evaluation
+from tubelet_lens.results.section import Figure
 from tubelet_lens.study.cells import Cell
 
 _NAMES = {"sae": "SAE", "raw": "raw", "sae_shuffled": "SAE, time shuffled", "raw_shuffled": "raw, time shuffled"}

@@ -8,11 +8,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tubelet_lens.evaluation import Evaluation
-from tubelet_lens.section import Figure
+from tubelet_lens.results.evaluation import Evaluation
+from tubelet_lens.results.section import Figure
 from tubelet_lens.study.cells import Cell
 from tubelet_lens.study.config import StudyConfig
-from tubelet_lens.study.definitions import merged
+from tubelet_lens.study.merge_definitions import merged
 from tubelet_lens.study.questions import Column, Question
 
 

@@ -23,8 +23,8 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
-from tubelet_store.errors import TubeletError
 
 # 5.6 to 5.17 load VideoMAE without its query and value biases (transformers PR 48675).
 OLDEST_TRANSFORMERS = "5.18"

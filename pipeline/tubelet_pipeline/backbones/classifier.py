@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.base import Backbone
 from tubelet_pipeline.backbones.checkpoint import load_model
-from tubelet_store.errors import TubeletError
 
 _ENDINGS = ("ForVideoClassification", "ForImageClassification")
 

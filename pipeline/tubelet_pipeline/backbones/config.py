@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from tubelet.config import Config
 from tubelet_pipeline.preprocess import Preprocessing
-from tubelet_store.config import Config
 
 
 class BackboneConfig(Config):

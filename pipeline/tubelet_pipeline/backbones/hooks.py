@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tubelet_store.errors import TubeletError
+from tubelet.errors import TubeletError
 
 
 def find_blocks(trunk: nn.Module, layers: int) -> nn.ModuleList:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tubelet.errors import TubeletError, nearest
 from tubelet_pipeline.backbones.base import Backbone
 from tubelet_pipeline.backbones.checkpoint import find_checkpoint, require_transformers
 from tubelet_pipeline.backbones.clip import CLIP
@@ -13,7 +14,6 @@ from tubelet_pipeline.backbones.timesformer import TimeSformer
 from tubelet_pipeline.backbones.videomae import VideoMAE
 from tubelet_pipeline.backbones.vivit import ViViT
 from tubelet_pipeline.backbones.vjepa2 import VJEPA2
-from tubelet_store.errors import TubeletError, nearest
 
 _CLASSES: tuple[type[Backbone], ...] = (
     VideoMAE,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.base import Backbone
-from tubelet_store.errors import TubeletError
 
 Rewrite = Callable[[torch.Tensor], torch.Tensor | None]
 """From tokens [B, T', S, D] to new ones of the same shape, or None to leave them as they are. Must not change its

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.base import Captured, VideoBackbone
 from tubelet_pipeline.backbones.checkpoint import Checkpoint
 from tubelet_pipeline.backbones.config import BackboneConfig
-from tubelet_store.errors import TubeletError
 
 
 class TimeSformer(VideoBackbone):

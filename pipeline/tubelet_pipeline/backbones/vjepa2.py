@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.base import VideoBackbone
-from tubelet_store.errors import TubeletError
 
 
 class VJEPA2(VideoBackbone):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tubelet_store.config import Config
+from tubelet.config import Config
 
 
 class DecodeConfig(Config):

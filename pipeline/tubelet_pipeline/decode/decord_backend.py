@@ -15,9 +15,9 @@ from importlib.metadata import version
 import decord
 import numpy as np
 
-from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
-from tubelet_pipeline.decode.probe import VideoIndex
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pyav_backend import Allocate, Choose
+from tubelet_pipeline.decode.video_index import VideoIndex
 
 decord.logging.set_level(decord.logging.QUIET)
 

@@ -19,11 +19,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
-from tubelet_pipeline.decode.child_process import ChildProcess
-from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
+from tubelet.errors import TubeletError
 from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.decode.process import ChildProcess
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
-from tubelet_store.errors import TubeletError
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
-from tubelet_pipeline.decode.probe import VideoIndex
-from tubelet_pipeline.frames import FrameChoice
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.decode.video_index import VideoIndex
+from tubelet_pipeline.frame_indices import FrameChoice
 
 Choose = Callable[[int], FrameChoice]
 Allocate = Callable[[tuple[int, int, int, int]], NDArray[np.uint8]]

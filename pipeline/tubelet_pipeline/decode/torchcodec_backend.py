@@ -16,9 +16,9 @@ import numpy as np
 from torchcodec import ffmpeg_major_version
 from torchcodec.decoders import VideoDecoder
 
-from tubelet_pipeline.decode.clip import DecodedClip, DecodeFailure
-from tubelet_pipeline.decode.probe import VideoIndex
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pyav_backend import Allocate, Choose
+from tubelet_pipeline.decode.video_index import VideoIndex
 
 DECODER = f"torchcodec {version('torchcodec')} (FFmpeg {ffmpeg_major_version})"
 

@@ -2,7 +2,7 @@
 
 `backbone.id` takes their names, whatever the machine; the store records name and digest of the weights.
 
-They were trained on videos of the demo's own generator (of another seed) by `tubelet_pipeline.pretrain`, and know
+They were trained on videos of the demo's own generator (of another seed) by `pretrain`, and know
 nothing of the world.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tubelet_store.errors import TubeletError, nearest
+from tubelet.errors import TubeletError, nearest
 
 NAMES = ("videomae-tiny", "dinov2-tiny")
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tubelet_store.config import Config
+from tubelet.config import Config
 
 
 class VideosConfig(Config):

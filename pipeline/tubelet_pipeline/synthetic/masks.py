@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_store.errors import TubeletError
+from tubelet.errors import TubeletError
 
 FOLDER = "masks"
 

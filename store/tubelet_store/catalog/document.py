@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from tubelet_store.errors import TubeletError
+from tubelet.errors import TubeletError
 
 MAX_BYTES = 64 << 20
 """Longest text read; 10,000 entries are some 7 MB."""

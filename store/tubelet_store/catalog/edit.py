@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tubelet.errors import TubeletError
 from tubelet_store.catalog.catalog import load, place, read_one
 from tubelet_store.catalog.document import Document, Section, parse
 from tubelet_store.catalog.entry import (
@@ -27,13 +28,12 @@ from tubelet_store.catalog.entry import (
     StoreEntry,
     read_entries,
 )
-from tubelet_store.errors import TubeletError
-from tubelet_store.keys import ACTIVATIONS
-from tubelet_store.objects import ObjectRoot
-from tubelet_store.transport.s3 import split_anonymous
+from tubelet_store.object_keys import ACTIVATIONS
+from tubelet_store.storage.object_root import ObjectRoot
+from tubelet_store.storage.s3 import split_anonymous
 
 if TYPE_CHECKING:
-    from tubelet_store.state import StoreState
+    from tubelet_store.store_state import StoreState
 
 _EMPTY = """\
 # Activation stores. A valid Intake v2 catalogue: intake.open_catalog opens it, `tubelet catalog list` searches it.

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
+from tubelet.config import Config
+from tubelet.errors import TubeletError
 from tubelet_store.catalog.document import Document, collecting_no_garbage
-from tubelet_store.config import Config
-from tubelet_store.errors import TubeletError
-from tubelet_store.keys import ACTIVATIONS
-from tubelet_store.transport.s3 import anonymous, is_s3
+from tubelet_store.object_keys import ACTIVATIONS
+from tubelet_store.storage.s3 import anonymous, is_s3
 
 SCHEMA = 1
 

@@ -6,9 +6,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from tubelet_store.cli import Verb
-from tubelet_store.config import Config
-from tubelet_store.errors import TubeletError
+from tubelet.cli.main import Verb
+from tubelet.config import Config
+from tubelet.errors import TubeletError
 
 if TYPE_CHECKING:
     from tubelet_store.catalog import Catalog, StoreEntry
@@ -87,8 +87,8 @@ def _clips(entry: StoreEntry) -> int | None:
     """How many clips the store has; of one that every user makes himself, here and now. None: there is none yet."""
     if entry.about.shape[0] is not None:
         return entry.about.shape[0]
-    from tubelet_store.objects import open_root
-    from tubelet_store.state import read_state
+    from tubelet_store.storage.open_root import open_root
+    from tubelet_store.store_state import read_state
 
     try:
         state = read_state(open_root(entry.url))
@@ -132,8 +132,8 @@ def _show(config: CatalogConfig) -> int:
 
 def _add(config: CatalogConfig) -> int:
     from tubelet_store.catalog.edit import add_catalog, add_store, describe
-    from tubelet_store.objects import open_root
-    from tubelet_store.state import read_state
+    from tubelet_store.storage.open_root import open_root
+    from tubelet_store.store_state import read_state
 
     name = _named(config)
     if config.store is None:
@@ -165,7 +165,7 @@ def _remove(config: CatalogConfig) -> int:
 
 
 def _check(config: CatalogConfig) -> int:
-    from tubelet_store.parallel import in_parallel
+    from tubelet.concurrency import in_parallel
 
     catalog = _read(config)
     chosen = [catalog.find(config.name)] if config.name else catalog.stores
@@ -182,8 +182,8 @@ def _check(config: CatalogConfig) -> int:
 
 def _problem(entry: StoreEntry) -> str | None:
     """What is wrong with the store, by its group document alone: a digest there, the plan, the hooks."""
-    from tubelet_store.objects import open_root
-    from tubelet_store.state import read_state
+    from tubelet_store.storage.open_root import open_root
+    from tubelet_store.store_state import read_state
 
     try:
         state = read_state(open_root(entry.url))

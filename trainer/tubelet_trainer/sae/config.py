@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tubelet_store.config import Config, misfit
+from tubelet.config import Config, misfit
 
 
 class NormalisationConfig(Config):

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from tubelet_store import TubeletError
+from tubelet.errors import TubeletError
+from tubelet_trainer.sae.activations import AbsTopK, BatchTopK, Choice, JumpReLU, TopK, build_sparsifier
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
-from tubelet_trainer.sae.normalisation import Normalisation
-from tubelet_trainer.sae.sparse import Bags, decode, densify, is_dense, select
-from tubelet_trainer.sae.sparsifiers import AbsTopK, BatchTopK, Choice, JumpReLU, TopK, build_sparsifier
+from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.sparse_ops import Bags, decode, densify, is_dense, select
 
 # 128 rows of 768 float32 take 0.4 MB; with 16384 rows, projecting takes 8 ms in such blocks and 22 ms at once.
 _CACHED_ROWS = 128

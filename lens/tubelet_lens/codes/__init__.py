@@ -1,0 +1,1 @@
+"""Codes of an SAE: sparse storage, pooling per video, controls, and directions of the dictionary."""

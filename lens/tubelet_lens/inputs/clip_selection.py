@@ -1,0 +1,50 @@
+"""Which clips are evaluated: those that hold activations, of one side of the trainer's split, at most so many."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet.errors import TubeletError
+from tubelet_store.reader import Store
+from tubelet_trainer.data.split import HoldoutConfig, held_out
+
+
+def choose_clips(
+    store: Store, split: Literal["held_out", "train", "all"], holdout: HoldoutConfig, limit: int | None
+) -> NDArray[np.int64]:
+    """Numbers of the clips to evaluate, ascending.
+
+    Args:
+        store: The store.
+        split: Side of the split, by video.
+        holdout: The trainer's split.
+        limit: Most clips, see `some_of`.
+
+    Raises:
+        TubeletError: no clip is left.
+    """
+    table = store.clips()
+    out = np.zeros(store.plan.clips, dtype=bool)
+    out[table["clip"].to_numpy()] = held_out(table["video_id"].to_pylist(), holdout)
+    wanted = {"held_out": out, "train": ~out, "all": np.ones_like(out)}[split]
+    clips = np.flatnonzero(store.ok() & wanted)
+    if not len(clips):
+        raise TubeletError(
+            f"{store.url}: no clip to evaluate: {int(wanted.sum())} are in split '{split}' (held-out share "
+            f"{holdout.fraction}), none of those holds activations",
+            "Choose another --split, or train with a larger holdout.fraction",
+        )
+    return some_of(clips, limit)
+
+
+def some_of(numbers: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    """At most `limit` of `numbers`, drawn at random and in their order; the same ones each time.
+
+    Neither the first ones nor evenly spaced ones will do: data sets list their classes one after the other, or in turn.
+    """
+    if limit is None or limit >= len(numbers):
+        return numbers
+    return numbers[np.sort(np.random.default_rng(0).permutation(len(numbers))[:limit])]

@@ -1,0 +1,75 @@
+"""Latents ranked by what they mean to a probe of classes: where both ablations, of code and backbone, begin.
+
+fit side but its ranking part ─▶ probe of the pooled codes     ranking part ─▶ importance, activity
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet_lens.inputs.labeled_clips import Labelled, labelled
+from tubelet_lens.metrics.ablation_curve import importance
+from tubelet_lens.metrics.clip_metric import ClipSetting
+from tubelet_lens.stats.probe import Probe, choose_penalty, fit_probe
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """A probe, and how much each latent matters to it.
+
+    Attributes:
+        known: Clips whose class is known.
+        probe: Fitted without the ranking part.
+        weights_CF: float64 [C, F] Its weights, in units of the pooled codes.
+        codes_NF: float32 [N, F] Mean codes of the clips of the ranking part.
+        class_N: int64 [N] Their classes.
+        importance_CF: float64 [C, F] See `ablation.importance`.
+        mean_F: float64 [F] Mean size of each latent's activation on the ranking part.
+    """
+
+    known: Labelled
+    probe: Probe
+    weights_CF: NDArray[np.float64]
+    codes_NF: NDArray[np.float32]
+    class_N: NDArray[np.int64]
+    importance_CF: NDArray[np.float64]
+    mean_F: NDArray[np.float64]
+
+    @property
+    def alive_F(self) -> NDArray[np.bool_]:
+        """bool [F]: fires in the ranking part."""
+        return self.mean_F > 0
+
+    @property
+    def importance_F(self) -> NDArray[np.float64]:
+        """float64 [F] Mean importance over the clips of the ranking part, each for its own class."""
+        share_C = np.bincount(self.class_N, minlength=self.known.classes) / len(self.class_N)
+        return share_C @ self.importance_CF
+
+
+def rank_latents(clips: ClipSetting) -> Ranking | None:
+    """Fit the probe and rank; None without labels on both sides."""
+    known, fit, parts = labelled(clips), clips.fit, clips.parts
+    if known is None or fit is None or parts is None:
+        return None
+    device, classes = clips.setting.device, known.classes
+    codes_NF = fit.pooled["sae"].mean_NF[known.fit_rows]
+    in_ranking, validation = parts.ranking[known.fit_rows], parts.validation[known.fit_rows]
+    rest = ~in_ranking
+    penalties = clips.config.action.penalties
+    penalty = choose_penalty(codes_NF[rest], known.fit_class[rest], validation[rest], classes, penalties, device)
+    probe = fit_probe(codes_NF[rest], known.fit_class[rest], classes, penalty, device)
+    weights_CF = probe.weights(codes_NF.shape[1])
+    ranking_NF, ranking_class = codes_NF[in_ranking], known.fit_class[in_ranking]
+    return Ranking(
+        known=known,
+        probe=probe,
+        weights_CF=weights_CF,
+        codes_NF=ranking_NF,
+        class_N=ranking_class,
+        importance_CF=importance(weights_CF, ranking_NF, ranking_class),
+        mean_F=np.abs(ranking_NF).mean(axis=0, dtype=np.float64),
+    )

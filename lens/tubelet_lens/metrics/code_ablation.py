@@ -1,0 +1,356 @@
+"""Ablation in the code that the action probe reads: how few latents carry a class (science note 1.8, level i [RECON]).
+
+    fit side but its ranking part ─▶ probe     ranking part ─▶ importance     test side ─▶ accuracy with latents at 0
+
+Not causal about the backbone: nothing is run again, only what the probe is given changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tubelet_lens.inputs.labeled_clips import Labelled
+from tubelet_lens.metrics.ablation_curve import Ablation, ablate, accuracy_lines, gini, ranked, set_sizes
+from tubelet_lens.metrics.class_ranking import rank_latents
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.results.latent_table import LatentColumn
+from tubelet_lens.results.section import Curve, Figure, Line, Section
+
+_HOW = (
+    "The probe reads the mean of a clip's codes over its tokens and was fitted without the ranking part; importance of "
+    "latent j for class c is |w_cj| |E[z_j | c]|, on the ranking part; accuracies are of test videos."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """The probe and what it reads on the test side."""
+
+    known: Labelled
+    weights_CF: Tensor
+    codes_NF: Tensor
+    logits_NC: Tensor
+
+    def of(self, videos: NDArray[np.bool_]) -> _Reading:
+        """The reading of some of the videos alone."""
+        rows = videos[self.known.video]
+        chosen = torch.from_numpy(np.flatnonzero(rows)).to(self.codes_NF.device)
+        place = np.cumsum(videos) - 1
+        known = replace(
+            self.known,
+            test_rows=self.known.test_rows[rows],
+            video=place[self.known.video[rows]],
+            video_class=self.known.video_class[videos],
+        )
+        return _Reading(known, self.weights_CF, self.codes_NF[chosen], self.logits_NC[chosen])
+
+    def accuracy(self, latents: NDArray[np.int64]) -> float:
+        """Share of the videos that the probe has right with `latents` at 0."""
+        return float(self.right(latents).mean())
+
+    def right(self, latents: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [V]: test videos that the probe has right with `latents` at 0."""
+        chosen = torch.from_numpy(latents).to(self.codes_NF.device)
+        left = self.logits_NC - self.codes_NF[:, chosen].double() @ self.weights_CF[:, chosen].T
+        found = self.known.by_video(left.softmax(1)).argmax(1).cpu().numpy()
+        return np.asarray(found == self.known.video_class)
+
+
+@dataclass(frozen=True, eq=False)
+class _OfClass:
+    """Ablation of one class's latents."""
+
+    ablation: Ablation
+    others: NDArray[np.float64]
+    """[sizes] Share of the other classes' accuracy that is lost with the class's top m at 0."""
+    gini: float | None
+
+
+def code_ablation(clips: ClipSetting) -> ClipResult | None:
+    """Curves, m_50 and concentration; None without labels, or where fewer than two latents are alive."""
+    ranking = rank_latents(clips)
+    if ranking is None:
+        return None
+    settings, device = clips.config.ablation, clips.setting.device
+    known, probe, weights_CF = ranking.known, ranking.probe, ranking.weights_CF
+    importance_CF, mean_F, alive_F = ranking.importance_CF, ranking.mean_F, ranking.alive_F
+    sizes = set_sizes(int(alive_F.sum()), settings.largest)
+    if not sizes:
+        return None
+    test_NF = clips.test.pooled["sae"].mean_NF[known.test_rows]
+    reading = _Reading(
+        known=known,
+        weights_CF=torch.from_numpy(weights_CF).to(device),
+        codes_NF=torch.from_numpy(test_NF).to(device),
+        logits_NC=probe.model.logits(probe.basis.coordinates(test_NF)),
+    )
+    chance = 1 / known.classes
+
+    def one(
+        measure: Callable[[NDArray[np.int64]], float],
+        importance_F: NDArray[np.float64],
+        matched_F: NDArray[np.float64],
+        number: int,
+    ) -> tuple[Ablation, NDArray[np.int64]]:
+        order = ranked(importance_F, alive_F)
+        rng = np.random.default_rng([clips.config.seed, number])
+        return ablate(measure, order, matched_F, sizes=sizes, draws=settings.draws, chance=chance, rng=rng), order
+
+    whole, _ = one(reading.accuracy, ranking.importance_F, mean_F, known.classes)
+    right_V = reading.right(np.empty(0, dtype=np.int64))
+    by_class = {}
+    for number in np.unique(known.video_class[known.video_class >= 0]):
+        own = known.video_class == number
+        # A latent silent in this class is matched by latents silent in it too.
+        of_ranked = ranking.codes_NF[ranking.class_N == number]
+        in_class_F = np.abs(of_ranked).mean(axis=0, dtype=np.float64) if len(of_ranked) else mean_F
+        matched_F = np.maximum(in_class_F, np.finfo(np.float64).tiny)
+        of_class, order = one(reading.of(own).accuracy, importance_CF[number], matched_F, int(number))
+        others = ~own & (known.video_class >= 0)
+        before = float(right_V[others].mean()) if others.any() else 0.0
+        kept = [float(reading.right(order[:size])[others].mean()) if before else 0.0 for size in sizes]
+        lost = 1 - np.array(kept) / before if before else np.zeros(len(sizes))
+        rows = own[known.video]
+        effect_F = np.abs(weights_CF[number]) * np.abs(test_NF[rows]).mean(axis=0, dtype=np.float64)
+        by_class[int(number)] = _OfClass(of_class, lost, gini(effect_F[alive_F]))
+    largest_CF = np.where(importance_CF > 0, importance_CF, 0)
+    strongest_F = largest_CF.max(axis=0)
+    return ClipResult(
+        _section(known, whole, by_class, settings.draws, int(alive_F.sum())),
+        (
+            LatentColumn(
+                "probe_importance",
+                strongest_F,
+                "Largest over the classes of |w_cj| |E[z_j | c]|: how far the latent's mean activation on a class's "
+                "clips moves that class's logit of the action probe.",
+            ),
+            LatentColumn(
+                "probe_label",
+                np.where(strongest_F > 0, known.labels[largest_CF.argmax(axis=0)].astype(np.float64), np.nan),
+                "Label of that class; undefined where the latent moves none.",
+            ),
+        ),
+    )
+
+
+def _section(known: Labelled, whole: Ablation, by_class: dict[int, _OfClass], draws: int, alive: int) -> Section:
+    # A class that the probe does not know has nothing to lose.
+    classes = {number: of for number, of in by_class.items() if of.ablation.before > of.ablation.chance}
+    return Section(
+        name="ablation",
+        title="Ablation in the code",
+        lead="How few latents does the action probe need? The latents that matter most to it are set to 0 in the code, "
+        "beside random ones that are as active. This changes what the probe is given; nothing is run again in the "
+        "backbone, so it says nothing causal about the backbone.",
+        figures=(
+            *_figures(known, whole, draws, alive),
+            *(_figures_by_class(classes, draws) if classes else ()),
+        ),
+        curves=(
+            _curve(whole, draws),
+            *((_curve_by_class(classes, draws),) if classes else ()),
+        ),
+        notes=(
+            "Few latents (a small m_50, a Gini coefficient near 1) mean that what the probe uses is concentrated; the "
+            "random latents show what taking away as much activity does by itself.",
+            "The more latents are taken, the fewer are left to match: the random ones' activity stands in the table.",
+        ),
+    )
+
+
+def _figures(known: Labelled, whole: Ablation, draws: int, alive: int) -> list[Figure]:
+    videos, largest = len(known.video_class), whole.sizes[-1]
+    random = whole.random.mean(axis=0)
+    areas = whole.random_areas
+    half = int(np.argmax(random <= _half(whole))) if (random <= _half(whole)).any() else None
+    area = (
+        "Mean over the sizes m = 1, 2, 4, ... of (accuracy before - accuracy with m latents at 0) / (accuracy before - "
+        "chance): the area over the curve, on a logarithmic axis. 1: all is lost at once. Undefined where the probe is "
+        "not above chance."
+    )
+    return [
+        Figure(
+            name="ablation.before.sae",
+            title="Accuracy before",
+            value=whole.before,
+            n=videos,
+            n_of="test videos",
+            definition=f"Top-1 with nothing at 0. {_HOW}",
+            style="percent",
+            better="high",
+        ),
+        Figure(
+            name="ablation.m50.sae",
+            title="Latents that carry half (m_50)",
+            value=whole.m_50,
+            n=alive,
+            n_of="alive latents",
+            definition="Smallest m for which setting the m most important latents of all classes together to 0 costs "
+            f"half of (accuracy - chance), chance {whole.chance:.1%}; undefined if {largest} do not. The importance of "
+            f"a latent is its mean over the clips of the ranking part. {_HOW}",
+            style="count",
+            better="low",
+            headline=True,
+        ),
+        Figure(
+            name="ablation.m50.random",
+            title="Latents that carry half (m_50)",
+            subject="random",
+            value=None if half is None else whole.sizes[half],
+            n=alive,
+            n_of="alive latents",
+            definition=f"Smallest of m = 1, 2, 4, ... {largest} at which the mean accuracy of {draws} random sets has "
+            "lost half; undefined if none has. Each set is drawn among the other alive latents, one of nearest mean "
+            "activation for each of the m most important.",
+            style="count",
+        ),
+        Figure(
+            name="ablation.area.sae",
+            title="Area lost",
+            value=whole.area(whole.top),
+            n=videos,
+            n_of="test videos",
+            definition=f"With the most important latents at 0. {area}",
+            better="high",
+        ),
+        Figure(
+            name="ablation.area.random",
+            title="Area lost",
+            subject="random",
+            value=float(np.mean(areas)) if areas else None,
+            low=min(areas, default=None),
+            high=max(areas, default=None),
+            n=videos,
+            n_of="test videos",
+            definition=f"With matched random latents at 0; mean, lowest and highest of {draws} draws. {area}",
+        ),
+        Figure(
+            name="ablation.area_bottom",
+            title="Area lost with the least important latents",
+            value=whole.area(whole.bottom),
+            n=videos,
+            n_of="test videos",
+            definition=f"With the m alive latents of least importance at 0. {area}",
+            better="low",
+        ),
+        Figure(
+            name="ablation.match",
+            title="Activity of the random latents, in that of the important ones",
+            value=whole.mismatch,
+            n=draws,
+            n_of="draws",
+            definition=f"Mean activation of the {largest} random latents over that of the {largest} most important. 1: "
+            "fully matched; below 1 there were no other latents so active, and the comparison favours the important "
+            "ones.",
+        ),
+    ]
+
+
+def _figures_by_class(classes: dict[int, _OfClass], draws: int) -> list[Figure]:
+    of = [one.ablation for one in classes.values()]
+    halves = [np.inf if one.m_50 is None else one.m_50 for one in of]
+    median = float(np.median(halves))
+    top = [area for one in of if (area := one.area(one.top)) is not None]
+    random = [np.mean([one.area(draw) for draw in one.random]) for one in of]
+    concentrations = [one.gini for one in classes.values() if one.gini is not None]
+    shared = {"n": len(classes), "n_of": "classes that the probe knows"}
+    return [
+        Figure(
+            name="ablation.class_m50.sae",
+            title="m_50 of a single class, median",
+            value=median if np.isfinite(median) else None,
+            definition="Per class: smallest m for which setting the class's m most important latents to 0 costs half "
+            "of (its accuracy - chance); median over the classes, undefined if most do not get there by "
+            f"{of[0].sizes[-1]}. {_HOW}",
+            better="low",
+            **shared,
+        ),
+        Figure(
+            name="ablation.class_area.sae",
+            title="Area lost by a single class",
+            value=float(np.mean(top)),
+            definition="The area lost of a class's own accuracy with its own most important latents at 0, mean over "
+            "the classes.",
+            better="high",
+            **shared,
+        ),
+        Figure(
+            name="ablation.class_area.random",
+            title="Area lost by a single class",
+            subject="random",
+            value=float(np.mean(random)),
+            definition=f"The same with matched random latents at 0, {draws} draws per class and size.",
+            **shared,
+        ),
+        Figure(
+            name="ablation.class_others",
+            title="Area lost by the other classes",
+            value=float(np.mean([one.others.mean() for one in classes.values()])),
+            definition="With a class's most important latents at 0: share of the other classes' accuracy that is lost, "
+            "mean over the sizes and classes. Small beside the area lost by the class itself: the latents are its own.",
+            better="low",
+            **shared,
+        ),
+        Figure(
+            name="ablation.gini",
+            title="Concentration (Gini)",
+            value=float(np.mean(concentrations)) if concentrations else None,
+            definition="Gini coefficient over the alive latents of the effects |w_cj| E[z_j | c], on the test videos "
+            "of class c; mean over the classes. 0: all latents matter alike; towards 1: one carries everything.",
+            better="high",
+            **shared,
+        ),
+    ]
+
+
+def _half(whole: Ablation) -> float:
+    return whole.before - (whole.before - whole.chance) / 2 if whole.before > whole.chance else -np.inf
+
+
+def _curve(whole: Ablation, draws: int) -> Curve:
+    return Curve(
+        name="ablation.curve",
+        title="Accuracy as latents are taken away",
+        x_label="latents at 0",
+        y_label="top-1 of test videos",
+        x=tuple(float(size) for size in whole.sizes),
+        lines=(
+            *accuracy_lines(whole),
+            Line(label="chance", subject="permuted", y=(whole.chance,) * len(whole.sizes)),
+        ),
+        definition="Top-1 with the m most important latents of all classes together at 0, with the m least important, "
+        f"and with m random ones matched in mean activation (mean and range of {draws} draws). {_HOW}",
+        log_x=True,
+    )
+
+
+def _curve_by_class(classes: dict[int, _OfClass], draws: int) -> Curve:
+    of = [one.ablation for one in classes.values()]
+    own = [one.top / one.before for one in of]
+    random = [one.random.mean(axis=0) / one.before for one in of]
+    return Curve(
+        name="ablation.class_curve",
+        title="What a class keeps when its own latents are taken away",
+        x_label="latents of one class at 0",
+        y_label="share of accuracy kept",
+        x=tuple(float(size) for size in of[0].sizes),
+        lines=(
+            Line(label="the class itself", y=tuple(map(float, np.mean(own, axis=0)))),
+            Line(
+                label="the other classes",
+                subject="raw",
+                y=tuple(map(float, 1 - np.mean([one.others for one in classes.values()], axis=0))),
+            ),
+            Line(label="itself, matched random", subject="random", y=tuple(map(float, np.mean(random, axis=0)))),
+        ),
+        definition="Accuracy over accuracy before, mean over the classes that the probe knows: of a class with its own "
+        "m most important latents at 0, of all other classes with the same latents at 0, and of the class with m "
+        f"random latents of the same mean activation at 0 ({draws} draws). {_HOW}",
+        log_x=True,
+    )

@@ -1,0 +1,104 @@
+"""What a group of latents carries: the action probe on activations from which the group was taken away.
+
+    fit side, test side ─▶ mean activations without the group (`removal`) ─▶ probe, fitted anew ─▶ top-1
+
+The probe reads the mean of a clip's raw activations, as linear probes on a frozen backbone do (Ro, Choi & Kim 2026). As
+many alive latents at random are the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet_lens.codes.removal import remove_from_means
+from tubelet_lens.inputs.labeled_clips import Labelled, labelled
+from tubelet_lens.metrics.clip_metric import ClipSetting, Side
+from tubelet_lens.results.section import Figure
+from tubelet_lens.stats.probe import choose_penalty, fit_probe
+
+
+def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]], key: str) -> Iterator[Figure]:
+    """Top-1 of the probe with all latents, and without each group; nothing where there are no labels on both sides.
+
+    Args:
+        clips: The evaluation.
+        groups: Latents by name; the name stands in the figure's.
+        key: Of the figures, such as `scope.action`.
+    """
+    known, fit, parts = labelled(clips), clips.fit, clips.parts
+    if known is None or fit is None or parts is None:
+        return
+    validation = parts.validation[known.fit_rows]
+
+    def top1(group: NDArray[np.int64]) -> float:
+        rows, test_rows = (_without(clips, side, group) for side in (fit, clips.test))
+        return _top1(clips, known, validation, rows, test_rows)
+
+    shared = {"n": len(known.video_class), "n_of": "test videos", "style": "percent", "better": "neither"}
+    how = (
+        "Top-1 on test videos of a linear probe on the mean of a clip's raw activations x (fitted as the action "
+        "probe is, "
+        "anew each time)"
+    )
+    yield Figure(
+        name=f"{key}.raw",
+        title="Action probe on raw activations, all latents",
+        subject="raw",
+        value=top1(np.array([], dtype=np.int64)),
+        definition=f"{how}, nothing removed.",
+        **shared,
+    )
+    alive = np.flatnonzero((clips.test.pooled["sae"].mean_NF != 0).any(0))
+    rng = np.random.default_rng([clips.config.seed, 29])
+    for name, group in groups.items():
+        edit = "x less the group's part of the reconstruction; the error term and all other latents stay"
+        title = f"Action probe without the {name} group"
+        yield Figure(
+            name=f"{key}_without_{name}.raw",
+            title=title,
+            subject="raw",
+            value=top1(group),
+            definition=f"{how}, without the {len(group):,} latents of the {name} group: {edit}.",
+            **shared,
+        )
+        drawn = [
+            top1(rng.choice(alive, min(len(group), len(alive)), replace=False))
+            for _ in range(clips.config.control_draws)
+        ]
+        yield Figure(
+            name=f"{key}_without_{name}.random",
+            title=title,
+            subject="random",
+            value=sum(drawn) / len(drawn),
+            low=min(drawn),
+            high=max(drawn),
+            definition=f"Control: {how}, without as many alive latents at random, whatever their group; mean, lowest "
+            "and "
+            f"highest of {len(drawn)} draws. {edit}.",
+            **shared,
+        )
+
+
+def _without(clips: ClipSetting, side: Side, group: NDArray[np.int64]) -> NDArray[np.float32]:
+    raw, codes = side.pooled["raw"], side.pooled["sae"]
+    if not len(group):
+        return raw.mean_NF
+    return remove_from_means(clips.sae, raw.mean_NF, codes.mean_NF, group, clips.setting.device)
+
+
+def _top1(
+    clips: ClipSetting,
+    known: Labelled,
+    validation: NDArray[np.bool_],
+    rows_ND: NDArray[np.float32],
+    test_ND: NDArray[np.float32],
+) -> float:
+    here, device = rows_ND[known.fit_rows], clips.setting.device
+    penalties = clips.config.action.penalties
+    penalty = choose_penalty(here, known.fit_class, validation, known.classes, penalties, device)
+    probe = fit_probe(here, known.fit_class, known.classes, penalty, device)
+    predicted = known.by_video(probe.probabilities(test_ND[known.test_rows])).argmax(1).cpu().numpy()
+    return float((predicted == known.video_class).mean())

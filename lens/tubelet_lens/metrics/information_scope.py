@@ -1,0 +1,231 @@
+"""Information scope of an evaluation: CDS in space and in time, two groups of latents, and the probe without each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from tubelet.errors import TubeletError
+from tubelet_lens.inputs.clip_selection import choose_clips
+from tubelet_lens.inputs.shifted_pairs import Axis, ShiftedPairs, shifted_pairs
+from tubelet_lens.inputs.trained_sae import check_store
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.metrics.group_removal import removal_figures
+from tubelet_lens.metrics.scope_measure import Scope, Split, measure_scope, otsu
+from tubelet_lens.results.latent_table import LatentColumn
+from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject, ratio
+from tubelet_store.reader import Store, open_store
+
+_BINS = 40
+
+_PLACE = {"spatial": "space", "temporal": "time"}
+
+
+def measure_information_scope(clips: ClipSetting) -> ClipResult | None:
+    """CDS along every axis in which the store has shifted views; None where it has none.
+
+    Raises:
+        TubeletError: `scope.store` is not of the SAE's backbone and hook, or has no shifted views that overlap.
+    """
+    config = clips.config.scope
+    store = _store(clips)
+    videos = _videos(clips, store)
+    figures: list[Figure] = []
+    curves: list[Curve] = []
+    columns: list[LatentColumn] = []
+    axes: tuple[Axis, ...] = ("spatial", "temporal")
+    for axis in axes:
+        pairs = shifted_pairs(store, axis, videos, config.limit_pairs)
+        if pairs is None or not pairs.pairs:
+            continue
+        scope = _measure(clips, store, pairs)
+        split = otsu(scope.cds_F)
+        how = _how(clips, pairs)
+        figures += _figures(scope, split, how)
+        curves.append(_curve(scope, split, how))
+        columns += _columns(scope, how)
+        if axis == "spatial" and split is not None:
+            figures += removal_figures(clips, _groups(scope, split), "scope.action")
+    if not figures:
+        if config.store is None:
+            return None
+        raise TubeletError(
+            f"{config.store} has no shifted views of the evaluated videos that overlap in more than one place",
+            "Extract with `views.kind: shifted`, the same data set and split",
+        )
+    section = Section(
+        name="scope",
+        title="Information scope",
+        lead="When the view shifts, does a latent go with the content (low: local), or does what else is in view "
+        "decide "
+        "where it fires (high: global)?",
+        figures=tuple(figures),
+        curves=tuple(curves),
+        notes=(
+            "A latent that fires in one view and not in the other has vanished there: that rate belongs to the figure.",
+            "In time, a backbone that sees one frame at a time has scope 0 exactly, whatever its latents are.",
+        ),
+    )
+    return ClipResult(section, tuple(columns))
+
+
+def _groups(scope: Scope, split: Split) -> dict[str, NDArray[np.int64]]:
+    with np.errstate(invalid="ignore"):
+        return {
+            "high": np.flatnonzero(scope.cds_F > split.threshold),
+            "low": np.flatnonzero(scope.cds_F <= split.threshold),
+        }
+
+
+def _store(clips: ClipSetting) -> Store:
+    named = clips.config.scope.store
+    if named is None:
+        return clips.setting.store
+    store = open_store(named)
+    check_store(clips.trained, store, other_store=True)
+    return store
+
+
+def _videos(clips: ClipSetting, store: Store) -> list[str]:
+    """Videos of `store` on the side of the split that is evaluated."""
+    chosen = choose_clips(store, clips.config.split, clips.trained.holdout, None)
+    return store.clips()["video_id"].take(chosen).to_pylist()
+
+
+def _measure(clips: ClipSetting, store: Store, pairs: ShiftedPairs) -> Scope:
+    config = clips.config.scope
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"Scope in {_PLACE[pairs.axis]}", total=2 * len(pairs.pairs))
+        return measure_scope(
+            store,
+            clips.setting.hook,
+            clips.sae,
+            pairs,
+            clips=config.clips,
+            vanished=config.vanished,
+            device=clips.setting.device,
+            progress=lambda: progress.advance(task),
+        )
+
+
+def _how(clips: ClipSetting, pairs: ShiftedPairs) -> str:
+    config, grid = clips.config.scope, pairs.grid
+    if pairs.axis == "spatial":
+        moved = f"one lies {pairs.shift} patches further down and right"
+        maps = "maps of |z_j| over the patches of the latent step where it is largest"
+        largest = f"the diagonal of the overlap of {grid.height} x {grid.width} patches, {pairs.largest:.3g}"
+    else:
+        moved = f"one begins {pairs.shift} latent steps later"
+        maps = "profiles of |z_j| through time, its mean over patches"
+        largest = f"the number of steps of the overlap less one, {pairs.largest:.0f}"
+    counted = "left out of the mean" if config.vanished == "left_out" else "counted as 1"
+    return (
+        f"CDS_j = mean over the {config.clips} pairs of views on which latent j is largest of EMD(M1, M2) / D. Of "
+        "the two "
+        f"views {moved}; M1 and M2 are {maps}, on what both views show, each in its own coordinates, of sum 1; EMD "
+        "is the "
+        f"earth mover's distance and D {largest}. Pairs in which j fires in one view only are {counted}. "
+        f"{len(pairs.pairs):,} pairs of views, {pairs.unusable:,} unusable (a view failed, or frames differ or repeat)."
+    )
+
+
+def _figures(scope: Scope, split: Split | None, how: str) -> Iterator[Figure]:
+    key, place = f"scope.{scope.axis}", _PLACE[scope.axis]
+    for subject, values_F, prefix in (
+        ("sae", scope.cds_F, ""),
+        (
+            "permuted",
+            scope.null_F,
+            "Null: M1 of each of a latent's pairs against M2 of its next one of another video. ",
+        ),
+    ):
+        finite = values_F[np.isfinite(values_F)]
+        for name, words, value in (("", "mean", np.mean), ("_median", "median", np.median)):
+            yield Figure(
+                name=f"{key}{name}.{subject}",
+                title=f"Scope in {place}, {words}",
+                subject=subject,
+                value=float(value(finite)) if len(finite) else None,
+                n=len(finite),
+                n_of=f"latents of {len(values_F):,}",
+                definition=f"{prefix}The {words} of CDS over the latents for which it is defined. {how}",
+                headline=subject == "sae" and not name,
+            )
+    pairs_seen, vanished = int(scope.pairs_F.sum()), int(scope.vanished_F.sum())
+    yield Figure(
+        name=f"{key}_vanished",
+        title=f"Vanished in {place}",
+        value=ratio(vanished, pairs_seen),
+        n=pairs_seen,
+        n_of="pairs of views of all latents",
+        definition=f"Share of the latents' strongest pairs in which the latent fires in one view only. {how}",
+        style="percent",
+        better="low",
+    )
+    finite = scope.cds_F[np.isfinite(scope.cds_F)]
+    group = "cut where the variance within both groups is least (Otsu, over all possible cuts)"
+    yield Figure(
+        name=f"{key}_threshold",
+        title=f"Scope in {place}, threshold",
+        value=split.threshold if split else None,
+        n=len(finite),
+        n_of="latents",
+        definition=f"Where latents of low and of high scope part: {group}. Undefined where CDS does not vary. {how}",
+    )
+    yield Figure(
+        name=f"{key}_separation",
+        title=f"Scope in {place}, separation of the groups",
+        value=split.separation if split else None,
+        n=len(finite),
+        n_of="latents",
+        definition=f"Share of the variance of CDS that lies between the groups, {group}. 1: two values; an even spread "
+        f"still gives 0.75. {how}",
+        style="percent",
+    )
+    yield Figure(
+        name=f"{key}_high",
+        title=f"Latents of high scope in {place}",
+        value=float((finite > split.threshold).mean()) if split else None,
+        n=len(finite),
+        n_of="latents",
+        definition=f"Share of latents above the threshold: {group}. {how}",
+        style="percent",
+    )
+
+
+def _curve(scope: Scope, split: Split | None, how: str) -> Curve:
+    edges = np.linspace(0, 1, _BINS + 1)
+    shown: tuple[tuple[str, Subject, NDArray[np.float64]], ...] = (
+        ("SAE", "sae", scope.cds_F),
+        ("maps of different videos", "permuted", scope.null_F),
+    )
+    lines = []
+    for label, subject, values_F in shown:
+        counts, _ = np.histogram(np.minimum(values_F[np.isfinite(values_F)], 1), bins=edges)
+        lines.append(Line(label=label, subject=subject, y=tuple(float(count) for count in counts)))
+    cut = f" The threshold between low and high lies at {split.threshold:.3f}." if split else ""
+    return Curve(
+        name=f"scope.{scope.axis}_distribution",
+        title=f"Scope in {_PLACE[scope.axis]}",
+        x_label="CDS",
+        y_label="latents",
+        x=tuple(float(value) for value in (edges[:-1] + edges[1:]) / 2),
+        lines=tuple(lines),
+        definition=f"Latents in each of {_BINS} bins of CDS, beside the null.{cut} {how}",
+    )
+
+
+def _columns(scope: Scope, how: str) -> tuple[LatentColumn, ...]:
+    with np.errstate(invalid="ignore"):
+        vanished_F = scope.vanished_F / scope.pairs_F
+    return (
+        LatentColumn(f"scope_{scope.axis}", scope.cds_F, how),
+        LatentColumn(
+            f"scope_{scope.axis}_vanished",
+            vanished_F,
+            f"Share of the latent's strongest pairs of views in which it fires in one view only. {how}",
+        ),
+    )

@@ -1,0 +1,145 @@
+"""Whether single latents keep to one label: purity of their strongest videos.
+
+    purity@16 of a latent = share of the commonest label among the 16 videos on which it fires strongest
+
+[RECON] Science note 2.7 has the name and the 16 from saev, where a latent is scored against a class that is given; it
+says nothing of videos. Ours: the class is whichever label is commonest; a video's value is the largest over its clips
+and their tokens; latents that fire in fewer than 16 videos have none; the null permutes the labels of the videos. The
+share of the top label over all clips (`top_label_share`) is ours too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.results.latent_table import LatentColumn
+from tubelet_lens.results.section import Curve, Figure, Line, Section
+
+_STRONGEST = 16
+_BINS = 16
+
+
+def label_purity(clips: ClipSetting) -> ClipResult | None:
+    """Purity, top label and its share for every latent; None where fewer than 16 test videos have a label."""
+    test = clips.test
+    rows = np.flatnonzero(test.labels >= 0)
+    labels, class_N = np.unique(test.labels[rows], return_inverse=True)
+    _, first, video_N = np.unique(test.videos[rows].astype(str), return_index=True, return_inverse=True)
+    if len(first) < _STRONGEST or len(labels) < 2:
+        return None
+    pooled = test.pooled["sae"]
+    largest_VF = np.zeros((len(first), pooled.max_NF.shape[1]), dtype=np.float32)
+    np.maximum.at(largest_VF, video_N, pooled.max_NF[rows])
+    class_V = class_N[first]
+    purity_F, top_F = _purity(largest_VF, class_V, len(labels))
+    rng = np.random.default_rng(clips.config.seed)
+    draws = [_purity(largest_VF, rng.permutation(class_V), len(labels))[0] for _ in range(clips.setting.null_draws)]
+    mean_NF = pooled.mean_NF
+    sums_CF = np.stack([mean_NF[rows[class_N == c]].mean(axis=0, dtype=np.float64) for c in range(len(labels))])
+    sums_CF = np.maximum(sums_CF, 0)
+    with np.errstate(invalid="ignore"):
+        share_F = sums_CF.max(axis=0) / sums_CF.sum(axis=0)
+    defined = np.isfinite(purity_F)
+    how = (
+        f"Share of the commonest label among the {_STRONGEST} test videos on which the latent's largest activation is "
+        f"highest; undefined where it fires in fewer than {_STRONGEST} of {len(first):,} videos. [RECON]"
+    )
+    null = [float(np.mean(draw[defined])) for draw in draws] if defined.any() else []
+    return ClipResult(
+        Section(
+            name="labels",
+            title="Latents and labels",
+            lead="Do the videos that light up a latent most share a label? A latent may stand for a colour, a place or "
+            "a speed instead, and score low here without being any the worse.",
+            figures=(
+                Figure(
+                    name="labels.purity.sae",
+                    title=f"Purity of the {_STRONGEST} strongest videos",
+                    value=float(np.mean(purity_F[defined])) if defined.any() else None,
+                    n=int(defined.sum()),
+                    n_of=f"latents of {len(purity_F):,}",
+                    definition=f"{how} Mean over the latents.",
+                    style="percent",
+                    better="high",
+                ),
+                Figure(
+                    name="labels.purity.permuted",
+                    title=f"Purity of the {_STRONGEST} strongest videos",
+                    subject="permuted",
+                    value=float(np.mean(null)) if null else None,
+                    low=min(null, default=None),
+                    high=max(null, default=None),
+                    n=int(defined.sum()),
+                    n_of=f"latents of {len(purity_F):,}",
+                    definition="Null: the same with the labels of the test videos permuted; mean, lowest and highest "
+                    f"of {len(draws)} draws. The commonest of {_STRONGEST} labels drawn at random has a share well "
+                    f"above 1 / {len(labels)}.",
+                    style="percent",
+                ),
+                Figure(
+                    name="labels.pure",
+                    title="Latents purer than the null",
+                    value=_purer(purity_F[defined], np.stack(draws)[:, defined]) if defined.any() else None,
+                    n=int(defined.sum()),
+                    n_of=f"latents of {len(purity_F):,}",
+                    definition="Share of latents whose purity is above that of 99 % of the latents under permuted "
+                    "labels. By chance it would be 1 % or less.",
+                    style="percent",
+                    better="high",
+                ),
+            ),
+            curves=(_histogram(purity_F[defined], np.stack(draws)[:, defined]),) if defined.any() else (),
+        ),
+        (
+            LatentColumn("purity_16", purity_F, how),
+            LatentColumn(
+                "top_label",
+                np.where(defined, labels[top_F].astype(np.float64), np.nan),
+                f"The commonest label among those {_STRONGEST} videos; of equals the lowest number.",
+            ),
+            LatentColumn(
+                "top_label_share",
+                share_F,
+                "Largest over the labels of (mean activation on the label's test clips) / (the same summed over "
+                "labels): 1 if the latent fires for one label only, 1 / labels if for all alike. Undefined where it "
+                "never fires.",
+            ),
+        ),
+    )
+
+
+def _purity(
+    largest_VF: NDArray[np.float32], class_V: NDArray[np.int64], classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Purity [F] (NaN where too few videos fire) and its class [F]."""
+    strongest_SF = np.argpartition(-largest_VF, _STRONGEST - 1, axis=0)[:_STRONGEST]
+    found_SF = class_V[strongest_SF]
+    counts_CF = np.stack([(found_SF == number).sum(axis=0) for number in range(classes)])
+    purity_F = counts_CF.max(axis=0) / _STRONGEST
+    purity_F[(largest_VF > 0).sum(axis=0) < _STRONGEST] = np.nan
+    return purity_F, counts_CF.argmax(axis=0)
+
+
+def _purer(purity: NDArray[np.float64], draws: NDArray[np.float64]) -> float:
+    return float((purity > np.quantile(draws, 0.99)).mean())
+
+
+def _histogram(purity: NDArray[np.float64], draws: NDArray[np.float64]) -> Curve:
+    edges = (np.arange(_BINS + 2) - 0.5) / _BINS
+    share, _ = np.histogram(purity, edges)
+    null, _ = np.histogram(draws, edges)
+    return Curve(
+        name="labels.histogram",
+        title="How pure latents are",
+        x_label=f"purity of the {_STRONGEST} strongest videos",
+        y_label="share of latents",
+        x=tuple(float(x) for x in np.arange(_BINS + 1) / _BINS),
+        lines=(
+            Line(label="SAE", y=tuple(float(v) for v in share / len(purity))),
+            Line(label="labels permuted", subject="permuted", y=tuple(float(v) for v in null / draws.size)),
+        ),
+        definition=f"Share of latents by purity, the share of the commonest label among the {_STRONGEST} strongest "
+        "test videos; dashed: with the labels of the videos permuted.",
+    )

@@ -1,0 +1,276 @@
+"""Monosemanticity of an evaluation: several references, each beside the permuted null and the raw dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet_lens.codes.pooled import Pooled
+from tubelet_lens.inputs.references import Reference, own_reference, read_reference
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, Side
+from tubelet_lens.metrics.monosemanticity_score import mean_cosine, monosemanticity
+from tubelet_lens.results.latent_table import LatentColumn
+from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject
+
+_WORDS: dict[Subject, str] = {
+    "sae": "latents of the SAE",
+    "raw": "raw dimensions",
+    "untrained": "latents of the SAE before training",
+    "random_topk": "latents of a random projection with TopK",
+}
+
+_SUMMARIES = {"mean": "mean", "median": "median", "p95": "95% quantile", "max": "largest"}
+
+_LEVELS = np.linspace(0, 1, 41)
+"""Shares of latents at which the distribution is shown: the same of every SAE, so that curves can be laid over each
+other, however narrow the values lie."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """What one reference says.
+
+    Attributes:
+        floor: Mean cosine of two clips: the null, what a latent scores in expectation when clips are permuted.
+        by_subject: float64 [units] MS of each subject's units, NaN where undefined.
+        permuted: float64 [latents] One array per draw of such a permutation: how far chance spreads the scores.
+    """
+
+    reference: Reference
+    floor: float
+    by_subject: Mapping[Subject, NDArray[np.float64]]
+    permuted: Sequence[NDArray[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """What is scored of a subject: one unit per latent, or of signed codes two, z = z+ - z-."""
+
+    a_NU: NDArray[np.float32]
+    signed: bool
+
+    def by_latent(self, scores_U: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The score of each latent; of a signed one that of the sign with the larger sum of activations."""
+        if not self.signed:
+            return scores_U
+        sums_U = self.a_NU.sum(0, dtype=np.float64)
+        (up, down), (sum_up, sum_down) = np.split(scores_U, 2), np.split(sums_U, 2)
+        return np.where(sum_up >= sum_down, up, down)
+
+
+def measure_monosemanticity(clips: ClipSetting) -> ClipResult | None:
+    """Monosemanticity by every reference; None for fewer than two clips.
+
+    Raises:
+        TubeletError: see `references.read_reference`.
+    """
+    side, config = clips.test, clips.config.monosemanticity
+    if len(side.clips) < 2:
+        return None
+    references = [read_reference(one, side) for one in config.references]
+    references.append(own_reference(side))
+    # A neutral reference first, then any other model, then the backbone itself.
+    head = next((r for r in references if r.neutral), references[0])
+    units = _units(side, config.activation)
+    rng = np.random.default_rng([clips.config.seed, 17])
+    scores = [_score(reference, units, clips.config.null_draws, rng) for reference in references]
+    scores.sort(key=lambda one: one.reference is not head)
+    how = f"a_nj is the {'largest' if config.activation == 'max' else 'mean'} code over the clip's tokens"
+    columns = []
+    for one in scores:
+        values_F = units["sae"].by_latent(one.by_subject["sae"])
+        name, definition = one.reference.name, _definition(one.reference, how)
+        definition += " Of a latent with codes of both signs: that of the sign with the larger sum."
+        if one.reference is head:
+            columns.append(LatentColumn("monosemanticity", values_F, definition))
+        columns.append(LatentColumn(f"monosemanticity_{name}", values_F, definition))
+    section = Section(
+        name="monosemanticity",
+        title="Monosemanticity",
+        lead="Are the clips on which a latent fires alike, by the judgement of another model? "
+        f"Judged by {_list(one.reference for one in scores)}.",
+        figures=(*(figure for one in scores for figure in _figures(one, head, how, units)),),
+        curves=tuple(_curve(one, head, how) for one in scores),
+        notes=_notes(head, references, several_views=len(set(side.videos)) < len(side.clips)),
+    )
+    return ClipResult(section, tuple(columns))
+
+
+def _units(side: Side, activation: Literal["max", "mean"]) -> dict[Subject, _Units]:
+    found: dict[Subject, _Units] = {}
+    for subject in _WORDS:
+        pooled = side.pooled.get(subject)
+        if pooled is not None:
+            found[subject] = _Units(_activations(pooled, activation), pooled.negative is not None)
+    return found
+
+
+def _activations(pooled: Pooled, activation: Literal["max", "mean"]) -> NDArray[np.float32]:
+    value_NF = pooled.max_NF if activation == "max" else pooled.mean_NF
+    if pooled.negative is None:
+        return value_NF
+    below_NF = pooled.negative.max_NF if activation == "max" else pooled.negative.mean_NF
+    # z+ = z + z- under a mean; under a maximum the largest z+ is the largest z, or 0 where all are negative.
+    above_NF = np.maximum(value_NF, 0) if activation == "max" else value_NF + below_NF
+    return np.concatenate([above_NF, below_NF], axis=1)
+
+
+def _score(reference: Reference, units: Mapping[Subject, _Units], draws: int, rng: np.random.Generator) -> _Scores:
+    places, e_ME = reference.places, reference.e_ME
+    return _Scores(
+        reference,
+        mean_cosine(e_ME),
+        {subject: monosemanticity(one.a_NU[places], e_ME) for subject, one in units.items()},
+        [monosemanticity(units["sae"].a_NU[places], e_ME[rng.permutation(len(places))]) for _ in range(draws)],
+    )
+
+
+def _figures(scores: _Scores, head: Reference, how: str, units: Mapping[Subject, _Units]) -> Iterator[Figure]:
+    reference = scores.reference
+    suffix = "" if reference is head else f"_{reference.name}"
+    definition = _definition(reference, how)
+    for summary, words in _SUMMARIES.items():
+        key, title = f"monosemanticity.{summary}{suffix}", f"Monosemanticity by {reference.name}, {words}"
+        for subject, values in scores.by_subject.items():
+            yield Figure(
+                name=f"{key}.{subject}",
+                title=title,
+                subject=subject,
+                value=_summary(values, summary),
+                n=int(np.isfinite(values).sum()),
+                n_of=f"{_WORDS[subject]}, of {len(values):,}",
+                definition=f"The {words} over {_WORDS[subject]} for which it is defined. {definition}"
+                + _signs(units[subject]),
+                better="high",
+                headline=summary == "mean" and subject == "sae" and reference is head,
+            )
+        yield _null(scores, summary, f"{key}.permuted", title, definition)
+    for subject in ("sae", "raw"):
+        mean = _summary(scores.by_subject[subject], "mean")
+        yield Figure(
+            name=f"monosemanticity.above_null{suffix}" + (".raw" if subject == "raw" else ""),
+            title=f"Monosemanticity by {reference.name}, above the null",
+            subject=subject,
+            value=None if mean is None else mean - scores.floor,
+            n=int(np.isfinite(scores.by_subject[subject]).sum()),
+            n_of=_WORDS[subject],
+            definition=f"Mean MS less its null, the mean cosine of two evaluated clips ({scores.floor:.4f}). "
+            f"{definition}",
+            better="high",
+        )
+    values = scores.by_subject["sae"]
+    yield Figure(
+        name=f"monosemanticity.undefined{suffix}",
+        title=f"Latents without a score by {reference.name}",
+        value=int(np.isnan(values).sum()),
+        n=len(values),
+        n_of="latents",
+        definition="Latents that are left out of the figures above, because they are constant over the clips (dead "
+        "ones among them) or fire on one clip alone." + _signs(units["sae"]),
+        style="count",
+    )
+
+
+def _null(scores: _Scores, summary: str, name: str, title: str, definition: str) -> Figure:
+    """Of a mean its expectation, the floor; a quantile's expectation has no closed form and is drawn."""
+    words, draws = _SUMMARIES[summary], len(scores.permuted)
+    drawn = [value for values in scores.permuted if (value := _summary(values, summary)) is not None]
+    if summary == "mean":
+        how = (
+            "Null: the mean cosine of two different clips, which is what every latent (and every raw dimension) scores "
+            "in expectation when each clip is given another clip's embedding at random. Range: lowest and highest "
+            f"mean of {draws} such draws."
+        )
+    else:
+        how = (
+            f"Null: the {words} over the SAE's latents when each clip is given another clip's embedding at random; "
+            f"mean, lowest and highest of {draws} draws."
+        )
+    return Figure(
+        name=name,
+        title=title,
+        subject="permuted",
+        value=None if not drawn else scores.floor if summary == "mean" else sum(drawn) / len(drawn),
+        low=min(drawn, default=None),
+        high=max(drawn, default=None),
+        n=int(np.isfinite(scores.permuted[0]).sum()),
+        n_of="latents",
+        definition=f"{how} {definition}",
+    )
+
+
+def _curve(scores: _Scores, head: Reference, how: str) -> Curve:
+    reference = scores.reference
+    shown: list[tuple[str, Subject, NDArray[np.float64]]] = [
+        ("SAE", "sae", scores.by_subject["sae"]),
+        ("raw dimensions", "raw", scores.by_subject["raw"]),
+        ("clips permuted", "permuted", np.concatenate(scores.permuted)),
+    ]
+    lines = []
+    for label, subject, values in shown:
+        finite = values[np.isfinite(values)]
+        at_levels = np.quantile(finite, _LEVELS).tolist() if len(finite) else [None] * len(_LEVELS)
+        lines.append(Line(label=label, subject=subject, y=tuple(at_levels)))
+    return Curve(
+        name="monosemanticity.distribution" + ("" if reference is head else f"_{reference.name}"),
+        title=f"Monosemanticity by {reference.name}",
+        x_label="share of latents below",
+        y_label="monosemanticity",
+        x=tuple(_LEVELS.tolist()),
+        lines=tuple(lines),
+        definition="Quantiles of MS over the latents, over the raw dimensions, and over the latents under the permuted "
+        f"null (its {len(scores.permuted)} draws together); undefined ones are left out. {_definition(reference, how)}",
+    )
+
+
+def _definition(reference: Reference, how: str) -> str:
+    return (
+        "MS_j = sum over pairs of clips n < m of a~_nj a~_mj s_nm / sum of a~_nj a~_mj (Pach et al. 2025); a~ is a "
+        "scaled "
+        f"to 0 ... 1 over the clips, {how}; s_nm is the cosine of the clips' embeddings, here {reference.source}, over "
+        f"{len(reference.places):,} clips."
+    )
+
+
+def _signs(units: _Units) -> str:
+    return " Codes of both signs are split, z = z+ - z-, and each sign counts." if units.signed else ""
+
+
+def _summary(values: NDArray[np.float64], summary: str) -> float | None:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return None
+    if summary == "mean":
+        return float(finite.mean())
+    return float(np.quantile(finite, {"median": 0.5, "p95": 0.95, "max": 1.0}[summary]))
+
+
+def _list(references: Iterator[Reference]) -> str:
+    return "; ".join(f"{reference.name}: {reference.source}" for reference in references)
+
+
+def _notes(head: Reference, references: Sequence[Reference], *, several_views: bool) -> tuple[str, ...]:
+    floor = (
+        "MS has a floor at the mean cosine of any two clips, whatever the latent does: read it above the null, and "
+        "read "
+        "the upper tail, since means hardly differ."
+    )
+    views = ("Several views of one video count as clips here; that they are alike raises MS.",) if several_views else ()
+    if head.neutral:
+        return (f"The headline is judged by {head.name}, a model that none of the compared SAEs reads.", floor, *views)
+    if len(references) == 1:
+        flattery = (
+            "Only the backbone's own embedding judges here. That flatters: clips that the SAE's input holds to be "
+            "alike "
+            "are called alike. To compare backbones give a neutral reference (`monosemanticity.references`)."
+        )
+    else:
+        flattery = (
+            f"No reference is called neutral, so {head.name} stands at the top. If it, or a model trained like it, is "
+            "among the backbones that are compared, it favours that one."
+        )
+    return (flattery, floor, *views)

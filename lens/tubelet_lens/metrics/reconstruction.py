@@ -1,0 +1,111 @@
+"""How much of the activation the SAE gives back: FVU, explained variance, cosine.
+
+One pass: with c the store's mean (any constant will do; a near mean avoids cancellation), E = sum ||x - xhat||^2,
+S = sum (x - c), Q = sum ||x - c||^2 and N tokens give the total sum of squares about the evaluation mean,
+SST = Q - ||S||^2 / N.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tubelet_lens.inputs.clip_stream import Window
+from tubelet_lens.metrics.metric import Setting
+from tubelet_lens.results.latent_table import LatentColumn
+from tubelet_lens.results.section import Figure, Section, ratio
+
+_TINY = 1e-30
+
+
+class Reconstruction:
+    """Metric: fraction of variance unexplained and its relatives."""
+
+    def __init__(self, setting: Setting) -> None:
+        mean = setting.store.moments(setting.hook).mean
+        self._centre_D = torch.from_numpy(mean).to(setting.device)
+        self._sum_D = torch.zeros_like(self._centre_D)
+        self._squares = 0.0
+        self._error = 0.0
+        self._sample_fvu = 0.0
+        self._samples = 0
+        self._cosine = 0.0
+        self._tokens = 0
+
+    def add(self, window: Window) -> None:
+        """Take in one window."""
+        for x_TSD, xhat_TSD in zip(window.x_CTSD, window.xhat_CTSD, strict=True):
+            x_ND, xhat_ND = x_TSD.flatten(0, 1).double(), xhat_TSD.flatten(0, 1).double()
+            centred_ND = x_ND - self._centre_D
+            error_N = (x_ND - xhat_ND).square().sum(1)
+            squares_N = centred_ND.square().sum(1)
+            self._sum_D += centred_ND.sum(0)
+            self._squares += float(squares_N.sum())
+            self._error += float(error_N.sum())
+            varied_N = squares_N > 0
+            self._sample_fvu += float((error_N[varied_N] / squares_N[varied_N]).sum())
+            self._samples += int(varied_N.sum())
+            norms_N = x_ND.norm(dim=1) * xhat_ND.norm(dim=1)
+            self._cosine += float(((x_ND * xhat_ND).sum(1) / norms_N.clamp_min(_TINY)).sum())
+            self._tokens += len(x_ND)
+
+    def section(self) -> Section:
+        """Figures over all tokens added."""
+        total = self._squares - float(self._sum_D.square().sum()) / max(self._tokens, 1)
+        fvu = ratio(self._error, total)
+        return Section(
+            name="reconstruction",
+            title="Reconstruction",
+            lead="How much of the backbone's activation the code keeps. The mean vector alone would score an FVU of 1.",
+            figures=(
+                Figure(
+                    name="reconstruction.fvu",
+                    title="FVU (fraction of variance unexplained)",
+                    value=fvu,
+                    n=self._tokens,
+                    n_of="tokens",
+                    definition="sum ||x - x̂||² / sum ||x - x̄||² over all evaluated tokens, where x̄ is the "
+                    "mean vector of "
+                    "those tokens. 0: perfect; 1: no better than always answering the mean; undefined if x is "
+                    "constant.",
+                    better="low",
+                    headline=True,
+                ),
+                Figure(
+                    name="reconstruction.explained_variance",
+                    title="Explained variance",
+                    value=None if fvu is None else 1.0 - fvu,
+                    n=self._tokens,
+                    n_of="tokens",
+                    definition="1 - FVU, with the data-set FVU above.",
+                    better="high",
+                ),
+                Figure(
+                    name="reconstruction.sample_fvu",
+                    title="Mean per-token FVU",
+                    value=ratio(self._sample_fvu, self._samples),
+                    n=self._samples,
+                    n_of="tokens",
+                    definition="Mean over tokens of ||x - x̂||² / ||x - c||², where c is the mean vector of "
+                    "the whole store. "
+                    "Every token counts the same here, so tokens near the mean weigh more than in the FVU: "
+                    "never compare "
+                    "the two. Tokens equal to c are left out.",
+                    better="low",
+                ),
+                Figure(
+                    name="reconstruction.cosine",
+                    title="Cosine of x and x̂",
+                    value=ratio(self._cosine, self._tokens),
+                    n=self._tokens,
+                    n_of="tokens",
+                    definition="Mean over tokens of x·x̂ / (||x|| ||x̂||), without subtracting a mean: a large "
+                    "common mean "
+                    "raises it. A zero vector counts as 0.",
+                    better="high",
+                ),
+            ),
+        )
+
+    def latents(self) -> tuple[LatentColumn, ...]:
+        """Nothing: reconstruction is of tokens."""
+        return ()

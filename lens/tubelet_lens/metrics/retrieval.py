@@ -1,0 +1,243 @@
+"""Text-video retrieval: can a linear map take pooled codes to the embeddings of their captions (science note 1.6)?
+
+    fit side ─ ridge map M (penalty chosen on validation videos) ─▶ test videos: M z beside the captions' embeddings
+    text ─▶ video: each distinct caption asks, all test videos answer       video ─▶ text: the other way round
+
+[RECON] the paper's text side is unknown. Neither DINOv2 nor VideoMAE has a text tower, so a map must be fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tubelet_lens.codes.vectors import POOLING_WORDS, SUBJECT_WORDS, subjects, vectors
+from tubelet_lens.inputs.captions import described, embed
+from tubelet_lens.inputs.partition import Parts
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, Side
+from tubelet_lens.results.section import Figure, Section, Subject
+from tubelet_lens.stats.bootstrap import LEVEL, interval
+from tubelet_lens.stats.retrieval_ranks import Ranks, ranks
+from tubelet_lens.stats.ridge import Ridge, fit_ridge
+
+_TOPS = (1, 5, 10)
+_DIRECTIONS = {"text_to_video": "Text to video", "video_to_text": "Video to text"}
+
+_TIE_DIGITS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class _Gallery:
+    """Clips with captions, put together into videos.
+
+    Attributes:
+        rows: int64 Clips of the side.
+        video: int64 Video of each of them, 0 ... V - 1.
+        caption_V: int64 [V] Caption of each video, an index of `texts_CE`.
+        texts_CE: float64 Embeddings of the captions that these videos have, less the fitted mean.
+    """
+
+    rows: NDArray[np.int64]
+    video: NDArray[np.int64]
+    caption_V: NDArray[np.int64]
+    texts_CE: Tensor
+
+    def ranks(self, predicted_NE: Tensor) -> dict[str, Ranks]:
+        """Ranks in both directions, given the clips' predicted embeddings."""
+        device = predicted_NE.device
+        sums = predicted_NE.new_zeros(len(self.caption_V), predicted_NE.shape[1])
+        sums.index_add_(0, torch.from_numpy(self.video).to(device), predicted_NE)
+        cosine_CV = (nnf.normalize(self.texts_CE, dim=1) @ nnf.normalize(sums, dim=1).T).cpu().numpy()
+        # Equal vectors may get products that differ in their last bits; they are to tie.
+        cosine_CV = cosine_CV.round(_TIE_DIGITS)
+        right_CV = np.arange(len(cosine_CV))[:, None] == self.caption_V
+        return {"text_to_video": ranks(cosine_CV, right_CV), "video_to_text": ranks(cosine_CV.T, right_CV.T)}
+
+
+def _gallery(
+    side: Side, rows: NDArray[np.int64], place: dict[str, int], texts: NDArray[np.float64], mean_E: Tensor
+) -> _Gallery:
+    _, first, video = np.unique(side.videos[rows].astype(str), return_index=True, return_inverse=True)
+    used, caption_V = np.unique([place[caption] for caption in side.captions[rows][first]], return_inverse=True)
+    return _Gallery(rows, video, caption_V, torch.from_numpy(texts[used]).to(mean_E) - mean_E)
+
+
+def retrieval(clips: ClipSetting) -> ClipResult | None:
+    """Recall at 1, 5, 10, median and mean rank, both ways; None without captions on both sides.
+
+    Raises:
+        TubeletError: the captions cannot be embedded.
+    """
+    fit, test, parts, config = clips.fit, clips.test, clips.parts, clips.config.retrieval
+    if fit is None or parts is None:
+        return None
+    fit_rows, test_rows = (np.flatnonzero([bool(text) for text in side.captions]) for side in (fit, test))
+    known = sorted(set(fit.captions[fit_rows]))
+    captions = sorted(set(known) | set(test.captions[test_rows]))
+    if len(known) < 2 or len(set(test.captions[test_rows])) < 2:
+        return None
+    device = clips.setting.device
+    texts = embed(captions, known, config.text, device)
+    place = {caption: row for row, caption in enumerate(captions)}
+    fitting = _Fitting(clips, fit, fit_rows, place, texts, parts)
+    found = {subject: fitting.ranks(subject, test_rows) for subject in subjects(clips)}
+    one = found["sae"][0]
+    figures = [
+        figure
+        for direction in _DIRECTIONS
+        for top in _TOPS
+        for subject, draws in found.items()
+        for figure in (_recall(clips, direction, top, subject, [draw[direction] for draw in draws], fitting),)
+    ]
+    figures += [
+        figure
+        for direction in _DIRECTIONS
+        for subject, draws in found.items()
+        for figure in _ranks(direction, subject, [draw[direction] for draw in draws])
+    ]
+    queries = {direction: len(one[direction].optimistic) for direction in _DIRECTIONS}
+    return ClipResult(
+        Section(
+            name="retrieval",
+            title="Text-video retrieval",
+            lead=f"Does a linear map find a video by its caption? Captions are embedded by {described(config.text)}; "
+            f"{queries['text_to_video']:,} distinct captions ask among {queries['video_to_text']:,} test videos, and "
+            "the other way round.",
+            figures=(*figures, *_chances(one, queries)),
+            notes=(
+                "Every video that shares the caption asked for, to the letter, is a right answer, and captions are "
+                "asked once each: so chance is above 1 / gallery where captions repeat.",
+                "A ratio to the raw activations says little where both are near chance.",
+            ),
+        )
+    )
+
+
+class _Fitting:
+    def __init__(
+        self,
+        clips: ClipSetting,
+        fit: Side,
+        rows: NDArray[np.int64],
+        place: dict[str, int],
+        texts: NDArray[np.float64],
+        parts: Parts,
+    ) -> None:
+        self._clips, self._fit, self._rows = clips, fit, rows
+        self._place, self._texts = place, texts
+        self._validation = parts.validation[rows]
+        self.chosen: dict[Subject, tuple[float, ...]] = {}
+        """Penalty of each draw."""
+
+    def ranks(self, subject: Subject, test_rows: NDArray[np.int64]) -> list[dict[str, Ranks]]:
+        """Of every draw, both directions."""
+        config, device = self._clips.config.retrieval, self._clips.setting.device
+        targets = torch.from_numpy(self._texts[[self._place[text] for text in self._fit.captions[self._rows]]]).to(
+            device
+        )
+        found, penalties = [], []
+        for rows, test in vectors(self._clips, self._fit, subject, config.pooling):
+            here = rows[self._rows]
+            penalty = self._choose(here, targets)
+            ridge = fit_ridge(here, targets, (penalty,), device)[penalty]
+            gallery = _gallery(self._clips.test, test_rows, self._place, self._texts, ridge.mean_E)
+            found.append(gallery.ranks(ridge(test[test_rows])))
+            penalties.append(penalty)
+        self.chosen[subject] = tuple(penalties)
+        return found
+
+    def _choose(self, rows_NF: NDArray[np.float32], targets_NE: Tensor) -> float:
+        """The penalty with the largest mean reciprocal rank, text to video, on the validation videos."""
+        penalties, held = self._clips.config.retrieval.penalties, self._validation
+        if len(set(penalties)) == 1 or not held.any() or held.all():
+            return max(penalties)
+        outside = torch.from_numpy(~held).to(targets_NE.device)
+        maps = fit_ridge(rows_NF[~held], targets_NE[outside], sorted(penalties, reverse=True), targets_NE.device)
+
+        def score(ridge: Ridge) -> float:
+            gallery = _gallery(self._fit, self._rows[held], self._place, self._texts, ridge.mean_E)
+            return float((1 / gallery.ranks(ridge(rows_NF[held]))["text_to_video"].rank).mean())
+
+        return max(maps, key=lambda penalty: score(maps[penalty]))
+
+
+def _recall(
+    clips: ClipSetting, direction: str, top: int, subject: Subject, draws: list[Ranks], fitting: _Fitting
+) -> Figure:
+    config = clips.config.retrieval
+    values_Q = np.mean([draw.recall(top) for draw in draws], axis=0)
+    low, high = interval(values_Q, draws=clips.config.action.bootstrap, seed=clips.config.seed)
+    asked, gallery = _asked(direction)
+    penalties = ", ".join(f"{penalty:g}" for penalty in sorted(set(fitting.chosen[subject])))
+    return Figure(
+        name=f"retrieval.{direction}_r{top}.{subject}",
+        title=f"{_DIRECTIONS[direction]}, R@{top}",
+        subject=subject,
+        value=float(values_Q.mean()),
+        low=low,
+        high=high,
+        n=len(values_Q),
+        n_of=asked,
+        definition=f"Share of {asked} whose right answer is among the nearest {top} of all {gallery}, by the cosine of "
+        f"the caption's embedding and the mapped {POOLING_WORDS[config.pooling]} of {SUBJECT_WORDS[subject]}"
+        f"{f' (mean of {len(draws)} draws)' if len(draws) > 1 else ''}. The map is ridge regression from vectors "
+        "standardised by the fitted-on clips to embeddings less their mean there, with the penalty per clip (chosen: "
+        f"{penalties}) of best mean reciprocal rank on validation videos; views of a video are summed. Embeddings: "
+        f"{described(config.text)}. Rank = 1 + greater + ties / 2. Range: {LEVEL:.0%} bootstrap interval over {asked}.",
+        style="percent",
+        better="high",
+        headline=direction == "text_to_video" and top == 1 and subject == "sae",
+    )
+
+
+def _ranks(direction: str, subject: Subject, draws: list[Ranks]) -> tuple[Figure, ...]:
+    asked, gallery = _asked(direction)
+    shared = {"subject": subject, "n": len(draws[0].optimistic), "n_of": asked, "better": "low"}
+    words = f"of the best right answer among all {gallery}, over the {asked}; 1 is best."
+    if len(draws) > 1:
+        words += f" Mean of {len(draws)} draws."
+
+    figures = []
+    for key, title, statistic in (("medr", "median", np.median), ("meanr", "mean", np.mean)):
+        value, low, high = (
+            float(np.mean([statistic(of(draw)) for draw in draws]))
+            for of in (lambda draw: draw.rank, lambda draw: draw.optimistic, lambda draw: draw.pessimistic)
+        )
+        figures.append(
+            Figure(
+                name=f"retrieval.{direction}_{key}.{subject}",
+                title=f"{_DIRECTIONS[direction]}, {title} rank",
+                value=value,
+                low=low if low < high else None,
+                high=high if low < high else None,
+                definition=f"{title.capitalize()} rank {words} Rank = 1 + greater + ties / 2; a range, where one is "
+                "given, counts ties for and against the right answer.",
+                **shared,
+            )
+        )
+    return tuple(figures)
+
+
+def _asked(direction: str) -> tuple[str, str]:
+    return ("captions", "test videos") if direction == "text_to_video" else ("test videos", "captions")
+
+
+def _chances(one: dict[str, Ranks], queries: dict[str, int]) -> list[Figure]:
+    return [
+        Figure(
+            name=f"retrieval.{direction}_chance",
+            title=f"{_DIRECTIONS[direction]}, chance R@1",
+            value=one[direction].chance_r1,
+            n=queries[direction],
+            n_of=_asked(direction)[0],
+            definition=f"Share of the {_asked(direction)[1]} that are right, mean over the {_asked(direction)[0]}: R@1 "
+            "of guessing.",
+            style="percent",
+        )
+        for direction in _DIRECTIONS
+    ]

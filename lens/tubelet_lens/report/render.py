@@ -1,0 +1,154 @@
+"""An evaluation as one HTML page that needs nothing else: no script, no font, no address."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tubelet_lens.report.svg_plots import svg
+from tubelet_lens.results.evaluation import Evaluation
+from tubelet_lens.results.provenance import provenance
+from tubelet_lens.results.section import Figure, Section
+
+SUBJECTS = {
+    "sae": "SAE",
+    "raw": "Raw",
+    "sae_shuffled": "SAE, time shuffled",
+    "raw_shuffled": "Raw, time shuffled",
+    "untrained": "Untrained SAE",
+    "random_topk": "Random projection, TopK",
+    "pca": "PCA",
+    "permuted": "Clips permuted",
+    "random": "Random control",
+}
+"""Columns of the tables, in order."""
+
+_MINUS = "\N{MINUS SIGN}"
+
+
+def render_report(evaluation: Evaluation) -> str:
+    """The page, as HTML."""
+    environment = Environment(
+        loader=PackageLoader("tubelet_lens"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"show": show, "anchor": anchor, "range": _range}
+    return environment.get_template("report.html").render(
+        evaluation=evaluation,
+        headlines=[figure for figure in evaluation.figures() if figure.headline],
+        topic={figure.name: section.title for section in evaluation.sections for figure in section.figures},
+        beside={figure.name: _beside(evaluation, figure) for figure in evaluation.figures() if figure.headline},
+        tables={section.name: _table(section) for section in evaluation.sections},
+        drawings={curve.name: svg(curve) for section in evaluation.sections for curve in section.curves},
+        subjects=SUBJECTS,
+        words={section.name: _definitions(section) for section in evaluation.sections},
+        provenance=provenance(evaluation),
+        settings={
+            name: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+            for name, tree in (
+                ("Store", evaluation.store),
+                ("SAE and its training", evaluation.sae),
+                ("Evaluation", evaluation.config),
+                ("Software", evaluation.software),
+            )
+        },
+    )
+
+
+def show(figure: Figure) -> str:
+    """The figure's value as text; an em dash where it is undefined."""
+    if figure.value is None:
+        return "—"
+    if figure.style == "percent":
+        return f"{100 * figure.value:.1f} %".replace("-", _MINUS)
+    if figure.style == "count":
+        return f"{figure.value:,.0f}"
+    if figure.style == "seconds":
+        return f"{figure.value:.3g} s"
+    return _number(figure.value)
+
+
+def _number(value: float) -> str:
+    size = abs(value)
+    if value == round(value) and size < 1e6:
+        text = f"{value:,.0f}"
+    elif 1e-3 <= size < 1e4:
+        # Four digits, but never fewer than one after the point.
+        text = f"{value:.{max(1, 3 - max(0, math.floor(math.log10(size))))}f}"
+    else:
+        text = f"{value:.2e}"
+    return text.replace("-", _MINUS)
+
+
+def _range(figure: Figure) -> str:
+    """The lower and upper end beside the value, if it has them."""
+    if figure.low is None or figure.high is None:
+        return ""
+    low, high = (show(figure.model_copy(update={"value": end})) for end in (figure.low, figure.high))
+    return f" ({low.removesuffix(' %')} … {high})"
+
+
+def anchor(name: str) -> str:
+    """Id of the definition of the figure or curve `name`."""
+    return "def-" + name.replace(".", "-")
+
+
+def _table(section: Section) -> dict[str, Any]:
+    """Rows (by title) and columns (by subject) of a section's figures."""
+    rows: dict[str, dict[str, Figure]] = {}
+    for figure in section.figures:
+        rows.setdefault(figure.title, {})[figure.subject] = figure
+    columns = [subject for subject in SUBJECTS if any(subject in row for row in rows.values())]
+    # Rows that say nothing but about the SAE would leave the other columns empty: they get a table of their own.
+    wide = {title: row for title, row in rows.items() if len(row) > 1}
+    narrow = {title: row["sae"] for title, row in rows.items() if len(row) == 1 and "sae" in row}
+    return {"columns": columns, "wide": wide, "narrow": narrow}
+
+
+def _beside(evaluation: Evaluation, headline: Figure) -> list[Figure]:
+    """The same figure of other subjects: what a headline must be read beside."""
+    others = [
+        figure
+        for section in evaluation.sections
+        if headline in section.figures
+        for figure in section.figures
+        if figure.title == headline.title and figure.name != headline.name
+    ]
+    return sorted(others, key=lambda figure: list(SUBJECTS).index(figure.subject))
+
+
+@dataclass(frozen=True)
+class _Definition:
+    """What figures of one title mean: once what holds for all of them, then what each has of its own."""
+
+    title: str
+    shared: str
+    own: tuple[tuple[Figure, str], ...]
+
+
+def _definitions(section: Section) -> list[_Definition]:
+    """One for each title."""
+    by_title: dict[str, list[Figure]] = {}
+    for figure in section.figures:
+        by_title.setdefault(figure.title, []).append(figure)
+    found = []
+    for title, figures in by_title.items():
+        sentences = [_SENTENCE.split(figure.definition) for figure in figures]
+        common = [text for text in sentences[0] if all(text in other for other in sentences)]
+        own = tuple(
+            (figure, " ".join(text for text in texts if text not in common))
+            for figure, texts in zip(figures, sentences, strict=True)
+        )
+        found.append(_Definition(title, " ".join(common), own))
+    return found
+
+
+_SENTENCE = re.compile(r"(?<=[.;]) (?=[A-Z0-9|])")

@@ -1,0 +1,1 @@
+"""What an evaluation writes: sections, figures, tables per latent and per effect."""

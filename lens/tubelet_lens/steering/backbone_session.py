@@ -1,0 +1,130 @@
+"""The backbone of a store, run again on its videos beside the stored activations: what metrics in it share.
+
+test side ─▶ some clips' pixels, kept     fit side ─▶ some clips, for probes     checkpoint ─▶ backbone, readout
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tubelet.errors import TubeletError
+from tubelet_lens.inputs.labeled_clips import labelled
+from tubelet_lens.metrics.clip_metric import ClipSetting, Side
+from tubelet_lens.steering.class_names import places
+from tubelet_lens.steering.clip_source import Footage, Shot
+from tubelet_lens.steering.readout import Readout, fit_probe, in_batches, own_classifier
+from tubelet_lens.steering.run_edit import last_tokens, of_every_class
+from tubelet_lens.steering.running_config import RunningConfig
+from tubelet_pipeline.backbones import Backbone
+from tubelet_pipeline.replay import backbone_of
+from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.sae_files import load_sae
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A backbone with its SAE, and the clips to run.
+
+    Attributes:
+        config: What was asked for.
+        backbone: On the evaluation's device.
+        hook: The SAE's.
+        sae: The trained SAE.
+        readout: Classes of a clip; None: the checkpoint has no classifier, and no clip of the fit side has a label.
+        test_footage: Reads the test side's videos.
+        shots: Clips to measure on.
+        rows: int64 [N] Their rows on the test side.
+        class_N: int64 [N] Their class in the readout; -1 where unknown.
+        footage: Reads the fit side's videos; None: there is no fit side.
+        fit_rows: int64 Rows of the fit side to fit on.
+    """
+
+    config: RunningConfig
+    backbone: Backbone
+    hook: str
+    sae: SAE
+    readout: Readout | None
+    test_footage: Footage
+    shots: tuple[Shot, ...]
+    rows: NDArray[np.int64]
+    class_N: NDArray[np.int64]
+    footage: Footage | None
+    fit_rows: NDArray[np.int64]
+
+    def batches(self) -> Iterator[Tensor]:
+        """Pixels [B, T, 3, h, w] of the clips to measure on."""
+        return in_batches(shot.pixels for shot in self.shots)
+
+    def logits(self) -> Tensor:
+        """float32 [N, C] of the clips to measure on; rewritings act on it.
+
+        Raises:
+            ValueError: there is no readout.
+        """
+        if self.readout is None:
+            raise ValueError("no readout")
+        return torch.cat([self.readout.logits(batch).cpu() for batch in self.batches()])
+
+
+def start(clips: ClipSetting, config: RunningConfig) -> Running:
+    """Load and decode what `config` asks for.
+
+    Raises:
+        TubeletError: the checkpoint is not the store's backbone, or a video cannot be read.
+    """
+    store, device = clips.test.store, clips.setting.device
+    if store.plan.tokens is not None and store.plan.tokens.kind == "pooled":
+        raise TubeletError(
+            f"{store.url} holds averages of tokens, which the running backbone does not have",
+            "Leave out `running`, or use a store of single tokens",
+        )
+    backbone = backbone_of(store.plan, config.checkpoint, str(device))
+    rows = of_every_class(clips.test.labels, config.test_clips)
+    test_footage = Footage(store, backbone, config.root, config.decode)
+    shots = tuple(test_footage.clips([int(clip) for clip in clips.test.clips[rows]]))
+    footage, fit_rows = None, np.empty(0, dtype=np.int64)
+    if clips.fit is not None:
+        footage = Footage(clips.fit.store, backbone, config.root, config.decode)
+        fit_rows = of_every_class(clips.fit.labels, config.fit_clips)
+    readout: Readout | None = own_classifier(backbone)
+    if readout is None:
+        readout = _probe(clips, footage, config)
+    return Running(
+        config=config,
+        backbone=backbone,
+        hook=backbone.resolve_hook(clips.setting.hook),
+        sae=load_sae(clips.trained.folder, str(device)),
+        readout=readout,
+        test_footage=test_footage,
+        shots=shots,
+        rows=rows,
+        class_N=_classes(readout, clips.test, rows),
+        footage=footage,
+        fit_rows=fit_rows,
+    )
+
+
+def _probe(clips: ClipSetting, footage: Footage | None, config: RunningConfig) -> Readout | None:
+    known = labelled(clips)
+    if known is None or footage is None or clips.fit is None:
+        return None
+    chosen = of_every_class(known.fit_class, config.fit_clips)
+    rows = known.fit_rows[chosen]
+    tokens_ND = last_tokens(clips.fit.store, footage, [int(clip) for clip in clips.fit.clips[rows]])
+    videos = [str(video) for video in clips.fit.videos[rows]]
+    return fit_probe(footage.backbone, tokens_ND, known.fit_class[chosen], known.names, videos, clips.config.seed)
+
+
+def _classes(readout: Readout | None, side: Side, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    names = [
+        str(name if name is not None else label)
+        for name, label in zip(side.label_names[rows], side.labels[rows], strict=True)
+    ]
+    known = {} if readout is None else places(names, readout.classes)
+    return np.array([known.get(name, -1) for name in names], dtype=np.int64)

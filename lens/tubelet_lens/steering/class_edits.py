@@ -1,0 +1,236 @@
+"""One latent per class pushed far below zero: do the predictions of that class go, and only they? (Paper B, 2.4, 2.5.)
+
+    target change rate = #(predicted c before, another after) / #(predicted c before)
+    other change rate  = #(another predicted before, changed after) / #(another predicted before)
+
+Beside the class's latent: random alive latents, latents of the same mean activation, random directions with steps of
+the same length. Rates are given as mean over classes and pooled over them (micro): the published code pools while its
+text says mean. The latent is chosen on the fit side; on the test side no label is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tubelet_lens.metrics.ablation_curve import matched_set
+from tubelet_lens.results.section import Curve, Figure, Line, Section
+from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
+from tubelet_lens.steering.operation import Suppress
+from tubelet_pipeline.backbones.rewrite import Rewrite
+from tubelet_trainer.sae.model import SAE
+
+Arm = Literal["class", "matched", "latent", "direction"]
+ARMS: dict[Arm, str] = {
+    "class": "the class's latent",
+    "matched": "a latent of the same mean activation",
+    "latent": "a random alive latent",
+    "direction": "a random direction, steps of the same length",
+}
+
+Predict = Callable[[Rewrite | None], NDArray[np.int64]]
+"""Class of each unit (clip, patch) with a rewrite at the SAE's hook, or as the backbone is."""
+
+_HEADLINE = 2.0
+"""Strength of saev's demonstrations (s = -2)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rates:
+    """Counts per class [C] at one strength, summed over draws.
+
+    Attributes:
+        changed_C: Units predicted as the class before, and as another after.
+        target_C: Units predicted as the class before.
+        spoilt_C: Units predicted as another class before, and changed after.
+        other_C: Units predicted as another class before.
+    """
+
+    changed_C: NDArray[np.int64]
+    target_C: NDArray[np.int64]
+    spoilt_C: NDArray[np.int64]
+    other_C: NDArray[np.int64]
+
+    def target(self, micro: bool = False) -> float | None:
+        """Target change rate: mean over the classes that are predicted at all, or pooled."""
+        return _rate(self.changed_C, self.target_C, micro)
+
+    def other(self, micro: bool = False) -> float | None:
+        """Other change rate, likewise."""
+        # A class that is never predicted has no target, and is left out of both rates.
+        seen = self.target_C > 0
+        return _rate(self.spoilt_C[seen], self.other_C[seen], micro)
+
+
+def _rate(hits_C: NDArray[np.int64], of_C: NDArray[np.int64], micro: bool) -> float | None:
+    seen = of_C > 0
+    if not seen.any():
+        return None
+    return float(hits_C.sum() / of_C.sum()) if micro else float((hits_C[seen] / of_C[seen]).mean())
+
+
+def change_rates(
+    before: NDArray[np.int64], after: Sequence[NDArray[np.int64]], number: int
+) -> tuple[int, int, int, int]:
+    """(changed, target, spoilt, other) of class `number`, summed over the draws `after`."""
+    target = before == number
+    draws = len(after)
+    moved = np.array([now != before for now in after], dtype=bool).reshape(draws, len(before))
+    return (
+        int(moved[:, target].sum()),
+        draws * int(target.sum()),
+        int(moved[:, ~target].sum()),
+        draws * int((~target).sum()),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ClassEdits:
+    """What became of the predictions.
+
+    Attributes:
+        strengths: In the order of the rates.
+        rates: By arm, one entry per strength.
+        classes: [C] Classes that were edited, as the predictor numbers them.
+        latents: [C] The latent of each.
+    """
+
+    strengths: tuple[float, ...]
+    rates: Mapping[Arm, tuple[Rates, ...]]
+    classes: tuple[int, ...]
+    latents: tuple[int, ...]
+
+
+def edit_classes(
+    predict: Predict,
+    sae: SAE,
+    latent_of: Mapping[int, int],
+    *,
+    largest_F: NDArray[np.float64],
+    mean_F: NDArray[np.float64],
+    strengths: Sequence[float],
+    draws: int,
+    seed: int,
+) -> ClassEdits:
+    """Suppress the latent of each class on all tokens, and the controls in its place.
+
+    Where no latent but the class's own is alive, there is none to stand in for it: those two controls count nothing
+    then, and their rates are undefined.
+
+    Args:
+        predict: Runs the backbone.
+        sae: At the hook that is rewritten.
+        latent_of: Latent of each class to edit.
+        largest_F: Largest activation of each latent, on the fit side.
+        mean_F: Mean size of each latent's activation there; 0: dead.
+        strengths: f' = -strength x the largest activation.
+        draws: Of each control, per class and strength.
+        seed: Draws them; the same latents and directions at every strength.
+    """
+    before = predict(None)
+    alive_F = mean_F > 0
+    largest = torch.from_numpy(largest_F)
+    counts: dict[Arm, list[list[tuple[int, int, int, int]]]] = {arm: [[] for _ in strengths] for arm in ARMS}
+    for number, latent in latent_of.items():
+        rng = np.random.default_rng([seed, number])
+        others = np.setdiff1d(np.flatnonzero(alive_F), [latent])
+        of_others = range(draws if len(others) else 0)
+        stand_ins: dict[Arm, list[int]] = {
+            "class": [latent],
+            "matched": [int(matched_set(np.array([latent]), mean_F, alive_F, rng)[0]) for _ in of_others],
+            "latent": [int(rng.choice(others)) for _ in of_others],
+        }
+        for place, strength in enumerate(strengths):
+            operation = Suppress(strength=strength)
+            for arm, chosen in stand_ins.items():
+                after = [predict(LatentEdits(sae, [Edit(each, operation)], largest)) for each in chosen]
+                counts[arm][place].append(change_rates(before, after, number))
+            own = LatentEdits(sae, [Edit(latent, operation)], largest)
+            seeds = (seed * 1_000_003 + number * 1_009 + draw for draw in range(draws))
+            after = [predict(RandomDirection(own, each)) for each in seeds]
+            counts["direction"][place].append(change_rates(before, after, number))
+    rates: dict[Arm, tuple[Rates, ...]] = {
+        arm: tuple(Rates(*np.array(rows, dtype=np.int64).reshape(-1, 4).T) for rows in places)
+        for arm, places in counts.items()
+    }
+    return ClassEdits(tuple(strengths), rates, tuple(latent_of), tuple(latent_of.values()))
+
+
+def class_edit_section(
+    found: ClassEdits, *, name: str, title: str, lead: str, units: str, how: str, extra: tuple[Figure, ...]
+) -> Section:
+    """Figures at the strength nearest to 2, and the rates against strength.
+
+    Args:
+        found: The rates.
+        name: Of the section.
+        title: Its heading.
+        lead: What it asks.
+        units: What is predicted: "clips", "patches".
+        how: Choice of latents and predictor, for the definitions.
+        extra: Figures that come first.
+    """
+    place = int(np.argmin([abs(strength - _HEADLINE) for strength in found.strengths]))
+    strength = found.strengths[place]
+    setting = f"With f' = -{strength:g} x the latent's largest activation on every patch token. {how}"
+    figures = list(extra)
+    for arm, words in ARMS.items():
+        rates = found.rates[arm][place]
+        count = int(rates.target_C.sum())
+        for kind, micro in (("target", False), ("target", True), ("other", False), ("other", True)):
+            of = "c" if kind == "target" else "another class"
+            pooled = "counts pooled over the classes" if micro else "mean over the classes that are predicted at all"
+            alone = " Undefined where no other latent is alive." if arm in ("matched", "latent") else ""
+            figures.append(
+                Figure(
+                    name=f"{name}.{kind}{'_micro' if micro else ''}.{arm}",
+                    title=f"{kind.capitalize()} change rate of {units}{', pooled' if micro else ''}"
+                    + ("" if arm == "class" else f": {words}"),
+                    subject="sae" if arm == "class" else "random",
+                    value=rates.target(micro) if kind == "target" else rates.other(micro),
+                    n=count if kind == "target" else int(rates.other_C[rates.target_C > 0].sum()),
+                    n_of=f"predictions of {units}",
+                    definition=f"Of the {units} predicted as {of} before, the share predicted as something else when "
+                    f"{words} is suppressed; {pooled}.{alone} {setting}",
+                    style="percent",
+                    better={"target": "high", "other": "low"}[kind] if arm == "class" else "neither",
+                    headline=arm == "class" and kind == "target" and not micro,
+                )
+            )
+
+    def line(label: str, subject: Literal["sae", "raw", "random"], arm: Arm, kind: str) -> Line:
+        values = [each.target() if kind == "target" else each.other() for each in found.rates[arm]]
+        return Line(label=label, subject=subject, y=tuple(values))
+
+    return Section(
+        name=name,
+        title=title,
+        lead=lead,
+        figures=tuple(figures),
+        curves=(
+            Curve(
+                name=f"{name}.curve",
+                title="Predictions that change",
+                x_label="strength",
+                y_label="change rate",
+                x=found.strengths,
+                lines=(
+                    line("the class itself", "sae", "class", "target"),
+                    line("other classes", "raw", "class", "other"),
+                    line("the class, matched latent", "random", "matched", "target"),
+                ),
+                definition=f"Target and other change rate, mean over classes, when the class's latent is set to "
+                f"-strength x its largest activation, and target change rate of a latent of the same mean activation. "
+                f"{how}",
+            ),
+        ),
+        notes=(
+            "A latent that belongs to a class has a high target and a low other change rate, and both far from what "
+            "its controls do. Classes that the predictor never gives are left out.",
+        ),
+    )

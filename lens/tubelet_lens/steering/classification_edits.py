@@ -1,0 +1,115 @@
+"""Classification edits (paper B, science note 2.5): which clips change their class when a class's latent is suppressed.
+
+    fit side   latent of a class = argmax F1 of "its mean activation in the clip is above a threshold"
+    test side  the latent suppressed on every patch token ─▶ predictions of the readout that change
+
+Thresholds are quantiles of each latent's mean activation over the fit side's clips [RECON]: at 0, as in saev's search
+over images of one object, nearly every clip has some patch on which nearly every latent fires.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet_lens.inputs.labeled_clips import labelled
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.results.section import Figure, Section
+from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
+from tubelet_lens.steering.class_names import places, unknown_names
+from tubelet_pipeline.backbones import rewriting
+from tubelet_pipeline.backbones.rewrite import Rewrite
+
+QUANTILES = (0.5, 0.75, 0.9, 0.95)
+
+_NAME = "classification_edits"
+_TITLE = "Classification edits"
+_LEAD = "Does suppressing the latent of a class in the running backbone make it deny that class, and it alone?"
+
+
+def best_latents(codes_NF: NDArray[np.float32], class_N: NDArray[np.int64]) -> dict[int, tuple[int, float]]:
+    """Latent of each class and its F1, over thresholds at `QUANTILES` of each latent's values.
+
+    Args:
+        codes_NF: Mean code of each clip.
+        class_N: Its class.
+    """
+    classes = np.unique(class_N)
+    truth_NC = class_N[:, None] == classes
+    f1 = []
+    for level in QUANTILES:
+        above_NF = codes_NF > np.quantile(codes_NF, level, axis=0)
+        hits_FC = above_NF.T.astype(np.float64) @ truth_NC
+        f1.append(2 * hits_FC / np.maximum(above_NF.sum(0)[:, None] + truth_NC.sum(0), 1))
+    f1_FC = np.max(f1, axis=0)
+    chosen = f1_FC.argmax(axis=0)
+    return {
+        int(number): (int(chosen[place]), float(f1_FC[chosen[place], place]))
+        for place, number in enumerate(classes)
+        if f1_FC[chosen[place], place] > 0
+    }
+
+
+def classification_edits(clips: ClipSetting) -> ClipResult | None:
+    """The rates; None without a running backbone, something to read it by, or labels on the fit side."""
+    running, known = clips.running, labelled(clips)
+    if running is None or running.readout is None or known is None or clips.fit is None:
+        return None
+    pooled, readout = clips.fit.pooled["sae"], running.readout
+    place, unknown = places(known.names, readout.classes), unknown_names(known.names, readout.classes)
+    if not place:
+        nothing = f"Nothing could be edited, and no section can say how often the running backbone is right. {unknown}"
+        return ClipResult(Section(name=_NAME, title=_TITLE, lead=_LEAD, notes=(nothing,)))
+    best = {
+        place[known.names[number]]: found
+        for number, found in best_latents(pooled.mean_NF[known.fit_rows], known.fit_class).items()
+        if known.names[number] in place
+    }
+    if not best:
+        return None
+
+    def predict(rewrite: Rewrite | None) -> NDArray[np.int64]:
+        with rewriting(running.backbone, running.hook, rewrite or (lambda _tokens: None)):
+            predicted: NDArray[np.int64] = running.logits().argmax(1).numpy()
+        return predicted
+
+    found = edit_classes(
+        predict,
+        running.sae,
+        {number: latent for number, (latent, _) in best.items()},
+        largest_F=pooled.max_NF.max(axis=0).astype(np.float64),
+        mean_F=np.abs(pooled.mean_NF).mean(axis=0, dtype=np.float64),
+        strengths=running.config.strengths,
+        draws=running.config.control_draws,
+        seed=clips.config.seed,
+    )
+    chosen = ", ".join(f"{readout.classes[number]}: {latent}" for number, (latent, _) in best.items())
+    levels = ", ".join(f"{level:.0%}" for level in QUANTILES)
+    how = (
+        f"Clips are classed by {readout.what}. A class's latent has the largest F1 on the fit side of a threshold on "
+        f"its mean activation in a clip, thresholds at its {levels} quantiles ({chosen})."
+    )
+    scores = [f1 for _, f1 in best.values()]
+    extra = Figure(
+        name=f"{_NAME}.f1",
+        title="F1 of the class's latent",
+        value=float(np.mean(scores)),
+        low=min(scores),
+        high=max(scores),
+        n=len(scores),
+        n_of="classes",
+        definition=f"On the fit side, mean over the classes, with the lowest and highest of them. {how}",
+        better="high",
+    )
+    section = class_edit_section(
+        found,
+        name=_NAME,
+        title=_TITLE,
+        lead=_LEAD,
+        units="clips",
+        how=how,
+        extra=(extra,),
+    )
+    if unknown is not None:
+        section = section.model_copy(update={"notes": (*section.notes, f"Left out: {unknown}")})
+    return ClipResult(section)

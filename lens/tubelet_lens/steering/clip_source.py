@@ -1,0 +1,138 @@
+"""Videos as the store's plan would have them: decoded, and prepared for the backbone.
+
+clip of the store ─▶ its video below the data set's root ┐
+a video file ────────────────────────────────────────────┴─▶ the plan's frames ─▶ pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from tubelet.errors import TubeletError
+from tubelet_pipeline.backbones import Backbone
+from tubelet_pipeline.datasets import resolve_uri
+from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.decoded_clip import DecodeFailure
+from tubelet_pipeline.decode.pool import DecodePool
+from tubelet_pipeline.preprocess import CropBox
+from tubelet_pipeline.replay import Replay
+from tubelet_store.reader import Store
+
+_AHEAD = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Shot:
+    """One clip, ready for the backbone.
+
+    Attributes:
+        name: The video's, for people.
+        clip: Its number in the store; None for a video file.
+        pixels: float32 [T, 3, h, w].
+        frames: uint8 [T, H, W, 3] What was decoded.
+        frame_indices: int64 [T].
+        frame_times_s: float64 [T], NaN where unknown.
+        crop: Box of the source frame that the pixels show.
+    """
+
+    name: str
+    clip: int | None
+    pixels: torch.Tensor
+    frames: NDArray[np.uint8]
+    frame_indices: NDArray[np.int64]
+    frame_times_s: NDArray[np.float64]
+    crop: CropBox
+
+
+class Footage:
+    """Decodes clips of a store, and other videos, by the store's plan.
+
+    Args:
+        store: The store.
+        backbone: That of its plan.
+        root: Data set's folder; None: where the store says it was.
+        decode: Decoder and its limits.
+
+    Raises:
+        TubeletError: the plan's sampling or views are not known here.
+    """
+
+    def __init__(
+        self, store: Store, backbone: Backbone, root: str | None = None, decode: DecodeConfig | None = None
+    ) -> None:
+        self.store, self.backbone = store, backbone
+        self._replay = Replay(store.plan, backbone)
+        known = store.state.provenance.get("dataset_root")
+        self._root = root if root is not None else str(known) if known is not None else None
+        self._decode = decode or DecodeConfig()
+
+    @property
+    def root(self) -> str:
+        """Folder of the data set.
+
+        Raises:
+            TubeletError: nobody said where it is.
+        """
+        if self._root is None:
+            raise TubeletError(f"{self.store.url} does not say where its videos are", "Give their folder as root")
+        return self._root
+
+    def clips(self, clips: Sequence[int]) -> Iterator[Shot]:
+        """Clips of the store, in order.
+
+        Raises:
+            TubeletError: there is no such clip, its video cannot be read, or it has other frames than when the store
+                was made.
+        """
+        for clip in clips:
+            if not 0 <= clip < self.store.plan.clips:
+                raise TubeletError(
+                    f"{self.store.url} has no clip {clip}", f"Its clips are 0 to {self.store.plan.clips - 1}"
+                )
+        rows = self.store.clips().take(pa.array([int(clip) for clip in clips], pa.int64()))
+        wanted = rows["frame_indices"].to_pylist()
+        sources = [resolve_uri(self.root, uri) for uri in rows["uri"].to_pylist()]
+        shots = self._shots(sources, rows["view"].to_pylist(), rows["video_id"].to_pylist(), list(clips))
+        for shot, indices in zip(shots, wanted, strict=True):
+            if indices is not None and shot.frame_indices.tolist() != indices:
+                raise TubeletError(
+                    f"{shot.name} has other frames than when {self.store.url} was made", "Give the same videos as root"
+                )
+            yield shot
+
+    def videos(self, paths: Sequence[str]) -> Iterator[Shot]:
+        """Other videos, the first view of each.
+
+        Raises:
+            TubeletError: a video cannot be read.
+        """
+        names = [path.rstrip("/").rpartition("/")[2] for path in paths]
+        yield from self._shots(list(paths), [0] * len(paths), names, [None] * len(paths))
+
+    def _shots(
+        self, sources: list[str], views: list[int], names: list[str], clips: Sequence[int | None]
+    ) -> Iterator[Shot]:
+        requests = [self._replay.request(source, view) for source, view in zip(sources, views, strict=True)]
+        with DecodePool(self._decode) as pool:
+            results = pool.map_ordered(requests, prefetch=_AHEAD)
+            for source, view, name, clip, result in zip(sources, views, names, clips, results, strict=True):
+                if isinstance(result, DecodeFailure):
+                    raise TubeletError(
+                        f"{source} cannot be read: {result}", "Check the path; `ffprobe` says more of a damaged file"
+                    )
+                pixels, crop = self._replay.pixels(result, view)
+                yield Shot(
+                    name=str(name),
+                    clip=None if clip is None else int(clip),
+                    pixels=pixels,
+                    frames=result.frames,
+                    frame_indices=result.frame_indices,
+                    frame_times_s=result.timestamps_s,
+                    crop=crop,
+                )

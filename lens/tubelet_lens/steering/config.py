@@ -1,0 +1,70 @@
+"""Configuration of `tubelet edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tubelet.config import Config
+from tubelet_lens.steering.operation import Operation, Suppress
+from tubelet_lens.steering.region import Region
+from tubelet_pipeline.decode.config import DecodeConfig
+
+
+class ChangeConfig(Config):
+    """One latent, what is done to it, and where."""
+
+    latent: int = Field(ge=0)
+    """Its number."""
+    operation: Operation = Suppress()
+    """What is done to its activation f."""
+    where: Region = Region()
+    """Part of the clip in which it is done."""
+
+
+class EditConfig(ChangeConfig):
+    """Latents changed in the running backbone on some clips, and what changes after them."""
+
+    run: Path
+    """Folder of a training run, with `sae.json`."""
+    store: str
+    """Store of the same backbone: says how videos are read, how strongly latents fire, and what classes there are."""
+    videos: tuple[str, ...] = ()
+    """Video files (paths or URLs)."""
+    clips: tuple[int, ...] = ()
+    """Clips of the store, whose videos are read again."""
+    also: tuple[ChangeConfig, ...] = ()
+    """Further changes, made together with the first."""
+    root: str | None = None
+    """Folder of the store's data set; none: where the store says it was."""
+    checkpoint: str | None = None
+    """Hub id or folder of the backbone; none: what the store calls it."""
+    later: tuple[Path, ...] = ()
+    """Runs of SAEs on later hooks of the same backbone, whose latents are watched."""
+    probe_clips: int = Field(default=256, ge=0)
+    """Fit a probe on at most this many labelled clips, where the checkpoint has no classifier; 0: no probe."""
+    usage_clips: int = Field(default=64, ge=1)
+    """Clips of the store on which each latent's largest activation is taken."""
+    controls: int = Field(default=16, ge=1)
+    """Random latents, and as many random directions, to compare with."""
+    seed: int = 0
+    """Draws them."""
+    out: Path | None = None
+    """Folder for edit.json and edit.html; none: `edits/latent-N` inside the run."""
+    decode: DecodeConfig = DecodeConfig(processes=1)
+    """Decoder and its limits."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: CUDA if there is one."""
+
+    @model_validator(mode="after")
+    def _some_clip(self) -> EditConfig:
+        if not self.videos and not self.clips:
+            raise ValueError("neither videos nor clips say what to edit")
+        return self
+
+    @property
+    def changes(self) -> tuple[ChangeConfig, ...]:
+        """All changes, the first one first."""
+        return (ChangeConfig(latent=self.latent, operation=self.operation, where=self.where), *self.also)

@@ -1,0 +1,146 @@
+"""What single latents do to the classes that the running backbone gives: each switched off alone.
+
+    fit side's probe ─▶ the most important latents
+    running backbone, test side: x' = x - f_j d_j ─▶ readout ─▶ mean change of each class's logit, beside a random
+    direction with steps of the same length
+
+The rows become `effects.parquet`, which the gallery shows on the latents' pages (science note 1.8, level ii [RECON]).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tubelet_lens.metrics.ablation_curve import ranked
+from tubelet_lens.metrics.class_ranking import rank_latents
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.results.effect_table import LatentEffect
+from tubelet_lens.results.section import Figure, Section
+from tubelet_lens.steering.backbone_session import Running
+from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
+from tubelet_lens.steering.operation import Suppress
+from tubelet_pipeline.backbones import rewriting
+from tubelet_pipeline.backbones.rewrite import Rewrite
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What one latent does.
+
+    Attributes:
+        latent: Its number.
+        own_C: float64 Mean change of each class's logit when it is switched off, over the clips on which it fires.
+        random_C: float64 The same with steps of the same length along a random direction.
+        clips: On how many clips it fires.
+    """
+
+    latent: int
+    own_C: NDArray[np.float64]
+    random_C: NDArray[np.float64]
+    clips: int
+
+
+def changes(running: Running, fires_NL: NDArray[np.bool_], latents: NDArray[np.int64], seed: int) -> list[Change]:
+    """Switch each of `latents` off on every patch token of the clips of `running`.
+
+    Args:
+        running: With a readout.
+        fires_NL: Clips on which each of them fires; one that fires on none is left out.
+        latents: [L]
+        seed: Draws the directions.
+    """
+    before = running.logits()
+
+    def change(rewrite: Rewrite, chosen_N: NDArray[np.bool_]) -> NDArray[np.float64]:
+        with rewriting(running.backbone, running.hook, rewrite):
+            moved: Tensor = running.logits().double() - before.double()
+        mean_C: NDArray[np.float64] = moved.numpy()[chosen_N].mean(0)
+        return mean_C
+
+    found = []
+    for latent, fires_N in zip(latents.tolist(), fires_NL.T, strict=True):
+        if fires_N.any():
+            off = LatentEdits(running.sae, [Edit(latent, Suppress())])
+            random = RandomDirection(off, seed * 1_000_003 + latent)
+            found.append(Change(latent, change(off, fires_N), change(random, fires_N), int(fires_N.sum())))
+    return found
+
+
+def latent_effects(clips: ClipSetting) -> ClipResult | None:
+    """The section and the rows; None without a running backbone, something to read it by, or a latent that fires."""
+    running = clips.running
+    if running is None or running.readout is None or not running.config.effects:
+        return None
+    codes_NF = clips.test.pooled["sae"].mean_NF[running.rows]
+    ranking = rank_latents(clips)
+    if ranking is not None:
+        order, which = (
+            ranked(ranking.importance_F, ranking.alive_F),
+            "most important to a probe of the codes among those that fire there",
+        )
+    else:
+        size_F = np.abs(codes_NF).mean(axis=0, dtype=np.float64)
+        order, which = ranked(size_F, size_F > 0), "most active there"
+    latents = order[(codes_NF[:, order] != 0).any(axis=0)][: running.config.effects]
+    found = changes(running, codes_NF[:, latents] != 0, latents, clips.config.seed)
+    if not found:
+        return None
+    rows = [row for change in found for row in _rows(change, running, running.readout.what, running.readout.classes)]
+    return ClipResult(_section(found, running, running.readout.what, which), effects=tuple(rows))
+
+
+def _rows(change: Change, running: Running, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:
+    definition = (
+        f"Switched off (f' = 0) on every patch token at {running.hook} of the running backbone, what the SAE does not "
+        f"explain kept: mean change of the class's logit over the {change.clips:,} of {len(running.rows):,} test clips "
+        f"on which the latent fires. Classes are read by {what}. Steps of the same length along a random direction "
+        f"change no class's logit by more than {np.abs(change.random_C).max():.3g}."
+    )
+    return [
+        LatentEffect(change.latent, name, float(effect), definition)
+        for name, effect in zip(classes, change.own_C, strict=True)
+    ]
+
+
+def _section(found: list[Change], running: Running, what: str, which: str) -> Section:
+    how = (
+        "Of each latent the largest |mean change| among the classes' logits, over those of "
+        f"{len(running.rows):,} test clips on which it fires; mean, lowest and highest over the {len(found):,} latents "
+        f"that are {which}. Each is switched off alone (f' = 0) on every patch token at {running.hook}. Classes are "
+        f"read by {what}."
+    )
+    own = [float(np.abs(change.own_C).max()) for change in found]
+    random = [float(np.abs(change.random_C).max()) for change in found]
+    return Section(
+        name="effects",
+        title="Effects of single latents",
+        lead="How far does a class's logit move when one latent is taken out of the running backbone? The gallery "
+        "shows it latent by latent.",
+        figures=(
+            Figure(
+                name="effects.largest.sae",
+                title="Largest change of a logit",
+                value=float(np.mean(own)),
+                low=min(own),
+                high=max(own),
+                n=len(found),
+                n_of="latents",
+                definition=how,
+            ),
+            Figure(
+                name="effects.largest.random",
+                title="Largest change of a logit",
+                subject="random",
+                value=float(np.mean(random)),
+                low=min(random),
+                high=max(random),
+                n=len(found),
+                n_of="latents",
+                definition=f"The same for steps as long as the latent's on every token, in a random direction. {how}",
+            ),
+        ),
+    )

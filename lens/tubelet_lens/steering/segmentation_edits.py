@@ -1,0 +1,284 @@
+"""Segmentation edits (paper B, science note 2.4): which patches change their class when a class's latent is suppressed.
+
+    fit side   linear probe of the last tokens ─▶ class of a patch
+               latent of a class = argmax F1 over thresholds, among latents that fire on few tokens
+    test side  the latent suppressed on every patch token, whatever the patch shows ─▶ predictions that change
+
+Not as in the published script: thresholds see unclamped codes, the SAE gets activations in the units it was trained on,
+and the ground truth of the patches that are edited is never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tubelet_lens.inputs.partition import partition
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, Side
+from tubelet_lens.results.section import Figure
+from tubelet_lens.stats.probe import Probe, choose_penalty, fit_probe
+from tubelet_lens.steering.backbone_session import Running
+from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
+from tubelet_lens.steering.clip_source import Footage
+from tubelet_lens.steering.patch_labels import BACKGROUND, CLASSES, NONE, Described, has_masks, patch_labels
+from tubelet_lens.steering.readout import final_hook
+from tubelet_pipeline.backbones import rewriting
+from tubelet_pipeline.backbones.rewrite import Rewrite
+
+THRESHOLDS = (0.0, 0.1, 0.3, 1.0)
+"""A latent marks the patches on which it exceeds one of these (saev)."""
+
+# Patches of one class that the probe is fitted on; a video's patches resemble each other.
+_PATCHES_PER_CLASS = 2000
+
+# Share of the videos on which the probe's penalty is chosen.
+_VALIDATION = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """What is learnt on the fit side.
+
+    Attributes:
+        probe: Class of a patch from its last token.
+        latent_of: Best latent of each class but the background.
+        f1_of: Its F1.
+        largest_F, mean_F: Of the codes there.
+    """
+
+    probe: Probe
+    latent_of: dict[int, int]
+    f1_of: dict[int, float]
+    largest_F: NDArray[np.float64]
+    mean_F: NDArray[np.float64]
+
+
+class Marks:
+    """How well each latent marks each class, over thresholds: counts, streamed."""
+
+    def __init__(self, latents: int, classes: int) -> None:
+        self._hits = torch.zeros(len(THRESHOLDS), latents, classes, dtype=torch.float64)
+        self._marked = torch.zeros(len(THRESHOLDS), latents, dtype=torch.float64)
+        self._support_C = torch.zeros(classes, dtype=torch.float64)
+        self._fired_F = torch.zeros(latents, dtype=torch.float64)
+        self._size_F = torch.zeros(latents, dtype=torch.float64)
+        self.largest_F = torch.zeros(latents, dtype=torch.float64)
+        self._tokens = 0
+
+    def add(self, codes_NF: Tensor, label_N: NDArray[np.int64]) -> None:
+        """Tokens with their labels; those without count in frequencies only."""
+        codes_NF = codes_NF.cpu().double()
+        self._fired_F += (codes_NF != 0).sum(0)
+        self._size_F += codes_NF.abs().sum(0)
+        self.largest_F = torch.maximum(self.largest_F, codes_NF.amax(0))
+        self._tokens += len(codes_NF)
+        clear = torch.from_numpy(label_N != NONE)
+        truth = torch.nn.functional.one_hot(torch.from_numpy(label_N)[clear], self._hits.shape[2]).double()
+        self._support_C += truth.sum(0)
+        for place, threshold in enumerate(THRESHOLDS):
+            above = (codes_NF[clear] > threshold).double()
+            self._hits[place] += above.T @ truth
+            self._marked[place] += above.sum(0)
+
+    @property
+    def mean_F(self) -> Tensor:
+        """float64 [F] Mean |f| over all tokens."""
+        return self._size_F / max(self._tokens, 1)
+
+    def best(self, max_frequency: float) -> tuple[dict[int, int], dict[int, float]]:
+        """Latent of each class but the background, and its F1; classes that no latent marks are left out."""
+        both = self._marked[:, :, None] + self._support_C
+        f1_FC = (2 * self._hits / both.clamp_min(1)).amax(0)
+        usable_F = (self._fired_F > 0) & (self._fired_F < max_frequency * self._tokens)
+        f1_FC = torch.where(usable_F[:, None], f1_FC, torch.zeros_like(f1_FC))
+        found = {
+            number: int(f1_FC[:, number].argmax())
+            for number in range(f1_FC.shape[1])
+            if number != BACKGROUND and float(f1_FC[:, number].max()) > 0
+        }
+        return found, {number: float(f1_FC[latent, number]) for number, latent in found.items()}
+
+
+def segmentation_edits(clips: ClipSetting) -> ClipResult | None:
+    """The rates; None without a running backbone, a fit side or masks of both sides' videos."""
+    running = clips.running
+    if running is None or running.footage is None or clips.fit is None:
+        return None
+    config, test = running.config, clips.test
+    fit_root, test_root = running.footage.root, running.test_footage.root
+    videos = ((fit_root, clips.fit.videos[running.fit_rows[0]]), (test_root, test.videos[running.rows[0]]))
+    if not all(has_masks(root, str(video)) for root, video in videos):
+        return None
+    fit = _fit(running, running.footage, clips.fit, clips.config.seed)
+    labels = [
+        patch_labels(
+            test_root, _described(test, row), shot, running.backbone.grid, config.masks, config.label_threshold
+        )
+        for row, shot in zip(running.rows, running.shots, strict=True)
+    ]
+    label_N = np.concatenate([each.ravel() for each in labels])
+    clear_N = label_N != NONE
+    hook = final_hook(running.backbone)
+
+    def predict(rewrite: Rewrite | None) -> NDArray[np.int64]:
+        found = []
+        for batch in running.batches():
+            with rewriting(running.backbone, running.hook, rewrite or (lambda _tokens: None)):
+                tokens = running.backbone.activations(batch, [hook])[hook].tokens
+            found.append(_classes(fit.probe, tokens.float().flatten(0, 2).cpu().numpy()))
+        return np.concatenate(found)[clear_N]
+
+    before = predict(None)
+    if not fit.latent_of or not len(before):
+        return None
+    found = edit_classes(
+        predict,
+        running.sae,
+        fit.latent_of,
+        largest_F=fit.largest_F,
+        mean_F=fit.mean_F,
+        strengths=config.strengths,
+        draws=config.control_draws,
+        seed=clips.config.seed,
+    )
+    names = CLASSES[config.masks]
+    chosen = ", ".join(f"{names[number]} {latent}" for number, latent in fit.latent_of.items())
+    how = (
+        f"Patches are classed by {config.masks} with a linear probe of the tokens at {hook}, fitted on up to "
+        f"{_PATCHES_PER_CLASS:,} patches per class of the fit side, its penalty chosen on {_VALIDATION:.0%} of the "
+        "videos there; only patches that one class covers to "
+        f"{config.label_threshold:.0%} or more count, on both sides. A class's latent has the largest F1 over the "
+        f"thresholds {', '.join(f'{t:g}' for t in THRESHOLDS)} among those that fire on less than "
+        f"{config.max_frequency:.0%} of the fit side's tokens; the background is not edited ({chosen})."
+    )
+    truth = label_N[clear_N]
+    extra = (
+        Figure(
+            name="segmentation_edits.accuracy",
+            title="Patches classed rightly, before",
+            value=float((before == truth).mean()),
+            n=len(truth),
+            n_of="patches",
+            definition=f"Share of the test side's clear patches whose class the probe gives. {how}",
+            style="percent",
+            better="high",
+        ),
+        Figure(
+            name="segmentation_edits.iou",
+            title="Mean IoU of the classes, before",
+            value=_mean_iou(before, truth),
+            n=len(np.unique(truth)),
+            n_of="classes",
+            definition="Intersection over union of predicted and true patches, mean over the classes that occur on the "
+            "test side, background included.",
+            better="high",
+        ),
+        Figure(
+            name="segmentation_edits.f1",
+            title="F1 of the class's latent",
+            value=float(np.mean(list(fit.f1_of.values()))),
+            low=min(fit.f1_of.values()),
+            high=max(fit.f1_of.values()),
+            n=len(fit.f1_of),
+            n_of="classes",
+            definition=f"On the fit side, mean over the classes, with the lowest and highest of them. {how}",
+            better="high",
+        ),
+    )
+    section = class_edit_section(
+        found,
+        name="segmentation_edits",
+        title="Segmentation edits",
+        lead="Does suppressing the latent of a class in the running backbone take that class, and it alone, out of the "
+        "picture?",
+        units="patches",
+        how=how,
+        extra=extra,
+    )
+    return ClipResult(section)
+
+
+def _described(side: Side, row: int) -> Described:
+    template, caption = side.label_names[row], side.captions[row]
+    return Described(
+        str(side.videos[row]), None if template is None else str(template), None if caption is None else str(caption)
+    )
+
+
+def _fit(running: Running, footage: Footage, side: Side, seed: int) -> _Fit:
+    config, grid = running.config, running.backbone.grid
+    hook, classes = final_hook(running.backbone), len(CLASSES[config.masks])
+    marks, rng = Marks(running.sae.latents, classes), np.random.default_rng(seed)
+    tokens: list[NDArray[np.float32]] = []
+    truth: list[NDArray[np.int64]] = []
+    kept_of: list[int] = []
+    numbers = [int(clip) for clip in side.clips[running.fit_rows]]
+    for place, shot in enumerate(footage.clips(numbers)):
+        described = _described(side, int(running.fit_rows[place]))
+        label_N = patch_labels(footage.root, described, shot, grid, config.masks, config.label_threshold).ravel()
+        got = running.backbone.activations(shot.pixels[None], [running.hook, hook])
+        with torch.no_grad():
+            marks.add(running.sae.encode(got[running.hook].tokens[0].float().flatten(0, 1)), label_N)
+        # A share of each class's patches of every clip, so that late clips count as early ones do.
+        kept = _share(label_N, classes, _PATCHES_PER_CLASS / len(numbers), rng)
+        tokens.append(got[hook].tokens[0].float().flatten(0, 1).cpu().numpy()[kept])
+        truth.append(label_N[kept])
+        kept_of.append(len(kept))
+    rows_ND, class_N = np.concatenate(tokens), np.concatenate(truth)
+    validation_N = validation_rows(side.videos[running.fit_rows].tolist(), kept_of, seed)
+    device = running.backbone.device
+    penalty = choose_penalty(rows_ND, class_N, validation_N, classes, (1e-4, 1e-3, 1e-2), device)
+    latent_of, f1_of = marks.best(config.max_frequency)
+    return _Fit(
+        probe=fit_probe(rows_ND, class_N, classes, penalty, device),
+        latent_of=latent_of,
+        f1_of=f1_of,
+        largest_F=marks.largest_F.numpy(),
+        mean_F=marks.mean_F.numpy(),
+    )
+
+
+def validation_rows(videos: Sequence[str], rows: Sequence[int], seed: int) -> NDArray[np.bool_]:
+    """bool [sum of `rows`]: patches on which the penalty is chosen, those of a fifth of the videos.
+
+    Clips of one video show the same things, so all of them are on one side.
+
+    Args:
+        videos: [K] Video of each clip.
+        rows: [K] Patches kept of each.
+        seed: Draws the videos.
+    """
+    chosen_K = partition(videos, validation=_VALIDATION, ranking=0, seed=seed).validation
+    return np.repeat(chosen_K, rows)
+
+
+def _share(label_N: NDArray[np.int64], classes: int, each: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Tokens kept of one clip: of a class that fills it about `each` times as many as videos show the class."""
+    kept = []
+    for number in range(classes):
+        of_class = np.flatnonzero(label_N == number)
+        # Every video shows the background, few show a given object.
+        most = max(1, round(each if number == BACKGROUND else each * classes))
+        kept.append(rng.permutation(of_class)[:most])
+    return np.concatenate(kept)
+
+
+def _classes(probe: Probe, rows_ND: NDArray[np.float32]) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = probe.model.logits(probe.basis.coordinates(rows_ND)).argmax(1).cpu().numpy()
+    return found
+
+
+def _mean_iou(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
+    return float(
+        np.mean(
+            [
+                ((found == number) & (truth == number)).sum() / ((found == number) | (truth == number)).sum()
+                for number in np.unique(truth)
+            ]
+        )
+    )

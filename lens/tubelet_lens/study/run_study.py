@@ -1,0 +1,127 @@
+"""Running a study: cells that are not done yet go to the workers; every finished one is written down at once.
+
+    cells ─▶ Dask, one cell per worker ─▶ run/, evaluation/, cell.json ─▶ tables, plots
+
+A cell that fails is listed with its reason; the others go on. A killed study continues: training from its last
+checkpoint, finished cells not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, as_completed
+from rich.progress import Progress
+
+from tubelet.config import validate
+from tubelet.errors import TubeletError
+from tubelet_lens.config import EvaluateConfig
+from tubelet_lens.study.cells import Cell, cells
+from tubelet_lens.study.config import StudyConfig
+from tubelet_lens.study.write_study import write_results
+from tubelet_pipeline.cluster import connect
+from tubelet_trainer.config import TrainConfig
+
+# A worker may have several threads; what the verbs print is caught for the whole process.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """What became of the grid."""
+
+    cells: int
+    done_before: int
+    failures: dict[str, str]
+    """Reason by name of the cell."""
+    page: Path | None
+    """The page of tables and plots; None where no cell is done."""
+
+
+def study(config: StudyConfig) -> StudySummary:
+    """Do every cell that is not done, then write tables and plots over all that are.
+
+    Raises:
+        TubeletError: a store cannot be opened, the settings do not fit, or a cell's folder holds something else.
+    """
+    grid = cells(config)
+    for cell in grid:
+        if cell.stale:
+            raise TubeletError(
+                f"{cell.folder} holds this cell made with other settings or on other stores",
+                "Choose another --out, or remove that folder",
+            )
+    todo = [cell for cell in grid if not cell.done]
+    failures = _run(config, todo) if todo else {}
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "failures.json").write_text(json.dumps(failures, indent=2) + "\n")
+    done = [cell for cell in grid if cell.done]
+    page = write_results(config, done, failures) if done else None
+    return StudySummary(len(grid), len(grid) - len(todo), failures, page)
+
+
+def _run(config: StudyConfig, todo: Sequence[Cell]) -> dict[str, str]:
+    failures: dict[str, str] = {}
+    with connect(config.cluster, tasks_per_worker=1) as client, Progress() as progress:
+        task = progress.add_task("Cells", total=len(todo))
+        futures = {_submit(client, config, cell): cell for cell in todo}
+        for future in as_completed(futures):
+            cell = futures[future]
+            error = future.exception()
+            if error is not None:
+                failures[cell.name] = " ".join(str(error).split()) or type(error).__name__
+                progress.console.print(f"{cell.name} failed: {failures[cell.name]}")
+            progress.advance(task)
+            future.release()
+    return failures
+
+
+def _submit(client: Client, config: StudyConfig, cell: Cell) -> Any:
+    return client.submit(
+        run_cell,
+        cell.train.model_dump(mode="json"),
+        cell.evaluate.model_dump(mode="json"),
+        str(cell.folder),
+        cell.digest,
+        config.cluster.threads,
+        key=f"cell-{cell.digest[:24]}",
+        retries=config.retries,
+        resources=config.cluster.resources or None,
+        pure=False,
+    )
+
+
+def run_cell(train_tree: dict[str, Any], evaluate_tree: dict[str, Any], folder: str, digest: str, threads: int) -> str:
+    """Train and evaluate one cell; runs on a worker. What the verbs would print goes to `cell.log`."""
+    import torch
+
+    from tubelet_lens.evaluate import evaluate
+    from tubelet_trainer.run.loop import train
+
+    torch.set_num_threads(threads)
+    there = Path(folder)
+    there.mkdir(parents=True, exist_ok=True)
+    (there / "begun.json").write_text(json.dumps({"digest": digest}) + "\n")
+    evaluate_config = validate(EvaluateConfig, evaluate_tree, "the study")
+    with (
+        _ONE_AT_A_TIME,
+        (there / "cell.log").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        train(validate(TrainConfig, train_tree, "the study"))
+        assert evaluate_config.out is not None
+        evaluate(evaluate_config).write(evaluate_config.out)
+    mark = there / "cell.json.part"
+    mark.write_text(json.dumps({"digest": digest, "train": train_tree, "evaluate": evaluate_tree}, indent=2) + "\n")
+    mark.replace(there / "cell.json")
+    # Only the SAE itself is needed from here on: checkpoints hold the optimiser's state and the order of the tokens.
+    shutil.rmtree(there / "run" / "checkpoints", ignore_errors=True)
+    return folder

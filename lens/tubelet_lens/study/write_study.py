@@ -1,0 +1,112 @@
+"""What a study writes: tables (markdown, CSV), plots (PNG) and one page that shows them all.
+
+study.html · study.md · tables/NAME.csv · plots/NAME.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tubelet_lens.results.evaluation import Evaluation
+from tubelet_lens.study.cells import Cell
+from tubelet_lens.study.config import StudyConfig
+from tubelet_lens.study.derived import equal_time_figures
+from tubelet_lens.study.questions import QUESTIONS
+from tubelet_lens.study.seed_figures import figures_over_seeds
+from tubelet_lens.study.study_plots import curves, pareto
+from tubelet_lens.study.table import Table, table
+
+_CURVES = (
+    ("coherence.lags", "Autocorrelation against distance in time", "coherence"),
+    (
+        "ablation.curve",
+        "Accuracy as latents are taken away, most important first (dotted: random)",
+        "ablation",
+    ),
+    (
+        "backbone_ablation.curve",
+        "The same with latents switched off in the running backbone",
+        "backbone",
+    ),
+    (
+        "monosemanticity.distribution",
+        "Monosemanticity of the latents in ascending order (dashed: raw dimensions)",
+        "interpretability",
+    ),
+    ("scope.spatial_distribution", "How far latents follow a shifted view, in space", "scope"),
+    ("scope.temporal_distribution", "How far latents follow a shifted window, in time", "scope"),
+)
+"""Curves of the evaluations that are drawn over all variants: name, title, question."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One image of the page."""
+
+    file: str
+    title: str
+    question: str
+
+
+def write_results(config: StudyConfig, done: Sequence[Cell], failures: Mapping[str, str]) -> Path:
+    """Write tables, plots and the page over the finished cells; the page's path."""
+    evaluations = {cell.name: cell.evaluation() for cell in done}
+    more = equal_time_figures(done, evaluations)
+    of_seeds = figures_over_seeds(done)
+    tables = [
+        found
+        for question in QUESTIONS
+        if (found := table(question, config, done, evaluations, more, of_seeds)) is not None
+    ]
+    plots = _plots(config, done, evaluations)
+    for one in tables:
+        path = config.out / "tables" / f"{one.question.name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(one.csv())
+    (config.out / "study.md").write_text(_markdown(tables, plots, failures))
+    environment = Environment(
+        loader=PackageLoader("tubelet_lens"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = config.out / "study.html"
+    page.write_text(
+        environment.get_template("study.html").render(
+            tables=tables,
+            plots=plots,
+            failures=failures,
+            cells=len(done),
+            seeds=config.seeds,
+            sources=config.sources,
+        )
+    )
+    return page
+
+
+def _plots(config: StudyConfig, done: Sequence[Cell], evaluations: Mapping[str, Evaluation]) -> list[Plot]:
+    folder = config.out / "plots"
+    plots = []
+    if pareto(done, evaluations, folder / "pareto.png"):
+        plots.append(Plot("plots/pareto.png", "Reconstruction against coherence", "coherence"))
+    for name, title, question in _CURVES:
+        file = f"{name.replace('.', '_')}.png"
+        if curves(done, evaluations, name, folder / file):
+            plots.append(Plot(f"plots/{file}", title, question))
+    return plots
+
+
+def _markdown(tables: Sequence[Table], plots: Sequence[Plot], failures: Mapping[str, str]) -> str:
+    parts = []
+    for one in tables:
+        parts.append(f"## {one.question.title}\n\n{one.question.lead}\n\n{one.markdown()}")
+        parts += [f"![{plot.title}]({plot.file})\n" for plot in plots if plot.question == one.question.name]
+    if failures:
+        listed = "\n".join(f"- {name}: {reason}" for name, reason in failures.items())
+        parts.append(f"## Cells that failed\n\n{listed}\n")
+    return "\n".join(parts)

@@ -1,0 +1,97 @@
+"""The clip table: one row per clip to extract, in the order the store keeps for ever.
+
+A video gives one clip per window in time and view of it; its clips are neighbours. Paths are relative to the data set's
+root, so that the same data set at two places gives the same table, and the same digest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from tubelet.errors import TubeletError
+from tubelet_pipeline.datasets import folder, kinetics, ssv2
+from tubelet_pipeline.datasets.config import Folder, Kinetics, Ssv2
+from tubelet_pipeline.sampling import DenseSampling, UniformSampling
+from tubelet_pipeline.views import CentreView, ShiftedViews, ThreeCrops, locate, views_per_window
+from tubelet_store.clip_table import PLANNED
+
+_MISSING = b"tubelet.missing_videos"
+_OF_VIDEO = ("video_id", "uri", "label", "label_name", "caption", "split")
+_ONE_CROP = CentreView()
+
+
+@dataclass(frozen=True)
+class MissingVideos:
+    """Videos that the annotations name and the listing of the root does not hold. They fail as `missing` when decoded.
+
+    Attributes:
+        count: Videos, not clips.
+        examples: Paths of the first three.
+    """
+
+    count: int
+    examples: tuple[str, ...]
+
+
+def build_clip_table(
+    dataset: Ssv2 | Kinetics | Folder,
+    sampling: DenseSampling | UniformSampling,
+    views: CentreView | ThreeCrops | ShiftedViews = _ONE_CROP,
+) -> pa.Table:
+    """Clips of `dataset`, `sampling.clips` windows per video and `views` of each, with the store's planned columns.
+
+    Videos that are annotated but not there keep their rows; `missing_videos` tells how many there are.
+
+    Raises:
+        TubeletError: the data set cannot be read as its `kind` says, or holds no video.
+    """
+    if isinstance(dataset, Ssv2):
+        videos, root = ssv2.list_videos(dataset)
+    elif isinstance(dataset, Kinetics):
+        videos, root = kinetics.list_videos(dataset)
+    else:
+        videos, root = folder.list_videos(dataset)
+    if not videos:
+        raise TubeletError(f"The annotations of {dataset.root} name no video of this split", "Check dataset.split")
+    known = set(root.videos)
+    # Paths outside the root were not listed; they are met when decoded.
+    absent = [video.uri for video in videos if video.uri not in known and not _is_outside(video.uri)]
+    if absent:
+        logging.getLogger(__name__).warning(
+            "%d of %d annotated videos are not under %s (first: %s)", len(absent), len(videos), root.url, absent[0]
+        )
+    of_video = [vars(locate(views, number)) for number in range(sampling.clips * views_per_window(views))]
+    repeated = pa.table(
+        {
+            "video_id": [video.video_id for video in videos],
+            "uri": [video.uri for video in videos],
+            "label": [video.label for video in videos],
+            "label_name": [video.label_name for video in videos],
+            "caption": [video.caption for video in videos],
+            "split": [video.split for video in videos],
+        },
+        schema=pa.schema([PLANNED.field(name) for name in _OF_VIDEO]),
+    ).take(np.repeat(np.arange(len(videos)), len(of_video)))
+    columns = {name: repeated[name] for name in repeated.column_names}
+    columns["clip"] = pa.array(np.arange(repeated.num_rows, dtype=np.int64))
+    columns["view"] = pa.array(np.tile(np.arange(len(of_video), dtype=np.int16), len(videos)))
+    for name in of_video[0]:
+        once = pa.array([view[name] for view in of_video], PLANNED.field(name).type)
+        columns[name] = once.take(np.tile(np.arange(len(of_video)), len(videos)))
+    table = pa.table({name: columns[name] for name in PLANNED.names}, schema=PLANNED)
+    return table.replace_schema_metadata({_MISSING: json.dumps({"count": len(absent), "examples": absent[:3]})})
+
+
+def missing_videos(table: pa.Table) -> MissingVideos:
+    """What `build_clip_table` did not find."""
+    found = json.loads(table.schema.metadata[_MISSING])
+    return MissingVideos(found["count"], tuple(found["examples"]))
+
+
+def _is_outside(uri: str) -> bool:
+    return uri.startswith("/") or "://" in uri

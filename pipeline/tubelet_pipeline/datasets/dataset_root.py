@@ -1,0 +1,123 @@
+"""A data set's root, local or remote: its files in one listing, its annotation files as text.
+
+Nothing asks about single files: on object storage each such question is a request.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import PurePosixPath
+
+import fsspec
+
+from tubelet.errors import TubeletError
+
+VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
+
+
+class Root:
+    """The folder `url`.
+
+    Raises:
+        TubeletError: there is no such folder.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = resolved(url)
+        try:
+            self._filesystem, self._path = fsspec.core.url_to_fs(self.url)
+            exists = self._filesystem.isdir(self._path)
+        except Exception as error:  # each storage has its own errors; all mean that the root cannot be read
+            raise TubeletError(
+                f"Data set root {url} cannot be read: {type(error).__name__}: {error}",
+                "Check the URL and the credentials in the environment",
+            ) from error
+        if not exists:
+            raise TubeletError(f"Data set root {url} is not a folder", "Set dataset.root to the folder of the videos")
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Every file below the root but hidden ones, relative to it, sorted."""
+        if "://" in self.url:
+            prefix = self._path.rstrip("/") + "/"
+            found = [path.removeprefix(prefix) for path in self._filesystem.find(self._path)]
+        else:
+            found = list(_walk(self.url))
+        return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
+
+    @cached_property
+    def videos(self) -> list[str]:
+        """The video files among `files`, by suffix."""
+        return [path for path in self.files if path.lower().endswith(VIDEO_SUFFIXES)]
+
+    @cached_property
+    def by_stem(self) -> dict[str, str]:
+        """First of `videos` for each file name without suffix."""
+        stems: dict[str, str] = {}
+        for path in self.videos:
+            stems.setdefault(stem(path), path)
+        return stems
+
+    def require_videos(self) -> list[str]:
+        """`videos`, of which there must be some."""
+        if not self.videos:
+            raise TubeletError(
+                f"No video files under {self.url}",
+                f"Check dataset.root; extensions looked for: {', '.join(VIDEO_SUFFIXES)}",
+            )
+        return self.videos
+
+    def read_text(self, path: str) -> str:
+        """Text of `path`, relative to the root, or whole."""
+        try:
+            with fsspec.open(resolve_uri(self.url, path), "r", encoding="utf-8-sig") as file:
+                content: str = file.read()
+        except FileNotFoundError as error:
+            raise TubeletError(f"There is no annotation file {path} under {self.url}", "Check the path") from error
+        except UnicodeDecodeError as error:
+            raise TubeletError(f"Annotation file {path} is not UTF-8 text", "Check the path") from error
+        return content
+
+
+def resolved(url: str) -> str:
+    """`url` without file://, ~ or a trailing slash; a local path absolute."""
+    if "://" in url and not url.startswith("file://"):
+        return url.rstrip("/")
+    return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+
+
+def resolve_uri(root: str, uri: str) -> str:
+    """Where a clip table's `uri` lies, given its data set's root: what a decoder opens."""
+    if "://" in uri or uri.startswith("/"):
+        return uri
+    return f"{resolved(root)}/{uri}"
+
+
+def relative_uri(root: str, uri: str) -> str:
+    """`uri` relative to `root` where it lies below it, else unchanged."""
+    return uri.removeprefix(resolved(root) + "/")
+
+
+def stem(path: str) -> str:
+    """File name of `path` without its suffix."""
+    return PurePosixPath(path).stem
+
+
+def class_name(directory: str) -> str:
+    """Class that a directory stands for: its name, spaces for underscores."""
+    return PurePosixPath(directory).name.replace("_", " ")
+
+
+def _walk(root: str) -> Iterable[str]:
+    # Class folders are often links into a shared store; a link back up must not send us round for ever.
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        prefix = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        yield from (prefix + name for name in names)

@@ -1,0 +1,114 @@
+"""The decode process: `python -m tubelet_pipeline.decode.process_main MEMFD PARENT_PID MEMORY_MB`.
+
+    stdin   one JSON line per clip: uri, backend, sampling, view, first, more
+    stdout  JSON lines: {"status": "ready"}, then per clip {"status": "using", …} and one of "ok", "failed"
+    memfd   the frames of the last "ok", from byte 0
+
+It dies with its parent, holds no more memory than it may, nor larger files, and writes libraries' noise to stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import mmap
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
+from tubelet_pipeline.decode.decoder_choice import decode
+from tubelet_pipeline.decode.local_path import local_path
+from tubelet_pipeline.frame_indices import FrameChoice, chosen_frames
+
+_PR_SET_PDEATHSIG = 1
+
+
+class FrameMemory:
+    """The anonymous file shared with the parent, grown to the largest clip so far."""
+
+    def __init__(self, fd: int, limit_bytes: int) -> None:
+        self.fd = fd
+        self.limit_bytes = limit_bytes
+
+    def allocate(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        """uint8 array of `shape`, from byte 0 of the file on.
+
+        Raises:
+            DecodeFailure: `too_large`.
+        """
+        size_bytes = int(np.prod(shape))
+        if size_bytes > self.limit_bytes:
+            raise DecodeFailure(
+                "too_large",
+                f"{shape} is {size_bytes >> 20} MiB; the limit is {self.limit_bytes >> 20} (decode.memory_mb)",
+            )
+        if os.fstat(self.fd).st_size < size_bytes:
+            os.ftruncate(self.fd, size_bytes)
+        return np.frombuffer(mmap.mmap(self.fd, size_bytes), np.uint8).reshape(shape)
+
+
+def main() -> None:
+    """Serve requests until stdin closes."""
+    memfd, parent_pid, memory_mb = map(int, sys.argv[1:])
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above
+        return
+    limit_bytes = memory_mb << 20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+    # Anonymous files are no private memory: frames for the parent, and a remote object.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def reply(**fields: object) -> None:
+        replies.write(json.dumps(fields) + "\n")
+
+    memory = FrameMemory(memfd, limit_bytes)
+    gc.freeze()
+    reply(status="ready")
+    for line in sys.stdin:
+        try:
+            reply(
+                status="ok",
+                **_header(_serve(json.loads(line), memory, lambda name: reply(status="using", decoder=name))),
+            )
+        except DecodeFailure as failure:
+            reply(status="failed", code=failure.code, message=failure.message)
+        except MemoryError as error:
+            reply(status="failed", code="memory", message=str(error) or f"more than {memory_mb} MiB (decode.memory_mb)")
+        except Exception as error:
+            reply(status="failed", code="internal", message=f"{type(error).__name__}: {error}")
+        # PyAV's containers and streams are reference cycles that hold megabytes Python does not know of.
+        gc.collect()
+
+
+def _serve(request: dict[str, Any], memory: FrameMemory, announce: Callable[[str], None]) -> DecodedClip:
+    def choose(video_frames: int) -> FrameChoice:
+        return chosen_frames(request["sampling"], video_frames, request["view"], request["first"], request["more"])
+
+    with local_path(request["uri"]) as path:
+        return decode(path, request["backend"], choose, memory.allocate, announce)
+
+
+def _header(clip: DecodedClip) -> dict[str, Any]:
+    fields = dict(vars(clip))
+    return {
+        **fields,
+        "frames": clip.frames.shape,
+        "frame_indices": clip.frame_indices.tolist(),
+        "timestamps_s": [None if np.isnan(t) else t for t in clip.timestamps_s.tolist()],
+        "fps": None if np.isnan(clip.fps) else clip.fps,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Making the data set: every video rendered and encoded by its own task, the annotation files last.
+
+A video counts as done when its file has its final name, and masks are written before it. So a run that was killed is
+continued by running it again, and the annotation files say that everything they name is there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from tubelet.errors import TubeletError
+from tubelet_pipeline.synthetic.actions import TEMPLATES
+from tubelet_pipeline.synthetic.annotations import LAYOUTS, Entry, Split, split_of, write_annotations
+from tubelet_pipeline.synthetic.config import VideosConfig
+from tubelet_pipeline.synthetic.encode import H264_MP4, VP9_WEBM, Encoding, encode
+from tubelet_pipeline.synthetic.masks import mask_path, write_masks
+from tubelet_pipeline.synthetic.render import render
+from tubelet_pipeline.synthetic.scene import scene_at
+
+SETTINGS_FILE = "tubelet-videos.yaml"
+"""Settings of the data set in this folder, which a later run must share."""
+
+ENCODINGS: dict[str, Encoding] = {e.suffix: e for e in (VP9_WEBM, H264_MP4)}
+
+
+def make_dataset(config: VideosConfig, on_video: Callable[[bool], None] = lambda _: None) -> list[Entry]:
+    """Render, encode and annotate the data set; videos that are already there are kept.
+
+    With more than one worker the calling script needs its `if __name__ == "__main__"`: processes are spawned.
+
+    Args:
+        config: What to make, and where.
+        on_video: Called after each video, with True if it was rendered and False if it was there.
+
+    Returns:
+        The entries, in the order of their index.
+
+    Raises:
+        TubeletError: the folder holds something else, or videos of other settings; a render process died.
+    """
+    _claim(config)
+    workers = min(config.workers or os.cpu_count() or 1, config.videos)
+    entries = []
+    for entry, rendered in _make_all(config, workers):
+        entries.append(entry)
+        on_video(rendered)
+    write_annotations(config.out, LAYOUTS[config.layout], entries)
+    return entries
+
+
+def _make_all(config: VideosConfig, workers: int) -> Iterator[tuple[Entry, bool]]:
+    task = partial(make_video, config)
+    if workers == 1:
+        yield from map(task, range(config.videos))
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(task, range(config.videos), chunksize=4)
+        except BrokenProcessPool as error:
+            raise TubeletError(
+                "A process that rendered videos died (out of memory, or killed)",
+                "Run the same command again: finished videos are kept; fewer --workers need less memory",
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def make_video(config: VideosConfig, index: int) -> tuple[Entry, bool]:
+    """Make video `index` unless it is there; the flag says whether it was rendered."""
+    scene = scene_at(config.seed, index, config.frames, config.height, config.width)
+    shares: dict[Split, float] = {
+        "train": 1 - config.validation_share - config.test_share,
+        "validation": config.validation_share,
+        "test": config.test_share,
+    }
+    entry = Entry(
+        index=index,
+        seed=config.seed,
+        split=split_of(index // len(TEMPLATES), shares),
+        template=scene.template,
+        placeholders=scene.placeholders,
+        duration_s=config.frames / config.fps,
+    )
+    layout = LAYOUTS[config.layout]
+    video_id, path = layout.video_id(entry), config.out / layout.video_path(entry)
+    if path.is_file() and mask_path(config.out, video_id).is_file():
+        return entry, False
+    frames_THWC, masks_THW = render(scene)
+    write_masks(config.out, video_id, masks_THW)
+    encode(path, frames_THWC, config.fps, ENCODINGS[layout.suffix])
+    return entry, True
+
+
+def _claim(config: VideosConfig) -> None:
+    """Make the folder ours, or check that it is ours and of the same settings."""
+    settings = config.out / SETTINGS_FILE
+    wanted = config.fixed()
+    if settings.is_file():
+        found = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        found = found if isinstance(found, dict) else {}
+        differing = [
+            f"{name} {found.get(name)!r} there, {wanted[name]!r} now"
+            for name in wanted
+            if found.get(name) != wanted[name]
+        ]
+        if differing:
+            raise TubeletError(
+                f"{config.out} holds videos of other settings: {'; '.join(differing)}",
+                "Choose another folder, or give the settings it was made with",
+            )
+        return
+    if config.out.exists() and not config.out.is_dir():
+        raise TubeletError(f"{config.out} is a file", "Choose a folder for the data set")
+    if config.out.is_dir() and any(config.out.iterdir()):
+        raise TubeletError(
+            f"{config.out} is not empty, and `tubelet videos` did not make what is in it", "Choose another folder"
+        )
+    config.out.mkdir(parents=True, exist_ok=True)
+    unfinished = settings.with_name(f".{SETTINGS_FILE}.{os.getpid()}")
+    unfinished.write_text(yaml.safe_dump(wanted, sort_keys=False), encoding="utf-8")
+    unfinished.replace(settings)
+
+
+def dataset_bytes(root: Path) -> int:
+    """Size of all files below `root`."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())

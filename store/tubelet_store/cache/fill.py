@@ -1,0 +1,66 @@
+"""Filling a mirror ahead of a job: `tubelet mirror`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from tubelet.errors import TubeletError, nearest
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.shard_object import ShardObject
+from tubelet_store.reader import Store
+
+# Shards fetched at once; the connections are shared, so the second only fills the gaps of the first.
+_AT_ONCE = 2
+
+
+class FillConfig(MirrorConfig):
+    """What `tubelet mirror` fetches, and where it keeps it."""
+
+    store: str
+    """URL of the store."""
+    hooks: tuple[str, ...] | None = None
+    """Hooks to fetch, e.g. `[blocks.3, blocks.6]`; none: all."""
+
+
+def wanted_shards(store: Store, hooks: tuple[str, ...] | None) -> list[ShardObject]:
+    """The shard objects of `hooks` in order, shard by shard.
+
+    Raises:
+        TubeletError: the store is local, or has no such hook.
+    """
+    if store.mirror is None:
+        raise TubeletError(f"{store.url} is local", "Only remote stores are mirrored; train from it as it is")
+    names = [hook.name for hook in store.plan.hooks]
+    for hook in hooks or ():
+        if hook not in names:
+            raise TubeletError(f"{store.url} has no hook '{hook}'", nearest(hook, names))
+    return [store.shard_object(hook, shard) for shard in store.committed for hook in hooks or names]
+
+
+def fill(store: Store, wanted: list[ShardObject]) -> Iterator[ShardObject]:
+    """Fetch `wanted` into the store's mirror as far as its budget goes; yields objects as they are there.
+
+    Raises:
+        TubeletError: an object cannot be fetched; see `Mirror.open`.
+    """
+    mirror = store.mirror
+    if mirror is None:
+        return
+    room_bytes = int(mirror.config.budget)
+    fitting: list[ShardObject] = []
+    for each in wanted:
+        room_bytes -= each.stored.size_bytes
+        if room_bytes < 0 and fitting:
+            break
+        fitting.append(each)
+
+    def fetch(each: ShardObject) -> ShardObject:
+        mirror.open(each).close()
+        return each
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            yield from pool.map(fetch, fitting)
+        finally:
+            pool.shutdown(cancel_futures=True)

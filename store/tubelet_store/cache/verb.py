@@ -1,0 +1,44 @@
+"""The verb `tubelet mirror`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tubelet.cli.main import Verb
+
+if TYPE_CHECKING:
+    from tubelet_store.cache.fill import FillConfig
+
+
+def _config() -> type[FillConfig]:
+    from tubelet_store.cache.fill import FillConfig
+
+    return FillConfig
+
+
+def _mirror(config: FillConfig) -> int:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from tubelet_store.cache.config import MirrorConfig
+    from tubelet_store.cache.fill import fill, wanted_shards
+    from tubelet_store.reader import open_store
+    from tubelet_store.store_summary import human_bytes
+
+    settings = {name: getattr(config, name) for name in MirrorConfig.model_fields}
+    store = open_store(config.store, allow_unfinished=True, mirror=MirrorConfig.model_validate(settings))
+    wanted = wanted_shards(store, config.hooks)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    count = size_bytes = 0
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("", total=sum(each.stored.size_bytes for each in wanted))
+        for each in fill(store, wanted):
+            count, size_bytes = count + 1, size_bytes + each.stored.size_bytes
+            progress.advance(bar, each.stored.size_bytes)
+    print(f"{count} of {len(wanted)} shard objects, {human_bytes(size_bytes)}, verified in {config.folder}")
+    if count < len(wanted):
+        missing = sum(each.stored.size_bytes for each in wanted) - size_bytes
+        print(f"The budget of {human_bytes(config.budget)} is reached: {human_bytes(missing)} more are wanted.")
+    return 0
+
+
+MIRROR = Verb("mirror", "Fetch a remote store's shards to this machine ahead of a job.", _config, _mirror, ("store",))

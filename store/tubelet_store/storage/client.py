@@ -1,0 +1,150 @@
+"""The interface to objects over a network, with the retries that every client shares."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet_store.storage.faults import Fault, ShortRead, detail, fault_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 10.0
+# New credentials are looked for this often per read before the user is asked.
+_RENEWALS = 2
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long one read is tried."""
+
+    attempts: int = 8
+    """Requests per read, the first included; AWS_MAX_ATTEMPTS in the environment may lower it."""
+    timeout_s: float = 30.0
+    """Silence after which a request counts as stalled and is made again."""
+
+    @property
+    def requests(self) -> int:
+        """Requests per read that the environment allows."""
+        allowed = os.environ.get("AWS_MAX_ATTEMPTS", "")
+        return min(self.attempts, int(allowed)) if allowed.isdigit() and int(allowed) else self.attempts
+
+
+class NoAccess(TubeletError):
+    """The object storage refuses the credentials."""
+
+
+class Transport(ABC):
+    """Reads the objects below one URL, by key.
+
+    Every read is tried again after faults that pass (500, 503, 409, 429, timeouts, resets, bodies cut short), and with
+    fresh credentials after they expired.
+
+    Args:
+        url: Where the objects lie.
+        patience: How often and how long to try.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, url: str, patience: Patience | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.patience = patience or Patience()
+
+    def __reduce__(self) -> tuple[type[Transport], tuple[str, Patience]]:
+        return (type(self), (self.url, self.patience))
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises FileNotFoundError, or TubeletError where it cannot be had."""
+        return self._patiently(key, lambda: self._read(key))
+
+    def read_range(self, key: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of the object, read-only. Raises as `read` does."""
+
+        def attempt() -> NDArray[np.uint8]:
+            data = self._read_range(key, start, stop)
+            if len(data) != stop - start:
+                raise ShortRead(f"{len(data)} of {stop - start} bytes came")
+            return data
+
+        return self._patiently(key, attempt)
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object, None where there is none."""
+        try:
+            return self._patiently(key, lambda: self._size(key))
+        except FileNotFoundError:
+            return None
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """Keys below `prefix` (a folder), sorted."""
+        try:
+            return sorted(self._patiently(prefix, lambda: self._list(prefix)))
+        except FileNotFoundError:
+            return []
+
+    @abstractmethod
+    def _read(self, key: str) -> bytes: ...
+
+    @abstractmethod
+    def _read_range(self, key: str, start: int, stop: int) -> NDArray[np.uint8]: ...
+
+    @abstractmethod
+    def _size(self, key: str) -> int: ...
+
+    @abstractmethod
+    def _list(self, prefix: str) -> list[str]: ...
+
+    @abstractmethod
+    def _renew(self) -> None:
+        """Build the client again, so that it looks for credentials again."""
+
+    def _patiently(self, key: str, attempt: Callable[[], T]) -> T:
+        renewals = 0
+        for number in range(1, self.patience.requests + 1):
+            try:
+                return attempt()
+            except TubeletError:
+                raise
+            except Exception as error:
+                fault = fault_of(error)
+                if fault == "missing":
+                    raise FileNotFoundError(f"{self.url}/{key}") from error
+                if fault == "other":
+                    raise
+                renewals += fault == "expired"
+                last = number == self.patience.requests
+                if fault == "denied" or last or renewals > _RENEWALS:
+                    raise self._explained(key, fault, error, number) from error
+                if fault == "expired":
+                    self._renew()
+            # Full jitter: processes that were refused together must not come back together.
+            time.sleep(random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**number)))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _explained(self, key: str, fault: Fault, error: Exception, attempts: int) -> TubeletError:
+        name, said = f"{self.url}/{key}".rstrip("/"), detail(error)
+        if fault == "expired":
+            return NoAccess(
+                f"{name}: the credentials have expired",
+                "Get new ones (a new session token in the environment, or log in to the profile again) and run the same"
+                " command again; what has arrived is kept",
+            )
+        if fault == "denied":
+            remedy = "Check the credentials (environment, profile or role) and their rights"
+            return NoAccess(f"No access to {name}: {said}", remedy)
+        return StoreUnreachable(
+            f"{name} cannot be reached ({attempts} attempts): {said}",
+            "Check the endpoint, the network and the credentials, and run the same command again",
+        )

@@ -1,0 +1,167 @@
+"""Writing objects over a network: retried, created only where nothing lies, checked on arrival.
+
+    put ─▶ HEAD: equal digest there? adopt ─▶ create-only PUT (multipart when large) ─▶ HEAD: size and digest as sent?
+
+The digest of a shard object travels in its metadata, so what lies at a key is known without reading it. Clients are
+built where they are used; their credentials come from the environment, a profile or a role and go nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet_store.digest import digest_of
+from tubelet_store.storage.client import Patience
+from tubelet_store.storage.fsspec_client import FsspecTransport
+from tubelet_store.storage.s3 import is_s3
+
+# Objects of twice this size and more go up in parts of it; four parts at a time stay in memory.
+_PART_BYTES = 32 * 2**20
+_PARTS_AT_ONCE = 4
+_READ_BYTES = 8 * 2**20
+_DIGEST = "tubelet-sha256"
+_PROBE = ".tubelet-probe"
+# Short: what a spool cannot bridge, the caller waits for.
+_PATIENCE = Patience(attempts=5)
+
+# Some servers do not say which condition failed; s3fs then gives a plain OSError.
+_EXISTS = {"PreconditionFailed", "412"}
+_NOT_IMPLEMENTED = {"NotImplemented", "501"}
+
+_log = logging.getLogger("tubelet")
+
+
+def part_count(size_bytes: int) -> int:
+    """Requests that change the store, for one object: a PUT, or the parts with their beginning and end."""
+    return 1 if size_bytes < 2 * _PART_BYTES else -(-size_bytes // _PART_BYTES) + 2
+
+
+class Uploader(FsspecTransport):
+    """Writes the objects below one URL, and reads them, through fsspec.
+
+    Args:
+        url: Where the objects lie.
+        patience: How often and how long to try; AWS_MAX_ATTEMPTS in the environment may lower it.
+    """
+
+    def __init__(self, url: str, patience: Patience = _PATIENCE) -> None:
+        super().__init__(url, patience)
+        self._is_s3 = is_s3(self.url)
+        self._conditional = True
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write the object whole, over an older one if there is one."""
+        self._patiently(key, lambda: self._files().pipe_file(self._path(key), data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write the object unless it exists; False where it did."""
+        return self._create(key, lambda mode: self._files().pipe_file(self._path(key), data, **mode))
+
+    def put_file(self, key: str, path: Path, sha256: str, over: bool = False) -> bool:
+        """Make the file's bytes the object, unless other bytes lie there.
+
+        Args:
+            key: Of the object.
+            path: Local file.
+            sha256: Hex digest of the file.
+            over: Write over whatever lies there.
+
+        Returns:
+            False where an object with other bytes lies there; it is left alone.
+
+        Raises:
+            StoreUnreachable: no try got through whole.
+        """
+        size = path.stat().st_size
+
+        def put(mode: dict[str, str]) -> None:
+            options = {"chunksize": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE, "Metadata": {_DIGEST: sha256}}
+            self._files().put_file(str(path), self._path(key), **(options if self._is_s3 else {}), **mode)
+
+        def arrived() -> bool | None:
+            found = self.size(key)
+            return None if found is None else found == size and self.digest(key) == sha256
+
+        there = None if over else arrived()
+        if there is not None:
+            return there
+        for _ in range(self.patience.requests):
+            if over:
+                self._patiently(key, lambda: put({}))
+            else:
+                mine = self._create(key, put)
+                if not mine:
+                    return bool(arrived())
+            if arrived():
+                return True
+            # Not what was sent, though the answer said so: only bytes of ours lie there, and they are no good.
+            over = True
+        raise StoreUnreachable(
+            f"{self.url}/{key} arrived damaged {self.patience.requests} times", "Check the network and the storage"
+        )
+
+    def digest(self, key: str) -> str:
+        """Hex SHA-256 of the object: from its metadata, else by reading it."""
+
+        def look() -> str:
+            stored = self._files().metadata(self._path(key)) if self._is_s3 else {}
+            for name, value in stored.items():
+                # s3fs gives names with hyphens or underscores, by version.
+                if str(name).replace("_", "-") == _DIGEST:
+                    return str(value)
+            with self._files().open(self._path(key), "rb") as file:
+                return digest_of(iter(lambda: file.read(_READ_BYTES), b"")).sha256
+
+        return self._patiently(key, look)
+
+    def probe_create(self) -> bool:
+        """Whether the server refuses to create what exists; found by trying. A server that does not is warned about."""
+        self.create(_PROBE, b"")
+        honoured = not self.create(_PROBE, b"") and self._conditional
+        # Who may write but not delete leaves an empty object behind.
+        with contextlib.suppress(PermissionError, TubeletError):
+            self._patiently(_PROBE, lambda: self._files().rm_file(self._path(_PROBE)))
+        if not honoured:
+            _log.warning(
+                "%s ignores conditional writes (If-None-Match): two jobs that write one store at once are not kept "
+                "apart. Run one at a time.",
+                self.url,
+            )
+        return honoured
+
+    def _create(self, key: str, put: Callable[[dict[str, str]], object]) -> bool:
+        def attempt() -> bool | None:
+            try:
+                put({"mode": "create"})
+            except (OSError, ValueError) as error:
+                if isinstance(error, FileExistsError) or _codes(error) & _EXISTS:
+                    return False
+                if _codes(error) & _NOT_IMPLEMENTED:
+                    return None
+                raise
+            return True
+
+        if self._conditional:
+            created = self._patiently(key, attempt)
+            if created is not None:
+                return created
+            self._conditional = False
+        if self.size(key) is not None:
+            return False
+        self._patiently(key, lambda: put({}))
+        return True
+
+
+def _codes(error: BaseException | None) -> set[str]:
+    """Codes the server gave, of `error` and what it was raised from."""
+    codes = set()
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            codes.add(str(response.get("Error", {}).get("Code")))
+        error = error.__cause__
+    return codes

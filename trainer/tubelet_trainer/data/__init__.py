@@ -1,0 +1,1 @@
+"""From stores to batches: order of tokens, windows, prefetching, pairs, mixtures."""

@@ -1,0 +1,1 @@
+"""Loss terms: reconstruction, sparsity, temporal and spatial coherence."""

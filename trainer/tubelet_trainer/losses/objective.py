@@ -1,0 +1,302 @@
+"""What training minimises: a sum of terms, each of which reports its own metrics.
+
+    tokens ─▶ Forward (pre-activations, codes, reconstruction) ─▶ term, term, ... ─▶ sum of losses, union of metrics
+
+A term is a callable that reads a `Forward` and gives a `Term`: the weighted loss and named metrics (0-dimensional
+tensors, detached, still on the device). Losses are divided by the variance of the whole data set, a constant: a
+weight means the same for every backbone and batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tubelet_trainer.data.batch import Batch
+from tubelet_trainer.optim.device_scalar import Knob
+from tubelet_trainer.run.process_group import ALONE, Ranks
+from tubelet_trainer.sae.activations import Choice
+from tubelet_trainer.sae.config import Flat
+from tubelet_trainer.sae.matryoshka import Cuts, cuts, prefix_reconstructions
+from tubelet_trainer.sae.model import SAE, Codes
+from tubelet_trainer.sae.sparse_ops import decode, largest
+
+# Steps between two looks at the number of dead latents, and the age it then has: by far enough for it to arrive, and
+# nothing beside the millions of tokens after which a latent is called dead.
+_LOOK_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One batch seen through one SAE, in normalised space."""
+
+    sae: SAE
+    x_BD: Tensor
+    pre_BF: Tensor
+    """Pre-activations; no gradient."""
+    codes: Codes
+    recon_BD: Tensor
+    dead_F: Tensor
+    """bool: latents that have not fired for long."""
+    step: int = 0
+    """Of the training, from 0."""
+    dead_bound: int | None = None
+    """At most so many latents are dead, as far as the host knows; None: any number may be."""
+    batch: Batch | None = None
+    """Where the tokens come from, and their neighbours."""
+    hook: str = ""
+    """Which of the batch's tokens they are."""
+    ranks: Ranks = ALONE
+    """Who holds the rest of the batch."""
+
+    @classmethod
+    def of(
+        cls,
+        sae: SAE,
+        x_BD: Tensor,
+        dead_F: Tensor,
+        dead_bound: int | None = None,
+        batch: Batch | None = None,
+        hook: str = "",
+        ranks: Ranks = ALONE,
+    ) -> Forward:
+        """Run `sae` on normalised tokens."""
+        pre_BF = sae.pre_activations(x_BD)
+        codes = sae.activate(x_BD, pre_BF)
+        recon_BD = sae.reconstruct(codes)
+        return cls(
+            sae, x_BD, pre_BF, codes, recon_BD, dead_F, dead_bound=dead_bound, batch=batch, hook=hook, ranks=ranks
+        )
+
+    @property
+    def whole(self) -> int:
+        """Tokens of the batch over all ranks."""
+        return len(self.x_BD) if self.batch is None else self.batch.whole
+
+    def per_token(self, local_sum: Tensor) -> Tensor:
+        """A sum over this rank's tokens as a mean over the whole batch; the gradient is of this rank's part."""
+        return self.ranks.total(local_sum) / self.whole
+
+    def spread(self, x_BD: Tensor) -> Tensor:
+        """Sum of squared distances from the mean, over the whole batch; no gradient."""
+        x_BD = x_BD.detach()
+        mean_D = x_BD.mean(dim=0) if self.ranks.size == 1 else self.ranks.sum(x_BD.sum(dim=0)) / self.whole
+        return self.ranks.sum((x_BD - mean_D).square().sum())
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the loss."""
+
+    loss: Tensor
+    """0-dimensional, weighted."""
+    metrics: Mapping[str, Tensor]
+
+
+class TermFunction(Protocol):
+    """Anything that makes a `Term` of a `Forward`."""
+
+    def __call__(self, forward: Forward) -> Term:
+        """The term's loss and metrics on one batch."""
+        ...
+
+
+class Reconstruction:
+    """mean_b ||x_b - x^_b||^2 / variance; with nesting, the weighted mean of that over all prefixes of the code.
+
+    Args:
+        variance: Mean squared distance of the data set's normalised tokens from their mean.
+    """
+
+    def __init__(self, variance: float) -> None:
+        self.variance = variance
+        self._cut: Cuts | None = None
+        self._ends, self._weights = Knob(()), Knob(())
+
+    def begin(self, sae: SAE, step: int) -> None:
+        """Draw the prefixes of step `step`."""
+        config = sae.config
+        cut = cuts(config.nesting, sae.latents, getattr(sae.sparsifier, "k", 0), config.seed, step)
+        if self._cut is None or len(cut.ends) != len(self._cut.ends):
+            self._ends, self._weights = Knob(cut.ends[:-1], torch.int64), Knob(cut.weights[:-1])
+        elif cut != self._cut:
+            self._ends.set(cut.ends[:-1])
+        self._cut = cut
+
+    def __call__(self, forward: Forward) -> Term:
+        """Metrics: `fvu` (of the batch, about the batch's mean; not a number where its tokens do not differ), `l0`."""
+        error = (forward.x_BD - forward.recon_BD).square().sum()
+        l0 = forward.per_token((forward.codes.values.detach() != 0).sum())
+        spread = forward.spread(forward.x_BD)
+        fvu = torch.where(spread > 0, forward.ranks.sum(error.detach()) / spread, torch.nan)
+        loss = forward.ranks.total(self._nested(forward, error)) / (forward.whole * self.variance)
+        return Term(loss, {"reconstruction": loss.detach(), "fvu": fvu, "l0": l0})
+
+    def _nested(self, forward: Forward, error: Tensor) -> Tensor:
+        """Weighted mean of the prefixes' squared errors; `error` is that of the whole code."""
+        sae = forward.sae
+        if isinstance(sae.config.nesting, Flat):
+            return error
+        if self._cut is None:
+            self.begin(sae, forward.step)
+        cut = self._cut
+        assert cut is not None
+        total = cut.weights[-1] * error
+        if len(cut.ends) > 1:
+            recon_BMD = prefix_reconstructions(sae, forward.codes, cut, self._ends.on(error.device))
+            errors_M = (forward.x_BD[:, None] - recon_BMD).square().sum(dim=(0, 2))
+            total = total + (errors_M * self._weights.on(error.device).to(errors_M.dtype)).sum()
+        if cut.bias_weight:
+            total = total + cut.bias_weight * (forward.x_BD - sae.b_dec).square().sum()
+        return total
+
+
+class AuxK:
+    """Dead latents learn what the living ones leave over (Gao et al. 2024, appendix A.2).
+
+    The k largest pre-activations among dead latents, through ReLU, are decoded without b_dec and compared with the
+    detached residual e = x - x^:  coef ||e - e^||^2 / ||e - mean(e)||^2, and 0 where that is not a number.
+
+    How many are looked for is decided by the host, which knows how many latents were dead some steps ago: the next
+    power of 2, at most k. Fewer dead ones leave the rest empty; more have to wait their turn for those few steps.
+
+    Args:
+        k: Dead latents per token.
+        coef: Weight.
+    """
+
+    def __init__(self, k: int, coef: float) -> None:
+        self.k = k
+        self.coef = coef
+
+    def __call__(self, forward: Forward) -> Term:
+        """Metrics: `dead` (share of latents), `auxk` (unweighted)."""
+        dead_share = forward.dead_F.float().mean()
+        width = self.width(forward, forward.sae.latents)
+        if width == 0:
+            zero = forward.x_BD.new_zeros(())
+            return Term(zero, {"dead": dead_share, "auxk": zero})
+        sae = forward.sae
+        values, indices = largest(forward.pre_BF.masked_fill(~forward.dead_F, -torch.inf), width)
+        codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(indices, values > 0))
+        residual_BD = (forward.x_BD - forward.recon_BD).detach()
+        modelled_BD = decode(codes.values, codes.indices, sae.W_dec)
+        error = forward.ranks.total((residual_BD - modelled_BD).square().sum())
+        ratio = error / forward.spread(residual_BD)
+        return self.term(ratio, dead_share, forward.dead_F.any())
+
+    def width(self, forward: Forward, latents: int) -> int:
+        """Dead latents looked for per token, of `latents`."""
+        return min(self.k, latents, latents if forward.dead_bound is None else forward.dead_bound)
+
+    def term(self, ratio: Tensor, dead_share: Tensor, any_dead: Tensor) -> Term:
+        """The term from what is left of the residual: 0 where nobody is dead, or it is not a number."""
+        ratio = torch.where(any_dead & ratio.isfinite(), ratio, 0)
+        return Term(self.coef * ratio, {"dead": dead_share, "auxk": ratio.detach()})
+
+
+class Objective:
+    """A sum of terms."""
+
+    def __init__(self, terms: Sequence[TermFunction]) -> None:
+        self.terms = tuple(terms)
+
+    def __call__(self, forward: Forward) -> Term:
+        """Sum of the losses; all metrics, and `loss`."""
+        parts = [term(forward) for term in self.terms]
+        loss = torch.stack([part.loss for part in parts]).sum()
+        metrics = {name: value for part in parts for name, value in part.metrics.items()}
+        return Term(loss, {"loss": loss.detach(), **metrics})
+
+    def begin(self, sae: SAE, step: int) -> None:
+        """Tell terms which step comes (their `begin`), before they are called."""
+        for term in self.terms:
+            if (begin := getattr(term, "begin", None)) is not None:
+                begin(sae, step)
+
+    def state(self) -> dict[str, Tensor]:
+        """What terms carry from step to step (their `state`), by reference."""
+        return {
+            f"{number}/{name}": tensor
+            for number, term in enumerate(self.terms)
+            for name, tensor in getattr(term, "state", {}).items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(tensors[name])
+
+
+class FiringClock:
+    """Tokens since each latent last fired.
+
+    The host learns how many are dead without waiting for the device: every 4 steps the number sets out, and it is read
+    4 steps later, when it is long there.
+
+    Args:
+        latents: F.
+        dead_after_tokens: Beyond this a latent is dead.
+        device: Where the SAE is.
+        holders: Who holds the other latents, where the dictionary is split.
+    """
+
+    def __init__(self, latents: int, dead_after_tokens: int, device: torch.device, holders: Ranks = ALONE) -> None:
+        self.silent_tokens_F = torch.zeros(latents, dtype=torch.int64, device=device)
+        self.dead_after_tokens = dead_after_tokens
+        self.holders = holders
+        self.dead_most = 0
+        """How many latents were dead, 4 to 7 steps ago."""
+        self._coming = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        # Read as plain memory.
+        self._came = self._coming.numpy()
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+
+    @property
+    def dead_bound(self) -> int:
+        """`dead_most` rounded up to a power of 2, so that shapes that depend on it seldom change."""
+        return 1 << (self.dead_most - 1).bit_length() if self.dead_most else 0
+
+    @property
+    def dead_F(self) -> Tensor:
+        """bool [F]"""
+        return self.silent_tokens_F > self.dead_after_tokens
+
+    def update(self, codes: Codes, tokens: int | None = None, ranks: Ranks = ALONE) -> None:
+        """Count one batch of `tokens` (None: as many as there are codes), of which `ranks` hold parts."""
+        self.silent_tokens_F += len(codes) if tokens is None else tokens
+        fired_F = codes.fired(len(self.silent_tokens_F))
+        if ranks.size > 1:
+            fired_F = ranks.sum(fired_F.int()) > 0
+        self.silent_tokens_F.masked_fill_(fired_F, 0)
+
+    def look(self, step: int) -> None:
+        """After step `step`: read the number that set out 4 steps ago, and send the next one."""
+        if (step + 1) % _LOOK_EVERY:
+            return
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self.dead_most = int(self._came)
+        self._coming.copy_(self.holders.sum(self.dead_F.sum()), non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a continued run needs, by reference."""
+        counts = torch.stack([torch.tensor(self.dead_most), self._settled()])
+        return {"silent_tokens": self.silent_tokens_F, "dead_counts": counts}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        self.silent_tokens_F.copy_(tensors["silent_tokens"])
+        self.dead_most = int(tensors["dead_counts"][0])
+        self._settled().copy_(tensors["dead_counts"][1])
+
+    def _settled(self) -> Tensor:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._coming

@@ -1,0 +1,1 @@
+"""One optimization step: optimizer, stacked SAEs, sharded dictionaries, CUDA graphs."""

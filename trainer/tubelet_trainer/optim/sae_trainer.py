@@ -1,0 +1,243 @@
+"""One SAE while it learns: weights, optimiser, terms, what counts its dead latents. It sees batches, not stores.
+
+    step number ─▶ begin ─▶ Forward ─▶ Objective ─▶ gradient ─▶ update: project, Adam (clipped), unit norm, count
+                                                                      finish: resample, sort, look at the dead
+
+Everything that a step depends on is either in `state` or a function of the step's number, so a continued run repeats
+the uninterrupted one. Between `begin` and `finish` a step is always the same sequence of operations on the device: what
+the host decides from step to step is decided in these two. Nothing in a step waits for the device.
+
+A `Cohort` takes the steps, of one learner or of several together.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from tubelet_trainer.config import OptimiserConfig
+from tubelet_trainer.losses.objective import FiringClock, Forward, Objective, Term
+from tubelet_trainer.optim.adam import Adam
+from tubelet_trainer.optim.device_scalar import Knob
+from tubelet_trainer.optim.sharded_sae import RankedBatchTopK, ShardedSAE, gradient_norm
+from tubelet_trainer.run.process_group import ALONE, Ranks
+from tubelet_trainer.sae.activations import JumpReLU
+from tubelet_trainer.sae.config import JumpReLUConfig, RandomPrefixes
+from tubelet_trainer.sae.model import SAE
+
+# Resampled encoder rows are short, so that a new latent disturbs little (Bricken et al. 2023, appendix).
+_RESAMPLED_ENCODER_NORM = 0.2
+
+# What is resampled in the last tenth of a run would not be learnt any more. [RECON]
+_RESAMPLE_UNTIL = 0.9
+
+# Weight of the newest batch in the latents' running energy (Abeshima 2024).
+_ENERGY_RATE = 0.05
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """Decay of the running mean of the weights in step `step` (from 0): min(decay, (1 + step) / (10 + step)).
+
+    The mean looks back over about a tenth of the steps so far, until that is as long as `decay` says. With `decay`
+    alone a run of a few hundred steps would end in its initial weights. As `num_updates` does in TensorFlow's
+    ExponentialMovingAverage.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Learner:
+    """An SAE and its optimiser.
+
+    Args:
+        sae: Initialised, on its device. Trained in place.
+        objective: What to minimise.
+        config: Optimiser and schedule.
+        steps: Length of the run.
+        dead_after_tokens: Tokens without firing after which a latent is dead.
+        precision: Of the products in training, as `TrainConfig.precision` says.
+        ranks: Processes that see the other parts of every batch.
+        batch_tokens: Of a usual batch, over all ranks; None: all are alike.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        objective: Objective,
+        config: OptimiserConfig,
+        steps: int,
+        dead_after_tokens: int,
+        precision: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.sae = sae
+        self.objective = objective
+        self.config = config
+        self.steps = steps
+        self.batch_tokens = batch_tokens
+        self.device = sae.W_dec.device
+        self.precision = precision
+        self.ranks = ranks
+        holders = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
+        self.clock = FiringClock(sae.latents, dead_after_tokens, self.device, holders)
+        self.averaged = copy.deepcopy(sae) if config.ema is not None else None
+        """Running mean of the weights."""
+        self._renewal = Knob(0.0)
+        nesting = sae.config.nesting
+        self._sort_every = nesting.sort_every if isinstance(nesting, RandomPrefixes) else None
+        self.energy_F = torch.zeros(sae.latents, device=self.device)
+        """Running mean of each latent's squared code, where latents are sorted by it."""
+        self._peak_lr = config.peak_lr(sae.latents * holders.size)
+        beta1 = config.beta1 if config.beta1 is not None else (0.0 if isinstance(sae.config, JumpReLUConfig) else 0.9)
+        self.adam = Adam(dict(sae.named_parameters()), (beta1, config.beta2), config.eps)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return self.adam.lr
+
+    def begin(self, step: int, whole: int | None = None) -> None:
+        """Set what step `step` (from 0) changes, for a batch of `whole` tokens over all ranks."""
+        fullness = 1.0 if whole is None or self.batch_tokens is None else whole / self.batch_tokens
+        self.sae.anneal(step, self.steps, fullness)
+        if isinstance(self.sae.sparsifier, RankedBatchTopK):
+            self.sae.sparsifier.whole = whole
+        self.objective.begin(self.sae, step)
+        self.adam.set_lr(self._peak_lr * self.config.lr_factor(step, self.steps))
+        if self.config.ema is not None:
+            self._renewal.set(1 - ema_decay(self.config.ema, step))
+
+    def update(self, forward: Forward, total: Term) -> dict[str, Tensor]:
+        """Step from the gradients of `total`, and count; the metrics."""
+        norm = self.apply_gradients()
+        self.clock.update(forward.codes, forward.whole, self.ranks)
+        if self._sort_every is not None:
+            energy_F = self.ranks.sum(forward.codes.energy(self.sae.latents)) / forward.whole
+            self.energy_F.lerp_(energy_F.to(self.energy_F.dtype), _ENERGY_RATE)
+        self._average()
+        return {**total.metrics, "grad_norm": norm}
+
+    def finish(self, forward: Forward) -> None:
+        """After a step: what is done every so many steps."""
+        step, every = forward.step, self.config.resample_every
+        if every is not None and (step + 1) % every == 0 and step < _RESAMPLE_UNTIL * self.steps:
+            self._resample(forward)
+        if self._sort_every is not None and (step + 1) % self._sort_every == 0:
+            self._sort()
+        self.clock.look(step)
+
+    def apply_gradients(self) -> Tensor:
+        """One optimiser step from the gradients as they are; their norm before clipping."""
+        self.ranks.sum_gradients(self.sae.parameters())
+        self.sae.project_decoder_gradient()
+        norm = gradient_norm(self.sae)
+        self.adam.step(((norm + 1e-6) / self.config.grad_clip).clamp_min(1).float())
+        self.sae.normalise_decoder()
+        return norm
+
+    @torch.no_grad()
+    def result(self) -> SAE:
+        """The SAE to evaluate and export: the running mean of the weights if there is one."""
+        if self.averaged is None:
+            return self.sae
+        result = copy.deepcopy(self.averaged)
+        # The mean of unit vectors is shorter than one.
+        result.normalise_decoder()
+        return result
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.averaged is None:
+            return
+        renewal = self._renewal.on(self.device)
+        for average, parameter in zip(self.averaged.parameters(), self.sae.parameters(), strict=True):
+            average.lerp_(parameter, renewal.to(average.dtype))
+        for mean, current in zip(self.averaged.buffers(), self.sae.buffers(), strict=True):
+            mean.copy_(current)
+
+    @torch.no_grad()
+    def _resample(self, forward: Forward) -> None:
+        """Give dead latents the directions of tokens that are reconstructed badly (Bricken et al. 2023, appendix).
+
+        Tokens are drawn with probability proportional to their squared loss. The decoder row becomes the token's
+        direction, the encoder row the same at 0.2 of the mean norm of the living ones; biases and the optimiser's
+        moments of those latents start anew.
+        """
+        sae, dead_F = self.sae, self.clock.dead_F
+        generator = torch.Generator(self.device).manual_seed(sae.config.seed * 1_000_003 + forward.step)
+        loss_B = (forward.x_BD - forward.recon_BD).square().sum(dim=1)
+        x_BD, loss_B = (self.ranks.interleave(part, forward.whole) for part in (forward.x_BD, loss_B))
+        # Not `multinomial`, which may wait for the device to check its weights.
+        reach_B = (loss_B.double().square() + 1e-30).cumsum(dim=0)
+        places_F = torch.rand(sae.latents, generator=generator, device=self.device, dtype=torch.float64) * reach_B[-1]
+        drawn_F = torch.searchsorted(reach_B, places_F).clamp_max(len(x_BD) - 1)
+        rows_FD = nnf.normalize(x_BD[drawn_F] - sae.b_dec, dim=1)
+        alive_F1 = (~dead_F)[:, None]
+        norm = (sae.W_enc.norm(dim=1, keepdim=True) * alive_F1).sum() / alive_F1.sum().clamp_min(1)
+        zeros_F = torch.zeros_like(sae.b_enc)
+        fresh = {"W_dec": rows_FD, "W_enc": rows_FD * norm * _RESAMPLED_ENCODER_NORM}
+        if isinstance(sae.sparsifier, JumpReLU):
+            fresh["sparsifier.log_threshold"] = zeros_F + math.log(sae.sparsifier.initial_threshold)
+        for name, tensors in self._per_latent().items():
+            mask = dead_F if sae.get_parameter(name).ndim == 1 else dead_F[:, None]
+            weights, moments = tensors
+            for tensor in weights:
+                tensor.copy_(torch.where(mask, fresh.get(name, zeros_F), tensor))
+            for tensor in moments:
+                tensor.masked_fill_(mask, 0)
+        self.clock.silent_tokens_F.masked_fill_(dead_F, 0)
+
+    @torch.no_grad()
+    def _sort(self) -> None:
+        """Order the latents by falling energy, with everything that is known of each.
+
+        The code of Abeshima 2024 looks for the optimiser's moments where they are not, and leaves them behind.
+        """
+        order_F = self.energy_F.argsort(descending=True, stable=True)
+        found = [tensor for tensors in self._per_latent().values() for part in tensors for tensor in part]
+        for tensor in (*found, self.clock.silent_tokens_F, self.energy_F):
+            tensor.copy_(tensor[order_F])
+
+    def _per_latent(self) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+        """Of each parameter with a row per latent: the weights (and their running mean), the optimiser's moments."""
+        averages = dict(self.averaged.named_parameters()) if self.averaged is not None else {}
+        return {
+            name: (
+                [parameter, averages[name]] if averages else [parameter],
+                [self.adam.moments[name]["exp_avg"], self.adam.moments[name]["exp_avg_sq"]],
+            )
+            for name, parameter in self.sae.named_parameters()
+            if name != "b_dec"
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that decides the rest, by name, by reference."""
+        tensors = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        tensors |= {f"adam/{name}": tensor for name, tensor in self.adam.state().items()}
+        if self.averaged is not None:
+            tensors |= {f"ema/{name}": tensor for name, tensor in self.averaged.state_dict().items()}
+        tensors |= {f"objective/{name}": tensor for name, tensor in self.objective.state().items()}
+        tensors |= {f"clock/{name}": tensor for name, tensor in self.clock.state().items()}
+        if self._sort_every is not None:
+            tensors["energy"] = self.energy_F
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts.setdefault(part, {})[rest] = tensor
+        self.sae.load_state_dict(parts["sae"])
+        self.adam.load_state(parts["adam"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(parts["ema"])
+        self.objective.load_state(parts.get("objective", {}))
+        self.clock.load_state(parts["clock"])
+        if self._sort_every is not None:
+            self.energy_F.copy_(tensors["energy"])

@@ -1,0 +1,252 @@
+"""A dictionary that lies on several ranks: each holds F / ranks of the latents, and all see every token.
+
+    tokens ─▶ own pre-activations ─▶ own candidates ─┬─▶ the k-th largest of all ─▶ own codes ─▶ own part of x^ ─┬─▶ x^
+                                     other ranks ────┘                              other ranks ─────────────────┘
+
+What is exchanged per step: k candidates a token and rank, the reconstruction, and the gradient of the encoder's input
+with respect to the decoder's bias. A checkpoint and an export hold the whole dictionary, as one process writes them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tubelet.errors import TubeletError
+from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.losses.objective import AuxK, Forward, Reconstruction, Term, TermFunction
+from tubelet_trainer.run.process_group import Ranks
+from tubelet_trainer.sae.activations import BatchTopK, Choice, TopK
+from tubelet_trainer.sae.config import BatchTopKConfig, Flat, TopKConfig
+from tubelet_trainer.sae.model import SAE, Codes
+from tubelet_trainer.sae.sparse_ops import decode, largest, select
+
+# Tensors with one row per latent, wherever they stand in a learner's state.
+_PER_LATENT = {"W_enc", "b_enc", "W_dec", "silent_tokens"}
+
+
+class ShardedSAE(SAE):
+    """This rank's part of an SAE's latents. Codes and indices are of this part; reconstructions are whole.
+
+    Args:
+        whole: All of it, the same on every rank.
+        ranks: Who holds the parts.
+
+    Raises:
+        TubeletError: the dictionary does not divide, or the kind of SAE is not one that can be split.
+    """
+
+    def __init__(self, whole: SAE, ranks: Ranks) -> None:
+        nn.Module.__init__(self)
+        config = whole.config
+        if not isinstance(config, TopKConfig | BatchTopKConfig) or not isinstance(config.nesting, Flat):
+            kind = f"{type(config).__name__} with nesting {config.nesting.kind}"
+            raise TubeletError(
+                f"A dictionary of {kind} cannot be split over ranks",
+                "Use --parallel data, or a flat SAE of kind topk or batchtopk",
+            )
+        if whole.latents % ranks.size:
+            raise TubeletError(
+                f"{whole.latents} latents do not divide into {ranks.size} ranks",
+                f"Set sae.latents to a multiple of {ranks.size}",
+            )
+        self.config, self.normalisation, self.channels = config, whole.normalisation, whole.channels
+        self.latents = whole.latents // ranks.size
+        self.ranks = ranks
+        mine = slice(ranks.rank * self.latents, (ranks.rank + 1) * self.latents)
+        self.W_enc = nn.Parameter(whole.W_enc.detach()[mine].clone())
+        self.b_enc = nn.Parameter(whole.b_enc.detach()[mine].clone())
+        self.W_dec = nn.Parameter(whole.W_dec.detach()[mine].clone())
+        self.b_dec = nn.Parameter(whole.b_dec.detach().clone())
+        if isinstance(config, TopKConfig):
+            self.sparsifier = ShardedTopK(config.k, ranks)
+        else:
+            sparsifier = RankedBatchTopK(config.k, config.threshold_momentum, ranks, "latents")
+            self.sparsifier = sparsifier.to(self.W_dec.device)
+
+    def activate(self, x_ND: Tensor, pre_NF: Tensor) -> Codes:
+        """As `SAE.activate`, of this rank's latents."""
+        return self.choose(x_ND, pre_NF, self.sparsifier(pre_NF))
+
+    def _select(self, x_ND: Tensor, pre_NF: Tensor, choice: Choice) -> Tensor:
+        # The bias gets the gradient of all ranks' latents.
+        b_dec = self.ranks.shared(self.b_dec)
+        return select(x_ND, b_dec, self.W_enc, self.b_enc, pre_NF, choice.indices, choice.bags)
+
+    def reconstruct(self, codes: Codes) -> Tensor:
+        """Normalised tokens [N, D] from all ranks' codes."""
+        return self.ranks.total(decode(codes.values, codes.indices, self.W_dec, codes.bags)) + self.b_dec
+
+    def gathered(self) -> SAE | None:
+        """The whole SAE, in the first rank's host memory; None on the others. A collective call."""
+        state = gather_state(self.state_dict(), self.ranks)
+        if not self.ranks.first:
+            return None
+        config = self.config.model_copy(update={"latents": self.latents * self.ranks.size})
+        whole = SAE(config, copy.deepcopy(self.normalisation).cpu()).to(dtype=self.W_dec.dtype)
+        whole.load_state_dict(state)
+        return whole
+
+
+class ShardedTopK(TopK):
+    """The k largest of each token over the latents of all ranks."""
+
+    def __init__(self, k: int, ranks: Ranks) -> None:
+        super().__init__(k)
+        self.ranks = ranks
+
+    def forward(self, pre_NF: Tensor) -> Choice:
+        """This rank's among the k largest of each token; ties at the smallest of them are all kept."""
+        top = pre_NF.topk(min(self.k, pre_NF.shape[1]), dim=1, sorted=False)
+        cut_N1 = _largest_of_all(top.values, self.k, self.ranks)
+        return Choice(top.indices, (top.values > 0) & (top.values >= cut_N1))
+
+
+class RankedBatchTopK(BatchTopK):
+    """BatchTopK over a batch whose tokens, or latents, lie on several ranks.
+
+    How many of the kept entries lie on a rank is known to the device alone, so each makes room for twice its even
+    share; what exceeds that is dropped, which two ranks never see. [RECON]
+    """
+
+    def __init__(self, k: int, momentum: float, ranks: Ranks, split: Literal["tokens", "latents"]) -> None:
+        super().__init__(k, momentum)
+        self.ranks = ranks
+        self.split = split
+        self.whole: int | None = None
+        """Tokens of the batch over all ranks; None: as many as there are here."""
+
+    def budget(self, pre_NF: Tensor) -> int:
+        """Entries that this rank makes room for."""
+        return min(2 * -(-self._all(pre_NF) // self.ranks.size), pre_NF.numel())
+
+    def _all(self, pre_NF: Tensor) -> int:
+        return self.k * (len(pre_NF) if self.whole is None or self.split == "latents" else self.whole)
+
+    def chosen(self, values_E: Tensor, places_E: Tensor, pre_NF: Tensor) -> Choice:
+        """As `BatchTopK.chosen`, of this rank's part of the batch."""
+        wanted = self._all(pre_NF)
+        most = 2 * -(-wanted // self.ranks.size)
+        # Padded with zeros, which are never kept.
+        everyones = self.ranks.gather(values_E.relu(), most)
+        self._cut = everyones.topk(min(wanted, len(everyones)), sorted=False).values.min()
+        return super().chosen(values_E, places_E, pre_NF)
+
+    def _keep(self, values_E: Tensor) -> Tensor:
+        return (values_E > 0) & (values_E >= self._cut)
+
+    def _learn(self, smallest: Tensor) -> None:
+        super()._learn(self.ranks.min(smallest))
+
+
+def split_batch(sae: SAE, ranks: Ranks) -> None:
+    """Make `sae` choose over the whole batch where each rank holds some of its tokens."""
+    if ranks.size > 1 and isinstance(sae.sparsifier, BatchTopK):
+        sparsifier = RankedBatchTopK(sae.sparsifier.k, sae.sparsifier.momentum, ranks, "tokens")
+        sae.sparsifier = sparsifier.to(sae.W_dec.device)
+
+
+def sharded_terms(terms: Sequence[TermFunction], ranks: Ranks) -> list[TermFunction]:
+    """`terms` for a `ShardedSAE`."""
+    sharded: list[TermFunction] = []
+    for term in terms:
+        match term:
+            case Reconstruction():
+                sharded.append(_ShardedReconstruction(term.variance, ranks))
+            case AuxK():
+                sharded.append(_ShardedAuxK(term.k, term.coef, ranks))
+            case _:
+                sharded.append(term)
+    return sharded
+
+
+class _ShardedReconstruction(Reconstruction):
+    def __init__(self, variance: float, ranks: Ranks) -> None:
+        super().__init__(variance)
+        self.ranks = ranks
+
+    def __call__(self, forward: Forward) -> Term:
+        term = super().__call__(forward)
+        return Term(term.loss, {**term.metrics, "l0": self.ranks.sum(term.metrics["l0"])})
+
+
+class _ShardedAuxK(AuxK):
+    """The k largest among the dead latents of all ranks."""
+
+    def __init__(self, k: int, coef: float, ranks: Ranks) -> None:
+        super().__init__(k, coef)
+        self.ranks = ranks
+
+    def __call__(self, forward: Forward) -> Term:
+        sae, dead_F = forward.sae, forward.dead_F
+        dead_share = self.ranks.sum(dead_F.float().mean()) / self.ranks.size
+        width = self.width(forward, sae.latents * self.ranks.size)
+        if width == 0:
+            zero = forward.x_BD.new_zeros(())
+            return Term(zero, {"dead": dead_share, "auxk": zero})
+        values, indices = largest(forward.pre_BF.masked_fill(~dead_F, -torch.inf), min(width, sae.latents))
+        cut_B1 = _largest_of_all(values, width, self.ranks)
+        codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(indices, (values > 0) & (values >= cut_B1)))
+        residual_BD = (forward.x_BD - forward.recon_BD).detach()
+        modelled_BD = self.ranks.total(decode(codes.values, codes.indices, sae.W_dec))
+        ratio = (residual_BD - modelled_BD).square().sum() / forward.spread(residual_BD)
+        return self.term(ratio, dead_share, dead_share > 0)
+
+
+def _largest_of_all(values_NK: Tensor, k: int, ranks: Ranks) -> Tensor:
+    """[N, 1] The k-th largest of each token over all ranks' candidates."""
+    everyones = ranks.gather(values_NK.detach()).view(ranks.size, *values_NK.shape)
+    merged = everyones.permute(1, 0, 2).reshape(len(values_NK), -1)
+    return merged.topk(min(k, merged.shape[1]), dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def gradient_norm(sae: SAE) -> Tensor:
+    """Norm of the gradients of the whole SAE."""
+    named = [(name, p.grad) for name, p in sae.named_parameters() if p.grad is not None]
+    norms = torch._foreach_norm([gradient for _, gradient in named])
+    if not isinstance(sae, ShardedSAE):
+        return torch.linalg.vector_norm(torch.stack(norms))
+    squares = {name: norm.square() for (name, _), norm in zip(named, norms, strict=True)}
+    own = torch.stack([square for name, square in squares.items() if name in _PER_LATENT]).sum()
+    common = torch.stack([square for name, square in squares.items() if name not in _PER_LATENT]).sum()
+    return (sae.ranks.sum(own) + common).sqrt()
+
+
+def gather_state(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """State of the whole dictionary from this rank's, on the first rank's host; a collective call."""
+    return {name: ranks.gather_on_first(t) if _per_latent(name) else t.detach().cpu() for name, t in tensors.items()}
+
+
+def own_state(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """This rank's part of what `gather_state` gave."""
+    return {
+        name: tensor.tensor_split(ranks.size)[ranks.rank] if _per_latent(name) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _per_latent(name: str) -> bool:
+    *_, last = name.split("/")
+    return last != "step" and any(part.rpartition(".")[2] in _PER_LATENT for part in name.split("/"))
+
+
+def refuse_unsplittable(config: TrainConfig) -> None:
+    """Refuse what a split dictionary cannot do.
+
+    Raises:
+        TubeletError: the objective or the optimiser looks at whole codes.
+    """
+    objective = config.objective
+    wanted = [name for name in ("lambda_t", "lambda_s", "lambda_smooth", "lambda_slow") if getattr(objective, name)]
+    wanted = [f"objective.{name}" for name in wanted]
+    if config.optimiser.resample_every is not None:
+        wanted.append("optimiser.resample_every")
+    if wanted:
+        raise TubeletError(
+            f"--parallel dictionary does not go with {', '.join(wanted)}", "Use --parallel data, or set them off"
+        )

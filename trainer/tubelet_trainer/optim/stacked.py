@@ -1,0 +1,249 @@
+"""SAEs of one run that step together: one preparation of the batch, one product where shapes allow, one backward pass.
+
+    tokens, normalised once ─▶ pre-activations [S N, F] ─▶ one choice, one decoding of S N tokens ─▶ S Forwards
+    W_enc, W_dec of all S SAEs lie in one array [S F, D]                                    each its own terms
+
+S SAEs of equal shape are one SAE with S F latents and S N tokens, in which a token sees its own F alone. So kernels are
+as few for S as for one, which is what counts on a GPU where one SAE is too small to fill it. Each still has the weights
+that it would have alone, bit for bit on a CPU: every row is the same sum in the same order. The encoder's product too:
+on a CPU a batched one gave the bits of single ones in nine shapes out of nine (S 3 to 16, B 61 to 1024, F 96 to 1536,
+D 16 to 768, one thread), in 0.88 to 0.98 of their time at full size and 0.3 to 0.6 of it for the smallest. Each SAE has
+an optimiser step of its own: one fused call for all gives the same bits, but clipping differs between SAEs, so their
+gradients would be divided in a pass before it: 1.12 to 1.18 of the time (4 and 8 SAEs of 1536 x 768, one thread).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tubelet_trainer.data.batch import Batch
+from tubelet_trainer.losses.objective import Forward, Term
+from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.optim.sharded_sae import RankedBatchTopK, ShardedSAE
+from tubelet_trainer.sae.activations import BatchTopK, Choice
+from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
+from tubelet_trainer.sae.model import SAE, Codes
+from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.sparse_ops import Bags, decode, largest, pays_dense, select
+
+# Pre-activations of a cohort in one array take at most this. SAEs that exceed it fill a GPU by themselves.
+_MOST_BYTES = 2**30
+
+# Beyond it a function is no longer compiled; torch's own limit is 8.
+_RECOMPILE_LIMIT = 256
+
+
+class Cohort:
+    """SAEs with one shape, one hook and one normalisation.
+
+    Args:
+        learners: Whose SAEs they are. Of several, the weights are moved into one array.
+        hook: Whose tokens they learn.
+        compiled: Compile the losses and their gradients with `torch.compile`.
+    """
+
+    def __init__(self, learners: Sequence[Learner], hook: str, compiled: bool = False) -> None:
+        self.learners, self.hook = tuple(learners), hook
+        self.saes = [learner.sae for learner in learners]
+        self._encoders, self._decoders = (_together(self.saes, name) for name in ("W_enc", "W_dec"))
+        self._losses = self.losses
+        if compiled:
+            # Each cohort, each k while it is annealed and each width of AuxK is compiled anew.
+            torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
+            self._losses = torch.compile(self.losses, dynamic=False)
+
+    def learn(self, batch: Batch, tokens: Tensor, step: int) -> list[Mapping[str, Tensor]]:
+        """A whole step number `step` (from 0) from normalised tokens [B, D]; metrics of each SAE, on the device."""
+        self.begin(step, batch)
+        forwards, metrics = self.compute(batch, tokens, step)
+        self.finish(forwards)
+        return metrics
+
+    def begin(self, step: int, batch: Batch) -> None:
+        """Set what step `step` changes."""
+        for learner in self.learners:
+            learner.begin(step, batch.whole)
+
+    def compute(self, batch: Batch, x_BD: Tensor, step: int) -> tuple[list[Forward], list[Mapping[str, Tensor]]]:
+        """What the device does in a step, the same in each."""
+        for learner in self.learners:
+            learner.adam.zero_grad()
+        seen, totals = self._losses(batch, x_BD)
+        forwards = [replace(forward, step=step) for forward in seen]
+        torch.autograd.backward([total.loss for total in totals])
+        together = zip(self.learners, forwards, totals, strict=True)
+        return forwards, [learner.update(forward, total) for learner, forward, total in together]
+
+    def losses(self, batch: Batch, x_BD: Tensor) -> tuple[list[Forward], list[Term]]:
+        """Each SAE's view of the batch, and what it minimises; the same in every step."""
+        first = self.learners[0]
+        low = first.precision != torch.float32
+        # Without its cache of cast weights, which a captured graph could not see again.
+        with torch.autocast(first.device.type, first.precision, enabled=low, cache_enabled=False):
+            forwards = self._forwards(batch, x_BD)
+            pairs = zip(self.learners, forwards, strict=True)
+            return forwards, [learner.objective(forward) for learner, forward in pairs]
+
+    def finish(self, forwards: Sequence[Forward]) -> None:
+        """After a step: what is done every so many steps."""
+        for learner, forward in zip(self.learners, forwards, strict=True):
+            learner.finish(forward)
+
+    def _forwards(self, batch: Batch, x_BD: Tensor) -> list[Forward]:
+        first = self.learners[0]
+        k = getattr(first.sae.sparsifier, "k", first.sae.latents)
+        seen: list[dict[str, Any]] = [
+            {
+                "dead_F": learner.clock.dead_F,
+                "dead_bound": learner.clock.dead_bound,
+                "batch": batch,
+                "hook": self.hook,
+                "ranks": learner.ranks,
+            }
+            for learner in self.learners
+        ]
+        if len(self.learners) == 1 or pays_dense(k, 1, first.sae.latents):
+            return [Forward.of(sae, x_BD, **own) for sae, own in zip(self.saes, seen, strict=True)]
+        parts = self._stacked(x_BD)
+        return [Forward(sae, x_BD, *part, **own) for sae, part, own in zip(self.saes, parts, seen, strict=True)]
+
+    def _stacked(self, x_BD: Tensor) -> list[tuple[Tensor, Codes, Tensor]]:
+        """Pre-activations, codes and reconstruction of each SAE, all at once."""
+        saes, count, tokens, latents = self.saes, len(self.saes), len(x_BD), self.saes[0].latents
+        pre_SBF = self._pre_activations(x_BD)
+        choice = self._choose(pre_SBF)
+        # Tokens and latents of SAE s come after those of SAE s - 1.
+        at = torch.arange(count, device=x_BD.device)
+        indices = (choice.indices.view(count, -1) + latents * at[:, None]).view_as(choice.indices)
+        selected = select(
+            x_BD.repeat(count, 1),
+            # Stacked anew for each use: a bias that two uses share would get their sum, and so round otherwise.
+            torch.stack([sae.b_dec for sae in saes]),
+            _Leaves.apply(self._encoders, *(sae.W_enc for sae in saes)),
+            torch.cat([sae.b_enc for sae in saes]),
+            pre_SBF.flatten(0, 1),
+            indices,
+            choice.bags,
+        )
+        values = selected * choice.keep
+        decoder = _Leaves.apply(self._decoders, *(sae.W_dec for sae in saes))
+        # Sizes in full: a rank's part of a short last batch may have no token, and nothing can be told from 0.
+        recon_SBD = decode(values, indices, decoder, choice.bags).view(count, *x_BD.shape)
+        recon_SBD = recon_SBD + torch.stack([sae.b_dec for sae in saes])[:, None]
+        entries = zip(values.tensor_split(count), choice.indices.tensor_split(count), strict=True)
+        bags = [None] * count if choice.bags is None else _split(choice.bags, count, tokens)
+        codes = [Codes(*part, bag) for part, bag in zip(entries, bags, strict=True)]
+        return list(zip(pre_SBF.unbind(), codes, recon_SBD.unbind(), strict=True))
+
+    @torch.no_grad()
+    def _pre_activations(self, x_BD: Tensor) -> Tensor:
+        """[S, B, F]"""
+        weight_SFD = self._encoders.view(len(self.saes), -1, self.saes[0].channels)
+        b_dec_S1D, b_enc_S1F = (
+            torch.stack([getattr(sae, name) for sae in self.saes])[:, None] for name in ("b_dec", "b_enc")
+        )
+        return torch.baddbmm(b_enc_S1F, x_BD - b_dec_S1D, weight_SFD.mT)
+
+    def _choose(self, pre_SBF: Tensor) -> Choice:
+        """Of all tokens of all SAEs; latents count from 0 for each."""
+        tokens = pre_SBF.shape[1]
+        sparsifiers = [sae.sparsifier for sae in self.saes]
+        first = sparsifiers[0]
+        if not isinstance(first, BatchTopK):
+            choice: Choice = first(pre_SBF.flatten(0, 1))
+            return choice
+        values_SE, places_SE = largest(pre_SBF.flatten(1), first.budget(pre_SBF[0]))
+        found: list[Choice] = []
+        for sparsifier, *own in zip(sparsifiers, values_SE, places_SE, pre_SBF, strict=True):
+            assert isinstance(sparsifier, BatchTopK)
+            found.append(sparsifier.chosen(*own))
+        bags = [choice.bags for choice in found if choice.bags is not None]
+        entries = values_SE.shape[1]
+        return Choice(
+            torch.cat([choice.indices for choice in found]),
+            torch.cat([choice.keep for choice in found]),
+            Bags(
+                torch.cat([bag.of_E + s * tokens for s, bag in enumerate(bags)]),
+                torch.cat([bag.starts_N + s * entries for s, bag in enumerate(bags)]),
+            ),
+        )
+
+
+def cohorts(
+    learners: Sequence[Learner], hooks: Sequence[str], batch_tokens: int, compiled: bool = False
+) -> list[Cohort]:
+    """`learners`, each at its hook, in cohorts, in the order of the first of each."""
+    groups: list[tuple[list[Learner], str]] = []
+    for learner, hook in zip(learners, hooks, strict=True):
+        for group, at in groups:
+            sizes = (len(group) + 1) * batch_tokens * learner.sae.latents * 4
+            if at == hook and sizes <= _MOST_BYTES and _alike(group[0], learner):
+                group.append(learner)
+                break
+        else:
+            groups.append(([learner], hook))
+    return [Cohort(group, hook, compiled) for group, hook in groups]
+
+
+def same_normalisation(one: Normalisation, other: Normalisation) -> bool:
+    """Whether two normalisations are the same map."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _alike(one: Learner, other: Learner) -> bool:
+    kinds = (TopKConfig, BatchTopKConfig, AbsTopKConfig)
+    a, b = one.sae, other.sae
+    return (
+        isinstance(a.config, kinds)
+        and not isinstance(a, ShardedSAE)
+        and not isinstance(a.sparsifier, RankedBatchTopK)
+        and _shape(a.config) == _shape(b.config)
+        and a.W_enc.shape == b.W_enc.shape
+        and a.W_enc.dtype == b.W_enc.dtype
+        and one.precision == other.precision
+        and same_normalisation(a.normalisation, b.normalisation)
+    )
+
+
+def _shape(config: SAEConfig) -> tuple[object, ...]:
+    """What decides the shapes of a step."""
+    return type(config), getattr(config, "k", None), getattr(config, "k_anneal_steps", None)
+
+
+def _together(saes: Sequence[SAE], name: str) -> Tensor:
+    """[S F, D] The parameter `name` of all SAEs, which from now on lies in it."""
+    parameters = [sae.get_parameter(name) for sae in saes]
+    if len(parameters) == 1:
+        return parameters[0].data
+    joined = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, joined.chunk(len(parameters)), strict=True):
+        parameter.data = part
+    return joined
+
+
+def _split(bags: Bags, count: int, tokens: int) -> list[Bags]:
+    """Each SAE's own part."""
+    of_SE, starts_SN = bags.of_E.view(count, -1), bags.starts_N.view(count, -1)
+    return [
+        Bags(of_E - s * tokens, starts_N - s * of_SE.shape[1])
+        for s, (of_E, starts_N) in enumerate(zip(of_SE, starts_SN, strict=True))
+    ]
+
+
+class _Leaves(torch.autograd.Function):
+    """The array that all SAEs' weights lie in, as a function of those weights: nothing is copied either way."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> Tensor:
+        ctx.count = len(parts)
+        return joined.view_as(joined)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.chunk(ctx.count)

@@ -1,0 +1,84 @@
+"""The folder of a run while it trains: one process's alone, with its configurations and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tubelet.config import dump_yaml
+from tubelet.durable_files import held, replace_file
+from tubelet.errors import TubeletError
+from tubelet_trainer.run.checkpoint import latest_name
+from tubelet_trainer.run.metrics_log import MetricsLog
+from tubelet_trainer.run.specs import flat
+from tubelet_trainer.run.trackers import Prefixed, Tracker, open_tracker
+from tubelet_trainer.run.training_run import Run
+from tubelet_trainer.sae.sae_files import RECORD, load_record
+
+
+@contextmanager
+def claimed(run: Run, looked_at: str | None) -> Iterator[Logs]:
+    """The run's logs, while no other process writes into its folder.
+
+    Args:
+        run: As its newest checkpoint says.
+        looked_at: The name of that checkpoint.
+
+    Raises:
+        TubeletError: another process does, or did since.
+    """
+    with ExitStack() as stack:
+        if run.ranks.first:
+            stack.enter_context(held(run.config.out))
+            if latest_name(run.config.out / "checkpoints") != looked_at:
+                raise TubeletError(f"Another process has trained into {run.config.out} meanwhile", "Run it again")
+            _write_configs(run)
+        logs = Logs(run, run.windows.step)
+        stack.callback(logs.close)
+        yield logs
+
+
+def _write_configs(run: Run) -> None:
+    """The run's configuration, and that of each SAE as it would be trained alone."""
+    replace_file(run.config.out / "config.yaml", dump_yaml(run.config).encode())
+    for member in run.members:
+        if member.name:
+            member.out.mkdir(parents=True, exist_ok=True)
+            decided = {"block_patches": run.streams.block_patches, "resident_shards": run.config.resident_shards}
+            alone = member.spec.config.model_copy(update=decided)
+            replace_file(member.out / "config.yaml", dump_yaml(alone).encode())
+
+
+class Logs:
+    """metrics.jsonl of each SAE, and one tracker for all; nothing on ranks but the first."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self._logs: dict[str, MetricsLog] = {}
+        self._tracker: Tracker | None = None
+        if run.ranks.first:
+            config = run.config
+            tracker = open_tracker(config.tracker, config.out, step, flat(config.model_dump(mode="json")))
+            self._tracker = tracker
+            self._logs = {
+                member.name: MetricsLog(member.out / "metrics.jsonl", step, Prefixed(tracker, member.name))
+                for member in run.members
+            }
+
+    def write(self, kind: str, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
+        """One line for each SAE that has values, by its name."""
+        if self._logs:
+            for name, line in values.items():
+                self._logs[name].write(kind, step, **line)
+
+    def close(self) -> None:
+        """Close the files and the tracker."""
+        for log in self._logs.values():
+            log.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+
+def exported(out: Path, run: Run) -> bool:
+    """There is an SAE in `out`, and it is of the run's store."""
+    return (out / RECORD).is_file() and load_record(out).provenance.get("store_identity") == run.store.identity

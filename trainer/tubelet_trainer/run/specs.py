@@ -1,0 +1,116 @@
+"""Several SAEs from one configuration: `saes` (a list) times `sweep` (a grid), each a configuration of its own.
+
+    base ──▶ x saes[i] ──▶ x one value of each swept field ──▶ name, TrainConfig
+
+The configuration of an SAE names no other: trained by itself it gives the same weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tubelet.config import set_dotted, validate
+from tubelet.errors import TubeletError, nearest
+from tubelet_trainer.config import TrainConfig
+
+# What may differ between SAEs that see the same tokens in the same order.
+OWN_FIELDS = ("sae", "objective", "optimiser", "hook")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One SAE of a run."""
+
+    name: str
+    """Its folder below the run's; empty where it is the only one."""
+    config: TrainConfig
+
+
+def specs(config: TrainConfig) -> list[Spec]:
+    """The SAEs that `config` describes, in the order of the list and the grid.
+
+    Raises:
+        TubeletError: a field belongs to the stream, is unknown or does not fit, or two SAEs have one name.
+    """
+    if not config.saes and not config.sweep:
+        return [Spec("", config)]
+    base = config.model_dump(mode="json", exclude_unset=True, exclude={"saes", "sweep"})
+    grid = _grid(config.sweep)
+    found: list[Spec] = []
+    for number, entry in enumerate(config.saes or ({},)):
+        own = dict(entry)
+        name = str(own.pop("name", f"sae-{number}" if config.saes else ""))
+        for values in itertools.product(*grid.values()):
+            swept = dict(zip(grid, values, strict=True))
+            tree = deepcopy(base)
+            for dotted, value in {**flat(own), **swept}.items():
+                _refuse_shared(dotted)
+                set_dotted(tree, dotted, value)
+            words = [name, *(f"{_short(dotted, grid)}={_word(value)}" for dotted, value in swept.items())]
+            full = ",".join(word for word in words if word)
+            tree["out"] = str(config.out / full)
+            found.append(Spec(full, validate(TrainConfig, tree, f"SAE '{full}'")))
+    _refuse_names(found)
+    return found
+
+
+def _grid(sweep: Mapping[str, Any]) -> dict[str, list[Any]]:
+    grid = flat(sweep)
+    for dotted, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise TubeletError(
+                f"sweep.{dotted} is {values!r}, not a list of values", f"Write sweep: {{{dotted}: [a, b]}}"
+            )
+    return grid
+
+
+def _refuse_shared(dotted: str) -> None:
+    top = dotted.partition(".")[0]
+    if top in OWN_FIELDS:
+        return
+    if top in TrainConfig.model_fields:
+        raise TubeletError(
+            f"'{dotted}' is the same for all SAEs of a run: they share one stream of tokens",
+            f"What may differ: {', '.join(OWN_FIELDS)}. Train runs that differ in {top} one after another",
+        )
+    raise TubeletError(f"Unknown field '{dotted}' in saes or sweep", nearest(top, OWN_FIELDS))
+
+
+def _refuse_names(found: list[Spec]) -> None:
+    names = [spec.name for spec in found]
+    for name in names:
+        if name.startswith(".") or Path(name).name != name or name == "checkpoints":
+            raise TubeletError(f"'{name}' cannot name an SAE's folder", "Give it another `name` in saes")
+        if names.count(name) > 1:
+            raise TubeletError(f"Two SAEs of the run are called '{name}'", "Give each a `name` of its own in saes")
+
+
+def _short(dotted: str, grid: Mapping[str, Any]) -> str:
+    """The last part of a field's name where no other swept field ends the same."""
+    leaf = dotted.rpartition(".")[2]
+    return leaf if sum(other.rpartition(".")[2] == leaf for other in grid) == 1 else dotted
+
+
+def _word(value: Any) -> str:
+    """A swept value as it stands in a folder's name."""
+    if isinstance(value, Mapping):
+        # Of a section its kind says most: {kind: random, prefixes: 4} is random-prefixes-4.
+        parts = [str(value["kind"])] if "kind" in value else []
+        return "-".join([*parts, *(f"{name}-{_word(part)}" for name, part in value.items() if name != "kind")])
+    return "+".join(_word(part) for part in value) if isinstance(value, list | tuple) else str(value)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`tree` with dotted names in place of levels."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

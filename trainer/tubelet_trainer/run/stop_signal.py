@@ -1,0 +1,84 @@
+"""Told to stop: Ctrl-C, or SIGTERM, which SLURM and Kubernetes send before they take a machine away.
+
+    signal ─▶ noted ─▶ the step in work ends ─▶ checkpoint ─▶ the process ends
+
+Another signal a second later or more does what it always does. Sooner it may be the same one: a scheduler signals every
+process, and the launcher of several ranks passes its own on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from tubelet_trainer.run.process_group import Ranks
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME_WITHIN_S = 1.0
+_NOTE = b"tubelet: stopping after this step; once more stops at once.\n"
+
+
+class StopRequest:
+    """Whether this process, or another rank of its run, was told to stop."""
+
+    def __init__(self) -> None:
+        self._came: int | None = None
+        self._came_at_s = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Note signals instead of being interrupted by them. Other threads than the main one get none anyway."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {each: signal.getsignal(each) or signal.SIG_DFL for each in _SIGNALS}
+        # What the parent had ignored (a script's background job ignores Ctrl-C) stays ignored.
+        before = {each: handler for each, handler in before.items() if handler is not signal.SIG_IGN}
+
+        def restore() -> None:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            if self._came is None:
+                self._came, self._came_at_s = number, time.monotonic()
+                # Not `print`: the signal may have come amid one, and whoever reads may be gone.
+                with contextlib.suppress(OSError):
+                    os.write(2, _NOTE)
+            elif time.monotonic() - self._came_at_s > _SAME_WITHIN_S:
+                restore()
+                signal.raise_signal(number)
+
+        for each in before:
+            signal.signal(each, note)
+        try:
+            yield self
+        finally:
+            restore()
+
+    def came(self, ranks: Ranks, device: torch.device) -> bool:
+        """Some rank was told to stop; a collective call."""
+        if ranks.size == 1:
+            return self._came is not None
+        told = torch.tensor(float(self._came is not None), device=device)
+        return float(ranks.sum(told)) > 0
+
+    def leave(self, ranks: Ranks) -> None:
+        """End as the signal asks, all ranks together: the launcher ends those that are left when one has ended.
+
+        Raises:
+            KeyboardInterrupt: it was Ctrl-C.
+            SystemExit: it was SIGTERM, here or on another rank.
+        """
+        ranks.wait()
+        if self._came == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)

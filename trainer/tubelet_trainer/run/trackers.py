@@ -1,0 +1,205 @@
+"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases or MLflow, by configuration.
+
+The JSON lines are the record; a tracker is a view of it. Its library is imported when a run starts, and only then. A
+continued run goes on in the same place (W&B, MLflow: the run's id is kept in `tracker.json`); what was logged between
+the last checkpoint and a kill then stands there twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from tubelet.config import Config
+from tubelet.durable_files import replace_file
+from tubelet.errors import TubeletError
+
+_RECORD = "tracker.json"
+
+
+class NoTracker(Config):
+    """Nothing but metrics.jsonl."""
+
+    kind: Literal["none"] = "none"
+
+
+class TensorBoardConfig(Config):
+    """Event files in the run's folder, for `tensorboard --logdir`."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+
+class WandbConfig(Config):
+    """Weights & Biases. Credentials are the library's own business: `wandb login`, or its environment variables."""
+
+    kind: Literal["wandb"] = "wandb"
+    project: str = "tubelet"
+    """Project."""
+    name: str | None = None
+    """Name of the run; none: its folder's."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: keep the run in its folder, for `wandb sync` later."""
+
+
+class MLflowConfig(Config):
+    """MLflow."""
+
+    kind: Literal["mlflow"] = "mlflow"
+    uri: str | None = None
+    """Tracking server or folder; none: as the library is set up (MLFLOW_TRACKING_URI)."""
+    experiment: str = "tubelet"
+    """Experiment."""
+    name: str | None = None
+    """Name of the run; none: its folder's."""
+
+
+AnyTracker = Annotated[NoTracker | TensorBoardConfig | WandbConfig | MLflowConfig, Field(discriminator="kind")]
+
+
+class Tracker(Protocol):
+    """Takes metrics as they come."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """`values` of step `step`, of `kind` train or eval."""
+        ...
+
+    def close(self) -> None:
+        """Everything written is where it belongs when this returns."""
+        ...
+
+
+class Prefixed:
+    """A tracker shared by several SAEs: each writes under its own name.
+
+    Args:
+        tracker: Stays open: its owner closes it.
+        name: Of the SAE; empty where it is the only one.
+    """
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """`values` of step `step`, of `kind` train or eval."""
+        self._tracker.write(f"{self._name}/{kind}" if self._name else kind, step, values)
+
+    def close(self) -> None:
+        """Nothing of its own to close."""
+
+
+class _Nowhere:
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    def __init__(self, out: Path, step: int) -> None:
+        writer = _library("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        # Events after `step` belong to a run that was killed: they come again, and replace the old ones.
+        self._writer = writer(log_dir=str(out / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, config: WandbConfig, out: Path, settings: Mapping[str, Any]) -> None:
+        known = _recorded(out)
+        self._run = _library("wandb", "wandb").init(
+            project=config.project,
+            name=config.name or out.name,
+            mode=config.mode,
+            dir=str(out),
+            config=dict(settings),
+            id=known,
+            resume="allow",
+        )
+        _record(out, self._run.id)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        # Not `step=`: W&B drops what comes at a step it has passed, and evaluations share theirs with training.
+        self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, config: MLflowConfig, out: Path, settings: Mapping[str, Any]) -> None:
+        self._mlflow = _library("mlflow", "mlflow")
+        if config.uri is not None:
+            self._mlflow.set_tracking_uri(config.uri)
+        self._mlflow.set_experiment(config.experiment)
+        known = _recorded(out)
+        run = self._mlflow.start_run(run_id=known, run_name=None if known else config.name or out.name)
+        if known is None:
+            # The server takes texts of 6000 characters at most.
+            self._mlflow.log_params({name: str(value)[:6000] for name, value in settings.items()})
+        _record(out, run.info.run_id)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def open_tracker(config: AnyTracker, out: Path, step: int, settings: Mapping[str, Any]) -> Tracker:
+    """The tracker that `config` names.
+
+    Args:
+        config: Which.
+        out: Folder of the run.
+        step: Steps already done.
+        settings: The run's configuration, flat.
+
+    Raises:
+        TubeletError: its library is not installed, or it cannot be set up.
+    """
+    try:
+        match config:
+            case TensorBoardConfig():
+                return _TensorBoard(out, step)
+            case WandbConfig():
+                return _Wandb(config, out, settings)
+            case MLflowConfig():
+                return _MLflow(config, out, settings)
+    except TubeletError:
+        raise
+    # Whatever the library has of its own: no key, no server, a version that does not fit.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        remedy = {"wandb": "Run `wandb login`, or set --tracker.mode offline", "mlflow": "Check --tracker.uri"}
+        raise TubeletError(
+            f"The tracker {config.kind} cannot be opened: {reason}", remedy.get(config.kind, "Check its installation")
+        ) from error
+    return _Nowhere()
+
+
+def _library(module: str, package: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise TubeletError(f"The tracker needs {package}, which is not installed", f"pip install {package}") from error
+
+
+def _recorded(out: Path) -> str | None:
+    path = out / _RECORD
+    return str(json.loads(path.read_text())["id"]) if path.is_file() else None
+
+
+def _record(out: Path, run_id: str) -> None:
+    replace_file(out / _RECORD, json.dumps({"id": run_id}).encode())

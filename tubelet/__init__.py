@@ -1,0 +1,1 @@
+"""Cache activations of frozen video backbones, train sparse autoencoders on them, analyze what they learned."""
