@@ -1,4 +1,4 @@
-"""How long the verbs of the catalogue take over 10,000 entries and a store of 100,000 objects.
+"""How long the verbs of the catalog take over 10,000 entries and a store of 100,000 objects.
 
     python benchmarks/catalog.py > benchmarks/results/catalog.txt
 
@@ -35,8 +35,8 @@ from tubelet_store.store_state import StoreState, state_document
 GOAL_S = 2.0
 
 
-def write_catalogue(path: Path, entries: int, hooks: int, store: str, identity: str, clips: int) -> None:
-    """A catalogue of `entries` entries, `hooks` to a store; the first store is the one that is there."""
+def write_catalog(path: Path, entries: int, hooks: int, store: str, identity: str, clips: int) -> None:
+    """A catalog of `entries` entries, `hooks` to a store; the first store is the one that is there."""
     import yaml
 
     def blocks(name: str, digest: str) -> tuple[HookBlock, ...]:
@@ -51,7 +51,7 @@ def write_catalogue(path: Path, entries: int, hooks: int, store: str, identity: 
                 backbone={"family": "videomae", "id": "MCG-NJU/videomae-base", "revision": "8f4c1d2"},
                 dataset={"kind": "kinetics", "name": "k400", "split": "train"},
                 sampling={"kind": "dense", "frames": 16, "stride": 4},
-                licence="CC-BY-4.0",
+                license="CC-BY-4.0",
                 owner="team-a",
                 created="2026-11-21T00:00:00+00:00",
             )
@@ -161,16 +161,17 @@ def main() -> None:
     parser.add_argument("--clips-per-shard", type=int, default=16)
     settings = parser.parse_args()
     program = [sys.executable, "-c", "import sys; from tubelet.cli.main import main; sys.exit(main())"]
-    manifest = "from tubelet_store.reader import open_store; m = open_store('store.zarr').manifest(); print(m.identity, sum(1 for _ in m))"
+    manifest = "from tubelet_store.reader import open_store; m = open_store('store.zarr').manifest(); "
+        "print(m.identity, sum(1 for _ in m))"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clips = settings.objects // settings.hooks * settings.clips_per_shard
         identity = write_store(folder / "store.zarr", settings.objects, settings.hooks, settings.clips_per_shard)
-        write_catalogue(
+        write_catalog(
             folder / "catalog.yaml", settings.entries, settings.hooks, str(folder / "store.zarr"), identity, clips
         )
         size_mb = (folder / "catalog.yaml").stat().st_size / 1e6
-        print(f"catalogue: {settings.entries} entries, {size_mb:.1f} MB")
+        print(f"catalog: {settings.entries} entries, {size_mb:.1f} MB")
         print(f"store: {settings.objects} shard objects, {clips} clips")
         print(f"goal: {GOAL_S:g} s of processor time\n")
         print(f"{'command':<58}{'cpu s':>8}{'wall s':>8}{'MiB':>7}  within goal")

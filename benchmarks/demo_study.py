@@ -44,7 +44,7 @@ def make_stores(work: Path, videos: int) -> None:
             settings = {
                 "dataset": {"kind": "ssv2", "root": str(work / "ssv2"), "split": store["split"]},
                 "sampling": SAMPLING,
-                "views": store.get("views", {"kind": "centre"}),
+                "views": store.get("views", {"kind": "center"}),
                 "backbone": {"id": f"{backbone}-tiny"},
                 "hooks": [HOOK],
                 "store": str(work / f"{backbone}-{name}.zarr"),
@@ -110,7 +110,7 @@ def study_settings(work: Path, workers: int, epochs: int) -> dict[str, Any]:
             },
         },
         "seeds": [0, 1, 2],
-        "train": {"epochs": epochs, "batch_tokens": 1024, "optimiser": {"lr": 1e-3}, "pairs": {"anchors": 256}},
+        "train": {"epochs": epochs, "batch_tokens": 1024, "optimizer": {"lr": 1e-3}, "pairs": {"anchors": 256}},
         "evaluate": {"null_draws": 2, "control_draws": 1, "action": {"bootstrap": 500, "poolings": ["mean"]}},
         "cluster": {"workers": workers, "threads": 1},
     }

@@ -34,11 +34,11 @@ from torch import Tensor
 
 from tubelet.cli import main as cli
 from tubelet_lens.codes.series import Series, pairs_at_lags, shuffled_steps
-from tubelet_lens.codes.sparse_codes import Active
+from tubelet_lens.codes.sparse_codes import SparseCodes
 from tubelet_lens.stats.autocorrelation import PooledAutocorrelation
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.config import ObjectiveConfig, TrainConfig
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.pairs import fresh_steps
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.run.heldout import evaluate
@@ -118,7 +118,7 @@ def train_all(work: Path, store: Store, seed: int, steps: int, codes: str) -> Pa
         holdout={"fraction": 0},
         sae=TopKConfig(k=K, expansion=EXPANSION, seed=seed),
         objective=ObjectiveConfig(codes=codes),
-        optimiser={"lr": LR},
+        optimizer={"lr": LR},
         pairs={"anchors": ANCHORS},
         sweep={"sae.kind": list(KINDS), "objective.lambda_t": list(LAMBDAS)},
         log_every=max(1, steps // 4),
@@ -140,7 +140,7 @@ def coherence(store: Store, clips: range, features: int, encode: Callable[[Tenso
     for clip in clips:
         stored = store.shard_map(HOOK, clip // shard_clips)[clip % shard_clips]
         values = encode(torch.from_numpy(stored.astype(np.float32)).flatten(0, 1))
-        products = Series.of(Active.of(values.view(grid.time, grid.space, features))).by_feature()
+        products = Series.of(SparseCodes.of(values.view(grid.time, grid.space, features))).by_feature()
         valid_CT = fresh_CT[clip : clip + 1]
         true.add(products, valid_CT[0], pairs_at_lags(valid_CT[0], torch.arange(grid.time), 1))
         for draw, null in enumerate(nulls):
@@ -159,7 +159,7 @@ def measure(store: Store, folder: Path, kind: str, weight: float) -> Row:
     """One SAE on the validation store."""
     sae = load_sae(folder)
     chosen = np.arange(min(MEASURED_CLIPS, store.plan.clips))
-    held = evaluate(sae, Windows(Source(store, HOOK), chosen, batch_tokens=4096, window_tokens=2**17))
+    held = evaluate(sae, ActivationLoader(Source(store, HOOK), chosen, batch_tokens=4096, window_tokens=2**17))
     with torch.no_grad():
         found = coherence(store, range(min(MEASURED_CLIPS, store.plan.clips)), sae.latents, sae.encode)
     return Row(kind, weight, held["fvu"], held["l0"], held["dead"], found)

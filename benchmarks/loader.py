@@ -41,7 +41,7 @@ from tubelet_store.object_keys import ACTIVATIONS, shard_key
 from tubelet_store.plan import Grid, Hook
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.data.buffers import page_aligned
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.source import Source
 
 CLIPS, CLIPS_PER_SHARD, GRID, CHANNELS = 256, 32, Grid(time=8, height=14, width=14), 768
@@ -130,7 +130,7 @@ def ours(store: Store, block_patches: int, window_tokens: int, dtype: torch.dtyp
     """Shuffled batches of a long run: the epochs after the first one."""
     source = Source(store, HOOK, block_patches)
     per_epoch = CLIPS * GRID.tokens // BATCH
-    windows = Windows(
+    windows = ActivationLoader(
         source,
         np.arange(CLIPS),
         batch_tokens=BATCH,

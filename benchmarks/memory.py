@@ -137,7 +137,7 @@ def main() -> None:
     lines += [
         "",
         "anonymous: what the process holds; mapped: pages of the store, which the kernel takes back at need.",
-        "A training holds weights, optimiser and, during an evaluation, its tokens too.",
+        "A training holds weights, optimizer and, during an evaluation, its tokens too.",
         f"{TIMES} x the store over 1 x, anonymous: "
         + ", ".join(f"{name} {window} {large / small:.2f} x" for (name, window), (small, large) in anonymous.items()),
     ]

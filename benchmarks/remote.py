@@ -54,7 +54,7 @@ class Row:
     cpu_s_per_gb: float
 
 
-class Bench:
+class EditContext:
     """The ways of reading the store that the server at `endpoint` holds as s3://bucket/s.zarr."""
 
     def __init__(self, endpoint: str, truth: Store, scratch: Path) -> None:
@@ -177,7 +177,7 @@ def measure(name: str, work: Callable[[], int], scratch: Path) -> Row:
     return Row(name, max(speeds), min(costs))
 
 
-def rows(bench: Bench) -> list[Row]:
+def rows(bench: EditContext) -> list[Row]:
     """Every way of reading."""
     ways: list[tuple[str, Callable[[], int]]] = [
         ("raw sockets, into memory", lambda: bench.raw(write=False)),
@@ -246,7 +246,7 @@ def run() -> None:
             with range_server(folder, limit) as endpoint:
                 os.environ["AWS_ENDPOINT_URL"] = endpoint
                 s3fs.S3FileSystem.clear_instance_cache()
-                texts.append(table(title, rows(Bench(endpoint, truth, folder / "scratch"))))
+                texts.append(table(title, rows(EditContext(endpoint, truth, folder / "scratch"))))
                 print(texts[-1])
     if given.out is not None:
         given.out.write_text("\n".join(texts))

@@ -34,7 +34,7 @@ from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.driver import ExtractSummary, extract
 from tubelet_pipeline.plan_extraction import make_plan
-from tubelet_pipeline.scheduler import HandOut
+from tubelet_pipeline.scheduler import ShardScheduler
 from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport, report
 from tubelet_store.clip_table import ClipOutcome
@@ -126,7 +126,7 @@ def one_size(clips: int, clips_per_shard: int, folder: Path) -> dict[str, float]
             marks.append(meter.cpu_s())
             memory.append(meter.memory_mb())
 
-        extract_module.HandOut = functools.partial(HandOut, task=null_shard)  # type: ignore[assignment,misc]
+        extract_module.ShardScheduler = functools.partial(ShardScheduler, task=null_shard)  # type: ignore[assignment,misc]
         summary = extract(config, mark)
         marks.append(meter.cpu_s())
         peak_mb = [_peak_mb(process.pid) for process in (meter.client, meter.scheduler)]

@@ -4,8 +4,8 @@
 
 The encoder's product has to be paid by any SAE; everything else (choosing, decoding, both gradients, clipping, Adam,
 unit norm) is overhead. On a CPU times are processor seconds of one thread, so that other work on the machine does not
-count; on a GPU they are wall clock between synchronisations. The dense row is the same step with dense codes and plain
-autograd, same optimiser. On a GPU the step is measured as it comes, compiled, and as a CUDA graph.
+count; on a GPU they are wall clock between synchronizations. The dense row is the same step with dense codes and plain
+autograd, same optimizer. On a GPU the step is measured as it comes, compiled, and as a CUDA graph.
 
 Several SAEs: K of one shape that step together, over K times one of them alone.
 """
@@ -29,21 +29,21 @@ from torch import Tensor
 from loader import GRID, HOOK, make_store
 from random_store import random_store
 from tubelet_store.plan import Hook
-from tubelet_trainer.config import ObjectiveConfig, OptimiserConfig, PairsConfig
+from tubelet_trainer.config import ObjectiveConfig, OptimizerConfig, PairsConfig
 from tubelet_trainer.data.batch import Batch
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.pairs import PairDraw
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.losses.coherence import coherence_terms
 from tubelet_trainer.losses.objective import Objective
 from tubelet_trainer.losses.sparsity import sae_terms
-from tubelet_trainer.optim.sae_group import Team
-from tubelet_trainer.optim.sae_trainer import Learner
-from tubelet_trainer.optim.stacked import Cohort
+from tubelet_trainer.optim.sae_group import SAEGroup
+from tubelet_trainer.optim.sae_trainer import SAETrainer
+from tubelet_trainer.optim.stacked import StackedSAEs
 from tubelet_trainer.run.environment import keep_memory
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, Groups, JumpReLUConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 CHANNELS = 768
 PLAIN = ObjectiveConfig()
@@ -84,21 +84,21 @@ class Stopwatch:
 
 def make_learner(
     config: SAEConfig, device: torch.device, precision: torch.dtype, objective: ObjectiveConfig = PLAIN
-) -> Learner:
+) -> SAETrainer:
     """An SAE whose latents are all alive, as most are after the start of a run."""
-    sae = SAE(config, Normalisation.identity(CHANNELS)).to(device)
+    sae = SAE(config, Normalization.identity(CHANNELS)).to(device)
     terms = sae_terms(config, CHANNELS, float(CHANNELS), 1000, device)
     terms += coherence_terms(objective, config, sae.latents, float(CHANNELS))
-    return Learner(sae, Objective(terms), OptimiserConfig(), 1000, 2**62, precision)
+    return SAETrainer(sae, Objective(terms), OptimizerConfig(), 1000, 2**62, precision)
 
 
 def stepping(
-    learners: list[Learner], x_BD: Tensor, compiled: bool = False, captured: bool = False
+    sae_trainers: list[SAETrainer], x_BD: Tensor, compiled: bool = False, captured: bool = False
 ) -> Callable[[], object]:
     """One step of all `learners` together, on the same batch each time."""
-    team = Team(learners, [HOOK] * len(learners), len(x_BD), compiled, captured)
+    sae_group = SAEGroup(sae_trainers, [HOOK] * len(sae_trainers), len(x_BD), compiled, captured)
     batch = batch_of(x_BD)
-    return lambda: team.learn(batch, 5)
+    return lambda: sae_group.learn(batch, 5)
 
 
 def batch_of(x_BD: Tensor) -> Batch:
@@ -106,16 +106,16 @@ def batch_of(x_BD: Tensor) -> Batch:
     return Batch({HOOK: x_BD}, torch.arange(len(x_BD), device=x_BD.device), GRID, len(x_BD))
 
 
-def dense_step(learner: Learner, x_BD: Tensor) -> None:
+def dense_step(sae_trainer: SAETrainer, x_BD: Tensor) -> None:
     """The step of `learner`, through dense codes and plain autograd."""
-    sae = learner.sae
+    sae = sae_trainer.sae
     pre_BF = (x_BD - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     top = pre_BF.topk(sae.config.k, dim=1, sorted=False)  # type: ignore[attr-defined]
     codes_BF = torch.zeros_like(pre_BF).scatter(1, top.indices, top.values.relu())
     error = (x_BD - codes_BF @ sae.W_dec - sae.b_dec).square().sum() / x_BD.numel()
-    learner.adam.zero_grad()
+    sae_trainer.adam.zero_grad()
     error.backward()
-    learner.apply_gradients()
+    sae_trainer.apply_gradients()
 
 
 def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
@@ -132,11 +132,11 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
     for latents in sizes:
         for k in KS:
             config = TopKConfig(latents=latents, k=k)
-            learner = make_learner(config, device, precision)
-            weight, low = learner.sae.W_enc.detach().to(precision), x_BD.to(precision)
+            sae_trainer = make_learner(config, device, precision)
+            weight, low = sae_trainer.sae.W_enc.detach().to(precision), x_BD.to(precision)
             encoder = watch.best(lambda low=low, weight=weight: low @ weight.T)  # type: ignore[misc]
-            step = watch.best(stepping([learner], x_BD))
-            dense = watch.best(lambda learner=learner: dense_step(learner, x_BD), 1) if k == KS[0] else None  # type: ignore[misc]
+            step = watch.best(stepping([sae_trainer], x_BD))
+            dense = watch.best(lambda sae_trainer=sae_trainer: dense_step(sae_trainer, x_BD), 1) if k == KS[0] else None  # type: ignore[misc]
             line = f"{latents:>8} {k:>4} {encoder * 1e3:>11.1f} {step * 1e3:>9.1f} {step / encoder:>10.2f} "
             line += f"{dense / encoder:>8.2f}" if dense is not None else " " * 8
             if cuda:
@@ -153,18 +153,18 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
 
 def parts_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
     """Where the time of a step goes."""
-    learner, watch = make_learner(TopKConfig(latents=latents, k=k), device, torch.float32), Stopwatch(device)
-    sae, x_BD = learner.sae, torch.randn(CPU_BATCH, CHANNELS, device=device)
-    cohort, batch = Cohort([learner], HOOK), batch_of(x_BD)
-    cohort.learn(batch, x_BD, 5)
+    sae_trainer, watch = make_learner(TopKConfig(latents=latents, k=k), device, torch.float32), Stopwatch(device)
+    sae, x_BD = sae_trainer.sae, torch.randn(CPU_BATCH, CHANNELS, device=device)
+    stacked, batch = StackedSAEs([sae_trainer], HOOK), batch_of(x_BD)
+    stacked.learn(batch, x_BD, 5)
     pre_BF = sae.pre_activations(x_BD)
-    _, (total,) = cohort.losses(batch, x_BD)
+    _, (total,) = stacked.losses(batch, x_BD)
     parts = {
         "encoder product": watch.best(lambda: sae.pre_activations(x_BD)),
         "choosing k": watch.best(lambda: sae.sparsifier(pre_BF)),
-        "forward and loss, all": watch.best(lambda: cohort.losses(batch, x_BD)),
+        "forward and loss, all": watch.best(lambda: stacked.losses(batch, x_BD)),
         "backward": watch.once(total.loss.backward),
-        "project, clip, Adam, unit norm": watch.best(learner.apply_gradients),
+        "project, clip, Adam, unit norm": watch.best(sae_trainer.apply_gradients),
     }
     yield f"parts of a step, {latents} latents, k {k}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in parts.items())
 
@@ -189,24 +189,26 @@ def kinds_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
         store = random_store(Path(folder) / "s.zarr", GRID, Hook(name=HOOK, channels=CHANNELS), clips, clips)
         draw = PairDraw(PairsConfig(anchors=tokens // 4), temporal=True, spatial=True)
         source = Source(store, HOOK, GRID.space)
-        windows = Windows(source, np.arange(clips), batch_tokens=tokens, window_tokens=2**20, pairs=draw, device=device)
+        windows = ActivationLoader(
+            source, np.arange(clips), batch_tokens=tokens, window_tokens=2**20, pairs=draw, device=device
+        )
         batch = next(iter(windows))
-    learner = make_learner(topk, device, precision)
-    weight, low = learner.sae.W_enc.detach().to(precision), batch.tokens.to(precision)
+    sae_trainer = make_learner(topk, device, precision)
+    weight, low = sae_trainer.sae.W_enc.detach().to(precision), batch.tokens.to(precision)
     encoder = watch.best(lambda: low @ weight.T)
     yield (
         f"a step of other recipes over the encoder's product, {latents} latents, k {k}, batch {tokens}, "
         f"{tokens // 4} anchors of pairs:"
     )
     for name, (config, objective) in kinds.items():
-        learner = make_learner(config, device, precision, objective)
+        sae_trainer = make_learner(config, device, precision, objective)
         if "dead" in name:
             with torch.no_grad():
-                learner.sae.b_enc[::2] = -1e3
-            learner.clock.silent_tokens_F[::2] = 2**62 + 1
-            learner.clock.dead_most = latents // 2
-        team = Team([learner], [HOOK], tokens)
-        yield f"  {name:<34}{watch.best(partial(team.learn, batch, 5)) / encoder:>7.2f}"
+                sae_trainer.sae.b_enc[::2] = -1e3
+            sae_trainer.clock.silent_tokens_F[::2] = 2**62 + 1
+            sae_trainer.clock.dead_most = latents // 2
+        sae_group = SAEGroup([sae_trainer], [HOOK], tokens)
+        yield f"  {name:<34}{watch.best(partial(sae_group.learn, batch, 5)) / encoder:>7.2f}"
 
 
 def together_table(device: torch.device) -> Iterator[str]:
@@ -219,8 +221,8 @@ def together_table(device: torch.device) -> Iterator[str]:
         parts = []
         for count in (4, 8):
             configs = [TopKConfig(latents=latents, k=KS[0], seed=seed) for seed in range(count)]
-            learners = [make_learner(config, device, precision) for config in configs]
-            together = watch.best(stepping(learners, x_BD))
+            sae_trainers = [make_learner(config, device, precision) for config in configs]
+            together = watch.best(stepping(sae_trainers, x_BD))
             parts.append(f"{count} together {together / (count * alone):.2f}")
         yield f"SAEs of {latents} latents, k {KS[0]}: {', '.join(parts)} of the time of as many alone"
 
@@ -232,11 +234,13 @@ def feeding_table(device: torch.device) -> Iterator[str]:
         clips = np.arange(store.plan.clips)
         source = Source(store, HOOK)
         precision = torch.bfloat16 if device.type == "cuda" else torch.float32
-        team = Team([make_learner(TopKConfig(latents=FEED_LATENTS, k=KS[0]), device, precision)], [HOOK], FEED_BATCH)
+        sae_group = SAEGroup(
+            [make_learner(TopKConfig(latents=FEED_LATENTS, k=KS[0]), device, precision)], [HOOK], FEED_BATCH
+        )
         resident = torch.from_numpy(store.shard_map(HOOK, 0).reshape(-1, CHANNELS).copy()).to(device)
 
         def from_store() -> None:
-            windows = Windows(
+            windows = ActivationLoader(
                 source,
                 clips,
                 batch_tokens=FEED_BATCH,
@@ -245,13 +249,13 @@ def feeding_table(device: torch.device) -> Iterator[str]:
                 device=device,
             )
             for number, batch in enumerate(windows):
-                team.learn(batch, number)
+                sae_group.learn(batch, number)
 
         def from_memory() -> None:
             order = torch.randperm(len(resident), device=device)
             for number in range(FEED_STEPS):
                 rows = order[number * FEED_BATCH % len(resident) :][:FEED_BATCH]
-                team.learn(batch_of(resident[rows].float()), number)
+                sae_group.learn(batch_of(resident[rows].float()), number)
 
         watch, wall = Stopwatch(device), []
         from_memory()

@@ -1,7 +1,7 @@
 """Tiny clips whose frames carry their own index as a barcode: ground truth that depends on no decoder.
 
 The top quarter of each frame shows the index as 12 black or white bars, lowest bit left; below, a square moves over a
-coloured ground. `CLIPS` names one clip for each thing that makes decoders miscount. Sequential decoding gives the
+colored ground. `CLIPS` names one clip for each thing that makes decoders miscount. Sequential decoding gives the
 indices 0, 1, ..., `spec.frames` - 1 for every one of them; frames that an edit list hides carry indices from `HIDDEN`
 on.
 
@@ -142,7 +142,7 @@ def read_index(frame: NDArray[np.uint8]) -> int:
     for bit, (begin, end) in enumerate(_bars(width)):
         level = float(frame[2 : height // 4 - 2, begin + 2 : end - 2].mean())
         if 80 < level < 175:
-            raise ValueError(f"bar {bit} has grey level {level:.0f}, neither black nor white")
+            raise ValueError(f"bar {bit} has gray level {level:.0f}, neither black nor white")
         index |= int(level >= 175) << bit
     return index
 

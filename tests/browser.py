@@ -33,7 +33,7 @@ class Browser:
 
     Args:
         width, height: Of the window, in CSS pixels.
-        dark: Colour scheme that the page is told.
+        dark: Color scheme that the page is told.
         still: Whether it is told to move less.
         touch: A phone: touch instead of a mouse, two device pixels to one.
     """

@@ -4,25 +4,25 @@ import torch
 
 from tubelet_store.plan import Grid
 from tubelet_trainer.data.batch import Batch
-from tubelet_trainer.optim.stacked import Cohort
+from tubelet_trainer.optim.stacked import StackedSAEs
 
 GRID = Grid(time=1, height=1, width=1)
 
 
-def take_step(learner, x, step):
+def take_step(sae_trainer, x, step):
     """Step number `step` of `learner` on raw tokens `x`; its metrics."""
-    (metrics,) = Cohort([learner], "h").learn(*seen(learner, x), step)
+    (metrics,) = StackedSAEs([sae_trainer], "h").learn(*seen(sae_trainer, x), step)
     return metrics
 
 
-def see(learner, x, step):
+def see(sae_trainer, x, step):
     """How `learner` sees raw tokens `x` in step number `step`, which is not taken."""
-    cohort, (batch, normalised) = Cohort([learner], "h"), seen(learner, x)
-    cohort.begin(step, batch)
-    ((forward,), _) = cohort.losses(batch, normalised)
+    stacked, (batch, normalized) = StackedSAEs([sae_trainer], "h"), seen(sae_trainer, x)
+    stacked.begin(step, batch)
+    ((forward,), _) = stacked.losses(batch, normalized)
     return forward
 
 
-def seen(learner, x):
-    """`x` as a batch, and normalised."""
-    return Batch({"h": x}, torch.arange(len(x)), GRID, len(x)), learner.sae.normalisation(x)
+def seen(sae_trainer, x):
+    """`x` as a batch, and normalized."""
+    return Batch({"h": x}, torch.arange(len(x)), GRID, len(x)), sae_trainer.sae.normalization(x)

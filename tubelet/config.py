@@ -98,7 +98,7 @@ def validate(model: type[C], tree: dict[str, Any], origin: str, typed: Collectio
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        # A misspelt required field is both unknown and missing: its spelling is what to say.
+        # A misspelled required field is both unknown and missing: its spelling is what to say.
         fault = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
         # pydantic puts the tag of a discriminated union into the path; users never write it.
         path, owner = _walk(model, fault["loc"], by_name=fault["type"] in ("extra_forbidden", "missing"))

@@ -1,6 +1,6 @@
 """Clips cut out of the corpus, each changed in ways that no motion depends on, and in ways that turn one into another.
 
-Turning, mirroring and playing backwards make other actions of the same kind, so the model learns them all; colours,
+Turning, mirroring and playing backwards make other actions of the same kind, so the model learns them all; colors,
 brightness and noise say nothing about the action. No label is read.
 """
 

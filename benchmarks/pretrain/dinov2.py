@@ -1,7 +1,7 @@
 """Training of the demo's frame-wise backbone, of DINOv2's architecture: supervised, not by DINO.
 
     frame ──▶ encoder ──linear─▶ of every patch: object or background;
-                                 of patches of an object: shape, colour, texture, the object's centre and radius
+                                 of patches of an object: shape, color, texture, the object's center and radius
 
 Labels come from the generator (`frame_labels`), one frame at a time: nothing in it knows of motion. One thread: with
 the same versions of torch and FFmpeg the weights are the same on every run.
@@ -24,7 +24,7 @@ from pretrain.arguments import parse_arguments
 from pretrain.checkpoint_folder import Clock, write_checkpoint
 from pretrain.corpus import FRAMES, SIDE
 from pretrain.frame_labels import VOCABULARIES, FrameLabels, frame_labels
-from pretrain.optimisation import Curve, adamw, descend, learning_rate
+from pretrain.optimization import Curve, adamw, descend, learning_rate
 from tubelet_pipeline.backbones.tiny import IMAGENET_MEAN, IMAGENET_STD
 
 PATCH, HIDDEN, LAYERS, HEADS = 8, 96, 4, 4
@@ -56,13 +56,13 @@ class Batch:
     objects: torch.Tensor
     """bool [B, S]: the patch belongs to an object."""
     looks: torch.Tensor
-    """int64 [P, 3]: for those patches, in order, shape, colour and texture."""
+    """int64 [P, 3]: for those patches, in order, shape, color and texture."""
     poses: torch.Tensor
-    """[P, 3]: centre x, centre y, radius."""
+    """[P, 3]: center x, center y, radius."""
 
 
 class Training(nn.Module):
-    """transformers' Dinov2Model and linear heads on its normalised patch tokens."""
+    """transformers' Dinov2Model and linear heads on its normalized patch tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ def train(recipe: Recipe, corpus: NDArray[np.uint8], labels: FrameLabels) -> tup
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     model = Training()
-    optimiser = adamw(model, recipe.weight_decay)
+    optimizer = adamw(model, recipe.weight_decay)
     curve = Curve(recipe.steps)
     for step in range(recipe.steps):
         losses = model.losses(draw_frames(corpus, labels, recipe.batch, rng))
         loss = torch.stack(list(losses.values())).sum()
-        descend(optimiser, model, loss, learning_rate(recipe.learning_rate, step, recipe.warmup, recipe.steps))
+        descend(optimizer, model, loss, learning_rate(recipe.learning_rate, step, recipe.warmup, recipe.steps))
         curve.add(step, losses)
     return model, curve.points
 

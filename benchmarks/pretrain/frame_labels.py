@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus import FRAMES, SEED, SIDE, indices
-from tubelet_pipeline.synthetic.palette import OBJECT_COLOURS
+from tubelet_pipeline.synthetic.palette import OBJECT_COLORS
 from tubelet_pipeline.synthetic.render import render
 from tubelet_pipeline.synthetic.scene import Look, scene_at
 from tubelet_pipeline.synthetic.shapes import SHAPES
 from tubelet_pipeline.synthetic.textures import TEXTURES
 
-VOCABULARIES = {"shape": tuple(SHAPES), "colour": tuple(OBJECT_COLOURS), "texture": tuple(TEXTURES)}
+VOCABULARIES = {"shape": tuple(SHAPES), "color": tuple(OBJECT_COLORS), "texture": tuple(TEXTURES)}
 MOST_ACTORS = 2
 LEAST_SHARE = 0.25
 
@@ -29,9 +29,9 @@ class FrameLabels:
     owner: NDArray[np.int64]
     """[N, FRAMES, G, G]: v where the patch belongs to object v - 1, 0 where to none."""
     looks: NDArray[np.int64]
-    """[N, A, 3]: shape, colour, texture of each object, places in `VOCABULARIES`."""
+    """[N, A, 3]: shape, color, texture of each object, places in `VOCABULARIES`."""
     poses: NDArray[np.float32]
-    """[N, FRAMES, A, 3]: centre x, centre y, radius; in halves of the frame, from its centre, y down."""
+    """[N, FRAMES, A, 3]: center x, center y, radius; in halves of the frame, from its center, y down."""
 
 
 def frame_labels(videos: int, patch: int, seed: int = SEED) -> FrameLabels:
@@ -54,5 +54,5 @@ def frame_labels(videos: int, patch: int, seed: int = SEED) -> FrameLabels:
 
 
 def _numbers(look: Look) -> tuple[int, ...]:
-    words = (look.shape, look.colour, look.texture)
+    words = (look.shape, look.color, look.texture)
     return tuple(names.index(word) for names, word in zip(VOCABULARIES.values(), words, strict=True))

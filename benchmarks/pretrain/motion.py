@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 TARGETS = ("right", "down", "clockwise", "outward", "contrast", "energy")
-"""Flow to the right and downwards; flow around and away from the clip's centre of motion; growth of local contrast;
+"""Flow to the right and downwards; flow around and away from the clip's center of motion; growth of local contrast;
 size of the temporal change."""
 
 DAMPING = 1e-3
@@ -64,7 +64,7 @@ def _contrast(frames: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 def _cells(maps: torch.Tensor, grid: int) -> torch.Tensor:
-    """Means over windows of twice a cell's side, centred on the cells: [B, T, C, H, W] to [B, T, C, G * G]."""
+    """Means over windows of twice a cell's side, centered on the cells: [B, T, C, H, W] to [B, T, C, G * G]."""
     side = maps.shape[-1] // grid
     means = F.avg_pool2d(maps.flatten(0, 1), 2 * side, side, side // 2, count_include_pad=False)
     return means.flatten(-2).unflatten(0, maps.shape[:2])

@@ -40,7 +40,7 @@ SAMPLING = DenseSampling(frames=16, stride=3)
 """The demo's: the whole of a video."""
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-1, 6))
-"""Ridge penalties tried, for standardised features."""
+"""Ridge penalties tried, for standardized features."""
 
 POOLINGS = ("mean", "time")
 BATCH = 8
@@ -127,8 +127,8 @@ def _scores(
     ask: NDArray[np.bool_],
     penalty: float,
 ) -> NDArray[np.float64]:
-    centre, spread = features[fit].mean(0), features[fit].std(0) + 1e-6
-    x_ND, asked_MD = (features[fit] - centre) / spread, (features[ask] - centre) / spread
+    center, spread = features[fit].mean(0), features[fit].std(0) + 1e-6
+    x_ND, asked_MD = (features[fit] - center) / spread, (features[ask] - center) / spread
     wanted_NC = np.eye(len(TEMPLATES))[labels[fit]] - 1 / len(TEMPLATES)
     # The dual form: there are fewer videos than features.
     weights_NC = np.linalg.solve(x_ND @ x_ND.T + penalty * np.eye(len(x_ND)), wanted_NC)

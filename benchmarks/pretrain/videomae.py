@@ -26,7 +26,7 @@ from pretrain.augment import draw_clips
 from pretrain.checkpoint_folder import Clock, write_checkpoint
 from pretrain.corpus import SIDE
 from pretrain.motion import TARGETS, motion_targets
-from pretrain.optimisation import Curve, adamw, descend, learning_rate
+from pretrain.optimization import Curve, adamw, descend, learning_rate
 from tubelet_pipeline.backbones.tiny import IMAGENET_MEAN, IMAGENET_STD
 
 FRAMES, PATCH, TUBELET, HIDDEN, LAYERS, HEADS = 16, 8, 2, 96, 4, 4
@@ -93,7 +93,7 @@ class Pretraining(nn.Module):
         return tokens
 
     def decode(self, tokens: torch.Tensor, hidden_BN: torch.Tensor, wanted_BM: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels [B, M, 384] of the hidden tubelets number `wanted_BM`."""
+        """Normalized pixels [B, M, 384] of the hidden tubelets number `wanted_BM`."""
         tokens = self.mae.encoder_to_decoder(tokens)
         table = self.mae.position_embeddings.to(tokens.dtype)[0]
         seen = table.expand(len(tokens), -1, -1)[~hidden_BN].view_as(tokens)
@@ -105,7 +105,7 @@ class Pretraining(nn.Module):
 def pixel_targets(clips: torch.Tensor) -> torch.Tensor:
     """Pixels of every tubelet in the order of VideoMAE's decoder, [B, N, 384].
 
-    Normalised per clip, not per tubelet as VideoMAE's are: what a tubelet's own normalisation leaves of these plain
+    Normalized per clip, not per tubelet as VideoMAE's are: what a tubelet's own normalization leaves of these plain
     pictures is fine texture that cannot be guessed. Measured: after 430 steps that loss stood at 0.35, as at the start.
     """
     b = len(clips)
@@ -136,7 +136,7 @@ def train(recipe: Recipe, corpus: NDArray[np.uint8]) -> tuple[Pretraining, list[
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     model = Pretraining(recipe)
-    optimiser = adamw(model, recipe.weight_decay)
+    optimizer = adamw(model, recipe.weight_decay)
     sample = motion_targets(draw_clips(corpus, rng.integers(len(corpus), size=128), FRAMES, rng), GRID)
     unit = sample.square().mean((0, 1, 2)).sqrt()
     power_of_means = float((sample / unit).mean(2).square().mean())
@@ -146,7 +146,7 @@ def train(recipe: Recipe, corpus: NDArray[np.uint8]) -> tuple[Pretraining, list[
         clips = draw_clips(corpus, rows, FRAMES, rng)
         losses = _losses(model, recipe, clips, motion_targets(clips, GRID) / unit, power_of_means)
         loss = losses["pixels"] + recipe.motion_weight * (losses["motion"] + losses["motion, whole"]) / 2
-        descend(optimiser, model, loss, learning_rate(recipe.learning_rate, step, recipe.warmup, recipe.steps))
+        descend(optimizer, model, loss, learning_rate(recipe.learning_rate, step, recipe.warmup, recipe.steps))
         curve.add(step, losses)
     return model, curve.points
 

@@ -28,7 +28,7 @@ from tubelet_lens.inputs.clip_stream import clip_bytes, windows
 from tubelet_lens.inputs.latent_time import latent_time
 from tubelet_lens.inputs.trained_sae import TrainedSae, check_store, load_trained
 from tubelet_lens.metrics.action_probe import action
-from tubelet_lens.metrics.clip_metric import ClipMetric, ClipSetting, Side, side
+from tubelet_lens.metrics.clip_metric import ClipMetric, ClipSetting, PooledSplit, side
 from tubelet_lens.metrics.code_ablation import code_ablation
 from tubelet_lens.metrics.code_sparsity import Sparsity
 from tubelet_lens.metrics.collinearity import measure_collinearity
@@ -197,7 +197,7 @@ def _clips_to_fit(config: EvaluateConfig, trained: TrainedSae, setting: Setting)
 
 def _fit_side(
     config: EvaluateConfig, trained: TrainedSae, setting: Setting, standing_in: Mapping[Subject, Sequence[Encoder]]
-) -> Side:
+) -> PooledSplit:
     pooling = Pooling(standing_in)
     per_window = _clips_per_window(config, trained, setting.store)
     stream(setting, trained.coder, [pooling], clips_per_window=per_window)

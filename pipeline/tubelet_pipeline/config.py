@@ -14,7 +14,7 @@ from tubelet_pipeline.datasets import DatasetConfig
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.sampling import Sampling
 from tubelet_pipeline.token_selection import AllTokens, Tokens
-from tubelet_pipeline.views import CentreView, Views
+from tubelet_pipeline.views import CenterView, Views
 from tubelet_store.spool import UploadConfig
 
 
@@ -35,7 +35,7 @@ class ExtractConfig(Config):
     """Of the stored activations. float16 is finer, bfloat16 takes larger values; both take two bytes."""
     clips_per_shard: int | None = Field(default=None, ge=1)
     """Clips in one shard, the unit of work and of loss. None: 256 MiB a hook, less where that makes few shards."""
-    views: Views = CentreView()
+    views: Views = CenterView()
     """Crops and shifted windows of each clip."""
     tokens: Tokens = AllTokens()
     """Which tokens are stored."""

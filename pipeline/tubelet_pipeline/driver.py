@@ -22,11 +22,11 @@ from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.plan_extraction import Planned, make_plan
 from tubelet_pipeline.preflight import check_workers
 from tubelet_pipeline.run_log import RunLog
-from tubelet_pipeline.scheduler import HandOut, SchedulerLost
+from tubelet_pipeline.scheduler import SchedulerLost, ShardScheduler
 from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport, report
 from tubelet_store.format import array_kinds, shard_bytes
-from tubelet_store.spool import Spool, patiently
+from tubelet_store.spool import Spool, retry
 from tubelet_store.store_summary import human_bytes
 from tubelet_store.store_writer import StoreWriter
 
@@ -89,7 +89,7 @@ def extract(config: ExtractConfig, on_shard: Callable[[ExtractSummary], None] | 
             if pending:
                 _check_room(writer, pending)
                 _Run(config, cluster, planned, writer, summary, log, on_shard).until_done(client)
-            summary.identity = str(patiently(writer.finish, config.upload.patience_s).identity)
+            summary.identity = str(retry(writer.finish, config.upload.patience_s).identity)
         except BaseException as error:
             log("end", status=f"{type(error).__name__}: {error}", shards_this_run=summary.shards_this_run)
             raise
@@ -152,13 +152,13 @@ class _Run:
         )
         if self.on_shard is not None:
             self.on_shard(self.summary)
-        hand_out = HandOut(client, shard_job(config, self.planned), self.cluster, self.log, self._done)
-        hand_out.run(pending)
+        shard_scheduler = ShardScheduler(client, shard_job(config, self.planned), self.cluster, self.log, self._done)
+        shard_scheduler.run(pending)
         if lost := self._pending():
-            raise self._not_extracted(lost, hand_out.failures)
+            raise self._not_extracted(lost, shard_scheduler.failures)
 
     def _pending(self) -> list[int]:
-        return patiently(self.writer.pending, self.config.upload.patience_s)
+        return retry(self.writer.pending, self.config.upload.patience_s)
 
     def _done(self, report: ShardReport) -> None:
         summary = self.summary

@@ -46,7 +46,7 @@ def dense_frames(
 def uniform_frames(video_frames: int, *, frames: int, clips: int, view: int, first: int, more: int) -> FrameChoice:
     """One frame from each of `frames` equal bins: `floor((i + (v + 1/2) / V) * n / T)`.
 
-    One view takes the bin centres (TSN's test sampling). A video with fewer frames than bins repeats frames; `padded`
+    One view takes the bin centers (TSN's test sampling). A video with fewer frames than bins repeats frames; `padded`
     counts the indices that equal their predecessor. `first` and `more` as for `dense_frames`: of `frames + more` bins.
     """
     _check(video_frames, clips, view, first, more)

@@ -96,7 +96,7 @@ def check_views(config: ExtractConfig, backbone: Backbone) -> None:
     if isinstance(views, ThreeCrops) and backbone.preprocessing.resize_to is not None:
         raise TubeletError(
             f"'{backbone.checkpoint.name}' squeezes every picture into one size: there is no longer side to crop along",
-            "Set views.kind: centre, or backbone.preprocessing with shortest_edge and crop",
+            "Set views.kind: center, or backbone.preprocessing with shortest_edge and crop",
         )
     if not isinstance(views, ShiftedViews):
         return

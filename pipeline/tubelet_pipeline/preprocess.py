@@ -1,6 +1,6 @@
 """From decoded frames to the pixels a backbone was trained on, in plain torch.
 
-    uint8 [T, H, W, 3] ──resize──▶ uint8 ──centre crop──▶ uint8 ──(x / scale - mean) / std──▶ float32 [T, 3, h, w]
+    uint8 [T, H, W, 3] ──resize──▶ uint8 ──center crop──▶ uint8 ──(x / scale - mean) / std──▶ float32 [T, 3, h, w]
 
 The numbers come from the checkpoint's own processor file, never from a class's defaults: the VideoMAE class says mean
 0.5, its published checkpoints say ImageNet's. The arithmetic is the one of the tensor backend of transformers
@@ -48,18 +48,18 @@ class Place(NamedTuple):
     """Pixels (down, right) by which this crop is shifted, up to `room`."""
 
 
-CENTRE = Place()
+CENTER = Place()
 
 
 class Preprocessing(Config):
-    """Resize, centre crop and normalise: `(pixel * rescale - offset - mean) / std`."""
+    """Resize, center crop and normalize: `(pixel * rescale - offset - mean) / std`."""
 
     shortest_edge: int | None = Field(default=None, gt=0)
     """Resize so that the shorter side has this many pixels, keeping the aspect ratio."""
     resize_to: tuple[int, int] | None = None
     """Resize to exactly (height, width), whatever the aspect ratio."""
     crop: tuple[int, int] | None = None
-    """Centre crop (height, width) after resizing."""
+    """Center crop (height, width) after resizing."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Resizing filter, always antialiased."""
     rescale: float = Field(default=1 / 255, gt=0)
@@ -67,9 +67,9 @@ class Preprocessing(Config):
     offset: float = 0.0
     """Subtracted after rescaling (ViViT: 1, so that pixels lie in -1..1)."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Mean per colour, red first, after rescaling."""
+    """Mean per color, red first, after rescaling."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Standard deviation per colour, red first, after rescaling."""
+    """Standard deviation per color, red first, after rescaling."""
 
     @model_validator(mode="after")
     def _pictures_have_one_size(self) -> Preprocessing:
@@ -117,7 +117,7 @@ class Preprocessing(Config):
             return short, int(short * width / height)
         return int(short * height / width), short
 
-    def __call__(self, frames_u8: np.ndarray, place: Place = CENTRE) -> tuple[torch.Tensor, CropBox]:
+    def __call__(self, frames_u8: np.ndarray, place: Place = CENTER) -> tuple[torch.Tensor, CropBox]:
         """Pixels of one clip.
 
         Args:

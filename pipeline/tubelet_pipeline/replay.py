@@ -21,7 +21,7 @@ from tubelet_pipeline.decode.pool import DecodeRequest
 from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
 from tubelet_pipeline.preprocess import CropBox, Preprocessing
 from tubelet_pipeline.sampling import DenseSampling, Sampling, UniformSampling
-from tubelet_pipeline.views import CentreView, ShiftedViews, ThreeCrops, Views, clip_request, locate, place
+from tubelet_pipeline.views import CenterView, ShiftedViews, ThreeCrops, Views, clip_request, locate, place
 from tubelet_store.plan import Plan
 
 
@@ -35,14 +35,14 @@ def sampling_of(plan: Plan) -> DenseSampling | UniformSampling:
     return _parsed(Sampling, said, "sampling")
 
 
-def views_of(plan: Plan) -> CentreView | ThreeCrops | ShiftedViews:
+def views_of(plan: Plan) -> CenterView | ThreeCrops | ShiftedViews:
     """Which views of each video the plan took.
 
     Raises:
         TubeletError: a rule that is not known here.
     """
     said: Any = plan.sampling.get("views")
-    return CentreView() if said is None else _parsed(Views, said, "views")
+    return CenterView() if said is None else _parsed(Views, said, "views")
 
 
 def backbone_of(plan: Plan, checkpoint: str | None = None, device: str = "auto") -> Backbone:
@@ -90,7 +90,7 @@ def backbone_of(plan: Plan, checkpoint: str | None = None, device: str = "auto")
     return backbone
 
 
-class Replay:
+class FrameRedecoder:
     """What a plan does with a video.
 
     Args:

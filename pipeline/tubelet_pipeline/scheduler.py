@@ -35,7 +35,7 @@ class SchedulerLost(Exception):
     """The connection to the scheduler broke; what was committed is committed."""
 
 
-class HandOut:
+class ShardScheduler:
     """One job's shards on one cluster.
 
     Args:
@@ -128,7 +128,7 @@ class HandOut:
             elif isinstance(error, KilledWorker):
                 self._retry(shard, "its worker died again and again (out of memory, or a crash in native code?)")
                 suspects.append(shard)
-            elif not isinstance(error, StoreUnreachable) and _is_everybodys(error):
+            elif not isinstance(error, StoreUnreachable) and _is_fatal_for_all_shards(error):
                 raise error
             else:
                 self._retry(shard, f"{type(error).__name__}: {error}")
@@ -178,5 +178,5 @@ def _popped(waiting: deque[int]) -> Iterator[int]:
         yield waiting.popleft()
 
 
-def _is_everybodys(error: BaseException) -> bool:
+def _is_fatal_for_all_shards(error: BaseException) -> bool:
     return isinstance(error, TubeletError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC)

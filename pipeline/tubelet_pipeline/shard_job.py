@@ -9,7 +9,7 @@ from tubelet_pipeline.backbones import BackboneConfig
 from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.sampling import Sampling
 from tubelet_pipeline.token_selection import AllTokens, Tokens
-from tubelet_pipeline.views import CentreView, Views
+from tubelet_pipeline.views import CenterView, Views
 from tubelet_store.spool import UploadConfig
 
 
@@ -20,7 +20,7 @@ class ShardJob(Config):
     plan_digest: str
     dataset_root: str
     sampling: Sampling
-    views: Views = CentreView()
+    views: Views = CenterView()
     tokens: Tokens = AllTokens()
     backbone: BackboneConfig
     hooks: tuple[str, ...]

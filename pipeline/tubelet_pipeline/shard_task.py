@@ -36,7 +36,7 @@ from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.commit import Commit
 from tubelet_store.finished_shard import FinishedShard
 from tubelet_store.shard_writer import ShardWriter
-from tubelet_store.spool import patiently
+from tubelet_store.spool import retry
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _publish(runtime: Runtime, finished: FinishedShard) -> Commit | None:
             raise
 
     try:
-        return patiently(attempt, runtime.job.upload.patience_s)
+        return retry(attempt, runtime.job.upload.patience_s)
     except StoreUnreachable as error:
         raise TubeletError(
             f"{runtime.store.url} has not answered for {runtime.job.upload.patience_s:g} s, and the spool "

@@ -1,6 +1,6 @@
 """Which of the backbone's tokens are stored: all, some patches of each clip, or averages over boxes.
 
-Whatever is kept is kept at every time step: the objectives and metrics of the trainer live from pairs of neighbouring
+Whatever is kept is kept at every time step: the objectives and metrics of the trainer live from pairs of neighboring
 tokens, which a random choice of single tokens would break.
 """
 

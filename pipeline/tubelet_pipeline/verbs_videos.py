@@ -38,7 +38,7 @@ def _run(config: VideosConfig) -> int:
 
 VIDEOS = Verb(
     name="videos",
-    summary="Render a labelled demo data set of moving shapes as real video files.",
+    summary="Render a labeled demo data set of moving shapes as real video files.",
     config=lambda: VideosConfig,
     run=_run,
     positionals=("out",),

@@ -2,7 +2,7 @@
 
     video ─▶ sampling.clips windows ─▶ of each: one crop | three crops | an unshifted view and shifted ones
 
-Rows of the clip table are neighbours in this order: video, window, crop or shift. `view` counts them through.
+Rows of the clip table are neighbors in this order: video, window, crop or shift. `view` counts them through.
 
 Shifted views are for measuring how local a feature is: the same pixels, seen at other places of the grid. In space the
 picture is drawn s patches larger than the grid, and the shifted crop lies s patches further down and right (Ro, Choi &
@@ -19,14 +19,14 @@ from pydantic import Field, model_validator
 
 from tubelet.config import Config
 from tubelet_pipeline.decode.pool import DecodeRequest
-from tubelet_pipeline.preprocess import CENTRE, Place
+from tubelet_pipeline.preprocess import CENTER, Place
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling, describe
 
 
-class CentreView(Config):
+class CenterView(Config):
     """The crop of the checkpoint's own preprocessing."""
 
-    kind: Literal["centre"] = "centre"
+    kind: Literal["center"] = "center"
 
 
 class ThreeCrops(Config):
@@ -57,7 +57,7 @@ class ShiftedViews(Config):
         return ((0, 0), *(shift for shift in alone if any(shift)))
 
 
-Views = Annotated[CentreView | ThreeCrops | ShiftedViews, Field(discriminator="kind")]
+Views = Annotated[CenterView | ThreeCrops | ShiftedViews, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class View:
     shift_tubelets: int | None = None
 
 
-def views_per_window(views: CentreView | ThreeCrops | ShiftedViews) -> int:
+def views_per_window(views: CenterView | ThreeCrops | ShiftedViews) -> int:
     """Clips that one window in time gives."""
     if isinstance(views, ShiftedViews):
         return len(views.shifts)
     return 3 if isinstance(views, ThreeCrops) else 1
 
 
-def locate(views: CentreView | ThreeCrops | ShiftedViews, number: int) -> View:
+def locate(views: CenterView | ThreeCrops | ShiftedViews, number: int) -> View:
     """View `number` of a video, counted through all its windows."""
     window, within = divmod(number, views_per_window(views))
     if isinstance(views, ShiftedViews):
@@ -85,7 +85,7 @@ def locate(views: CentreView | ThreeCrops | ShiftedViews, number: int) -> View:
     return View(window, within)
 
 
-def place(views: CentreView | ThreeCrops | ShiftedViews, view: View, patch_size: tuple[int, int]) -> Place:
+def place(views: CenterView | ThreeCrops | ShiftedViews, view: View, patch_size: tuple[int, int]) -> Place:
     """Where the crop of `view` lies; `patch_size` is height and width in pixels."""
     if isinstance(views, ThreeCrops):
         return Place(along=(view.spatial_view or 0) / 2)
@@ -96,13 +96,13 @@ def place(views: CentreView | ThreeCrops | ShiftedViews, view: View, patch_size:
             room=(views.patches * height, views.patches * width),
             offset=(shift * height, shift * width),
         )
-    return CENTRE
+    return CENTER
 
 
 def clip_request(
     uri: str,
     sampling: DenseSampling | UniformSampling,
-    views: CentreView | ThreeCrops | ShiftedViews,
+    views: CenterView | ThreeCrops | ShiftedViews,
     view: View,
     tubelet_frames: int,
 ) -> DecodeRequest:
@@ -129,10 +129,10 @@ _FORMULAS = {
 
 
 def describe_clips(
-    sampling: DenseSampling | UniformSampling, views: CentreView | ThreeCrops | ShiftedViews, tubelet_frames: int
+    sampling: DenseSampling | UniformSampling, views: CenterView | ThreeCrops | ShiftedViews, tubelet_frames: int
 ) -> dict[str, Any]:
-    """What a store records: the sampling, and the views with their formulas where there are others than the centre."""
-    if isinstance(views, CentreView):
+    """What a store records: the sampling, and the views with their formulas where there are others than the center."""
+    if isinstance(views, CenterView):
         return describe(sampling)
     described = {**views.model_dump(mode="json"), **_FORMULAS[views.kind]}
     if isinstance(views, ShiftedViews):

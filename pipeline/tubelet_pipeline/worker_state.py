@@ -26,7 +26,7 @@ from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
 from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.token_selection import TokenSelector
 from tubelet_pipeline.views import View, clip_request, locate
-from tubelet_store.spool import Spool, patiently
+from tubelet_store.spool import Spool, retry
 from tubelet_store.store_writer import StoreWriter
 
 # Forward passes of a process take turns, whichever job they are of: each may fill the device's memory.
@@ -39,7 +39,7 @@ class Runtime:
     def __init__(self, job: ShardJob) -> None:
         self.job = job
         self.backbone: Backbone = load_backbone(job.backbone, frames=job.sampling.frames)
-        self.store, table = patiently(lambda: _attach(job), job.upload.patience_s)
+        self.store, table = retry(lambda: _attach(job), job.upload.patience_s)
         self.spool = Spool(job.upload, job.store, self.store.plan)
         self.spool.discard_partial()
         self.clips = table.select(["uri", "video_id", "view"]).combine_chunks()
@@ -73,7 +73,7 @@ class Runtime:
         return clip_request(uri, job.sampling, job.views, self.view(clip), self.backbone.tubelet_frames)
 
     def decoded(self, clips: Iterable[int], prefetch: int) -> Iterator[tuple[int, DecodedClip | DecodeFailure]]:
-        """Clips with their frames, in order. Neighbours that are crops of the same frames are decoded once."""
+        """Clips with their frames, in order. Neighbors that are crops of the same frames are decoded once."""
         counted = ((request, list(run)) for request, run in itertools.groupby(clips, self._request))
         ahead, asked = itertools.tee(counted)
         results = self.decoder.map_ordered((request for request, _ in asked), prefetch)

@@ -31,7 +31,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: zarr and pyarrow take most of a second, and a verb that reads a catalogue needs neither.
+    # On first use: zarr and pyarrow take most of a second, and a verb that reads a catalog needs neither.
     if name not in _HOMES:
         raise AttributeError(f"module 'tubelet_store' has no attribute '{name}'")
     value = getattr(import_module(f"tubelet_store.{_HOMES[name]}"), name)

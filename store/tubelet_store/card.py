@@ -14,33 +14,33 @@ import yaml
 
 from tubelet_store.object_keys import CLIPS, MANIFEST
 from tubelet_store.reader import Store
-from tubelet_store.store_summary import failed_clips, human_bytes, summarise
+from tubelet_store.store_summary import failed_clips, human_bytes, summarize
 
 CARD, CROISSANT = "README.md", "croissant.json"
 
 _FAILURES_SHOWN = 10
 
 
-def write_card(store: Store, folder: Path, licence: str | None = None, name: str | None = None) -> list[Path]:
+def write_card(store: Store, folder: Path, license: str | None = None, name: str | None = None) -> list[Path]:
     """Write the data card and the Croissant file of `store` into `folder`; gives their paths.
 
     Args:
         store: A complete store.
         folder: Made if it does not exist.
-        licence: Licence of the activations.
+        license: License of the activations.
         name: Title; default: the store's name.
     """
     title = name or store.url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
     folder.mkdir(parents=True, exist_ok=True)
     card, croissant = folder / CARD, folder / CROISSANT
-    card.write_text(markdown(store, title, licence))
-    croissant.write_text(json.dumps(croissant_document(store, title, licence), indent=2, ensure_ascii=False) + "\n")
+    card.write_text(markdown(store, title, license))
+    croissant.write_text(json.dumps(croissant_document(store, title, license), indent=2, ensure_ascii=False) + "\n")
     return [card, croissant]
 
 
-def markdown(store: Store, title: str, licence: str | None) -> str:
+def markdown(store: Store, title: str, license: str | None) -> str:
     """The data card."""
-    summary, failures = summarise(store), failed_clips(store)
+    summary, failures = summarize(store), failed_clips(store)
     clips, grid = summary["clips"], summary["grid"]
     hooks = "\n".join(
         f"| `{h['name']}` | {h['channels']} | {h['tokens']:,} | {h['norm_mean']:.4g} | {h['norm_99']:.4g} | "
@@ -70,7 +70,7 @@ Activations of a frozen video backbone: {clips["ok"]:,} clips of {summary["video
 a [Tubelet](https://pypi.org/project/tubelet/) store (Zarr v3, memory-mappable).
 
 - Identity: `{summary["identity"]}`
-- Licence: {licence or "not stated; the licences of the videos and of the backbone apply"}
+- License: {license or "not stated; the licenses of the videos and of the backbone apply"}
 - Size: {human_bytes(summary["size_bytes"])}, {summary["dtype"]}
 - Token grid: {grid["time"]} time x {grid["height"]} height x {grid["width"]} width per clip
 
@@ -110,14 +110,14 @@ Means and covariances of every hook are in `moments/`.
 """
 
 
-def croissant_document(store: Store, title: str, licence: str | None) -> dict[str, Any]:
+def croissant_document(store: Store, title: str, license: str | None) -> dict[str, Any]:
     """Croissant 1.0 JSON-LD: the clip table as records, the activation arrays as files; digests from the manifest.
 
     Croissant has no N-dimensional arrays: how to read the shards is told by the description, and by Zarr's metadata.
     """
     manifest, plan = store.manifest(), store.plan
     table = manifest.get(CLIPS)
-    summary = summarise(store)
+    summary = summarize(store)
     base = store.url if "://" in store.url else "."
     document: dict[str, Any] = {
         "@context": _CONTEXT,
@@ -182,8 +182,8 @@ def croissant_document(store: Store, title: str, licence: str | None) -> dict[st
             }
         ],
     }
-    if licence is not None:
-        document["license"] = licence
+    if license is not None:
+        document["license"] = license
     if created := store.state.provenance.get("created_utc"):
         document["datePublished"] = created
     return document

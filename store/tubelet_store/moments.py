@@ -127,7 +127,7 @@ class Moments:
         if self.count == 0:
             return float("nan")
         reached = np.searchsorted(np.cumsum(self.norm_histogram), max(level * self.count, 1))
-        return float(_bin_centre(min(int(reached), NORM_BINS - 1)))
+        return float(_bin_center(min(int(reached), NORM_BINS - 1)))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The state as arrays, for storage; `from_arrays` is the inverse."""
@@ -165,5 +165,5 @@ def _norm_bin(norms: Float64) -> NDArray[np.int64]:
     return np.clip(position, 0, NORM_BINS - 1).astype(np.int64)
 
 
-def _bin_centre(position: int) -> float:
+def _bin_center(position: int) -> float:
     return float(2.0 ** (_LOWEST_EXPONENT + (position + 0.5) / _BINS_PER_OCTAVE))

@@ -43,7 +43,7 @@ class Grid(Config):
 class TokenSelection(Config):
     """Which of the backbone's tokens are stored, where not all are.
 
-    Whatever is kept is kept at every time step, so that a token's neighbour in time is always there.
+    Whatever is kept is kept at every time step, so that a token's neighbor in time is always there.
     """
 
     kind: Literal["patches", "pooled"]

@@ -342,19 +342,19 @@ def open_store(url: str, allow_unfinished: bool = False, mirror: MirrorConfig | 
     """Open the store at `url` (a path, an fsspec URL, or `catalog.yaml#name`).
 
     Args:
-        url: Where the store lies, or its name in a catalogue (by path or URL), whose digest it must then have.
+        url: Where the store lies, or its name in a catalog (by path or URL), whose digest it must then have.
         allow_unfinished: Also open a store that is still being written; only its committed shards are seen.
         mirror: Where and how much of a remote store is kept on a local disk; None: the defaults.
 
     Raises:
         TubeletError: nothing is there, it is not a Tubelet store, it is unfinished, or it is another one than the
-            catalogue means.
+            catalog means.
     """
     identity, remedy = None, "Check the path; `tubelet extract` prints where it wrote"
     if is_reference(url):
         entry = resolve(url)
         url, identity = entry.url, entry.identity
-        remedy = f"The catalogue says of it: {entry.about.description or 'nothing about where else it lies'}"
+        remedy = f"The catalog says of it: {entry.about.description or 'nothing about where else it lies'}"
     root = open_root(url)
     state = _received(root, lambda: read_state(root))
     if state is None:
@@ -362,7 +362,7 @@ def open_store(url: str, allow_unfinished: bool = False, mirror: MirrorConfig | 
     store = Store(root, state, mirror)
     if identity is not None and store.identity != identity:
         raise TubeletError(
-            f"{url} is not the store that the catalogue means: its identity is {store.identity}, not {identity}",
+            f"{url} is not the store that the catalog means: its identity is {store.identity}, not {identity}",
             "If the store was made anew on purpose, `tubelet catalog add --replace` lists the new one",
         )
     if not state.complete and not allow_unfinished:

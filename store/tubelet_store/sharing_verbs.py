@@ -130,8 +130,8 @@ class CardConfig(Config):
     """The store: a path, a URL, or catalog.yaml#name."""
     output: Path = Path(".")
     """Folder for README.md (the data card) and croissant.json."""
-    licence: str | None = None
-    """Licence of the activations; a catalogue's entry may give it."""
+    license: str | None = None
+    """License of the activations; a catalog's entry may give it."""
     name: str | None = None
     """Title; none: the store's name."""
 
@@ -178,15 +178,15 @@ def _transport(source: str, destination: str, wanted: Wanted, threads: int, chec
     if not wanted.everything:
         return _subset_to(store, destination, wanted, threads)
     copy = StoreCopy(store, destination, read_back=check == "digest")
-    travelled = there = 0
+    traveled = there = 0
     with Progress(transient=True) as progress:
         bar = progress.add_task("copying", total=copy.manifest.size_bytes)
         for stored, moved in copy.run(threads):
             progress.advance(bar, stored.size_bytes)
-            travelled += stored.size_bytes * moved
+            traveled += stored.size_bytes * moved
             there += stored.size_bytes * (not moved)
     kept = f", {human_bytes(there)} were there already" if there else ""
-    print(f"{destination}: {human_bytes(travelled)} copied and verified{kept}. Identity {store.identity}")
+    print(f"{destination}: {human_bytes(traveled)} copied and verified{kept}. Identity {store.identity}")
     return 0
 
 
@@ -264,11 +264,11 @@ def _card(config: CardConfig) -> int:
     from tubelet_store.catalog import is_reference, resolve
     from tubelet_store.reader import open_store
 
-    licence, name = config.licence, config.name
+    license, name = config.license, config.name
     if is_reference(config.store):
         entry = resolve(config.store)
-        licence, name = licence or entry.about.licence, name or entry.name
-    for path in write_card(open_store(config.store), config.output, licence, name):
+        license, name = license or entry.about.license, name or entry.name
+    for path in write_card(open_store(config.store), config.output, license, name):
         print(path)
     return 0
 
@@ -281,7 +281,7 @@ COPY = Verb(
     ("source", "destination"),
 )
 PUSH = Verb("push", "Publish a store: copy it to a URL.", lambda: PushConfig, _push, ("store", "destination"))
-PULL = Verb("pull", "Fetch a store from a catalogue or URL.", lambda: PullConfig, _pull, ("store", "destination"))
+PULL = Verb("pull", "Fetch a store from a catalog or URL.", lambda: PullConfig, _pull, ("store", "destination"))
 SUBSET = Verb("subset", "Make a store of some hooks or clips.", lambda: SubsetConfig, _subset, ("store", "destination"))
 MERGE = Verb("merge", "Join stores that were made alike.", lambda: MergeConfig, _merge, ("output", "stores..."))
 APPEND = Verb("append", "Add videos: a new version of a store.", lambda: AppendConfig, _append, ("store", "more..."))

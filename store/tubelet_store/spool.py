@@ -28,7 +28,7 @@ from tubelet.paths import cache_folder
 from tubelet_store.commit import Commit
 from tubelet_store.finished_shard import FinishedShard, publish
 from tubelet_store.plan import Plan
-from tubelet_store.storage.local import synchronise
+from tubelet_store.storage.local import synchronize
 from tubelet_store.storage.object_root import ObjectRoot
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class UploadConfig(Config):
     """How long a full spool, or the end of the job, waits for the storage before the job gives up."""
 
 
-def patiently(call: Callable[[], T], patience_s: float) -> T:
+def retry(call: Callable[[], T], patience_s: float) -> T:
     """`call()`, again and again while the object storage does not answer, for `patience_s`.
 
     Raises:
@@ -104,7 +104,7 @@ class Spool:
             (partial / _MOMENTS).write_bytes(finished.moments)
             (partial / _COMMIT).write_text(finished.commit.model_dump_json())
             for path in [*partial.iterdir(), partial]:
-                synchronise(path)
+                synchronize(path)
             partial.rename(self._mine / str(shard))
         return True
 

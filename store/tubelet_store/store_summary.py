@@ -11,7 +11,7 @@ from tubelet_store.format import array_kinds, clip_bytes, index_bytes
 from tubelet_store.reader import Store
 
 
-def summarise(store: Store) -> dict[str, Any]:
+def summarize(store: Store) -> dict[str, Any]:
     """JSON-able description of `store`."""
     plan, table = store.plan, store.clips()
     failures = failed_clips(store)

@@ -40,10 +40,10 @@ class VerifyConfig(Config):
 
 def _info(config: InfoConfig) -> int:
     from tubelet_store.reader import open_store
-    from tubelet_store.store_summary import failed_clips, summarise
+    from tubelet_store.store_summary import failed_clips, summarize
 
     store = open_store(config.store, allow_unfinished=True)
-    summary = summarise(store)
+    summary = summarize(store)
     failures = failed_clips(store)
     if config.format == "json":
         print(json.dumps({**summary, "failures": failures}, indent=2, ensure_ascii=False))

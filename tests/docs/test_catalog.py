@@ -1,4 +1,4 @@
-"""catalog.yaml is what it says: an Intake catalogue, whose entries open the demo's stores once they are there."""
+"""catalog.yaml is what it says: an Intake catalog, whose entries open the demo's stores once they are there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_it_lists_what_the_demo_makes(stores):
         assert entry.url == str(folder / f"{entry.name.removeprefix('demo-')}.zarr")
         assert [block.hook for block in entry.hooks] == [demo._HOOK]
         assert entry.about.backbone["id"] in NAMES
-        assert entry.about.licence
+        assert entry.about.license
 
 
 def test_tubelet_and_intake_read_the_stores(stores, tmp_path):

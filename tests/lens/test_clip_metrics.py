@@ -17,7 +17,7 @@ from tubelet_lens.codes.vectors import vectors
 from tubelet_lens.config import ActionConfig, EvaluateConfig
 from tubelet_lens.inputs.latent_time import latent_time
 from tubelet_lens.metrics.action_probe import action
-from tubelet_lens.metrics.clip_metric import ClipSetting, Side
+from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
 from tubelet_lens.metrics.code_ablation import code_ablation
 from tubelet_lens.metrics.label_purity import label_purity
 from tubelet_lens.metrics.metric import Setting
@@ -27,7 +27,7 @@ from tubelet_lens.results.section import Section, Subject
 from tubelet_store.reader import Store
 
 CLASSES, OWN, LATENTS = 4, 3, 60
-COLOURS, SHAPES = ("red", "green", "blue"), ("ball", "cube")
+COLORS, SHAPES = ("red", "green", "blue"), ("ball", "cube")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("clip-metrics") / "s.zarr", make_plan(clips=4, hooks={"blocks.1": 8}))
 
 
-def planted(store: Store, clips: int, seed: int, *, wrong: float = 0.0, views: int = 1) -> Side:
+def planted(store: Store, clips: int, seed: int, *, wrong: float = 0.0, views: int = 1) -> PooledSplit:
     """Class c lights up latents 3c ... 3c + 2, or in a share `wrong` of the videos another class's; the others fire at
-    random, but for the last six: they say colour and shape, as the caption does."""
+    random, but for the last six: they say color and shape, as the caption does."""
     rng = np.random.default_rng(seed)
     videos = np.arange(clips) // views
     label = rng.integers(0, CLASSES, videos[-1] + 1)
@@ -46,20 +46,20 @@ def planted(store: Store, clips: int, seed: int, *, wrong: float = 0.0, views: i
     codes[:, : CLASSES * OWN] = 0
     for latent in range(CLASSES * OWN):
         codes[:, latent] = (shown[videos] == latent // OWN) * (1 + 0.05 * rng.standard_normal(clips))
-    colour, shape = rng.integers(0, 3, len(label)), rng.integers(0, 2, len(label))
+    color, shape = rng.integers(0, 3, len(label)), rng.integers(0, 2, len(label))
     codes[:, -6:] = 0
-    codes[np.arange(clips), LATENTS - 6 + colour[videos]] = 1
+    codes[np.arange(clips), LATENTS - 6 + color[videos]] = 1
     codes[np.arange(clips), LATENTS - 2 + shape[videos]] = 1
     basis, _ = np.linalg.qr(np.random.default_rng(99).standard_normal((LATENTS, LATENTS)))
     raw = (codes @ basis).astype(np.float32)
     noise = rng.standard_normal((clips, LATENTS)).astype(np.float32)
-    return Side(
+    return PooledSplit(
         store=store,
         clips=np.arange(clips),
         videos=np.array([f"{seed}-{video}" for video in videos], dtype=object),
         labels=label[videos].astype(np.int64),
         label_names=np.array([f"action {value}" for value in label[videos]], dtype=object),
-        captions=np.array([f"A {COLOURS[c]} {SHAPES[s]}." for c, s in zip(colour, shape, strict=True)], dtype=object)[
+        captions=np.array([f"A {COLORS[c]} {SHAPES[s]}." for c, s in zip(color, shape, strict=True)], dtype=object)[
             videos
         ],
         draws={
@@ -70,7 +70,7 @@ def planted(store: Store, clips: int, seed: int, *, wrong: float = 0.0, views: i
     )
 
 
-def clip_setting(store: Store, fit: Side | None, test: Side) -> ClipSetting:
+def clip_setting(store: Store, fit: PooledSplit | None, test: PooledSplit) -> ClipSetting:
     clips = np.arange(4)
     setting = Setting(
         store=store,

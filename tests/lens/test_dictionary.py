@@ -1,4 +1,4 @@
-"""Laws of dictionaries: neighbours are found, permuted dictionaries are matched, planted features are recovered."""
+"""Laws of dictionaries: neighbors are found, permuted dictionaries are matched, planted features are recovered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOOK = "blocks.1"
 FEATURES, LATENTS, CHANNELS, ACTIVE = 24, 48, 16, 2
 
 
-def test_neighbours_are_those_of_the_whole_matrix_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_are_those_of_the_whole_matrix_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_directions(50, 6, 0) * torch.linspace(0.5, 3, 50)[:, None]
     whole = cosines(rows, rows)
     np.fill_diagonal(whole, 0)
@@ -34,7 +34,7 @@ def test_neighbours_are_those_of_the_whole_matrix_however_it_is_cut(monkeypatch:
     np.testing.assert_allclose(found.cosines_Fk, np.take_along_axis(whole, expected, 1), atol=1e-6)
 
 
-def test_only_alive_latents_are_neighbours() -> None:
+def test_only_alive_latents_are_neighbors() -> None:
     rows = random_directions(10, 4, 1)
     alive = np.arange(10) % 2 == 0
     found = nearest_latents(rows, 6, alive)
@@ -84,7 +84,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tenso
     np.put_along_axis(codes, which, rng.uniform(1, 2, which.shape).astype(np.float32), axis=1)
     x = (codes @ true.numpy()).reshape(clips, 4, 64, CHANNELS)
     store = make_store(root / "s.zarr", make_plan(clips=clips, grid=grid, hooks={HOOK: CHANNELS}), {HOOK: x})
-    settings = {"steps": 500, "batch_tokens": 256, "eval_every": 500, "optimiser": {"lr": 5e-3}, "device": "cpu"}
+    settings = {"steps": 500, "batch_tokens": 256, "eval_every": 500, "optimizer": {"lr": 5e-3}, "device": "cpu"}
     for seed in (0, 1):
         sae = {"k": ACTIVE, "latents": LATENTS, "seed": seed, "init": {"directions": "data"}}
         train(TrainConfig(store=store.url, out=root / f"run{seed}", sae=sae, seed=seed, **settings))  # type: ignore[arg-type]

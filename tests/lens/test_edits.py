@@ -20,36 +20,36 @@ from tubelet_lens.steering.latent_usage import Usage
 from tubelet_lens.steering.operation import Amplify, SetTo, Suppress
 from tubelet_lens.steering.readout import LastTokenProbe, fit_probe, later_hooks
 from tubelet_lens.steering.region import Region, region_mask
-from tubelet_lens.steering.run_edit import of_every_class
+from tubelet_lens.steering.run_edit import stratified_sample
 from tubelet_lens.steering.segmentation_edits import Marks
 from tubelet_lens.steering.trial import matched_edits
 from tubelet_pipeline.backbones import Backbone, rewriting
 from tubelet_store.plan import Grid
-from tubelet_trainer.sae.config import NormalisationConfig, ReLUConfig, TopKConfig
+from tubelet_trainer.sae.config import NormalizationConfig, ReLUConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 D, F = 6, 11
 ROTATION = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(5)))[0]
-SCALED = Normalisation(torch.linspace(-40, 60, D), torch.tensor(7.0))
-WHITENED = Normalisation(torch.linspace(-4, 6, D), torch.tensor(1.0), ROTATION * 0.3, (ROTATION * 0.3).inverse())
+SCALED = Normalization(torch.linspace(-40, 60, D), torch.tensor(7.0))
+WHITENED = Normalization(torch.linspace(-4, 6, D), torch.tensor(1.0), ROTATION * 0.3, (ROTATION * 0.3).inverse())
 
 
-def sae_with(normalisation: Normalisation, kind: str = "relu", channels: int = D, latents: int = F) -> SAE:
+def sae_with(normalization: Normalization, kind: str = "relu", channels: int = D, latents: int = F) -> SAE:
     """Random weights, decoder rows of unit norm."""
-    whitening = "none" if normalisation.whiten is None else "zca"
-    config = {"latents": latents, "normalisation": NormalisationConfig(whitening=whitening), "seed": 2}
-    sae = SAE(ReLUConfig(**config) if kind == "relu" else TopKConfig(k=3, **config), normalisation)
+    whitening = "none" if normalization.whiten is None else "zca"
+    config = {"latents": latents, "normalization": NormalizationConfig(whitening=whitening), "seed": 2}
+    sae = SAE(ReLUConfig(**config) if kind == "relu" else TopKConfig(k=3, **config), normalization)
     with torch.no_grad():
         sae.b_dec.copy_(torch.linspace(-1, 1, channels))
         sae.b_enc.copy_(torch.linspace(-0.5, 0.5, latents))
     return sae.eval().requires_grad_(False)
 
 
-def tokens_of(normalisation: Normalisation, clips: int = 2, seed: int = 0) -> Tensor:
+def tokens_of(normalization: Normalization, clips: int = 2, seed: int = 0) -> Tensor:
     """[B, 3, 4, D] in raw units."""
     generator = torch.Generator().manual_seed(seed)
-    return normalisation.inverse(torch.randn(clips * 12, D, generator=generator)).view(clips, 3, 4, D)
+    return normalization.inverse(torch.randn(clips * 12, D, generator=generator)).view(clips, 3, 4, D)
 
 
 @pytest.fixture(params=["scaled-relu", "scaled-topk", "whitened-relu", "whitened-topk"])
@@ -69,8 +69,8 @@ OPERATIONS = [Suppress(), Suppress(strength=2.0), Amplify(factor=3.0), SetTo(val
 def test_the_token_moves_along_the_latents_direction_in_the_backbones_own_units(
     sae: SAE, operation: Suppress | Amplify | SetTo
 ) -> None:
-    """x' = x + (f' - f) d_j with d_j taken back through the normalisation, against two whole decodings."""
-    x = tokens_of(sae.normalisation)
+    """x' = x + (f' - f) d_j with d_j taken back through the normalization, against two whole decodings."""
+    x = tokens_of(sae.normalization)
     latent = active_latent(sae, x)
     largest = torch.full((F,), 3.0)
     new = LatentEdits(sae, [Edit(latent, operation)], largest)(x)
@@ -104,7 +104,7 @@ def test_a_step_has_the_length_of_the_change_of_code_in_raw_units() -> None:
 
 @pytest.mark.parametrize("identity", [Amplify(factor=1.0), "set", "silent"])
 def test_an_identity_edit_changes_no_bit(sae: SAE, identity: object) -> None:
-    x = tokens_of(sae.normalisation)
+    x = tokens_of(sae.normalization)
     latent = active_latent(sae, x)
     codes = sae.encode(x[0].flatten(0, 1)).view(3, 4, F)
     if identity == "set":
@@ -125,7 +125,7 @@ def test_an_identity_edit_changes_no_bit(sae: SAE, identity: object) -> None:
 
 
 def test_outside_the_region_nothing_is_added(sae: SAE) -> None:
-    x = tokens_of(sae.normalisation)
+    x = tokens_of(sae.normalization)
     region = Region(steps=(1, 3), rows=(0, 1))
     mask = region_mask(region, Grid(time=3, height=2, width=2), None)
     assert mask is not None
@@ -137,7 +137,7 @@ def test_outside_the_region_nothing_is_added(sae: SAE) -> None:
 
 
 def test_edits_of_several_latents_add_up_and_edits_of_one_follow_each_other(sae: SAE) -> None:
-    x = tokens_of(sae.normalisation)
+    x = tokens_of(sae.normalization)
     first, second = Edit(2, SetTo(value=1.0)), Edit(7, Amplify(factor=-2.0))
     both = LatentEdits(sae, [first, second]).delta(x)
     apart = LatentEdits(sae, [first]).delta(x) + LatentEdits(sae, [second]).delta(x)
@@ -147,7 +147,7 @@ def test_edits_of_several_latents_add_up_and_edits_of_one_follow_each_other(sae:
 
 
 def test_the_control_steps_as_far_as_the_edit_on_every_token(sae: SAE) -> None:
-    x = tokens_of(sae.normalisation)
+    x = tokens_of(sae.normalization)
     edits = LatentEdits(sae, [Edit(active_latent(sae, x), Suppress())])
     control = RandomDirection(edits, seed=1)
     steps, wanted = (control(x) - x).norm(dim=-1), edits.delta(x).norm(dim=-1)
@@ -157,7 +157,7 @@ def test_the_control_steps_as_far_as_the_edit_on_every_token(sae: SAE) -> None:
 
 
 def test_stand_ins_are_other_latents_that_are_about_as_active(sae: SAE) -> None:
-    x = tokens_of(sae.normalisation)[0]
+    x = tokens_of(sae.normalization)[0]
     latent = active_latent(sae, x[None])
     mean = sae.encode(x.flatten(0, 1)).abs().mean(0).double().numpy()
     usage = Usage(mean + 1, mean, (mean > 0).astype(float), 12)
@@ -222,7 +222,7 @@ def test_in_every_family_the_edit_lands_on_its_tokens_alone(backbone_of: Callabl
     pixels = pixels_for(backbone)
     before = backbone.activations(pixels, ["blocks.1", "blocks.2"])
     flat = before["blocks.1"].tokens.flatten(0, 2)
-    normal = Normalisation(flat.mean(0), flat.std())
+    normal = Normalization(flat.mean(0), flat.std())
     sae = sae_with(normal, channels=flat.shape[1], latents=40)
     mask = torch.zeros(backbone.grid.time, backbone.grid.space, dtype=torch.bool)
     mask[1, 4:6] = True
@@ -256,7 +256,7 @@ def test_later_hooks_are_those_that_an_edit_reaches(backbone_of: Callable[[str],
 
 
 def test_the_probe_reads_what_its_weights_say(backbone_of: Callable[[str], Backbone]) -> None:
-    """Weights folded back from standardised coordinates give the logits of the fitted model."""
+    """Weights folded back from standardized coordinates give the logits of the fitted model."""
     backbone = backbone_of("videomae")
     generator = torch.Generator().manual_seed(0)
     class_N = np.arange(40) % 3
@@ -342,10 +342,10 @@ def test_the_latent_of_a_class_of_clips_is_the_one_that_marks_it() -> None:
 def test_a_few_clips_show_every_class_however_classes_are_ordered() -> None:
     in_turn, in_blocks = np.arange(32) % 16, np.repeat(np.arange(16), 2)
     for class_N in (in_turn, in_blocks):
-        chosen = of_every_class(class_N, 16)
+        chosen = stratified_sample(class_N, 16)
         assert sorted(class_N[chosen]) == list(range(16))
         assert (np.diff(chosen) > 0).all()
-        assert len(of_every_class(class_N, 99)) == 32
+        assert len(stratified_sample(class_N, 99)) == 32
 
 
 def test_differences_do_not_go_through_the_mean() -> None:
@@ -353,4 +353,4 @@ def test_differences_do_not_go_through_the_mean() -> None:
         sae = sae_with(normal)
         rows = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
         wanted = normal.inverse(rows) - normal.inverse(torch.zeros(3, D))
-        torch.testing.assert_close(sae.normalisation.raw_difference(rows), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sae.normalization.raw_difference(rows), wanted, rtol=1e-4, atol=1e-4)

@@ -29,14 +29,14 @@ from tubelet_lens.evaluate import Result, evaluate
 from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_lens.gallery.effects import read_effects
 from tubelet_lens.gallery.make_gallery import make_gallery
-from tubelet_lens.metrics.clip_metric import Side
+from tubelet_lens.metrics.clip_metric import PooledSplit
 from tubelet_lens.results.effect_table import LatentEffect, write_effects
 from tubelet_lens.steering.backbone_ablation import accuracy_without
-from tubelet_lens.steering.backbone_session import Running
+from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
 from tubelet_lens.steering.class_names import places, unknown_names
 from tubelet_lens.steering.classification_edits import classification_edits
-from tubelet_lens.steering.clip_source import Footage, Shot
+from tubelet_lens.steering.clip_source import Clip, ClipSource
 from tubelet_lens.steering.config import EditConfig
 from tubelet_lens.steering.edit_report import EditReport
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
@@ -66,7 +66,7 @@ from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.config import ReLUConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sae_files import load_record, load_sae, save_sae
 
 D, CLASSES, SCALE = 6, 4, 3.0
@@ -116,9 +116,9 @@ class MeanReadout:
 
 
 @pytest.fixture(scope="module")
-def planted() -> Running:
+def planted() -> BackboneSession:
     """Class c is latent c, on in every token; latents 4 and 5 say nothing. The SAE is exact."""
-    sae = SAE(ReLUConfig(latents=D), Normalisation(MEAN, torch.tensor(SCALE)))
+    sae = SAE(ReLUConfig(latents=D), Normalization(MEAN, torch.tensor(SCALE)))
     sae.load_state_dict({**sae.state_dict(), "W_enc": torch.eye(D), "W_dec": torch.eye(D)})
     sae.eval().requires_grad_(False)
     backbone = LinearBackbone()
@@ -137,7 +137,7 @@ def planted() -> Running:
     plain = readout.logits
     readout.logits = lambda pixels: plain(pixels) - offset  # type: ignore[method-assign]
     parts: dict[str, Any] = {"footage": None, "test_footage": None, "fit_rows": np.empty(0)}
-    return Running(
+    return BackboneSession(
         config=RunningConfig(),
         backbone=backbone,  # type: ignore[arg-type]
         hook="blocks.0",
@@ -150,12 +150,12 @@ def planted() -> Running:
     )
 
 
-def shot_of(pixels: Tensor) -> Shot:
+def shot_of(pixels: Tensor) -> Clip:
     nothing: Any = np.empty(0)
-    return Shot("made", None, pixels, nothing, nothing, nothing, nothing)
+    return Clip("made", None, pixels, nothing, nothing, nothing, nothing)
 
 
-def test_the_logits_move_by_what_the_edit_takes_through_the_linear_rest(planted: Running) -> None:
+def test_the_logits_move_by_what_the_edit_takes_through_the_linear_rest(planted: BackboneSession) -> None:
     """d logit = W M (scale (f' - f) d_j), mean over tokens."""
     before = planted.logits()
     with rewriting(planted.backbone, "blocks.0", LatentEdits(planted.sae, [Edit(2, Amplify(factor=3.0))])):
@@ -166,14 +166,14 @@ def test_the_logits_move_by_what_the_edit_takes_through_the_linear_rest(planted:
     torch.testing.assert_close(after - before, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_ablating_a_classs_latent_costs_that_class_alone(planted: Running) -> None:
+def test_ablating_a_classs_latent_costs_that_class_alone(planted: BackboneSession) -> None:
     assert accuracy_without(planted, np.array([], dtype=np.int64)) == 1.0
     assert accuracy_without(planted, np.array([4, 5])) == 1.0
     assert accuracy_without(planted, np.array([1])) == 0.75
     assert accuracy_without(planted, np.array([1, 2, 3])) == 0.25
 
 
-def test_suppressing_a_classs_latent_changes_that_class_and_no_other(planted: Running) -> None:
+def test_suppressing_a_classs_latent_changes_that_class_and_no_other(planted: BackboneSession) -> None:
     def predict(rewrite: Any) -> np.ndarray:
         with rewriting(planted.backbone, planted.hook, rewrite or (lambda _tokens: None)):
             return planted.logits().argmax(1).numpy()
@@ -196,7 +196,9 @@ def test_suppressing_a_classs_latent_changes_that_class_and_no_other(planted: Ru
         assert found.rates[arm][1].target() == 0.0
 
 
-def test_where_no_other_latent_is_alive_its_stand_ins_are_undefined_and_the_rest_stands(planted: Running) -> None:
+def test_where_no_other_latent_is_alive_its_stand_ins_are_undefined_and_the_rest_stands(
+    planted: BackboneSession,
+) -> None:
     def predict(rewrite: Any) -> np.ndarray:
         with rewriting(planted.backbone, planted.hook, rewrite or (lambda _tokens: None)):
             return planted.logits().argmax(1).numpy()
@@ -215,7 +217,7 @@ def test_where_no_other_latent_is_alive_its_stand_ins_are_undefined_and_the_rest
     assert figures["made.target.class"].value == 1.0
 
 
-def test_the_effect_of_a_latent_is_what_it_gave_to_its_class(planted: Running) -> None:
+def test_the_effect_of_a_latent_is_what_it_gave_to_its_class(planted: BackboneSession) -> None:
     """d logit_c = -scale f_c, mean over the clips on which it fires; a silent latent has no effect to tell."""
     f_NF = torch.stack(
         [(shot.pixels.permute(0, 2, 3, 1).flatten(0, 2) - MEAN).mean(0) / SCALE for shot in planted.shots]
@@ -245,14 +247,14 @@ def test_a_table_of_effects_goes_with_its_evaluation_and_others_stay(tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def known_classes(planted: Running) -> Callable[[tuple[str, ...]], SimpleNamespace]:
+def known_classes(planted: BackboneSession) -> Callable[[tuple[str, ...]], SimpleNamespace]:
     """What `classification_edits` needs of a setting, with classes of these names in the data set: latent c is class c
     on both sides."""
 
     def make(names: tuple[str, ...]) -> SimpleNamespace:
         codes_NF = np.eye(D, dtype=np.float32)[planted.class_N] + 0.1
         nothing: Any = None
-        one_side = Side(
+        one_side = PooledSplit(
             store=nothing,
             clips=planted.rows,
             videos=planted.rows.astype(str).astype(object),
@@ -282,7 +284,7 @@ def test_a_class_is_found_by_its_name_but_never_guessed() -> None:
 
 
 def test_edits_of_classes_say_which_the_readout_does_not_have(
-    planted: Running, known_classes: Callable[[tuple[str, ...]], Any]
+    planted: BackboneSession, known_classes: Callable[[tuple[str, ...]], Any]
 ) -> None:
     found = classification_edits(known_classes(("A", "b", "cc", "D")))
     assert found is not None
@@ -299,7 +301,7 @@ def test_edits_of_classes_say_which_the_readout_does_not_have(
     assert "'a', 'b', 'c', 'd'" in nothing.section.notes[0]
 
 
-def test_an_exact_sae_recovers_everything_and_the_mean_nothing(planted: Running) -> None:
+def test_an_exact_sae_recovers_everything_and_the_mean_nothing(planted: BackboneSession) -> None:
     found = recover(planted, MEAN)
     assert found.original.kl == 0
     assert (found.original.top1, found.reconstructed.top1) == (1.0, 1.0)
@@ -357,7 +359,7 @@ def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Stor
     from tubelet_lens.inputs.clip_stream import read_clip
 
     backbone = backbone_of(store.plan, device="cpu")
-    (shot,) = Footage(store, backbone).clips([3])
+    (shot,) = ClipSource(store, backbone).clips([3])
     got = backbone.activations(shot.pixels[None], ["blocks.2"])["blocks.2"].tokens[0]
     torch.testing.assert_close(got, read_clip(store, "blocks.2", 3), rtol=2e-3, atol=2e-3)
     assert shot.frame_indices.tolist() == store.clips()["frame_indices"][3].as_py()
@@ -456,7 +458,7 @@ def test_patch_labels_are_those_of_the_masks(made: Path, store: Store) -> None:
     """Pixels counted one by one, on 64 x 64 frames that the backbone sees whole, in patches of 8 and steps of 2."""
     backbone = backbone_of(store.plan, device="cpu")
     seen = set()
-    for shot in Footage(store, backbone).clips(range(0, 32, 5)):
+    for shot in ClipSource(store, backbone).clips(range(0, 32, 5)):
         row = store.clips().take([shot.clip]).to_pylist()[0]
         described = Described(row["video_id"], row["label_name"], row["caption"])
         labels = patch_labels(str(made / "ssv2"), described, shot, backbone.grid, "object", 0.9)
@@ -465,10 +467,10 @@ def test_patch_labels_are_those_of_the_masks(made: Path, store: Store) -> None:
             share = masks[2 * step : 2 * step + 2, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean()
             wanted = 1 if share >= 0.9 else 0 if share <= 0.1 else NONE
             assert labels[step, 8 * y + x] == wanted
-        coloured = patch_labels(str(made / "ssv2"), described, shot, backbone.grid, "colour", 0.9)
-        assert ((coloured == 0) == (labels == 0)).all()
-        assert (coloured[labels == 1] != 0).all()
-        seen |= set(np.unique(coloured))
+        colored = patch_labels(str(made / "ssv2"), described, shot, backbone.grid, "color", 0.9)
+        assert ((colored == 0) == (labels == 0)).all()
+        assert (colored[labels == 1] != 0).all()
+        seen |= set(np.unique(colored))
     assert len(seen - {NONE, 0}) >= 2
 
 
@@ -599,7 +601,7 @@ def test_a_study_ablates_the_backbone_in_its_cells_where_it_is_at_hand(made: Pat
     assert "backbone_ablation_curve.png" in (tmp_path / "study" / "study.md").read_text()
 
 
-def test_switching_off_is_a_factor_of_zero(planted: Running) -> None:
+def test_switching_off_is_a_factor_of_zero(planted: BackboneSession) -> None:
     """And needs no largest activation."""
     tokens = torch.randn(1, 2, 4, D) * SCALE + MEAN
     off = LatentEdits(planted.sae, [Edit(1, Suppress())])(tokens)

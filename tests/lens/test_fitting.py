@@ -37,7 +37,7 @@ def test_a_partition_depends_on_the_videos_not_on_the_order_of_clips() -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (12, 30)])
-def test_a_basis_keeps_every_inner_product_of_standardised_rows(shape: tuple[int, int]) -> None:
+def test_a_basis_keeps_every_inner_product_of_standardized_rows(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal(shape).astype(np.float32) * rng.gamma(1, 1, shape[1]).astype(np.float32) + 3
     rows[:, 2] = 1.5

@@ -23,7 +23,7 @@ from barcode import ClipSpec, draw_frame, make_clip, read_index
 from galleries import CROP, FRAMES, GRID, HOSTILE, Made, make_run
 from object_server import create_bucket, s3_environment, s3_server
 from tubelet.errors import TubeletError
-from tubelet_lens.codes.sparse_codes import Active
+from tubelet_lens.codes.sparse_codes import SparseCodes
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.evaluate import evaluate
 from tubelet_lens.gallery.effects import probe_effects
@@ -69,7 +69,7 @@ def unpacked(text: str, length: int) -> np.ndarray:
 
 
 def cards(site: Path, latent: int) -> list[tuple[int, float]]:
-    """Clip and value of each card of a page, in order."""
+    """ExemplarClip and value of each card of a page, in order."""
     page = (site / "latents" / f"{latent:06d}.html").read_text()
     values = [float(text.replace("\N{MINUS SIGN}", "-")) for text in re.findall(r'class="value"><b>(.*?)</b>', page)]
     return list(zip([int(text) for text in re.findall(r"· clip (\d+)<", page)], values, strict=True))
@@ -91,7 +91,7 @@ def survey(codes: np.ndarray, video: np.ndarray, per_window: int, top: int = 3, 
     for start in range(0, len(codes), per_window):
         part = torch.from_numpy(codes[start : start + per_window])
         clips = np.arange(start, start + len(part))
-        active = tuple(Active.of(codes_TSF) for codes_TSF in part)
+        active = tuple(SparseCodes.of(codes_TSF) for codes_TSF in part)
         taken.add(Window(clips, part, active, part, torch.ones(part.shape[:2], dtype=torch.bool)))
     return taken.result()
 
@@ -241,7 +241,7 @@ def test_a_sheet_holds_the_frames_in_order_cut_to_what_the_backbone_saw() -> Non
 
 
 def test_sheets_show_the_frames_of_their_own_view(made: Made, site: tuple[Path, Summary]) -> None:
-    """The ground's colour changes every 8 frames: the second view of each video has the second colour."""
+    """The ground's color changes every 8 frames: the second view of each video has the second color."""
     for path in sorted((site[0] / "clips").iterdir()):
         sheet = np.asarray(Image.open(path).convert("RGB"), dtype=float)
         ground = draw_frame(FRAMES * (int(path.stem) % 2))[-1, -1].astype(float)

@@ -38,7 +38,7 @@ def data(site: Path) -> dict:
     return json.loads((site / "overview-data.js").read_text().removeprefix("window.tubelet = ").rstrip(";\n"))
 
 
-def test_from_the_overview_to_a_latent_to_its_neighbour_and_back(site: Path, browser: Browser) -> None:
+def test_from_the_overview_to_a_latent_to_its_neighbor_and_back(site: Path, browser: Browser) -> None:
     browser.open(site / "index.html")
     assert browser.js("document.querySelectorAll('.latents tbody tr').length") == len(data(site)["latents"])
     browser.click(".latents tbody tr:nth-child(3) th a")
@@ -47,11 +47,11 @@ def test_from_the_overview_to_a_latent_to_its_neighbour_and_back(site: Path, bro
     browser.until(
         "[...document.querySelectorAll('.cards .sheet')].slice(0, 2).every((image) => image.naturalWidth > 0)"
     )
-    neighbour = browser.js("Number(document.querySelector('.neighbours a b').textContent.match(/\\d+/)[0])")
-    browser.click(".neighbours a")
-    browser.until(f"{AT_PAGE} && {NUMBER} === {neighbour}")
+    neighbor = browser.js("Number(document.querySelector('.neighbors a b').textContent.match(/\\d+/)[0])")
+    browser.click(".neighbors a")
+    browser.until(f"{AT_PAGE} && {NUMBER} === {neighbor}")
     browser.click("#next") if browser.js("!!document.getElementById('next')") else browser.click("#previous")
-    browser.until(f"{AT_PAGE} && {NUMBER} !== {neighbour}")
+    browser.until(f"{AT_PAGE} && {NUMBER} !== {neighbor}")
     browser.click("#up")
     browser.until(AT_OVERVIEW)
 
@@ -237,8 +237,8 @@ def test_every_picture_and_control_has_a_name(site: Path, browser: Browser) -> N
 
 _CONTRAST = """(() => {
   const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-  const light = (colour) => {
-    const [r, g, b] = colour.match(/\\d+/g).map((v) => linear(v / 255));
+  const light = (color) => {
+    const [r, g, b] = color.match(/\\d+/g).map((v) => linear(v / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const paper = light(getComputedStyle(document.body).backgroundColor);

@@ -12,7 +12,7 @@ from torch import Tensor
 from stores import make_plan, make_store, planned_table
 from tubelet.errors import TubeletError
 from tubelet_lens.codes.series import FeatureProducts, Series, pairs_at_lags, patch_products, shuffled_steps
-from tubelet_lens.codes.sparse_codes import Active
+from tubelet_lens.codes.sparse_codes import SparseCodes
 from tubelet_lens.evaluate import METRICS, stream
 from tubelet_lens.inputs.clip_stream import windows
 from tubelet_lens.inputs.latent_time import LatentTime, latent_time
@@ -178,7 +178,7 @@ def test_stability_of_a_hand_made_code() -> None:
     codes = torch.zeros(3, 1, 4)
     codes[0, 0, [0, 1]] = torch.tensor([3.0, 4.0])
     codes[1, 0, [1, 2]] = torch.tensor([6.0, 8.0])
-    series, valid, order = Series.of(Active.of(codes)), torch.ones(3, dtype=torch.bool), torch.arange(3)
+    series, valid, order = Series.of(SparseCodes.of(codes)), torch.ones(3, dtype=torch.bool), torch.arange(3)
     cosine, overlap = StepCosine(), SupportOverlap()
     cosine.add(series.by_patch(), valid, order)
     overlap.add(series.common(), valid, order)
@@ -195,14 +195,14 @@ def test_the_flip_rate_of_a_code_of_k_latents_is_that_of_the_note() -> None:
     for step, patch in np.ndindex(6, 5):
         codes[step, patch, rng.choice(12, k, replace=False)] = 1.0
     overlap = SupportOverlap()
-    overlap.add(Series.of(Active.of(codes)).common(), torch.ones(6, dtype=torch.bool), torch.arange(6))
+    overlap.add(Series.of(SparseCodes.of(codes)).common(), torch.ones(6, dtype=torch.bool), torch.arange(6))
     both = (codes[:-1] * codes[1:]).sum(2)
     assert overlap.flip_rate == pytest.approx(float((1 - both / k).mean()))
 
 
 def test_a_clip_in_which_nothing_fires_is_a_clip_of_zeros() -> None:
     codes = torch.zeros(3, 2, 4)
-    silent = Series.of(Active.of(codes)).by_feature()
+    silent = Series.of(SparseCodes.of(codes)).by_feature()
     dense = FeatureProducts.of(codes.double())
     for name in ("sums_TF", "products_TTF", "active_TF"):
         torch.testing.assert_close(getattr(silent, name), getattr(dense, name))
@@ -212,7 +212,7 @@ def test_products_of_active_codes_are_those_of_the_dense_ones() -> None:
     codes = torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(0)).relu()
     codes[..., 3] = 0
     codes[:, 2] = 0
-    series, dense = Series.of(Active.of(codes)), codes.double()
+    series, dense = Series.of(SparseCodes.of(codes)), codes.double()
     assert series.values_TM.shape[1] == int((codes != 0).any(0).sum())
     sparse, full = series.by_feature(), FeatureProducts.of(dense)
     torch.testing.assert_close(sparse.products_TTF, torch.einsum("tsf,usf->tuf", dense, dense))

@@ -16,10 +16,10 @@ from torch import Tensor
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
 from tubelet_lens.codes.pooled import Pooling
-from tubelet_lens.codes.sparse_codes import Active
+from tubelet_lens.codes.sparse_codes import SparseCodes
 from tubelet_lens.inputs.clip_stream import Window, windows
 from tubelet_lens.inputs.references import own_reference, read_reference
-from tubelet_lens.metrics.clip_metric import Side, side
+from tubelet_lens.metrics.clip_metric import PooledSplit, side
 from tubelet_lens.metrics.monosemanticity import _activations, _Units
 from tubelet_lens.metrics.monosemanticity_config import ArrayReference, StoreReference
 from tubelet_lens.metrics.monosemanticity_score import mean_cosine, monosemanticity
@@ -103,7 +103,7 @@ def small_store(path: Path, seed: int = 0, channels: int = 6, **fields: object) 
     return make_store(path, plan.model_copy(update=fields), seed=seed, failed=(3,), clips_per_video=2)
 
 
-def side_of(store: Store) -> tuple[Side, list[Window]]:
+def side_of(store: Store) -> tuple[PooledSplit, list[Window]]:
     pooling, clips = Pooling({}), np.flatnonzero(store.ok())
     valid = np.ones((store.plan.clips, store.plan.grid.time), dtype=bool)
     seen = list(windows(store, HOOK, Mirror(), clips, valid, clips_per_window=3, device=torch.device("cpu")))
@@ -135,7 +135,7 @@ def test_pooled_codes_are_the_mean_and_the_largest_over_the_valid_tokens() -> No
     codes[..., 4] = 0
     valid = torch.tensor([[True, False, True], [True, True, True]])
     pooling = Pooling({})
-    active = tuple(Active.of(codes_TSF) for codes_TSF in codes)
+    active = tuple(SparseCodes.of(codes_TSF) for codes_TSF in codes)
     pooling.add(Window(np.arange(2), codes, active, codes, valid))
     (pooled,) = pooling.draws()["sae"]
     seen = [codes[place][valid[place]].flatten(0, 1) for place in range(2)]

@@ -113,7 +113,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             steps=2000,
             batch_tokens=256,
             eval_every=2000,
-            optimiser={"lr": 5e-3},
+            optimizer={"lr": 5e-3},
             device="cpu",
         )
     )

@@ -38,7 +38,7 @@ from tubelet_trainer.data.split import HoldoutConfig
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.config import TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 HOOK, CPU = "blocks.1", torch.device("cpu")
 VIDEOS, STEPS, SIDE = 24, 6, 6
@@ -265,8 +265,8 @@ def test_a_second_view_of_every_video_changes_no_null_and_one_video_has_none(sto
 
 
 def test_removing_a_group_keeps_the_error_and_the_other_latents() -> None:
-    normalisation = Normalisation(torch.randn(6), torch.tensor(2.5))
-    sae = SAE(TopKConfig(k=3, latents=12), normalisation).eval().requires_grad_(False)
+    normalization = Normalization(torch.randn(6), torch.tensor(2.5))
+    sae = SAE(TopKConfig(k=3, latents=12), normalization).eval().requires_grad_(False)
     x = torch.randn(50, 6) * 3
     codes, group = sae.encode(x), np.array([1, 4, 5])
     without = remove_latents(sae, x, codes, group)

@@ -67,7 +67,7 @@ def test_the_ssv2_test_split_has_no_labels(tmp_path):
     assert rows(table, "video_id", "label", "label_name") == [("3", None, None)]
 
 
-def test_views_of_a_video_are_neighbours(tmp_path):
+def test_views_of_a_video_are_neighbors(tmp_path):
     table = build_clip_table(Ssv2(root=str(write_ssv2(tmp_path)), limit=2), DenseSampling(frames=4, clips=3))
     assert rows(table, "clip", "video_id", "view") == [
         (0, "7", 0), (1, "7", 1), (2, "7", 2), (3, "3", 0), (4, "3", 1), (5, "3", 2),
@@ -147,8 +147,8 @@ def test_folders_are_sorted_and_hidden_files_skipped(tmp_path):
     touch(tmp_path, "z/2.MP4", "a/1.webm", "a/._1.webm", "notes.txt", ".cache/x.mp4")
     table = build_clip_table(Folder(root=str(tmp_path)), ONE)
     assert rows(table, "video_id", "uri", "label") == [("a/1.webm", "a/1.webm", None), ("z/2.MP4", "z/2.MP4", None)]
-    labelled = build_clip_table(Folder(root=str(tmp_path), labels="from_directory"), ONE)
-    assert rows(labelled, "label", "label_name") == [(0, "a"), (1, "z")]
+    labeled_clips = build_clip_table(Folder(root=str(tmp_path), labels="from_directory"), ONE)
+    assert rows(labeled_clips, "label", "label_name") == [(0, "a"), (1, "z")]
 
 
 def test_linked_folders_are_followed_once(tmp_path):

@@ -129,7 +129,7 @@ def test_training_is_a_function_of_its_seed(name: str, few_videos: NDArray[np.ui
 
 
 def _blob(move: Callable[[int], tuple[float, float]]) -> torch.Tensor:
-    """A soft disc whose centre at frame t is `move(t)`, [1, 4, 3, 64, 64]."""
+    """A soft disc whose center at frame t is `move(t)`, [1, 4, 3, 64, 64]."""
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     frames = [0.2 + 0.6 * torch.sigmoid(8 - torch.hypot(x - move(t)[0], y - move(t)[1])) for t in range(4)]
     return torch.stack(frames)[None, :, None].expand(-1, -1, 3, -1, -1)
@@ -161,8 +161,8 @@ def test_nothing_moves_in_a_still_clip() -> None:
 def test_frame_labels_lie_on_their_objects(few_videos: NDArray[np.uint8]) -> None:
     batch = dinov2.draw_frames(few_videos, frame_labels(16, dinov2.PATCH), 64, np.random.default_rng(0))
     patch = batch.objects.nonzero()[:, 1]
-    centres = (torch.stack([patch % 8, patch // 8], 1) + 0.5) / 4 - 1
-    distance = (centres - batch.poses[:, :2]).norm(dim=1)
+    centers = (torch.stack([patch % 8, patch // 8], 1) + 0.5) / 4 - 1
+    distance = (centers - batch.poses[:, :2]).norm(dim=1)
     assert len(patch) > 64
     assert (distance < 1.2 * batch.poses[:, 2] + 2**0.5 / 8).all()
 

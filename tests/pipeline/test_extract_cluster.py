@@ -27,7 +27,7 @@ from tubelet.errors import TubeletError
 from tubelet_pipeline import driver as extract_module
 from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.driver import extract
-from tubelet_pipeline.scheduler import HandOut
+from tubelet_pipeline.scheduler import ShardScheduler
 from tubelet_pipeline.shard_task import ShardReport, run_shard
 from tubelet_store.reader import open_store
 from tubelet_store.storage.open_root import open_root
@@ -112,7 +112,7 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_complete(
 ) -> None:
     config = settings(job_settings, str(tmp_path / "s.zarr"), tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(extract_module, "HandOut", functools.partial(HandOut, task=deadly))
+        patched.setattr(extract_module, "HandOut", functools.partial(ShardScheduler, task=deadly))
         patched.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "1")
         import dask
 

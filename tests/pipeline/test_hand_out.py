@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 
 from tubelet_pipeline.cluster import ClusterConfig
 from tubelet_pipeline.run_log import RunLog
-from tubelet_pipeline.scheduler import HandOut
+from tubelet_pipeline.scheduler import ShardScheduler
 from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport
 
@@ -55,7 +55,7 @@ def test_a_death_that_may_have_been_another_shards_is_not_one_of_its_tries(tmp_p
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        hand_out = HandOut(
+        shard_scheduler = ShardScheduler(
             client,
             JOB,
             ClusterConfig(),
@@ -63,9 +63,9 @@ def test_a_death_that_may_have_been_another_shards_is_not_one_of_its_tries(tmp_p
             lambda report: done.append(report.shard),
             task=functools.partial(unlucky, tmp_path),
         )
-        hand_out.run([7])
+        shard_scheduler.run([7])
     assert done == [7]
-    assert [reason.split(":")[0] for reason in hand_out.failures[7]][1:] == ["RuntimeError", "RuntimeError"]
+    assert [reason.split(":")[0] for reason in shard_scheduler.failures[7]][1:] == ["RuntimeError", "RuntimeError"]
 
 
 def instant(_job: str, shard: int) -> ShardReport:
@@ -78,9 +78,9 @@ def test_few_shards_are_in_flight_however_many_there_are() -> None:
         LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
-        hand_out = HandOut(
+        shard_scheduler = ShardScheduler(
             client, JOB, ClusterConfig(), RunLog(None), lambda _: held.append(len(client.futures)), task=instant
         )
-        hand_out.run(range(200))
+        shard_scheduler.run(range(200))
     assert len(held) == 200
     assert 2 <= max(held) <= 8

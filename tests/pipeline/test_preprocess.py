@@ -109,7 +109,7 @@ def test_a_bare_size_means_what_the_family_says() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(9, 400), st.integers(9, 400), st.integers(8, 80), st.data())
-def test_crop_box_is_the_centre_of_the_frame(height: int, width: int, edge: int, data: st.DataObject) -> None:
+def test_crop_box_is_the_center_of_the_frame(height: int, width: int, edge: int, data: st.DataObject) -> None:
     crop = data.draw(st.integers(4, edge))
     frames = np.zeros((1, height, width, 3), np.uint8)
     _, box = Preprocessing(shortest_edge=edge, crop=(crop, crop))(frames)
@@ -117,7 +117,7 @@ def test_crop_box_is_the_centre_of_the_frame(height: int, width: int, edge: int,
     assert box.left >= 0
     assert box.top + box.height <= height + 1e-9
     assert box.left + box.width <= width + 1e-9
-    # Centred to within one resized pixel.
+    # Centered to within one resized pixel.
     assert abs(2 * box.top + box.height - height) <= height / edge + 1e-9
     assert abs(2 * box.left + box.width - width) <= width / edge + 1e-9
 

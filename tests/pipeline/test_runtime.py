@@ -16,7 +16,7 @@ from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.driver import shard_job
 from tubelet_pipeline.plan_extraction import make_plan
 from tubelet_pipeline.run_log import RunLog
-from tubelet_pipeline.scheduler import HandOut
+from tubelet_pipeline.scheduler import ShardScheduler
 from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport
 from tubelet_pipeline.worker_state import Runtime, Runtimes
@@ -51,10 +51,10 @@ def test_jobs_of_two_clients_on_one_worker_end_without_a_second_try(jobs: list[S
         writer = StoreWriter.attach(job.store, job.plan_digest)
         done: list[ShardReport] = []
         with Client(cluster.scheduler_address) as client, RunLog(tmp_path / f"{Path(job.store).stem}.jsonl") as log:
-            hand_out = HandOut(client, job, ClusterConfig(), log, done.append)
-            hand_out.run(writer.pending())
+            shard_scheduler = ShardScheduler(client, job, ClusterConfig(), log, done.append)
+            shard_scheduler.run(writer.pending())
         assert len(done) == 9
-        return hand_out.failures
+        return shard_scheduler.failures
 
     options = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "protocol": "tcp://"}
     with LocalCluster(dashboard_address=None, **options) as cluster, ThreadPoolExecutor(3) as clients:

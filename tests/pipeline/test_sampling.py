@@ -20,7 +20,7 @@ def choose(sampling: Sampling, video_frames: int, view: int) -> FrameChoice:
     return chosen_frames(sampling.model_dump(mode="json"), video_frames, view, first=0, more=0)
 
 
-def test_uniform_takes_bin_centres():
+def test_uniform_takes_bin_centers():
     indices = choose(UniformSampling(frames=16), 300, 0).indices
     assert indices.tolist() == [9, 28, 46, 65, 84, 103, 121, 140, 159, 178, 196, 215, 234, 253, 271, 290]
 

@@ -45,7 +45,7 @@ def test_a_video_is_a_function_of_seed_and_index(index: int) -> None:
     again, masks_again = video(index)
     np.testing.assert_array_equal(frames, again)
     np.testing.assert_array_equal(masks, masks_again)
-    # Another scene, not merely other camera noise (which would differ by 2.3 grey levels on average).
+    # Another scene, not merely other camera noise (which would differ by 2.3 gray levels on average).
     assert np.abs(video(index, seed=1)[0].astype(int) - frames).mean() > 4
     assert np.abs(video(index + len(TEMPLATES))[0].astype(int) - frames).mean() > 4
 
@@ -78,7 +78,7 @@ def test_masks_are_where_the_picture_differs_from_its_background(index: int) -> 
     fading = any((actor.track.opacity < 1).any() for actor in scene.actors)
     if not fading:
         assert difference[~near].max() == 0
-    # Half an object's colour is at least half the contrast to the background; single pixels of a pattern may match it.
+    # Half an object's color is at least half the contrast to the background; single pixels of a pattern may match it.
     assert np.quantile(difference[masks > 0], 0.05) > 20
 
 
@@ -144,7 +144,7 @@ def test_single_frames_do_not_tell_opposed_classes_apart() -> None:
     margin = 4 * 0.5 / np.sqrt(len(OPPOSITES) * scenes)
     assert abs(np.mean(accuracies["any frame"]) - 0.5) < margin
     assert abs(np.mean(accuracies["any mask"]) - 0.5) < margin
-    # Left and right, up and down, towards and away, appear and vanish end differently; the others do not.
+    # Left and right, up and down, toward and away, appear and vanish end differently; the others do not.
     assert np.mean([accuracies["last mask"][pair] for pair in (0, 1, 2, 4)]) > 0.85
 
 
@@ -169,7 +169,7 @@ def name_motion(masks: Frames) -> str:
             return f"Moving [something] and [something] {'closer to' if closer else 'away from'} each other"
     growth = np.log(first_area[-1] / first_area[0])
     if abs(growth) > 0.8:
-        return f"Moving [something] {'towards' if growth > 0 else 'away from'} the camera"
+        return f"Moving [something] {'toward' if growth > 0 else 'away from'} the camera"
     turned = turn(masks == 1)
     if abs(turned) > np.deg2rad(60):
         return f"Turning [something] {'clockwise' if turned > 0 else 'counter-clockwise'}"

@@ -21,7 +21,7 @@ from tubelet_pipeline.frame_indices import chosen_frames
 from tubelet_pipeline.plan_extraction import make_plan
 from tubelet_pipeline.preprocess import Preprocessing
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
-from tubelet_pipeline.views import CentreView, ShiftedViews, ThreeCrops, clip_request, locate, place, views_per_window
+from tubelet_pipeline.views import CenterView, ShiftedViews, ThreeCrops, clip_request, locate, place, views_per_window
 from tubelet_store.reader import open_store
 
 RULES = {
@@ -114,7 +114,7 @@ def test_rows_go_by_video_then_window_then_view(tmp_path: Path):
         table = build_clip_table(root, sampling, views).select(columns)
         return [tuple(row.values()) for row in table.to_pylist()]
 
-    assert rows(CentreView()) == [(f"{v}.mp4", i, i, 0, None, None) for v in "ab" for i in (0, 1)]
+    assert rows(CenterView()) == [(f"{v}.mp4", i, i, 0, None, None) for v in "ab" for i in (0, 1)]
     assert [row[1:4] for row in rows(ThreeCrops())[:6]] == [(v, v // 3, v % 3) for v in range(6)]
     assert [row[2:] for row in rows(ShiftedViews(patches=2, tubelets=1))[:6]] == [
         (window, None, *shift) for window in (0, 1) for shift in ((0, 0), (2, 0), (0, 1))
@@ -136,7 +136,7 @@ def test_every_choice_of_views_is_another_plan(job_settings, tmp_path):
     plans = [
         make_plan(config(job_settings, tmp_path / "s", views=views)).plan
         for views in (
-            {"kind": "centre"},
+            {"kind": "center"},
             {"kind": "three_crops"},
             {"kind": "shifted", "patches": 1},
             {"kind": "shifted", "patches": 2},

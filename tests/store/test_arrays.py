@@ -86,10 +86,10 @@ def test_dask_and_xarray_are_lazy_and_the_same(store, whole):
     lazy = store["blocks.1"].dask()
     assert lazy.chunks[0] == (4, 4, 3)
     assert same(lazy[2:9, 1].compute(scheduler="synchronous"), whole[2:9, 1])
-    labelled = store["blocks.1"].xarray()
-    assert labelled.dims == ("clip", "time", "space", "channel")
-    assert labelled.video_id.values[3] == "video-0003"
-    assert same(labelled[5].values, whole[5])
+    labeled_clips = store["blocks.1"].xarray()
+    assert labeled_clips.dims == ("clip", "time", "space", "channel")
+    assert labeled_clips.video_id.values[3] == "video-0003"
+    assert same(labeled_clips[5].values, whole[5])
 
 
 def test_the_clip_table_is_pandas_where_that_is_installed(store):
@@ -98,9 +98,9 @@ def test_the_clip_table_is_pandas_where_that_is_installed(store):
 
 
 def test_it_travels_as_a_place(store, whole):
-    travelled = pickle.dumps(store["blocks.1"])
-    assert len(travelled) < 1000
-    assert same(pickle.loads(travelled)[3], whole[3])
+    traveled = pickle.dumps(store["blocks.1"])
+    assert len(traveled) < 1000
+    assert same(pickle.loads(traveled)[3], whole[3])
 
 
 def test_a_remote_store_gives_the_same(store, whole, tmp_path, monkeypatch):

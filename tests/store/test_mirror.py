@@ -453,9 +453,9 @@ def test_what_travels_holds_no_credentials(s3_url, tmp_path):
     store = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path))
     store.shard_map("h", 0)
     for each in (store.mirror, store.mirror.transport, FsspecTransport(s3_url), store.root):
-        travelled = pickle.dumps(each)
-        assert b"a-secret" not in travelled
-        assert b"AKIA" not in travelled
+        traveled = pickle.dumps(each)
+        assert b"a-secret" not in traveled
+        assert b"AKIA" not in traveled
         assert b"a-secret" not in repr(each).encode()
     arrived = pickle.loads(pickle.dumps(store.mirror))
     assert arrived.open(store.shard_object("h", 1)).read(4)

@@ -78,7 +78,10 @@ def test_the_digest_ignores_key_order_and_survives_json(sampling):
 )
 def test_the_digest_is_the_same_on_every_machine(tmp_path, environment):
     plan = BASE.model_copy(update={"dataset": {"kind": "folder", "name": "Übung 測試", "ratio": 0.1}})
-    program = "import sys; from tubelet_store.plan import Plan; print(Plan.model_validate_json(sys.stdin.buffer.read()).digest)"
+    program = (
+        "import sys; from tubelet_store.plan import Plan; "
+        "print(Plan.model_validate_json(sys.stdin.buffer.read()).digest)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program],
         input=plan.model_dump_json().encode(),

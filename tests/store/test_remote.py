@@ -134,10 +134,10 @@ def test_every_root_keeps_the_same_promises(kind, tmp_path, request):
 def test_what_travels_to_a_worker_holds_no_credentials(bucket):
     root = open_root(f"s3://{bucket}/x")
     root.replace("a", b"1")
-    travelled = pickle.dumps(root)
-    assert SECRET.encode() not in travelled
-    assert b"AKIAEXAMPLE" not in travelled
-    arrived = pickle.loads(travelled)
+    traveled = pickle.dumps(root)
+    assert SECRET.encode() not in traveled
+    assert b"AKIAEXAMPLE" not in traveled
+    arrived = pickle.loads(traveled)
     assert isinstance(arrived, RemoteRoot)
     assert arrived.read("a") == b"1"
 

@@ -51,7 +51,7 @@ def public(local, monkeypatch) -> Iterator[str]:
 
 
 class TestAnonymousReading:
-    """A public store is read without credentials: by its URL, by a catalogue's word, by fsspec's settings."""
+    """A public store is read without credentials: by its URL, by a catalog's word, by fsspec's settings."""
 
     @pytest.mark.parametrize("transport", CLIENTS)
     def test_by_the_url(self, public, local, tmp_path, transport):
@@ -70,7 +70,7 @@ class TestAnonymousReading:
         store = open_store(public, mirror=MirrorConfig(directory=tmp_path, transport=transport))
         assert store.shard_map("h", 0).tobytes() == local.shard_map("h", 0).tobytes()
 
-    def test_by_a_catalogues_word(self, public, local, tmp_path, monkeypatch):
+    def test_by_a_catalogs_word(self, public, local, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert main(["catalog", "add", "shared", public.replace("s3://", "s3://anon@")]) == 0
         tree = yaml.safe_load(Path("catalog.yaml").read_text())
@@ -91,7 +91,7 @@ class TestAnonymousReading:
         with pytest.raises(TubeletError, match=r"No access to s3://public.*[Cc]redentials"):
             open_transport(public, transport, Patience(attempts=2)).read_range("zarr.json", 0, 5)
 
-    def test_a_catalogue_may_say_no_more_than_that(self, public, tmp_path):
+    def test_a_catalog_may_say_no_more_than_that(self, public, tmp_path):
         path = tmp_path / "catalog.yaml"
         assert main(["catalog", "add", "shared", public.replace("s3://", "s3://anon@"), "--catalog", str(path)]) == 0
         good = path.read_text()

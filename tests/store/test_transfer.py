@@ -31,7 +31,7 @@ def store(tmp_path_factory) -> Store:
 
 
 def run(copy: StoreCopy) -> int:
-    """How many objects travelled."""
+    """How many objects traveled."""
     return sum(moved for _, moved in copy.run(threads=3))
 
 

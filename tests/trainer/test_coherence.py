@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import ObjectiveConfig, PairsConfig, TrainConfig
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.pairs import PairDraw
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.losses.coherence import Contrast, Smoothness, coherence_terms, info_nce, prefix_length
@@ -24,7 +24,7 @@ from tubelet_trainer.losses.objective import Forward
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, Groups, JumpReLUConfig, ReLUConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 D, F = 16, 48
 NO_DEAD = torch.zeros(F, dtype=torch.bool)
@@ -89,11 +89,11 @@ def test_masked_pairs_and_tokens_of_the_same_clip_get_no_gradient():
     assert u.grad[3].abs().sum() == v.grad[3].abs().sum() == 0
     assert (u.grad[[0, 1, 2, 4, 5]].abs().sum(dim=1) > 0).all()
     u.grad = v.grad = None
-    # Anchors 0 and 1 share a clip: what 1's neighbour is, is nothing to anchor 0.
+    # Anchors 0 and 1 share a clip: what 1's neighbor is, is nothing to anchor 0.
     assert info_nce(u[:2], v[:2], clip[:2], valid[:2]).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_equal_neighbours_of_orthogonal_clips_are_told_apart():
+def test_equal_neighbors_of_orthogonal_clips_are_told_apart():
     u = torch.eye(5, dtype=torch.float64)
     everyone = torch.ones(5, dtype=torch.bool)
     assert float(info_nce(u, u, torch.arange(5), everyone)) == pytest.approx(math.log(1 + 4 * math.exp(-10)))
@@ -103,12 +103,14 @@ def test_equal_neighbours_of_orthogonal_clips_are_told_apart():
 
 def batch_of(store, kinds=(True, True), anchors=40, block_patches=12):
     draw = PairDraw(PairsConfig(anchors=anchors), *kinds)
-    loader = Windows(Source(store, "h", block_patches), np.arange(24), batch_tokens=64, window_tokens=2000, pairs=draw)
+    loader = ActivationLoader(
+        Source(store, "h", block_patches), np.arange(24), batch_tokens=64, window_tokens=2000, pairs=draw
+    )
     return next(iter(loader))
 
 
 def make_sae(config, mean=0.0):
-    sae = SAE(config, Normalisation(torch.full((D,), mean), torch.tensor(1.0)))
+    sae = SAE(config, Normalization(torch.full((D,), mean), torch.tensor(1.0)))
     with torch.no_grad():
         sae.W_enc.add_(0.1 * torch.randn(F, D, generator=torch.Generator().manual_seed(1)))
     return sae.train()
@@ -132,7 +134,7 @@ def test_every_objective_goes_with_every_kind(store, config, codes):
     batch = batch_of(store)
     objective = ObjectiveConfig(lambda_t=0.1, lambda_s=0.2, lambda_smooth=0.3, lambda_slow=0.4, codes=codes)
     forward = forward_of(sae, batch)
-    learnt = {name: buffer.clone() for name, buffer in sae.sparsifier.named_buffers()}
+    learned = {name: buffer.clone() for name, buffer in sae.sparsifier.named_buffers()}
     metrics = {}
     for term in coherence_terms(objective, config, F, 1.0):
         sae.zero_grad(set_to_none=True)
@@ -142,12 +144,12 @@ def test_every_objective_goes_with_every_kind(store, config, codes):
         assert sae.W_enc.grad.abs().sum() > 0
     assert metrics.keys() >= {"temporal_nce", "temporal_dropped", "spatial_nce", "smoothness", "slow"}
     assert all(torch.isfinite(value).all() for value in metrics.values())
-    # Neighbours teach the threshold nothing.
-    assert all(torch.equal(buffer, learnt[name]) for name, buffer in sae.sparsifier.named_buffers())
-    assert not buffers or any(not torch.equal(buffers[name], learnt[name]) for name in buffers)
+    # Neighbors teach the threshold nothing.
+    assert all(torch.equal(buffer, learned[name]) for name, buffer in sae.sparsifier.named_buffers())
+    assert not buffers or any(not torch.equal(buffers[name], learned[name]) for name in buffers)
 
 
-def test_what_is_compared_are_the_anchors_and_their_neighbours(store):
+def test_what_is_compared_are_the_anchors_and_their_neighbors(store):
     sae, batch = make_sae(KINDS[0]), batch_of(store)
     forward = forward_of(sae, batch)
     rows, pairs = batch.temporal.rows, batch.temporal
@@ -189,10 +191,10 @@ def test_pre_reaches_latents_that_were_not_chosen_and_post_does_not(store):
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 def test_smoothness_is_the_formula_of_raw_tokens_and_never_negative(store, mean):
-    """With centred tokens, or raw ones about the origin, a negative cosine would reward codes that lie far apart."""
+    """With centered tokens, or raw ones about the origin, a negative cosine would reward codes that lie far apart."""
     sae, batch = make_sae(KINDS[0], mean), batch_of(store)
     x, pairs = batch.tokens[batch.temporal.rows], batch.temporal
-    # Neighbours that point away from each other, where tokens lie about the origin.
+    # Neighbors that point away from each other, where tokens lie about the origin.
     y = torch.where(torch.arange(len(x))[:, None] % 3 == 0, -pairs.hooks["h"], pairs.hooks["h"])
     pairs = replace(pairs, hooks={"h": y})
     batch = replace(batch, temporal=pairs)
@@ -201,15 +203,15 @@ def test_smoothness_is_the_formula_of_raw_tokens_and_never_negative(store, mean)
     assert away.any()
     distance = (sae.encode(x) - sae.encode(y)).abs().sum(dim=1)
     term = Smoothness(1.0, ObjectiveConfig(codes="post"), F)
-    found = term(Forward.of(sae, sae.normalisation(batch.tokens), NO_DEAD, batch=batch, hook="h")).loss
+    found = term(Forward.of(sae, sae.normalization(batch.tokens), NO_DEAD, batch=batch, hook="h")).loss
     torch.testing.assert_close(found, (cosine.clamp_min(0) * distance)[pairs.valid].mean())
     alone = replace(batch, temporal=replace(pairs, valid=away))
-    assert term(Forward.of(sae, sae.normalisation(batch.tokens), NO_DEAD, batch=alone, hook="h")).loss == 0
+    assert term(Forward.of(sae, sae.normalization(batch.tokens), NO_DEAD, batch=alone, hook="h")).loss == 0
 
 
 def test_a_batch_of_one_clip_has_no_negatives(store):
     draw = PairDraw(PairsConfig(anchors=4), True, False)
-    loader = Windows(Source(store, "h", 12), np.arange(24), batch_tokens=8, window_tokens=72, pairs=draw)
+    loader = ActivationLoader(Source(store, "h", 12), np.arange(24), batch_tokens=8, window_tokens=72, pairs=draw)
     sae = make_sae(KINDS[0])
     with pytest.raises(TubeletError, match=r"no negatives.*one clip.*pairs\.anchors"):
         Contrast("temporal", 1.0, ObjectiveConfig(), F)(forward_of(sae, next(iter(loader))))
@@ -219,7 +221,7 @@ def configure(store, out, **fields):
     tree = {
         "store": store.url, "out": out, "steps": 30, "batch_tokens": 128, "window_tokens": 2000, "sae": {"k": 4},
         "holdout": {"fraction": 0}, "device": "cpu", "pairs": {"anchors": 64}, "block_patches": 12, "log_every": 10,
-        "optimiser": {"lr": 3e-3},
+        "optimizer": {"lr": 3e-3},
     }  # fmt: skip
     return TrainConfig.model_validate({**tree, **fields})
 
@@ -266,13 +268,13 @@ def test_the_prefix_is_the_first_group_unless_it_is_said():
 def test_a_raw_dot_product_is_not_rounded_where_training_is(store):
     """In bfloat16 similarities of 200 are 1 apart: the gradient would be off by half."""
     generator = torch.Generator().manual_seed(0)
-    anchors, neighbours = (4 * torch.randn(40, 12, generator=generator) for _ in range(2))
+    anchors, neighbors = (4 * torch.randn(40, 12, generator=generator) for _ in range(2))
     anchors.requires_grad_()
     clips, valid = torch.arange(40) % 7, torch.ones(40, dtype=torch.bool)
     gradients = []
     for low in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            loss = info_nce(anchors, neighbours, clips, valid, "dot", 1.0)
+            loss = info_nce(anchors, neighbors, clips, valid, "dot", 1.0)
         gradients.append(torch.autograd.grad(loss, anchors)[0])
     assert torch.equal(*gradients)
 
@@ -285,7 +287,7 @@ def test_coherence_in_low_precision_is_that_of_full_precision(store, tmp_path, o
         out = tmp_path / precision
         tree = {
             "store": store.url, "out": out, "steps": 3, "batch_tokens": 128, "window_tokens": 2000, "log_every": 1,
-            "sae": {"k": 4, "normalisation": {"whitening": whitening}}, "objective": objective, "device": "cpu",
+            "sae": {"k": 4, "normalization": {"whitening": whitening}}, "objective": objective, "device": "cpu",
             "precision": precision, "pairs": {"anchors": 64}, "holdout": {"fraction": 0},
         }  # fmt: skip
         train(TrainConfig.model_validate(tree))

@@ -8,12 +8,12 @@ import torch
 
 from stores import make_plan, make_store
 from tubelet_store.moments import Moments
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.run.heldout import evaluate
-from tubelet_trainer.sae.config import NormalisationConfig, TopKConfig
+from tubelet_trainer.sae.config import NormalizationConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 D, F = 12, 48
 
@@ -34,23 +34,23 @@ def store(tmp_path_factory, activations):
 
 
 @pytest.mark.parametrize(
-    "normalisation",
-    [{}, {"scale": False}, {"centre": False}, {"whitening": "zca"}, {"whitening": "pca", "centre": False}],
+    "normalization",
+    [{}, {"scale": False}, {"center": False}, {"whitening": "zca"}, {"whitening": "pca", "center": False}],
     ids=str,
 )
-def test_the_fvu_is_that_of_raw_tokens(store, activations, normalisation):
-    config = TopKConfig(latents=F, k=4, normalisation=NormalisationConfig(**normalisation))
+def test_the_fvu_is_that_of_raw_tokens(store, activations, normalization):
+    config = TopKConfig(latents=F, k=4, normalization=NormalizationConfig(**normalization))
     x = activations.reshape(-1, D)
-    sae = SAE(config, Normalisation.from_moments(Moments.of(x), config.normalisation))
-    found = evaluate(sae, Windows(Source(store, "h", 6), np.arange(10), batch_tokens=32, window_tokens=100))
+    sae = SAE(config, Normalization.from_moments(Moments.of(x), config.normalization))
+    found = evaluate(sae, ActivationLoader(Source(store, "h", 6), np.arange(10), batch_tokens=32, window_tokens=100))
     raw = torch.from_numpy(x)
     with torch.no_grad():
         error = (raw.double() - sae.eval()(raw).double()).square().sum()
     spread = (raw.double() - raw.double().mean(dim=0)).square().sum()
     assert found["fvu"] == pytest.approx(float(error / spread), rel=1e-4)
     assert found["tokens"] == len(x)
-    if "whitening" in normalisation:
-        inner = sae.normalisation(raw).double()
+    if "whitening" in normalization:
+        inner = sae.normalization(raw).double()
         with torch.no_grad():
             error = (inner - sae.reconstruct(sae.encode_sparse(raw)).double()).square().sum()
         assert abs(float(error / (inner - inner.mean(dim=0)).square().sum()) - found["fvu"]) > 0.01

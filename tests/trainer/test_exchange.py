@@ -25,7 +25,7 @@ from tubelet_trainer.sae.config import (
 )
 from tubelet_trainer.sae.interop.exchange import ExportConfig, ImportConfig, export_sae, import_sae
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sae_files import load_record, load_sae, save_sae
 
 D, F, N, K = 12, 48, 64, 6
@@ -50,14 +50,14 @@ def tokens(seed=0):
 def trained(folder, config, whitened=False):
     """An SAE in general position that has seen a batch, in a run's folder."""
     generator = torch.Generator().manual_seed(1)
-    normalisation = Normalisation(torch.randn(D, generator=generator), torch.tensor(2.5))
+    normalization = Normalization(torch.randn(D, generator=generator), torch.tensor(2.5))
     if whitened:
         matrix = torch.eye(D) + 0.1 * torch.randn(D, D, generator=generator)
-        normalisation = Normalisation(normalisation.mean, torch.tensor(1.0), matrix, matrix.inverse())
+        normalization = Normalization(normalization.mean, torch.tensor(1.0), matrix, matrix.inverse())
         config = config.model_copy(
-            update={"normalisation": config.normalisation.model_copy(update={"whitening": "zca"})}
+            update={"normalization": config.normalization.model_copy(update={"whitening": "zca"})}
         )
-    sae = SAE(config, normalisation)
+    sae = SAE(config, normalization)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -163,7 +163,7 @@ for folder in Path(sys.argv[1]).glob("*-out"):
 
 
 def test_saelens_files_with_other_conventions_are_read(tmp_path):
-    """Without input bias, with unnormalised decoder rows that rescale the codes, in the layout before version 6."""
+    """Without input bias, with unnormalized decoder rows that rescale the codes, in the layout before version 6."""
     generator = torch.Generator().manual_seed(0)
     t = {
         name: torch.randn(*shape, generator=generator)
@@ -403,7 +403,7 @@ def test_the_verbs_run_and_refuse_a_taken_folder(tmp_path, capsys):
     sae = trained(tmp_path / "run", RECIPES["batchtopk"])
     assert main(["export", str(tmp_path / "run"), "--format", "safetensors", "--out", str(tmp_path / "plain")]) == 0
     plain = load_sae(tmp_path / "plain")
-    assert plain.normalisation.scale == 1
+    assert plain.normalization.scale == 1
     torch.testing.assert_close(plain.encode(tokens(3)), sae.encode(tokens(3)), atol=2e-4, rtol=1e-4)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "plain")]) == 2
     assert "already holds an SAE" in capsys.readouterr().err

@@ -15,10 +15,10 @@ from steps import see, take_step
 from tubelet.config import Config, validate
 from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
-from tubelet_trainer.config import OptimiserConfig
+from tubelet_trainer.config import OptimizerConfig
 from tubelet_trainer.losses.objective import AuxK, Forward, Objective, Reconstruction
 from tubelet_trainer.losses.sparsity import PenaltyWeight, sae_terms
-from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.optim.sae_trainer import SAETrainer
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     AnySAEConfig,
@@ -29,15 +29,15 @@ from tubelet_trainer.sae.config import (
     InitConfig,
     JumpReLUConfig,
     NestedK,
-    NormalisationConfig,
+    NormalizationConfig,
     RandomPrefixes,
     ReLUConfig,
     TopKConfig,
 )
-from tubelet_trainer.sae.init import Offset, geometric_median, initialise
+from tubelet_trainer.sae.init import Offset, geometric_median, initialize
 from tubelet_trainer.sae.matryoshka import cuts
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sae_files import load_sae, save_sae
 from tubelet_trainer.sae.sparse_ops import decode_groups
 
@@ -80,19 +80,19 @@ def recipe(kind, nesting="flat", **fields):
 def make_sae(config, seed=1):
     """A float64 SAE whose every tensor is in general position."""
     generator = torch.Generator().manual_seed(seed)
-    normalisation = Normalisation(torch.randn(D, generator=generator), torch.tensor(2.5))
-    sae = SAE(config, normalisation).double().train()
+    normalization = Normalization(torch.randn(D, generator=generator), torch.tensor(2.5))
+    sae = SAE(config, normalization).double().train()
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    sae.normalise_decoder()
+    sae.normalize_decoder()
     return sae
 
 
 def dense(sae, x_raw, step=0):
     """x, pre, codes [N, F] and the loss of the reconstruction, from the formulas."""
     config = sae.config
-    x = (x_raw - sae.normalisation.mean) / sae.normalisation.scale
+    x = (x_raw - sae.normalization.mean) / sae.normalization.scale
     linear = (x - sae.b_dec) @ sae.W_enc.T
     pre = linear + sae.b_enc
     match config.kind:
@@ -149,7 +149,7 @@ def same_gradients(found, expected, but=()):
 @pytest.mark.parametrize(("kind", "nesting"), COMBINATIONS)
 def test_every_combination_equals_the_dense_formulas_in_value_and_gradient(kind, nesting):
     sae = make_sae(recipe(kind, nesting))
-    forward = replace(Forward.of(sae, sae.normalisation(tokens()), NO_DEAD), step=3)
+    forward = replace(Forward.of(sae, sae.normalization(tokens()), NO_DEAD), step=3)
     _, _, codes, expected = dense(sae, tokens(), step=3)
     torch.testing.assert_close(sae.encode(tokens()), codes)
     found = Reconstruction(D)(forward).loss
@@ -183,7 +183,7 @@ def test_the_gradient_of_grouped_decoding_is_right():
 )
 def test_matryoshka_with_one_prefix_is_the_plain_sae(nesting):
     plain, nested = (make_sae(TopKConfig(latents=F, k=K, nesting=n)) for n in ({"kind": "flat"}, nesting))
-    losses = [Reconstruction(D)(Forward.of(sae, sae.normalisation(tokens()), NO_DEAD)).loss for sae in (plain, nested)]
+    losses = [Reconstruction(D)(Forward.of(sae, sae.normalization(tokens()), NO_DEAD)).loss for sae in (plain, nested)]
     assert torch.equal(*losses)
     ours, theirs = gradients(nested, losses[1]), gradients(plain, losses[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -212,7 +212,7 @@ def test_auxk_reaches_the_encoder_of_dead_latents_for_every_kind_with_a_k(kind):
     sae = make_sae(recipe(kind))
     dead = torch.zeros(F, dtype=torch.bool)
     dead[10:30] = True
-    found = gradients(sae, AuxK(6, 1.0)(Forward.of(sae, sae.normalisation(tokens()), dead)).loss)
+    found = gradients(sae, AuxK(6, 1.0)(Forward.of(sae, sae.normalization(tokens()), dead)).loss)
     for name in ("W_enc", "b_enc", "W_dec"):
         strength = found[name].abs().reshape(F, -1).sum(dim=1)
         assert (strength[dead] > 0).float().mean() > 0.8
@@ -229,7 +229,7 @@ def test_l0_is_what_was_asked():
 def test_thresholds_learn_by_the_rectangle_kernel_around_pre_activations():
     sae = make_sae(recipe("jumprelu"))
     x = tokens()
-    forward = Forward.of(sae, sae.normalisation(x), NO_DEAD)
+    forward = Forward.of(sae, sae.normalization(x), NO_DEAD)
     pre, theta, width = forward.pre_BF, sae.sparsifier.threshold.detach(), sae.config.bandwidth
     kernel = (((pre - theta) / width).abs() < 0.5).double()
     below = kernel * (pre < theta)
@@ -252,7 +252,7 @@ def test_thresholds_learn_by_the_rectangle_kernel_around_pre_activations():
 def test_both_l0_penalties(penalty):
     sae = make_sae(recipe("jumprelu", penalty=penalty, target_l0=7.0, sparsity=0.25, sparsity_warmup_steps=0))
     term = sae_terms(sae.config, D, float(D), 100, CPU)[1]
-    forward = Forward.of(sae, sae.normalisation(tokens()), NO_DEAD)
+    forward = Forward.of(sae, sae.normalization(tokens()), NO_DEAD)
     l0 = (forward.codes.values > 0).sum() / N
     expected = 0.25 * (l0 if penalty == "linear" else (l0 / 7 - 1) ** 2)
     torch.testing.assert_close(term(forward).loss, expected, check_dtype=False)
@@ -262,7 +262,7 @@ def test_both_l0_penalties(penalty):
 def test_the_l1_penalty_equals_its_formula(nesting):
     sae = make_sae(recipe("relu", nesting, sparsity=0.3, sparsity_warmup_steps=0))
     found = sae_terms(sae.config, D, float(D), 100, CPU)[1](
-        replace(Forward.of(sae, sae.normalisation(tokens()), NO_DEAD), step=2)
+        replace(Forward.of(sae, sae.normalization(tokens()), NO_DEAD), step=2)
     ).loss
     _, _, codes, _ = dense(sae, tokens())
     ends = cuts(sae.config.nesting, F, 0, 0, 2).ends
@@ -273,7 +273,7 @@ def test_the_l1_penalty_equals_its_formula(nesting):
 
 def test_the_gated_penalty_equals_its_formula():
     sae = make_sae(recipe("gated", sparsity=0.3, sparsity_warmup_steps=0))
-    found = sae_terms(sae.config, D, float(D), 100, CPU)[1](Forward.of(sae, sae.normalisation(tokens()), NO_DEAD)).loss
+    found = sae_terms(sae.config, D, float(D), 100, CPU)[1](Forward.of(sae, sae.normalization(tokens()), NO_DEAD)).loss
     x, pre, _, _ = dense(sae, tokens())
     frozen = x - pre.relu() @ sae.W_dec.detach() - sae.b_dec.detach()
     expected = 0.3 * pre.relu().sum() / N + frozen.square().sum() / (N * D)
@@ -281,7 +281,7 @@ def test_the_gated_penalty_equals_its_formula():
     same_gradients(gradients(sae, found), gradients(sae, expected))
 
 
-def test_a_penalty_warms_up_and_is_steered_towards_its_target():
+def test_a_penalty_warms_up_and_is_steered_toward_its_target():
     weight = PenaltyWeight(2.0, warmup_steps=4, target_l0=None, device=CPU)
     found = []
     for step in range(6):
@@ -346,48 +346,48 @@ def test_saved_loaded_and_folded_codes_are_the_same(kind, tmp_path):
 
 
 @pytest.mark.parametrize("whitening", ["zca", "pca"])
-def test_whitening_equalises_directions_and_folds_away(whitening, tmp_path):
+def test_whitening_equalizes_directions_and_folds_away(whitening, tmp_path):
     mixer = torch.randn(D, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     raw = tokens(rows=4000) @ mixer + 5
     moments = Moments.of(raw.numpy())
-    config = recipe("topk", normalisation=NormalisationConfig(whitening=whitening, shrinkage=1e-9))
-    normalisation = Normalisation.from_moments(moments, config.normalisation)
-    whitened = normalisation.double()(raw)
+    config = recipe("topk", normalization=NormalizationConfig(whitening=whitening, shrinkage=1e-9))
+    normalization = Normalization.from_moments(moments, config.normalization)
+    whitened = normalization.double()(raw)
     torch.testing.assert_close(
         torch.cov(whitened.T, correction=0), torch.eye(D, dtype=torch.float64), atol=1e-4, rtol=0
     )
-    torch.testing.assert_close(normalisation.inverse(whitened), raw, atol=1e-4, rtol=1e-4)
-    assert math.isclose(normalisation.variance(moments), D, rel_tol=1e-5)
+    torch.testing.assert_close(normalization.inverse(whitened), raw, atol=1e-4, rtol=1e-4)
+    assert math.isclose(normalization.variance(moments), D, rel_tol=1e-5)
     if whitening == "zca":
         # Zero-phase: of all whitenings the one that moves the tokens least, so its matrix is symmetric.
-        torch.testing.assert_close(normalisation.whiten, normalisation.whiten.T, atol=1e-4, rtol=1e-4)
-    sae = SAE(config, normalisation).double().eval()
+        torch.testing.assert_close(normalization.whiten, normalization.whiten.T, atol=1e-4, rtol=1e-4)
+    sae = SAE(config, normalization).double().eval()
     folded = sae.fold()
     torch.testing.assert_close(folded.encode(raw), sae.encode(raw), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(folded(raw), sae(raw), atol=1e-4, rtol=1e-4)
-    assert folded.config.normalisation.whitening == "none"
+    assert folded.config.normalization.whitening == "none"
     save_sae(tmp_path, sae.float(), {})
     assert torch.equal(load_sae(tmp_path).encode(raw.float()), sae.encode(raw.float()))
 
 
-def test_whitening_is_regularised_and_needs_a_covariance():
+def test_whitening_is_regularized_and_needs_a_covariance():
     flat = torch.cat([tokens(rows=500), torch.zeros(500, 2, dtype=torch.float64)], dim=1)
-    normalisation = Normalisation.from_moments(Moments.of(flat.numpy()), NormalisationConfig(whitening="zca"))
-    assert normalisation.whiten.isfinite().all()
-    assert normalisation(flat.float()).isfinite().all()
+    normalization = Normalization.from_moments(Moments.of(flat.numpy()), NormalizationConfig(whitening="zca"))
+    assert normalization.whiten.isfinite().all()
+    assert normalization(flat.float()).isfinite().all()
     wide = Moments.of(np.random.default_rng(0).standard_normal((3, 1025)))
     with pytest.raises(TubeletError, match="up to 1024 channels"):
-        Normalisation.from_moments(wide, NormalisationConfig(whitening="pca"))
+        Normalization.from_moments(wide, NormalizationConfig(whitening="pca"))
 
 
-@pytest.mark.parametrize(("centre", "scale"), [(True, False), (False, True), (False, False)])
-def test_centring_and_scaling_can_each_be_left_out(centre, scale):
+@pytest.mark.parametrize(("center", "scale"), [(True, False), (False, True), (False, False)])
+def test_centring_and_scaling_can_each_be_left_out(center, scale):
     moments = Moments.of(tokens(rows=500).numpy())
-    normalisation = Normalisation.from_moments(moments, NormalisationConfig(centre=centre, scale=scale))
-    x = normalisation(tokens(rows=500).float())
-    assert (float(x.mean(dim=0).abs().max()) < 1e-4) == centre
-    assert math.isclose(normalisation.variance(moments), float(x.var(dim=0, correction=0).sum()), rel_tol=1e-4)
-    assert math.isclose(normalisation.variance(moments), D, rel_tol=1e-4) == scale
+    normalization = Normalization.from_moments(moments, NormalizationConfig(center=center, scale=scale))
+    x = normalization(tokens(rows=500).float())
+    assert (float(x.mean(dim=0).abs().max()) < 1e-4) == center
+    assert math.isclose(normalization.variance(moments), float(x.var(dim=0, correction=0).sum()), rel_tol=1e-4)
+    assert math.isclose(normalization.variance(moments), D, rel_tol=1e-4) == scale
 
 
 @pytest.mark.parametrize("directions", ["random", "data", "active_subspace"])
@@ -397,15 +397,15 @@ def test_initial_weights_are_tied_without_shared_storage(directions, bias):
     raw[:, 4:] *= 1e-3
     moments = Moments.of(raw.numpy())
     init = InitConfig(directions=directions, bias=bias, subspace=4)
-    config = recipe("topk", init=init, normalisation=NormalisationConfig(centre=False))
-    sae = SAE(config, Normalisation.from_moments(moments, config.normalisation))
-    initialise(sae, moments, raw)
+    config = recipe("topk", init=init, normalization=NormalizationConfig(center=False))
+    sae = SAE(config, Normalization.from_moments(moments, config.normalization))
+    initialize(sae, moments, raw)
     assert torch.equal(sae.W_enc, sae.W_dec)
     assert len({parameter.untyped_storage().data_ptr() for parameter in sae.parameters()}) == 4
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
-    x = sae.normalisation(raw)
-    centre = geometric_median(x) if bias == "geometric_median" else x.mean(dim=0)
-    torch.testing.assert_close(sae.b_dec.detach(), centre, atol=1e-4, rtol=1e-4)
+    x = sae.normalization(raw)
+    center = geometric_median(x) if bias == "geometric_median" else x.mean(dim=0)
+    torch.testing.assert_close(sae.b_dec.detach(), center, atol=1e-4, rtol=1e-4)
     outside = sae.W_dec[:, 4:].norm(dim=1)
     # Only four directions vary: rows from data and from the subspace lie along them.
     assert (outside.max() < 0.01) == (directions == "active_subspace")
@@ -414,7 +414,7 @@ def test_initial_weights_are_tied_without_shared_storage(directions, bias):
         assert ((sae.W_dec @ offsets.T).max(dim=1).values > 0.97).float().mean() > 0.9
 
 
-def test_the_geometric_median_minimises_the_sum_of_distances():
+def test_the_geometric_median_minimizes_the_sum_of_distances():
     x = tokens()
     x[:5] += 100
     median = geometric_median(x)
@@ -452,7 +452,7 @@ class Holder(Config):
         ({"latents": 4}, r"'sae\.k'.*32 is more than the 4 latents"),
         ({"nesting": {"kind": "groups", "fractions": [0.5, 0.5], "weights": [1]}}, "1 weights for 2 fractions"),
         ({"init": {"direction": "data"}}, "Did you mean 'directions'"),
-        ({"normalisation": {"whitenning": "zca"}}, "Did you mean 'whitening'"),
+        ({"normalization": {"whitenning": "zca"}}, "Did you mean 'whitening'"),
     ],
 )
 def test_a_wrong_recipe_is_one_clear_line(sae, words):
@@ -466,9 +466,9 @@ def test_every_kind_is_chosen_by_its_name():
 
 
 def learner_of(config, steps=400, dead_after=500, **options):
-    sae = SAE(config, Normalisation.identity(D))
+    sae = SAE(config, Normalization.identity(D))
     terms = sae_terms(config, D, float(D), steps, CPU)
-    return Learner(sae, Objective(terms), OptimiserConfig(lr=3e-3, **options), steps, dead_after)
+    return SAETrainer(sae, Objective(terms), OptimizerConfig(lr=3e-3, **options), steps, dead_after)
 
 
 def sparse_tokens(seed, rows=256):
@@ -481,10 +481,10 @@ def sparse_tokens(seed, rows=256):
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu"])
 def test_l0_reaches_its_target(kind):
-    learner = learner_of(recipe(kind, target_l0=5.0, sparsity=1e-2), steps=900)
+    sae_trainer = learner_of(recipe(kind, target_l0=5.0, sparsity=1e-2), steps=900)
     l0 = []
     for step in range(900):
-        metrics = take_step(learner, sparse_tokens(step % 50), step)
+        metrics = take_step(sae_trainer, sparse_tokens(step % 50), step)
         l0.append(metrics["l0"])
     assert abs(float(torch.stack(l0[-100:]).mean()) - 5.0) < 1.0
     assert float(torch.stack(l0[:20]).mean()) > 10
@@ -492,10 +492,12 @@ def test_l0_reaches_its_target(kind):
 
 def test_jumprelu_reaches_its_target_with_everything_else_as_it_comes():
     config = JumpReLUConfig(target_l0=4.0)
-    sae = SAE(config, Normalisation.identity(D))
+    sae = SAE(config, Normalization.identity(D))
     steps = 800
-    learner = Learner(sae, Objective(sae_terms(config, D, float(D), steps, CPU)), OptimiserConfig(), steps, 10**6)
-    last = [take_step(learner, sparse_tokens(step % 50, rows=128), step) for step in range(steps)][-100:]
+    sae_trainer = SAETrainer(
+        sae, Objective(sae_terms(config, D, float(D), steps, CPU)), OptimizerConfig(), steps, 10**6
+    )
+    last = [take_step(sae_trainer, sparse_tokens(step % 50, rows=128), step) for step in range(steps)][-100:]
     assert abs(float(torch.stack([metrics["l0"] for metrics in last]).mean()) - 4.0) < 1.0
     assert all(metrics["sparsity_limit"] == 0 for metrics in last)
     assert float(torch.stack([metrics["fvu"] for metrics in last]).mean()) < 0.25
@@ -508,11 +510,11 @@ def test_thresholds_start_and_learn_alike_on_tokens_of_any_scale(factor, tmp_pat
     views = []
     for config, x in (
         (recipe("jumprelu"), raw),
-        (recipe("jumprelu", normalisation=NormalisationConfig(scale=False)), raw * factor),
+        (recipe("jumprelu", normalization=NormalizationConfig(scale=False)), raw * factor),
     ):
         moments = Moments.of(x.numpy())
-        sae = SAE(config, Normalisation.from_moments(moments, config.normalisation)).train()
-        forward = Forward.of(sae, sae.normalisation(x.float()), NO_DEAD)
+        sae = SAE(config, Normalization.from_moments(moments, config.normalization)).train()
+        forward = Forward.of(sae, sae.normalization(x.float()), NO_DEAD)
         l0 = sae.sparsifier.active(forward.pre_BF)
         views.append((sae, moments, forward, gradients(sae, l0)["sparsifier.log_threshold"]))
     (_, _, plain, expected), (sae, moments, unscaled, found) = views
@@ -520,7 +522,7 @@ def test_thresholds_start_and_learn_alike_on_tokens_of_any_scale(factor, tmp_pat
     assert ((plain.codes.values > 0) != (unscaled.codes.values > 0)).float().mean() < 1e-4
     torch.testing.assert_close(found, expected, atol=0, rtol=0.02)
     torch.testing.assert_close(sae.sparsifier.threshold, torch.full((F,), math.sqrt(moments.total_variance / D)))
-    # What was learnt is read as it was written, and folds.
+    # What was learned is read as it was written, and folds.
     x = raw[:N].float() * factor
     save_sae(tmp_path, sae, {})
     for other in (load_sae(tmp_path), sae.fold()):
@@ -530,52 +532,52 @@ def test_thresholds_start_and_learn_alike_on_tokens_of_any_scale(factor, tmp_pat
 
 def test_k_is_annealed_from_the_channels_to_its_value():
     config = recipe("topk", k_anneal_steps=10)
-    learner = learner_of(config)
-    ks = [see(learner, sparse_tokens(0), step).codes.values.shape[1] for step in range(14)]
+    sae_trainer = learner_of(config)
+    ks = [see(sae_trainer, sparse_tokens(0), step).codes.values.shape[1] for step in range(14)]
     assert ks[0] == D
     assert ks[10:] == [K] * 4
     assert ks == sorted(ks, reverse=True)
 
 
 def test_the_running_mean_of_the_weights_is_what_comes_out():
-    learner = learner_of(recipe("topk"), ema=0.9)
-    mean = {name: p.detach().clone() for name, p in learner.sae.named_parameters()}
+    sae_trainer = learner_of(recipe("topk"), ema=0.9)
+    mean = {name: p.detach().clone() for name, p in sae_trainer.sae.named_parameters()}
     for step in range(100):
-        take_step(learner, sparse_tokens(step), step)
+        take_step(sae_trainer, sparse_tokens(step), step)
         # min(ema, (1 + t) / (10 + t)): 0.9 from step 80 on.
         decay = (1 + step) / (10 + step) if step < 80 else 0.9
-        for name, parameter in learner.sae.named_parameters():
+        for name, parameter in sae_trainer.sae.named_parameters():
             mean[name].lerp_(parameter.detach(), 1 - decay)
-    result = learner.result()
+    result = sae_trainer.result()
     torch.testing.assert_close(result.W_enc.detach(), mean["W_enc"])
     torch.testing.assert_close(result.W_dec.detach(), torch.nn.functional.normalize(mean["W_dec"], dim=1))
-    assert not torch.equal(result.W_enc, learner.sae.W_enc)
+    assert not torch.equal(result.W_enc, sae_trainer.sae.W_enc)
 
 
-def test_the_running_mean_of_a_short_run_has_learnt_what_the_run_has():
-    learner = learner_of(recipe("topk"), steps=300, ema=0.999)
+def test_the_running_mean_of_a_short_run_has_learned_what_the_run_has():
+    sae_trainer = learner_of(recipe("topk"), steps=300, ema=0.999)
     for step in range(300):
-        take_step(learner, sparse_tokens(step % 50), step)
+        take_step(sae_trainer, sparse_tokens(step % 50), step)
     x = sparse_tokens(99)
     fvu = []
-    for sae in (learner.sae, learner.result()):
+    for sae in (sae_trainer.sae, sae_trainer.result()):
         error = (x - sae.eval()(x).detach()).square().sum()
         fvu.append(float(error / (x - x.mean(dim=0)).square().sum()))
     assert fvu[1] < 1.05 * fvu[0] < 0.5
-    assert not torch.equal(learner.result().W_enc, learner.sae.W_enc)
+    assert not torch.equal(sae_trainer.result().W_enc, sae_trainer.sae.W_enc)
 
 
 def test_resampling_gives_dead_latents_bad_tokens_and_a_new_start():
-    learner = learner_of(recipe("topk", auxk=0), dead_after=600, resample_every=10)
+    sae_trainer = learner_of(recipe("topk", auxk=0), dead_after=600, resample_every=10)
     with torch.no_grad():
-        learner.sae.b_enc[:20] = -100
+        sae_trainer.sae.b_enc[:20] = -100
     for step in range(9):
-        take_step(learner, sparse_tokens(step), step)
-    assert 20 <= learner.clock.dead_F.sum() < F
-    before = {name: tensor.clone() for name, tensor in learner.state().items()}
-    forward = see(learner, sparse_tokens(9), 9)
-    take_step(learner, sparse_tokens(9), 9)
-    state, x = learner.state(), sparse_tokens(9)
+        take_step(sae_trainer, sparse_tokens(step), step)
+    assert 20 <= sae_trainer.clock.dead_F.sum() < F
+    before = {name: tensor.clone() for name, tensor in sae_trainer.state().items()}
+    forward = see(sae_trainer, sparse_tokens(9), 9)
+    take_step(sae_trainer, sparse_tokens(9), 9)
+    state, x = sae_trainer.state(), sparse_tokens(9)
     dead = (before["clock/silent_tokens"] + 256 > 600) & ~forward.codes.fired(F)
     cosine = torch.nn.functional.normalize(x - before["sae/b_dec"], dim=1) @ state["sae/W_dec"][dead].T
     assert (cosine.max(dim=0).values > 0.95).all()
@@ -587,5 +589,5 @@ def test_resampling_gives_dead_latents_bad_tokens_and_a_new_start():
     assert (state["adam/W_dec/exp_avg_sq"][alive].sum(dim=1) > 0).any()
     ratio = state["sae/W_enc"][dead].norm(dim=1) / state["sae/W_enc"][alive].norm(dim=1).mean()
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.2), atol=0.01, rtol=0)
-    take_step(learner, sparse_tokens(10), 10)
-    assert all(tensor.isfinite().all() for tensor in learner.state().values())
+    take_step(sae_trainer, sparse_tokens(10), 10)
+    assert all(tensor.isfinite().all() for tensor in sae_trainer.state().values())

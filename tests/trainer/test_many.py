@@ -15,7 +15,7 @@ from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.data.streams import open_stores
-from tubelet_trainer.optim.stacked import Cohort
+from tubelet_trainer.optim.stacked import StackedSAEs
 from tubelet_trainer.run.checkpoint import load_latest
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.run.specs import specs
@@ -42,10 +42,10 @@ SAES = {
     "plain": {"sae": {"k": 4}},
     "batch": {"sae": {"kind": "batchtopk", "k": 6, "nesting": {"kind": "groups"}}},
     "time": {"sae": {"k": 4}, "objective": {"lambda_t": 0.3, "codes": "post"}},
-    "space": {"sae": {"k": 4}, "objective": {"lambda_s": 0.3}, "optimiser": {"lr": 0.01}},
-    "seeded": {"sae": {"kind": "batchtopk", "k": 6, "seed": 3}, "optimiser": {"ema": 0.9, "lr": 0.003}},
+    "space": {"sae": {"k": 4}, "objective": {"lambda_s": 0.3}, "optimizer": {"lr": 0.01}},
+    "seeded": {"sae": {"kind": "batchtopk", "k": 6, "seed": 3}, "optimizer": {"ema": 0.9, "lr": 0.003}},
     "slow": {"sae": {"k": 4}, "objective": {"lambda_smooth": 0.1, "lambda_slow": 0.5, "codes": "prefix"}},
-    "signed": {"sae": {"kind": "abstopk", "k": 4}, "optimiser": {"resample_every": 6}},
+    "signed": {"sae": {"kind": "abstopk", "k": 4}, "optimizer": {"resample_every": 6}},
     "signed too": {"sae": {"kind": "abstopk", "k": 4, "seed": 2, "nesting": {"kind": "hierarchical"}}},
     "random": {"sae": {"k": 4, "seed": 5, "nesting": {"kind": "random"}, "init": {"directions": "data"}}},
     "jump": {"sae": {"kind": "jumprelu"}, "hook": "g"},
@@ -82,20 +82,23 @@ def test_trained_together_equals_trained_alone(together, tmp_path, name):
 def test_saes_of_equal_shape_step_as_one(store, tmp_path):
     listed = [{"name": name, **spec} for name, spec in SAES.items()]
     run = Run(configure(store, tmp_path, sae={"dead_after_tokens": 96}, saes=listed), [store], torch.device("cpu"))
-    names = [[run.members[run.team.learners.index(own)].name for own in c.learners] for c in run.team.cohorts]
+    names = [
+        [run.sae_runs[run.sae_group.sae_trainers.index(own)].name for own in c.sae_trainers]
+        for c in run.sae_group.stacks
+    ]
     topk = ["plain", "time", "space", "slow", "random"]
     assert names == [topk, ["batch", "seeded"], ["signed", "signed too"], ["jump"]]
-    for cohort in run.team.cohorts:
+    for stacked in run.sae_group.stacks:
         # One array of weights for all; storages differ between arrays.
-        arrays = {sae.W_enc.untyped_storage().data_ptr() for sae in cohort.saes}
+        arrays = {sae.W_enc.untyped_storage().data_ptr() for sae in stacked.saes}
         assert len(arrays) == 1
     together, alone = [], []
     for step, batch in zip(range(3), run.windows, strict=False):
         run.learn(batch, step)
-        cohort = run.team.cohorts[0]
-        x = cohort.saes[0].normalisation(batch.hooks["h"])
-        together += cohort.losses(batch, x)[0]
-        alone += [Cohort([own], "h").losses(batch, x)[0][0] for own in cohort.learners]
+        stacked = run.sae_group.stacks[0]
+        x = stacked.saes[0].normalization(batch.hooks["h"])
+        together += stacked.losses(batch, x)[0]
+        alone += [StackedSAEs([own], "h").losses(batch, x)[0][0] for own in stacked.sae_trainers]
     for ours, theirs in zip(together, alone, strict=True):
         assert torch.equal(ours.pre_BF, theirs.pre_BF)
         assert torch.equal(ours.recon_BD, theirs.recon_BD)

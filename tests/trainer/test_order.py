@@ -42,7 +42,7 @@ def test_each_id_is_equally_likely_at_each_position():
     assert ((counts - expected) ** 2 / expected).sum() < 68
 
 
-def test_neighbours_are_torn_apart():
+def test_neighbors_are_torn_apart():
     size = 100_003
     ids = Permutation(size, ("blocks", 0, 0)).slice(0, size)
     assert abs(np.corrcoef(ids, np.arange(size))[0, 1]) < 0.02

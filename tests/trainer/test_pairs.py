@@ -18,10 +18,10 @@ from tubelet_store.plan import Grid, TokenSelection
 from tubelet_store.reader import open_store
 from tubelet_store.store_writer import StoreWriter
 from tubelet_trainer.config import PairsConfig
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.mixing import measure_mixing
 from tubelet_trainer.data.mixture import Mixture, mixed_moments
-from tubelet_trainer.data.pairs import PairDraw, fresh_steps, neighbour_table
+from tubelet_trainer.data.pairs import PairDraw, fresh_steps, neighbor_table
 from tubelet_trainer.data.source import Source
 
 TIME, HEIGHT, WIDTH = GRID = (4, 3, 5)
@@ -59,7 +59,7 @@ def store(tmp_path_factory):
 
 def windows(store, *, hooks=("h",), draw=None, seed=0, batch=64, total=None, **options):
     sources = [Source(store, hook, SPACE) for hook in hooks]
-    return Windows(
+    return ActivationLoader(
         sources, np.arange(store.plan.clips), batch_tokens=batch, window_tokens=400, seed=seed, pairs=draw,
         total_tokens=total, **options,
     )  # fmt: skip
@@ -71,12 +71,12 @@ def place(positions):
 
 
 @given(
-    seed=st.integers(0, 99), delta=st.integers(1, 3), neighbours=st.sampled_from([4, 8, "random"]),
+    seed=st.integers(0, 99), delta=st.integers(1, 3), neighbors=st.sampled_from([4, 8, "random"]),
     anchors=st.integers(2, 80),
 )  # fmt: skip
 @settings(max_examples=12, deadline=None)
-def test_pairs_are_the_neighbours_and_nothing_else(store, seed, delta, neighbours, anchors):
-    config = PairsConfig(max_delta=delta, neighbours=neighbours, anchors=anchors)
+def test_pairs_are_the_neighbors_and_nothing_else(store, seed, delta, neighbors, anchors):
+    config = PairsConfig(max_delta=delta, neighbors=neighbors, anchors=anchors)
     fresh = fresh_steps(store)
     for batch in windows(store, draw=PairDraw(config, temporal=True, spatial=True), seed=seed):
         for pairs, kind in ((batch.temporal, "t"), (batch.spatial, "s")):
@@ -102,8 +102,8 @@ def test_pairs_are_the_neighbours_and_nothing_else(store, seed, delta, neighbour
             assert np.array_equal(time, time2)
             dy, dx = np.abs(patch // WIDTH - patch2 // WIDTH), np.abs(patch % WIDTH - patch2 % WIDTH)
             assert np.all(patch != patch2)
-            assert neighbours == "random" or np.all(np.maximum(dy, dx) == 1)
-            assert neighbours != 4 or np.all(dy + dx == 1)
+            assert neighbors == "random" or np.all(np.maximum(dy, dx) == 1)
+            assert neighbors != 4 or np.all(dy + dx == 1)
             assert np.array_equal(valid, fresh[clip, time])
 
 
@@ -114,16 +114,16 @@ def test_steps_of_repeated_frames_are_found(store):
     assert fresh[[0, 1, 3, 6]].all()
 
 
-def test_neighbours_are_drawn_evenly():
+def test_neighbors_are_drawn_evenly():
     for kind, most in ((4, 4), (8, 8), ("random", 14)):
-        table, counts = neighbour_table(Grid(time=1, height=HEIGHT, width=WIDTH), kind)
+        table, counts = neighbor_table(Grid(time=1, height=HEIGHT, width=WIDTH), kind)
         assert counts.max() == most
         assert counts[0] == {4: 2, 8: 3, "random": 14}[kind]
         assert all(len(set(row[:count])) == count for row, count in zip(table.tolist(), counts, strict=True))
 
 
 def test_every_pair_of_the_set_comes_up(store):
-    config = PairsConfig(max_delta=2, neighbours=8, anchors=64)
+    config = PairsConfig(max_delta=2, neighbors=8, anchors=64)
     draw = PairDraw(config, temporal=True, spatial=True)
     deltas, offsets = [], []
     for batch in windows(store, draw=draw, total=6000):
@@ -153,7 +153,7 @@ def test_drawing_pairs_changes_no_batch_and_resuming_gives_the_same_pairs(store)
 def test_impossible_pairs_are_named(store, tmp_path):
     def loader(config, block_patches=SPACE, clips=CLIPS, **kinds):
         draw = PairDraw(PairsConfig(**config), **{"temporal": False, "spatial": False, **kinds})
-        return Windows(
+        return ActivationLoader(
             Source(store, "h", block_patches), np.arange(clips), batch_tokens=8, window_tokens=99, pairs=draw
         )
 
@@ -281,7 +281,7 @@ def test_mixing_is_measured_against_independent_draws(tmp_path):
     store = make_store(tmp_path / "s.zarr", plan)
 
     def mixing(window_tokens):
-        loader = Windows(Source(store, "h"), np.arange(400), batch_tokens=256, window_tokens=window_tokens)
+        loader = ActivationLoader(Source(store, "h"), np.arange(400), batch_tokens=256, window_tokens=window_tokens)
         return measure_mixing(loader)
 
     good, poor = mixing(3200), mixing(64)
@@ -294,8 +294,8 @@ def test_mixing_is_measured_against_independent_draws(tmp_path):
     assert "clips" in str(poor)
 
 
-@pytest.mark.parametrize("neighbours", [4, 8])
-def test_of_a_store_that_keeps_some_patches_pairs_are_true_neighbours(tmp_path, neighbours):
+@pytest.mark.parametrize("neighbors", [4, 8])
+def test_of_a_store_that_keeps_some_patches_pairs_are_true_neighbors(tmp_path, neighbors):
     whole, keep = Grid(time=TIME, height=HEIGHT, width=WIDTH), 6
     plan = make_plan(
         clips=8, clips_per_shard=3, grid=(TIME, 1, keep), hooks={"h": 2},
@@ -303,7 +303,7 @@ def test_of_a_store_that_keeps_some_patches_pairs_are_true_neighbours(tmp_path, 
     )  # fmt: skip
     rng = np.random.default_rng(3)
     kept = [np.sort(rng.choice(SPACE, keep, replace=False)) for _ in range(8)]
-    kept[5] = np.array([0, 2, 4, 6, 8, 10])  # with 4 neighbours nobody has one
+    kept[5] = np.array([0, 2, 4, 6, 8, 10])  # with 4 neighbors nobody has one
     writer = StoreWriter.begin(str(tmp_path / "s.zarr"), plan, planned_table(8), {})
     for shard in writer.pending():
         with writer.shard(shard) as shard_writer:
@@ -316,10 +316,12 @@ def test_of_a_store_that_keeps_some_patches_pairs_are_true_neighbours(tmp_path, 
     writer.finish()
     store = open_store(str(tmp_path / "s.zarr"))
 
-    reach, seen = (1 if neighbours == 4 else 2), 0
-    draw = PairDraw(PairsConfig(neighbours=neighbours, anchors=64), temporal=False, spatial=True)
+    reach, seen = (1 if neighbors == 4 else 2), 0
+    draw = PairDraw(PairsConfig(neighbors=neighbors, anchors=64), temporal=False, spatial=True)
     source = Source(store, "h", keep)
-    for batch in Windows(source, np.arange(8), batch_tokens=64, window_tokens=400, pairs=draw, total_tokens=3000):
+    for batch in ActivationLoader(
+        source, np.arange(8), batch_tokens=64, window_tokens=400, pairs=draw, total_tokens=3000
+    ):
         pairs = batch.spatial
         for anchor, other, valid in zip(
             batch.positions[pairs.rows].tolist(),

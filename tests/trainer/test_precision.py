@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from steps import seen
-from tubelet_trainer.config import OptimiserConfig
+from tubelet_trainer.config import OptimizerConfig
 from tubelet_trainer.losses.objective import AuxK, Objective, Reconstruction
 from tubelet_trainer.losses.sparsity import sae_terms
-from tubelet_trainer.optim.sae_trainer import Learner
-from tubelet_trainer.optim.stacked import Cohort
+from tubelet_trainer.optim.sae_trainer import SAETrainer
+from tubelet_trainer.optim.stacked import StackedSAEs
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, JumpReLUConfig, ReLUConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sparse_ops import largest
 
 D, F, N = 24, 192, 512
@@ -24,31 +24,33 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def learner_of(config, terms, precision, device="cpu", seed=1):
     """A learner whose SAE is in general position, with some latents dead."""
     generator = torch.Generator().manual_seed(seed)
-    sae = SAE(config, Normalisation(torch.randn(D, generator=generator), torch.tensor(2.5))).train()
+    sae = SAE(config, Normalization(torch.randn(D, generator=generator), torch.tensor(2.5))).train()
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         # What is dead seldom fires, and learns from AuxK.
         sae.W_enc[DEAD] *= 0.1
-    sae.normalise_decoder()
-    learner = Learner(sae.to(device), Objective(terms), OptimiserConfig(), 100, 1000, precision)
-    learner.clock.silent_tokens_F[DEAD] = 10**6
-    learner.clock.dead_most = 40
-    return learner
+    sae.normalize_decoder()
+    sae_trainer = SAETrainer(sae.to(device), Objective(terms), OptimizerConfig(), 100, 1000, precision)
+    sae_trainer.clock.silent_tokens_F[DEAD] = 10**6
+    sae_trainer.clock.dead_most = 40
+    return sae_trainer
 
 
 def tokens(device="cpu", rows=N):
     return (torch.randn(rows, D, generator=torch.Generator().manual_seed(0)) * 3 + 2).to(device)
 
 
-def step_of(learners, x):
+def step_of(sae_trainers, x):
     """Views, and gradients of each SAE's whole loss, as a step computes them."""
-    cohort = Cohort(learners, "h")
-    batch, normalised = seen(learners[0], x)
-    cohort.begin(0, batch)
-    forwards, totals = cohort.losses(batch, normalised)
+    stacked = StackedSAEs(sae_trainers, "h")
+    batch, normalized = seen(sae_trainers[0], x)
+    stacked.begin(0, batch)
+    forwards, totals = stacked.losses(batch, normalized)
     torch.autograd.backward([total.loss for total in totals])
-    return forwards, [{n: p.grad.double() for n, p in learner.sae.named_parameters()} for learner in learners]
+    return forwards, [
+        {n: p.grad.double() for n, p in sae_trainer.sae.named_parameters()} for sae_trainer in sae_trainers
+    ]
 
 
 def dense_gradients(sae, forward, dead_k):
@@ -82,14 +84,14 @@ KINDS = {
 @pytest.mark.parametrize("together", [1, 2], ids=["alone", "two together"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_a_whole_step_in_bfloat16_equal_the_dense_formulas(kind, together, device):
-    learners = [
+    sae_trainers = [
         learner_of(KINDS[kind], [Reconstruction(D), AuxK(7, 4.0)], torch.bfloat16, device, seed)
         for seed in range(together)
     ]
-    forwards, found = step_of(learners, tokens(device))
-    for learner, forward, gradients in zip(learners, forwards, found, strict=True):
+    forwards, found = step_of(sae_trainers, tokens(device))
+    for sae_trainer, forward, gradients in zip(sae_trainers, forwards, found, strict=True):
         assert forward.pre_BF.dtype == torch.bfloat16
-        expected, main = dense_gradients(learner.sae, forward, 7)
+        expected, main = dense_gradients(sae_trainer.sae, forward, 7)
         for name, exact in expected.items():
             # bfloat16 keeps 8 bits: products of rounded numbers are off by some thousandths.
             for part in (slice(None), DEAD) if name != "b_dec" else (slice(None),):
@@ -106,9 +108,9 @@ def test_thresholds_learn_the_same_in_bfloat16(device):
     config = JumpReLUConfig(latents=F, bandwidth=1e-3, sparsity=0.1, sparsity_warmup_steps=0)
     found = []
     for precision in (torch.float32, torch.bfloat16):
-        learner = learner_of(config, sae_terms(config, D, float(D), 100, torch.device(device)), precision, device)
-        ((forward,), (gradients,)) = step_of([learner], tokens(device, rows=4096))
-        threshold = learner.sae.sparsifier.threshold
+        sae_trainer = learner_of(config, sae_terms(config, D, float(D), 100, torch.device(device)), precision, device)
+        ((forward,), (gradients,)) = step_of([sae_trainer], tokens(device, rows=4096))
+        threshold = sae_trainer.sae.sparsifier.threshold
         hits = ((forward.pre_BF - threshold).abs() < 0.5e-3).sum(dim=0)
         assert hits.sum() > 50
         found.append((hits, gradients["sparsifier.log_threshold"]))

@@ -29,13 +29,13 @@ SPLIT_BATCH = {
     "batchtopk": {"sae": {"kind": "batchtopk", "k": 4}},
     "both": {"sae": {"kind": "batchtopk", "k": 4}, "objective": {"lambda_t": 0.3, "lambda_s": 0.1, "codes": "post"}},
     "slow": {"sae": {"k": 4}, "objective": {"lambda_smooth": 0.1, "lambda_slow": 0.5, "codes": "prefix"}},
-    "groups": {"sae": {"k": 4, "nesting": {"kind": "groups"}}, "optimiser": {"ema": 0.9}},
+    "groups": {"sae": {"k": 4, "nesting": {"kind": "groups"}}, "optimizer": {"ema": 0.9}},
     "jumprelu": {"sae": {"kind": "jumprelu"}},
     "gated": {"sae": {"kind": "gated"}},
     "relu": {"sae": {"kind": "relu", "init": {"directions": "data"}, "target_l0": 4}},
     "signed": {"sae": {"kind": "abstopk", "k": 4, "nesting": {"kind": "hierarchical"}}},
     "random": {"sae": {"kind": "batchtopk", "k": 4, "nesting": {"kind": "random", "sort_every": 5}}},
-    "resampled": {"sae": {"k": 4}, "optimiser": {"resample_every": 5}},
+    "resampled": {"sae": {"k": 4}, "optimizer": {"resample_every": 5}},
 }
 SPLIT_LATENTS = {name: SPLIT_BATCH[name] for name in ("topk", "batchtopk")}
 
@@ -51,7 +51,7 @@ def configure(store, out, listed, **fields):
         "store": store.url, "out": out, "tokens": TOKENS, "batch_tokens": BATCH, "window_tokens": 500, "device": "cpu",
         "sae": {"latents": 96, "dead_after_tokens": 128}, "log_every": 1, "eval_every": 10, "eval_tokens": 128,
         "checkpoint_every": 6, "holdout": {"fraction": 0.1}, "pairs": {"anchors": 33}, "block_patches": 12,
-        "saes": [{"name": name, **spec} for name, spec in listed.items()], "optimiser": {"warmup_steps": 1},
+        "saes": [{"name": name, **spec} for name, spec in listed.items()], "optimizer": {"warmup_steps": 1},
     }  # fmt: skip
     return TrainConfig.model_validate({**tree, **fields})
 
@@ -224,12 +224,12 @@ def test_ranks_that_are_told_to_stop_leave_a_checkpoint_together(store, tmp_path
 
 def test_what_a_split_dictionary_cannot_do_is_named(store, tmp_path):
     from tubelet.errors import TubeletError
-    from tubelet_trainer.run.process_group import Ranks
+    from tubelet_trainer.run.process_group import ProcessGroup
     from tubelet_trainer.run.training_run import Run
 
     def run(spec):
         config = configure(store, tmp_path / "run", {"a": spec}, parallel="dictionary")
-        return Run(config, [store], torch.device("cpu"), Ranks(0, 5))
+        return Run(config, [store], torch.device("cpu"), ProcessGroup(0, 5))
 
     with pytest.raises(TubeletError, match=r"objective\.lambda_t"):
         run({"objective": {"lambda_t": 1}})

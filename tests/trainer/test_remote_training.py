@@ -32,10 +32,10 @@ from tubelet_store.reader import open_store
 from tubelet_store.storage.local import LocalRoot
 from tubelet_store.storage.open_root import open_root
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.mixture import Mixture
 from tubelet_trainer.data.order import EpochOrder
-from tubelet_trainer.data.shard_prefetch import Upcoming, fitting_shards
+from tubelet_trainer.data.shard_prefetch import ShardPrefetch, fitting_shards
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.sae_files import load_sae
@@ -138,11 +138,14 @@ def test_all_shards_together_is_the_order_there_always_was(local):
     source = Source(local, "h")
     clips = np.flatnonzero(local.ok())
     streams = [
-        Windows(source, clips, batch_tokens=256, window_tokens=512, resident_shards=resident)
+        ActivationLoader(source, clips, batch_tokens=256, window_tokens=512, resident_shards=resident)
         for resident in (None, 20, 1000)
     ]
     assert len({stream.digest for stream in streams}) == 1
-    assert streams[0].digest != Windows(source, clips, batch_tokens=256, window_tokens=512, resident_shards=3).digest
+    assert (
+        streams[0].digest
+        != ActivationLoader(source, clips, batch_tokens=256, window_tokens=512, resident_shards=3).digest
+    )
 
 
 TRAIN = """
@@ -237,10 +240,10 @@ def test_videos_extracted_straight_to_object_storage_train_as_from_a_local_copy(
     assert 0 < Mirror(remote, MirrorConfig(directory=tmp_path / "mirror")).held_bytes() <= store_bytes // 5
 
 
-def test_a_newcomer_needs_a_catalogue_and_what_it_says(url, tmp_path, monkeypatch, capsys):
+def test_a_newcomer_needs_a_catalog_and_what_it_says(url, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUBELET_CACHE", str(tmp_path / "cache"))
-    assert main(["catalog", "add", "shared", url, "--licence", "CC-BY-4.0"]) == 0
+    assert main(["catalog", "add", "shared", url, "--license", "CC-BY-4.0"]) == 0
     capsys.readouterr()
     assert main(["catalog", "list", "--dataset", "test", "--hook", "h"]) == 0
     assert "shared" in capsys.readouterr().out
@@ -285,7 +288,7 @@ def listened(url, folder, budget):
 
 def test_streams_of_one_mirror_share_one_list_first_groups_first(url, tmp_path):
     store = listened(url, tmp_path, 20 * SHARD_BYTES)
-    source, shared = Source(store, "h"), Upcoming()
+    source, shared = Source(store, "h"), ShardPrefetch()
 
     def groups(*numbers):
         return [[(source, shard) for shard in group] for group in numbers]
@@ -309,7 +312,7 @@ def test_streams_of_one_mirror_share_one_list_first_groups_first(url, tmp_path):
 
 def test_mirrors_of_one_directory_share_its_budget(url, tmp_path):
     stores = [listened(url, tmp_path, 4 * SHARD_BYTES) for _ in range(2)]
-    shared = Upcoming()
+    shared = ShardPrefetch()
     for number, store in enumerate(stores):
         shared.announce(number, [[(Source(store, "h"), 5 * number + shard)] for shard in range(5)])
     # The newest stream's first group, the other's first group, and so on: four shards in all.
@@ -320,10 +323,10 @@ def test_a_held_out_pass_amid_training_keeps_what_training_expects(url, tmp_path
     store = listened(url, tmp_path, 8 * SHARD_BYTES)
     # A group of shards is many windows: training's does not change meanwhile.
     options = {"batch_tokens": 32, "window_tokens": 60, "resident_shards": 4}
-    stream = iter(Windows(Source(store, "h"), np.arange(0, 80, 2), **options))
+    stream = iter(ActivationLoader(Source(store, "h"), np.arange(0, 80, 2), **options))
     next(stream)
     alone = store.mirror.told[-1]
-    list(Windows(Source(store, "h"), np.arange(1, 80, 2), total_tokens=256, **options))
+    list(ActivationLoader(Source(store, "h"), np.arange(1, 80, 2), total_tokens=256, **options))
     amid, after = store.mirror.told[-2:]
     assert set(alone[:4]) < set(amid)
     assert after == alone
@@ -334,13 +337,13 @@ def test_a_held_out_pass_amid_training_keeps_what_training_expects(url, tmp_path
 def test_a_budget_below_what_is_shuffled_together_is_refused_at_the_start_with_the_figures(url, tmp_path):
     store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=3 * SHARD_BYTES))
     options = {"batch_tokens": 256, "window_tokens": 512}
-    one = Windows(Source(store, "h"), np.arange(80), resident_shards=3, **options)
+    one = ActivationLoader(Source(store, "h"), np.arange(80), resident_shards=3, **options)
     needed = f"at least {4 * SHARD_BYTES} bytes.*resident_shards to at most 3"
     with pytest.raises(TubeletError, match=needed):
-        Windows(Source(store, "h"), np.arange(80), resident_shards=4, **options)
+        ActivationLoader(Source(store, "h"), np.arange(80), resident_shards=4, **options)
     # Two sources of one mirror, be they hooks or stores, need the sum.
     with pytest.raises(TubeletError, match=f"at least {4 * SHARD_BYTES} bytes.*resident_shards to at most 1"):
-        Windows([Source(store, "h"), Source(store, "h")], np.arange(80), resident_shards=2, **options)
+        ActivationLoader([Source(store, "h"), Source(store, "h")], np.arange(80), resident_shards=2, **options)
     with pytest.raises(TubeletError, match=f"at least {6 * SHARD_BYTES} bytes"):
         Mixture([one, one])
 

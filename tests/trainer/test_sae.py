@@ -13,12 +13,12 @@ from torch.autograd import gradcheck
 
 from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
-from tubelet_trainer.config import OptimiserConfig
-from tubelet_trainer.losses.objective import AuxK, FiringClock, Forward, Objective, Reconstruction
-from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.config import OptimizerConfig
+from tubelet_trainer.losses.objective import AuxK, DeadLatentTracker, Forward, Objective, Reconstruction
+from tubelet_trainer.optim.sae_trainer import SAETrainer
 from tubelet_trainer.sae.config import BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sae_files import load_sae, save_sae
 from tubelet_trainer.sae.sparse_ops import Bags, decode_dense, decode_sparse, largest, select
 
@@ -33,18 +33,18 @@ def tokens(seed=0, rows=N):
 def make_sae(config: SAEConfig, seed=1):
     """A float64 SAE whose every tensor is in general position."""
     generator = torch.Generator().manual_seed(seed)
-    normalisation = Normalisation(torch.randn(D, generator=generator), torch.tensor(2.5))
-    sae = SAE(config, normalisation).double()
+    normalization = Normalization(torch.randn(D, generator=generator), torch.tensor(2.5))
+    sae = SAE(config, normalization).double()
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    sae.normalise_decoder()
+    sae.normalize_decoder()
     return sae
 
 
 def dense_forward(sae, x_raw, threshold=None):
-    """The formulas, written with dense codes and plain autograd: codes [N, F] and reconstruction, normalised space."""
-    x = (x_raw - sae.normalisation.mean) / sae.normalisation.scale
+    """The formulas, written with dense codes and plain autograd: codes [N, F] and reconstruction, normalized space."""
+    x = (x_raw - sae.normalization.mean) / sae.normalization.scale
     pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
     if isinstance(sae.config, TopKConfig):
         cut = pre.detach().topk(sae.config.k, dim=1).values[:, -1:]
@@ -143,7 +143,7 @@ def test_tokens_that_keep_different_numbers_decode_and_select_as_dense_codes(cou
 def test_main_loss_and_gradients_equal_the_dense_formulas(config):
     sae = make_sae(config).train()
     x_raw = tokens()
-    forward = Forward.of(sae, sae.normalisation(x_raw), torch.zeros(F, dtype=torch.bool))
+    forward = Forward.of(sae, sae.normalization(x_raw), torch.zeros(F, dtype=torch.bool))
     x, codes, recon = dense_forward(sae, x_raw)
     torch.testing.assert_close(forward.recon_BD, recon)
     found = Reconstruction(7.0)(forward).loss
@@ -159,7 +159,7 @@ def test_auxk_and_its_gradients_equal_the_dense_formulas(config):
     sae = make_sae(config).train()
     x_raw = tokens()
     dead = torch.rand(F, generator=torch.Generator().manual_seed(3)) < 0.4
-    forward = Forward.of(sae, sae.normalisation(x_raw), dead)
+    forward = Forward.of(sae, sae.normalization(x_raw), dead)
     found = AuxK(7, 1 / 32)(forward).loss
     x, _, recon = dense_forward(sae, x_raw)
     residual = (x - recon).detach()
@@ -176,7 +176,7 @@ def test_auxk_reaches_the_encoder_of_dead_latents_and_of_no_other():
     sae = make_sae(TopKConfig(latents=F, k=5))
     dead = torch.zeros(F, dtype=torch.bool)
     dead[10:30] = True
-    W_enc, b_enc, W_dec, _ = gradients(sae, AuxK(6, 1.0)(Forward.of(sae, sae.normalisation(tokens()), dead)).loss)
+    W_enc, b_enc, W_dec, _ = gradients(sae, AuxK(6, 1.0)(Forward.of(sae, sae.normalization(tokens()), dead)).loss)
     for gradient in (W_enc.abs().sum(dim=1), b_enc.abs(), W_dec.abs().sum(dim=1)):
         assert (gradient[dead] > 0).float().mean() > 0.8
         assert (gradient[~dead] == 0).all()
@@ -184,15 +184,15 @@ def test_auxk_reaches_the_encoder_of_dead_latents_and_of_no_other():
 
 def test_auxk_is_zero_without_dead_latents_and_where_it_is_not_a_number():
     sae = make_sae(TopKConfig(latents=F, k=5))
-    assert AuxK(6, 1.0)(Forward.of(sae, sae.normalisation(tokens()), torch.zeros(F, dtype=torch.bool))).loss == 0
+    assert AuxK(6, 1.0)(Forward.of(sae, sae.normalization(tokens()), torch.zeros(F, dtype=torch.bool))).loss == 0
     same = tokens(rows=1).expand(4, D)
-    nobody_differs = AuxK(6, 1.0)(Forward.of(sae, sae.normalisation(same), torch.ones(F, dtype=torch.bool))).loss
+    nobody_differs = AuxK(6, 1.0)(Forward.of(sae, sae.normalization(same), torch.ones(F, dtype=torch.bool))).loss
     assert nobody_differs == 0 or nobody_differs.isfinite()
 
 
 def test_terms_add_up_and_each_reports():
     sae = make_sae(TopKConfig(latents=F, k=5))
-    forward = Forward.of(sae, sae.normalisation(tokens()), torch.ones(F, dtype=torch.bool))
+    forward = Forward.of(sae, sae.normalization(tokens()), torch.ones(F, dtype=torch.bool))
     parts = [Reconstruction(float(D)), AuxK(6, 0.5)]
     total = Objective(parts)(forward)
     torch.testing.assert_close(total.loss, sum(part(forward).loss for part in parts))
@@ -201,7 +201,7 @@ def test_terms_add_up_and_each_reports():
 
 def test_a_latent_is_dead_when_it_was_silent_for_long_and_alive_once_it_fires():
     sae = make_sae(TopKConfig(latents=F, k=5))
-    clock = FiringClock(F, dead_after_tokens=2 * N, device=torch.device("cpu"))
+    clock = DeadLatentTracker(F, dead_after_tokens=2 * N, device=torch.device("cpu"))
     codes = sae.encode_sparse(tokens())
     fired = torch.zeros(F, dtype=torch.bool)
     fired[codes.indices[codes.values > 0]] = True
@@ -219,8 +219,8 @@ def test_folding_changes_neither_codes_nor_reconstructions(config):
     sae.eval()
     folded = sae.fold()
     x = tokens(5)
-    assert (folded.normalisation.mean == 0).all()
-    assert folded.normalisation.scale == 1
+    assert (folded.normalization.mean == 0).all()
+    assert folded.normalization.scale == 1
     torch.testing.assert_close(folded.encode(x), sae.encode(x))
     torch.testing.assert_close(folded(x), sae(x))
 
@@ -236,7 +236,7 @@ def test_dense_and_sparse_faces_agree():
 
 
 def test_encoder_and_decoder_start_alike_and_share_no_storage():
-    sae = SAE(TopKConfig(latents=F, k=5), Normalisation.identity(D))
+    sae = SAE(TopKConfig(latents=F, k=5), Normalization.identity(D))
     assert torch.equal(sae.W_enc, sae.W_dec)
     storages = {parameter.untyped_storage().data_ptr() for parameter in sae.parameters()}
     assert len(storages) == 4
@@ -247,19 +247,19 @@ def test_encoder_and_decoder_start_alike_and_share_no_storage():
 
 def test_the_projected_gradient_is_orthogonal_to_every_row():
     sae = make_sae(TopKConfig(latents=F, k=5))
-    Reconstruction(1.0)(Forward.of(sae, sae.normalisation(tokens()), torch.zeros(F, dtype=torch.bool))).loss.backward()
+    Reconstruction(1.0)(Forward.of(sae, sae.normalization(tokens()), torch.zeros(F, dtype=torch.bool))).loss.backward()
     sae.project_decoder_gradient()
     assert sae.W_dec.grad.abs().max() > 0
     assert (sae.W_dec.grad * sae.W_dec).sum(dim=1).abs().max() < 1e-12
 
 
-def test_normalised_tokens_are_centred_and_have_mean_squared_norm_d():
+def test_normalized_tokens_are_centered_and_have_mean_squared_norm_d():
     x = tokens(rows=500).numpy()
-    normalised = Normalisation.from_moments(Moments.of(x))(torch.from_numpy(x))
-    assert normalised.mean(dim=0).abs().max() < 1e-5
-    assert math.isclose(normalised.square().sum(dim=1).mean(), D, rel_tol=1e-5)
+    normalized = Normalization.from_moments(Moments.of(x))(torch.from_numpy(x))
+    assert normalized.mean(dim=0).abs().max() < 1e-5
+    assert math.isclose(normalized.square().sum(dim=1).mean(), D, rel_tol=1e-5)
     torch.testing.assert_close(
-        Normalisation.from_moments(Moments.of(x)).double().inverse(normalised),
+        Normalization.from_moments(Moments.of(x)).double().inverse(normalized),
         torch.from_numpy(x),
         rtol=1e-6,
         atol=1e-6,
@@ -268,7 +268,7 @@ def test_normalised_tokens_are_centred_and_have_mean_squared_norm_d():
 
 def test_constant_tokens_are_refused():
     with pytest.raises(TubeletError, match="total variance 0"):
-        Normalisation.from_moments(Moments.of(np.ones((9, D))))
+        Normalization.from_moments(Moments.of(np.ones((9, D))))
 
 
 def test_batchtopk_spends_one_budget_over_the_whole_batch():
@@ -306,11 +306,11 @@ def test_batchtopk_threshold_follows_the_smallest_kept_value():
 def test_a_short_batch_moves_the_threshold_by_its_share_of_a_whole_one():
     """The smallest value of one token is far above that of a batch: the last batch of a run must not decide."""
     sae = make_sae(BatchTopKConfig(latents=F, k=5)).train()
-    learner = Learner(sae, Objective([Reconstruction(1.0)]), OptimiserConfig(), 100, 1000, batch_tokens=N)
-    learner.begin(20, N)
+    sae_trainer = SAETrainer(sae, Objective([Reconstruction(1.0)]), OptimizerConfig(), 100, 1000, batch_tokens=N)
+    sae_trainer.begin(20, N)
     sae(tokens())
     before = float(sae.sparsifier.threshold)
-    learner.begin(20, 1)
+    sae_trainer.begin(20, 1)
     values = sae.encode_sparse(tokens(1)[:1]).values.detach()
     smallest = float(values[values > 0].min())
     # Ten steps' worth of memory after 21 steps, and one token of N.
@@ -332,7 +332,7 @@ def test_batchtopk_takes_a_batch_in_which_nothing_is_positive():
     before = sae.sparsifier.threshold.clone()
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)
-    forward = Forward.of(sae, sae.normalisation(tokens()), torch.zeros(F, dtype=torch.bool))
+    forward = Forward.of(sae, sae.normalization(tokens()), torch.zeros(F, dtype=torch.bool))
     assert (forward.codes.values == 0).all()
     assert torch.equal(sae.sparsifier.threshold, before)
     Reconstruction(1.0)(forward).loss.backward()
@@ -366,4 +366,4 @@ def test_a_missing_or_damaged_sae_is_named(tmp_path):
 
 def test_more_active_latents_than_latents_are_refused():
     with pytest.raises(TubeletError, match="exceeds the 12 latents"):
-        SAE(TopKConfig(expansion=1, k=13), Normalisation.identity(D))
+        SAE(TopKConfig(expansion=1, k=13), Normalization.identity(D))

@@ -10,20 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steps import take_step
 from stores import make_plan, make_store
-from tubelet_trainer.config import OptimiserConfig, TrainConfig
+from tubelet_trainer.config import OptimizerConfig, TrainConfig
 from tubelet_trainer.losses.objective import Objective
 from tubelet_trainer.losses.sparsity import sae_terms
 from tubelet_trainer.optim.cuda_graph import held_batch, inputs_of, signature
-from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.optim.sae_trainer import SAETrainer
 from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.config import RandomPrefixes, TopKConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
-# Every kind, every nesting, every objective, everything of the optimiser that is there in a step.
+# Every kind, every nesting, every objective, everything of the optimizer that is there in a step.
 RECIPES = {
     "topk": {"sae": {"k": 4}},
     "batchtopk, groups": {"sae": {"kind": "batchtopk", "k": 4, "nesting": {"kind": "groups"}}},
@@ -38,7 +38,7 @@ RECIPES = {
         "objective": {"lambda_t": 0.3, "lambda_s": 0.1, "codes": "post"},
     },
     "slow": {"sae": {"k": 4}, "objective": {"lambda_smooth": 0.1, "lambda_slow": 0.5, "codes": "prefix"}},
-    "averaged": {"sae": {"k": 4}, "optimiser": {"ema": 0.9, "resample_every": 13}},
+    "averaged": {"sae": {"k": 4}, "optimizer": {"ema": 0.9, "resample_every": 13}},
     "together": {"saes": [{"sae": {"seed": seed, "k": 4}} for seed in range(3)]},
     "batchtopk together": {"sae": {"kind": "batchtopk", "k": 4}, "sweep": {"sae.seed": [0, 1]}},
 }
@@ -95,15 +95,15 @@ def begin(store, out, fields):
     """A run, and its first batches."""
     tree = {
         "store": store.url, "out": out, "steps": 60, "batch_tokens": 64, "window_tokens": 500, "device": DEVICE.type,
-        "holdout": {"fraction": 0}, "pairs": {"anchors": 32}, "optimiser": {"lr": 3e-3, "warmup_steps": 3},
+        "holdout": {"fraction": 0}, "pairs": {"anchors": 32}, "optimizer": {"lr": 3e-3, "warmup_steps": 3},
     }  # fmt: skip
-    for name in ("sae", "optimiser"):
+    for name in ("sae", "optimizer"):
         fields = {**fields, name: {**tree.get(name, {}), **fields.get(name, {})}}
     fields["sae"] = {"dead_after_tokens": 128, "latents": 96, **fields["sae"]}
     run = Run(TrainConfig.model_validate({**tree, **fields}), [store], DEVICE)
-    for member in run.members:
+    for sae_run in run.sae_runs:
         # Latents that never fire, so that the terms of dead ones are part of the step.
-        member.learner.sae.b_enc.data[:10] = -100
+        sae_run.sae_trainer.sae.b_enc.data[:10] = -100
     return run, iter(run.windows)
 
 
@@ -119,7 +119,7 @@ def test_no_step_waits_for_the_device(store, tmp_path, fields):
         finally:
             if CUDA:
                 torch.cuda.set_sync_debug_mode("default")
-    assert all(member.learner.clock.dead_most >= 10 for member in run.members), "nobody died: AuxK went untested"
+    assert all(sae_run.sae_trainer.clock.dead_most >= 10 for sae_run in run.sae_runs), "nobody died: AuxK went untested"
 
 
 @pytest.mark.parametrize(
@@ -147,19 +147,19 @@ def test_a_step_is_the_same_operations_each_time(store, tmp_path, fields):
     places = set()
     for step in range(20):
         batch = next(batches)
-        for cohort in run.team.cohorts:
-            x = cohort.saes[0].normalisation(batch.hooks[cohort.hook])
-            cohort.begin(step, batch)
-            key = (id(cohort), signature(cohort, batch, x))
+        for stacked in run.sae_group.stacks:
+            x = stacked.saes[0].normalization(batch.hooks[stacked.hook])
+            stacked.begin(step, batch)
+            key = (id(stacked), signature(stacked, batch, x))
             held = held_batch(batch)
             with Script() as script:
-                forwards, _ = cohort.compute(held, inputs_of(held, x)[0], step)
-            cohort.finish(forwards)
+                forwards, _ = stacked.compute(held, inputs_of(held, x)[0], step)
+            stacked.finish(forwards)
             # The first step makes what is made once.
             if step:
                 scripts.setdefault(key, []).append(script.lines)
         if step:
-            state = [learner.state() for learner in run.team.learners]
+            state = [sae_trainer.state() for sae_trainer in run.sae_group.sae_trainers]
             found = [(n, t.data_ptr()) for s in state for n, t in s.items() if not n.endswith("dead_counts")]
             places.add(tuple(found))
     assert len(places) == 1
@@ -170,15 +170,15 @@ def test_a_step_is_the_same_operations_each_time(store, tmp_path, fields):
 
 
 def test_one_look_at_the_dead_is_several_steps_old_and_repeats():
-    sae = SAE(TopKConfig(latents=64, k=2), Normalisation.identity(8))
+    sae = SAE(TopKConfig(latents=64, k=2), Normalization.identity(8))
     terms = sae_terms(sae.config, 8, 8.0, 100, torch.device("cpu"))
-    learner = Learner(sae, Objective(terms), OptimiserConfig(), 100, 200)
+    sae_trainer = SAETrainer(sae, Objective(terms), OptimizerConfig(), 100, 200)
     counts, known = [], []
     for step in range(24):
         x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
-        take_step(learner, x, step)
-        counts.append(int(learner.clock.dead_F.sum()))
-        known.append(learner.clock.dead_most)
+        take_step(sae_trainer, x, step)
+        counts.append(int(sae_trainer.clock.dead_F.sum()))
+        known.append(sae_trainer.clock.dead_most)
     assert max(counts) > 0
     # Sent out after steps 3, 7, 11, ..., read 4 steps later.
     assert known[7:11] == [counts[3]] * 4
@@ -188,21 +188,21 @@ def test_one_look_at_the_dead_is_several_steps_old_and_repeats():
 
 def sorted_learner(sort_every, device="cpu"):
     nesting = RandomPrefixes(prefixes=1, sort_every=sort_every)
-    sae = SAE(TopKConfig(latents=64, k=3, nesting=nesting), Normalisation.identity(8))
+    sae = SAE(TopKConfig(latents=64, k=3, nesting=nesting), Normalization.identity(8))
     terms = sae_terms(sae.config, 8, 8.0, 100, torch.device(device))
-    return Learner(sae, Objective(terms), OptimiserConfig(lr=3e-3, ema=0.9), 100, 200)
+    return SAETrainer(sae, Objective(terms), OptimizerConfig(lr=3e-3, ema=0.9), 100, 200)
 
 
 def test_sorted_latents_take_along_everything_that_is_known_of_them():
     """With the whole code as only prefix the order is nothing to the loss: a sorted run is the unsorted one, reordered.
 
-    It is not where the optimiser's moments stay behind, the fault of Abeshima's code.
+    It is not where the optimizer's moments stay behind, the fault of Abeshima's code.
     """
     plain, sorting = sorted_learner(None), sorted_learner(10)
     for step in range(40):
         x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step)) * torch.arange(1, 9)
-        for learner in (plain, sorting):
-            take_step(learner, x, step)
+        for sae_trainer in (plain, sorting):
+            take_step(sae_trainer, x, step)
     energy = sorting.energy_F
     assert (energy.diff() <= 1e-6).all()
     assert not torch.equal(plain.sae.b_enc, sorting.sae.b_enc)
@@ -226,6 +226,6 @@ def test_captured_steps_equal_the_others(store, tmp_path):
         run, batches = begin(store, tmp_path / str(captured), {**RECIPES["together"], "cuda_graphs": captured})
         for step in range(20):
             run.learn(next(batches), step)
-        weights.append([p.detach().clone() for m in run.members for p in m.learner.sae.parameters()])
+        weights.append([p.detach().clone() for m in run.sae_runs for p in m.sae_trainer.sae.parameters()])
     for one, other in zip(*weights, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)

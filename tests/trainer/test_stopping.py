@@ -137,7 +137,7 @@ def test_a_folder_is_one_runs_at_a_time(store, tmp_path, capsys):
     assert main(["train", store.url, "--out", str(out), "--steps", "2", "--device", "cpu"]) == 0
 
 
-GRID = {"optimiser": {"lr": [1e-3, 1e30], "warmup_steps": [0]}, "sae.seed": [0, 1]}
+GRID = {"optimizer": {"lr": [1e-3, 1e30], "warmup_steps": [0]}, "sae.seed": [0, 1]}
 
 
 def test_of_several_saes_one_that_breaks_down_is_set_aside(store, tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_of_several_saes_one_that_breaks_down_is_set_aside(store, tmp_path, monk
     for number, name in enumerate(healthy):
         alone = configure(
             store, tmp_path / name, sae={"k": 4, "dead_after_tokens": 128, "seed": number},
-            optimiser={"lr": 1e-3, "warmup_steps": 0},
+            optimizer={"lr": 1e-3, "warmup_steps": 0},
         )  # fmt: skip
         assert same(out / name, train(alone))
     assert not any((out / name / "sae.json").exists() for name in set(names) - set(healthy))
@@ -172,9 +172,9 @@ def test_of_several_saes_one_that_breaks_down_is_set_aside(store, tmp_path, monk
 
 
 def test_where_all_saes_break_down_the_run_stops(store, tmp_path):
-    sweep = {"optimiser.lr": [1e29, 1e30]}
-    config = configure(store, tmp_path / "run", sweep=sweep, optimiser={"warmup_steps": 0}, checkpoint_every=1)
-    with pytest.raises(TubeletError, match=r"2 of 2 SAEs broke down\. .*lr=1e\+29.*lr=1e\+30.*Lower optimiser\.lr"):
+    sweep = {"optimizer.lr": [1e29, 1e30]}
+    config = configure(store, tmp_path / "run", sweep=sweep, optimizer={"warmup_steps": 0}, checkpoint_every=1)
+    with pytest.raises(TubeletError, match=r"2 of 2 SAEs broke down\. .*lr=1e\+29.*lr=1e\+30.*Lower optimizer\.lr"):
         train(config)
 
 

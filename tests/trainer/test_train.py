@@ -21,7 +21,7 @@ from stores import make_plan, make_store
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
-from tubelet_trainer.config import OptimiserConfig, TrainConfig
+from tubelet_trainer.config import OptimizerConfig, TrainConfig
 from tubelet_trainer.data.mixing import measure_mixing
 from tubelet_trainer.data.split import HoldoutConfig, held_out
 from tubelet_trainer.run.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -82,7 +82,7 @@ def test_planted_features_are_found(tmp_path):
     store = make_store(tmp_path / "s.zarr", plan, {"h": x})
     options = {"lr": 3e-3, "warmup_steps": 20}
     config = configure(
-        store, tmp_path / "run", steps=600, batch_tokens=256, window_tokens=4096, optimiser=options,
+        store, tmp_path / "run", steps=600, batch_tokens=256, window_tokens=4096, optimizer=options,
         sae={"latents": 36, "k": active, "dead_after_tokens": 640}, checkpoint_every=600, eval_every=600,
     )  # fmt: skip
     sae = load_sae(train(config))
@@ -252,8 +252,8 @@ def test_an_epoch_ends_with_a_short_batch_so_that_each_token_is_seen_once(store,
 
 
 def test_training_that_blows_up_stops_before_a_checkpoint(store, tmp_path):
-    config = configure(store, tmp_path / "run", optimiser={"lr": 1e30, "warmup_steps": 0}, checkpoint_every=1)
-    with pytest.raises(TubeletError, match=r"Step \d+: .*not finite.*Lower optimiser\.lr"):
+    config = configure(store, tmp_path / "run", optimizer={"lr": 1e30, "warmup_steps": 0}, checkpoint_every=1)
+    with pytest.raises(TubeletError, match=r"Step \d+: .*not finite.*Lower optimizer\.lr"):
         train(config)
     checkpoint = load_latest(tmp_path / "run" / "checkpoints")
     assert checkpoint is None or all(tensor.isfinite().all() for tensor in checkpoint.tensors.values())
@@ -279,7 +279,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    options = OptimiserConfig(warmup_steps=10, decay_fraction=0.2)
+    options = OptimizerConfig(warmup_steps=10, decay_fraction=0.2)
     factors = [options.lr_factor(step, 1000) for step in range(1000)]
     assert np.all(np.diff(factors[:11]) > 0)
     assert factors[10:799] == [1.0] * 789
@@ -361,7 +361,7 @@ def test_the_verb_is_described_without_loading_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for field in ("--store", "--sae.k", "--optimiser.lr", "--holdout.fraction"):
+    for field in ("--store", "--sae.k", "--optimizer.lr", "--holdout.fraction"):
         assert field in done.stdout
 
 

@@ -43,7 +43,7 @@ def configure(store, out, **fields):
         "checkpoint_every": 7,
         "holdout": {"fraction": 0.2},
         "device": "cpu",
-        "optimiser": {"lr": 3e-3},
+        "optimizer": {"lr": 3e-3},
     }
     return TrainConfig.model_validate({**tree, **fields})
 
@@ -75,7 +75,7 @@ ON = {"ema": 0.9, "resample_every": 8, "lr": 3e-3}
 EVERYTHING = {
     "topk, whitened, from data": {
         "kind": "topk", "k": 4, "dead_after_tokens": 128, "k_anneal_steps": 15, "nesting": {"kind": "ks"},
-        "init": {"directions": "data", "bias": "geometric_median"}, "normalisation": {"whitening": "zca"},
+        "init": {"directions": "data", "bias": "geometric_median"}, "normalization": {"whitening": "zca"},
     },
     "batchtopk, random prefixes": {
         "kind": "batchtopk", "k": 4, "dead_after_tokens": 128, "init": {"directions": "active_subspace"},
@@ -90,8 +90,8 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("sae", EVERYTHING.values(), ids=EVERYTHING.keys())
 def test_with_everything_on_a_continued_run_ends_in_the_same_weights(store, tmp_path, sae):
-    whole = train(configure(store, tmp_path / "whole", sae=sae, optimiser=ON))
-    config = configure(store, tmp_path / "cut", sae=sae, optimiser=ON, checkpoint_every=1)
+    whole = train(configure(store, tmp_path / "whole", sae=sae, optimizer=ON))
+    config = configure(store, tmp_path / "cut", sae=sae, optimizer=ON, checkpoint_every=1)
     cut_after(config, 18)
     out = train(config)
     ours, theirs = (load_file(folder / "sae.safetensors") for folder in (out, whole))
@@ -107,7 +107,7 @@ def test_with_everything_on_a_continued_run_ends_in_the_same_weights(store, tmp_
 
 
 def test_evaluation_and_export_use_the_running_mean(store, tmp_path):
-    fields = {"sae": {"k": 4}, "optimiser": {**ON, "ema": 0.5}}
+    fields = {"sae": {"k": 4}, "optimizer": {**ON, "ema": 0.5}}
     out = train(configure(store, tmp_path / "run", **fields))
     state = load_file(out / "checkpoints" / "step-00000040" / "state.safetensors")
     mean = next(tensor for name, tensor in state.items() if name.endswith("ema/W_enc"))
@@ -123,19 +123,19 @@ def test_evaluation_and_export_use_the_running_mean(store, tmp_path):
             {"kind": "relu", "sparsity": 1e4, "sparsity_warmup_steps": 0},
             r"(dead|No latent is active).*Lower sae\.sparsity",
         ),
-        ({"kind": "topk", "k": 4, "nesting": {"kind": "flat"}}, r"(not finite|diverges).*Lower optimiser\.lr"),
+        ({"kind": "topk", "k": 4, "nesting": {"kind": "flat"}}, r"(not finite|diverges).*Lower optimizer\.lr"),
     ],
 )
 def test_a_lost_run_stops_with_a_remedy(store, tmp_path, sae, words):
     lr = 3.0 if sae["kind"] == "relu" else 1e4
-    config = configure(store, tmp_path / "run", steps=400, sae=sae, optimiser={"lr": lr, "warmup_steps": 0})
+    config = configure(store, tmp_path / "run", steps=400, sae=sae, optimizer={"lr": lr, "warmup_steps": 0})
     with pytest.raises(TubeletError, match=words):
         train(config)
 
 
 def test_the_start_of_a_run_tells_the_offset_of_its_tokens(store, tmp_path, capsys):
     train(configure(store, tmp_path / "run", steps=2, sae={"k": 4}))
-    assert "standard deviations off the origin (centred here)" in capsys.readouterr().err
+    assert "standard deviations off the origin (centered here)" in capsys.readouterr().err
 
 
 def test_bfloat16_learns_about_the_same(store, tmp_path):
@@ -252,9 +252,9 @@ def test_a_tracker_that_cannot_be_opened_is_one_clear_line(store, tmp_path, monk
         train(config)
 
 
-def test_a_run_that_has_not_learnt_says_so(store, tmp_path, capsys):
+def test_a_run_that_has_not_learned_says_so(store, tmp_path, capsys):
     # An encoder as it starts, all of whose latents may be active.
-    train(configure(store, tmp_path / "run", steps=4, sae={"kind": "relu"}, optimiser={"lr": 1e-9}))
+    train(configure(store, tmp_path / "run", steps=4, sae={"kind": "relu"}, optimizer={"lr": 1e-9}))
     said = capsys.readouterr().err
     assert "is worse than predicting the mean (FVU 1)" in said
     assert "only 4 steps" in said

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
 from tubelet_trainer.data import prefetcher as stager
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.source import Source
 
 GRID = (4, 3, 5)
@@ -39,7 +39,7 @@ def store(tmp_path_factory):
 def windows(store, *, batch=16, window=130, total=None, seed=0, block_patches=5, clips=None):
     source = Source(store, "h", block_patches)
     clips = np.arange(CLIPS) if clips is None else clips
-    return Windows(source, clips, batch_tokens=batch, window_tokens=window, total_tokens=total, seed=seed)
+    return ActivationLoader(source, clips, batch_tokens=batch, window_tokens=window, total_tokens=total, seed=seed)
 
 
 def served(loader):
@@ -159,7 +159,7 @@ def test_all_dtypes_come_out_as_the_stored_value_in_float32(tmp_path, dtype):
     stored = np.concatenate([np.asarray(store.shard_map("h", s)) for s in range(store.plan.shards)])
     flat = torch.from_numpy(stored.astype(np.float32).reshape(-1, 4))
     # A list: a batch keeps its tokens when later ones are served.
-    for batch in list(Windows(source, np.arange(6), batch_tokens=50, window_tokens=130)):
+    for batch in list(ActivationLoader(source, np.arange(6), batch_tokens=50, window_tokens=130)):
         assert batch.tokens.dtype == torch.float32
         assert torch.equal(batch.tokens, flat[batch.positions])
 
@@ -171,7 +171,7 @@ def test_a_nonfinite_token_is_refused_and_named(tmp_path, dtype, value):
         tmp_path / "s.zarr", make_plan(clips=6, clips_per_shard=3, dtype=dtype, hooks={"h": 4}, grid=GRID)
     )
     damage(store, clip=4, token=2 * 15 + 7, channel=3, value=value)
-    loader = Windows(Source(store, "h", 5), np.arange(6), batch_tokens=64, window_tokens=100)
+    loader = ActivationLoader(Source(store, "h", 5), np.arange(6), batch_tokens=64, window_tokens=100)
     with pytest.raises(TubeletError, match=r"clip 4 \(shard 1, hook h\).*time 2, patch 7, channel 3"):
         list(loader)
     assert not [thread for thread in threading.enumerate() if thread.name == "tubelet-stager"]
@@ -185,7 +185,7 @@ def test_the_largest_finite_values_are_served(tmp_path, dtype):
     largest = float(torch.finfo(getattr(torch, dtype)).max)
     damage(store, clip=1, token=0, channel=0, value=largest)
     damage(store, clip=1, token=0, channel=1, value=-largest)
-    batches = list(Windows(Source(store, "h", 5), np.arange(6), batch_tokens=64, window_tokens=100))
+    batches = list(ActivationLoader(Source(store, "h", 5), np.arange(6), batch_tokens=64, window_tokens=100))
     assert max(float(batch.tokens.max()) for batch in batches) == largest
 
 
@@ -238,8 +238,8 @@ def test_several_threads_copy_the_same_windows(store, monkeypatch):
 def test_batches_in_the_stored_type_hold_the_same_tokens(store):
     source = Source(store, "h", 5)
     options = {"batch_tokens": 16, "window_tokens": 130}
-    as_stored = Windows(source, np.arange(CLIPS), dtype=None, **options)
-    for one, other in zip(as_stored, Windows(source, np.arange(CLIPS), **options), strict=True):
+    as_stored = ActivationLoader(source, np.arange(CLIPS), dtype=None, **options)
+    for one, other in zip(as_stored, ActivationLoader(source, np.arange(CLIPS), **options), strict=True):
         assert one.tokens.dtype == torch.float16
         assert torch.equal(one.tokens.float(), other.tokens)
 
@@ -250,7 +250,7 @@ def test_a_last_batch_of_one_token_is_served_and_says_that_it_is_short(store):
 
 
 def test_memory_is_held_only_while_batches_are_served(store):
-    windows = Windows(Source(store, "h"), np.arange(CLIPS), batch_tokens=16, window_tokens=100)
+    windows = ActivationLoader(Source(store, "h"), np.arange(CLIPS), batch_tokens=16, window_tokens=100)
     # Two windows of at most 100 tokens, 3 channels of 2 bytes.
     assert 0 < windows.memory_bytes <= 2 * 100 * 3 * 2
     batches = iter(windows)
@@ -274,7 +274,7 @@ def test_asking_the_kernel_to_read_ahead_changes_nothing_and_a_missing_file_is_t
     other = make_store(tmp_path / "s.zarr", make_plan(clips=6, hooks={"h": 4}))
     Path(other.shard_map("h", 0).filename).unlink()
     with pytest.raises(TubeletError, match="is missing"):
-        list(Windows(Source(other, "h"), np.arange(6), batch_tokens=50, window_tokens=130))
+        list(ActivationLoader(Source(other, "h"), np.arange(6), batch_tokens=50, window_tokens=130))
 
 
 def test_wrong_choices_are_named(store, tmp_path):

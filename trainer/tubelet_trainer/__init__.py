@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tubelet_trainer.config import TrainConfig
-    from tubelet_trainer.data.loader import Windows
+    from tubelet_trainer.data.loader import ActivationLoader
     from tubelet_trainer.data.source import Source
     from tubelet_trainer.data.split import held_out
     from tubelet_trainer.run.loop import train
     from tubelet_trainer.sae.model import SAE
     from tubelet_trainer.sae.sae_files import load_record, load_sae
 
-__all__ = ["SAE", "Source", "TrainConfig", "Windows", "held_out", "load_record", "load_sae", "train"]
+__all__ = ["SAE", "Source", "TrainConfig", "ActivationLoader", "held_out", "load_record", "load_sae", "train"]
 
 _HOMES = {
     "SAE": "sae.model",
     "Source": "data.source",
     "TrainConfig": "config",
-    "Windows": "data.loader",
+    "ActivationLoader": "data.loader",
     "held_out": "data.split",
     "load_record": "sae.sae_files",
     "load_sae": "sae.sae_files",

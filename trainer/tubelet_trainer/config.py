@@ -15,7 +15,7 @@ from tubelet_trainer.run.trackers import AnyTracker, NoTracker
 from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig
 
 
-class OptimiserConfig(Config):
+class OptimizerConfig(Config):
     """Adam, its learning-rate schedule, gradient clipping."""
 
     lr: float | None = Field(default=None, gt=0)
@@ -53,28 +53,28 @@ class OptimiserConfig(Config):
 
 
 class PairsConfig(Config):
-    """Which neighbours the objectives compare. Drawn only where an objective has a weight for them."""
+    """Which neighbors the objectives compare. Drawn only where an objective has a weight for them."""
 
     max_delta: int = Field(default=1, ge=1)
     """Temporal pairs are 1 to this many latent steps apart, evenly. [RECON]"""
-    neighbours: Literal[4, 8, "random"] = 4
+    neighbors: Literal[4, 8, "random"] = 4
     """Spatial pairs: one of the 4 or 8 touching patches, or any other patch of the frame. [RECON]"""
     anchors: int = Field(default=1024, ge=2)
     """Tokens per batch that get a pair, at most the batch. Cost grows with its square times the latents. [RECON]"""
 
 
 class ObjectiveConfig(Config):
-    """What is minimised beside the reconstruction and the SAE's own terms: coherence in time and space.
+    """What is minimized beside the reconstruction and the SAE's own terms: coherence in time and space.
 
     All weights 0: the plain SAE, bit for bit. T-SAE (Bhalla et al. 2026) is lambda_t 0.1, lambda_slow 1, codes prefix.
     """
 
     lambda_t: float = Field(default=0.0, ge=0)
-    """Weight of the temporal contrast: codes of one patch at neighbouring times against those of other clips."""
+    """Weight of the temporal contrast: codes of one patch at neighboring times against those of other clips."""
     lambda_s: float = Field(default=0.0, ge=0)
-    """Weight of the spatial contrast: codes of neighbouring patches of a frame against those of other clips."""
+    """Weight of the spatial contrast: codes of neighboring patches of a frame against those of other clips."""
     lambda_smooth: float = Field(default=0.0, ge=0)
-    """Weight of the smoothness penalty, which compares neighbours in time only with each other."""
+    """Weight of the smoothness penalty, which compares neighbors in time only with each other."""
     lambda_slow: float = Field(default=0.0, ge=0)
     """Weight of the reconstruction from the prefix alone: splits the dictionary into a slow and a fast part."""
     codes: Literal["pre", "post", "prefix"] = "pre"
@@ -131,13 +131,13 @@ class TrainConfig(Config):
     mix: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
     """Further stores and their share of every batch, `{other.zarr: 0.25}`; the store fills the rest. One backbone."""
     pairs: PairsConfig = PairsConfig()
-    """Neighbouring tokens for the objective."""
+    """Neighboring tokens for the objective."""
     sae: AnySAEConfig = TopKConfig()
     """The sparse autoencoder."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """Coherence in time and space."""
-    optimiser: OptimiserConfig = OptimiserConfig()
-    """How it is optimised."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How it is optimized."""
     log_every: int = Field(default=50, ge=1)
     """Steps between lines of metrics.jsonl."""
     eval_every: int = Field(default=1000, ge=1)
@@ -150,7 +150,7 @@ class TrainConfig(Config):
     """Newest checkpoints kept."""
     saes: tuple[dict[str, JsonValue], ...] = ()
     """Several SAEs on one stream: a list of what each has of its own, as `{name: a, sae: {k: 16}, objective: {...}}`
-    (also optimiser and hook). Each gets a folder below `out`."""
+    (also optimizer and hook). Each gets a folder below `out`."""
     sweep: dict[str, JsonValue] = Field(default_factory=dict)
     """Several SAEs on one stream: all combinations of `{sae.k: [16, 32], objective.lambda_t: [0, 0.1]}`."""
     parallel: Literal["data", "dictionary"] = "data"
@@ -162,7 +162,7 @@ class TrainConfig(Config):
     """Where to train; auto: CUDA if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products while training: the encoder's, so that codes are rounded to it, the decoder's where codes
-    are dense, the objective's. Weights, sums and the optimiser stay float32. Kind jumprelu encodes in float32 all the
+    are dense, the objective's. Weights, sums and the optimizer stay float32. Kind jumprelu encodes in float32 all the
     same: its thresholds learn from differences that bfloat16 cannot tell apart."""
     compile: bool = False
     """Compile losses and gradients with torch.compile: a minute at the start, fewer passes over memory afterwards. On a

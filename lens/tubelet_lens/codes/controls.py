@@ -22,9 +22,9 @@ from tubelet_lens.inputs.trained_sae import TrainedSae
 from tubelet_lens.results.section import Subject
 from tubelet_store.reader import Store
 from tubelet_trainer.sae.config import AnySAEConfig, SAEConfig
-from tubelet_trainer.sae.init import initialise
+from tubelet_trainer.sae.init import initialize
 from tubelet_trainer.sae.model import SAE, Codes
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sparse_ops import largest
 
 # As many as a start from data looks at by default.
@@ -32,7 +32,7 @@ _TOKENS = 16_384
 
 
 class RandomTopK:
-    """A random projection of centred, scaled tokens of which each token keeps its k largest values, if positive.
+    """A random projection of centered, scaled tokens of which each token keeps its k largest values, if positive.
 
     Args:
         mean_D: Mean of the tokens.
@@ -71,7 +71,7 @@ def controls(
 
     Args:
         trained: What they are to be compared with.
-        store: Its moments centre and scale the tokens.
+        store: Its moments center and scale the tokens.
         clips: Clips of `store`; the first ones' tokens set what a start takes from data (directions, BatchTopK's
             threshold).
         draws: Of each.
@@ -82,14 +82,14 @@ def controls(
     tokens_ND = _first_tokens(store, trained.hook, clips).to(device)
     config: SAEConfig = TypeAdapter(AnySAEConfig).validate_python(trained.recipe)
     k = getattr(config, "k", None) or max(1, round(_mean_l0(trained.coder, tokens_ND)))
-    normal = Normalisation.from_moments(moments, config.normalisation)
+    normal = Normalization.from_moments(moments, config.normalization)
     scale = math.sqrt(moments.total_variance / len(moments.mean))
     mean_D = torch.from_numpy(moments.mean).float().to(device)
     untrained = []
     for draw in range(draws):
         # The recipe's own seed is the one that the trained SAE started from.
         sae = SAE(config.model_copy(update={"seed": config.seed + 1 + seed + draw}), normal).to(device)
-        initialise(sae, moments, tokens_ND)
+        initialize(sae, moments, tokens_ND)
         with torch.no_grad():
             sae.train().encode(tokens_ND)
         untrained.append(sae.eval().requires_grad_(False))

@@ -34,7 +34,7 @@ class Nearest:
 
 
 def directions(sae: SparseCoder) -> Tensor:
-    """float32 [F, D] What one unit of each latent adds to the raw activation. Not normalised."""
+    """float32 [F, D] What one unit of each latent adds to the raw activation. Not normalized."""
     if isinstance(sae, SAE):
         return sae.fold().W_dec.detach()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def nearest_latents(directions_FD: Tensor, count: int = 5, among: NDArray[np.boo
 
     Args:
         directions_FD: Any norm.
-        count: Neighbours per latent.
+        count: Neighbors per latent.
         among: bool [F] Compare only these with each other (those alive); None: all.
     """
     latents = len(directions_FD)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Encoder(Protocol):
-    """From raw activations to codes. Normalisation is its own business."""
+    """From raw activations to codes. Normalization is its own business."""
 
     def encode(self, x_ND: Tensor, /) -> Tensor:
         """Dense codes [N, F] of raw activations [N, D]; a latent that does not fire is exactly 0."""

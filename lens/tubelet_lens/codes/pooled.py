@@ -21,7 +21,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from tubelet_lens.codes.encoder import Encoder
-from tubelet_lens.codes.sparse_codes import Active, encode_clip
+from tubelet_lens.codes.sparse_codes import SparseCodes, encode_clip
 from tubelet_lens.inputs.clip_stream import Window
 from tubelet_lens.results.section import Subject
 
@@ -71,7 +71,7 @@ class _PooledCodes:
     negative: _PooledCodes | None = None
 
     @classmethod
-    def of(cls, codes: Active) -> _PooledCodes:
+    def of(cls, codes: SparseCodes) -> _PooledCodes:
         latent_E, value_E = codes.latent_E, codes.value_E
         found = cls._of(codes, latent_E, value_E)
         below_E = value_E < 0
@@ -81,7 +81,7 @@ class _PooledCodes:
         return cls(found.latent_M, found.mean_M, found.largest_M, negative)
 
     @classmethod
-    def _of(cls, codes: Active, latent_E: Tensor, value_E: Tensor) -> _PooledCodes:
+    def _of(cls, codes: SparseCodes, latent_E: Tensor, value_E: Tensor) -> _PooledCodes:
         steps, patches, latents = codes.shape
         tokens_F = latent_E.bincount(minlength=latents)
         latent_M = tokens_F.nonzero().squeeze(1)
@@ -120,7 +120,7 @@ class Pooling:
                 for draw, coder in enumerate(coders):
                     self._pool((subject, draw), encode_clip(coder, x_TSD))
 
-    def _pool(self, key: _Key, codes: Active) -> None:
+    def _pool(self, key: _Key, codes: SparseCodes) -> None:
         self._latents[key] = codes.shape[2]
         self._codes.setdefault(key, []).append(_PooledCodes.of(codes))
 

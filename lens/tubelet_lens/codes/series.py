@@ -17,7 +17,7 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.codes.sparse_codes import Active
+from tubelet_lens.codes.sparse_codes import SparseCodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Series:
     features: int
 
     @classmethod
-    def of(cls, codes: Active) -> Series:
+    def of(cls, codes: SparseCodes) -> Series:
         """The series of a clip's codes."""
         steps, patches, features = codes.shape
         key_E = codes.token_E % patches * features + codes.latent_E
@@ -116,7 +116,7 @@ def _products(values_TM: Tensor, of_M: Tensor, count: int) -> Tensor:
 
 
 def pairs_of_steps(valid_T: Tensor, order_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbours in `order_T`, both valid: int64 [pairs] of the earlier and of the later step."""
+    """Neighbors in `order_T`, both valid: int64 [pairs] of the earlier and of the later step."""
     place = (valid_T[:-1] & valid_T[1:]).nonzero().squeeze(1)
     return order_T[place], order_T[place + 1]
 

@@ -32,7 +32,7 @@ class SparseEncoder(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Active:
+class SparseCodes:
     """E entries of the codes of a clip of T steps and S patches, over F latents, in the order of tokens.
 
     Attributes:
@@ -48,7 +48,7 @@ class Active:
     shape: tuple[int, int, int]
 
     @classmethod
-    def of(cls, codes_TSF: Tensor) -> Active:
+    def of(cls, codes_TSF: Tensor) -> SparseCodes:
         """The entries of dense codes."""
         steps, patches, latents = codes_TSF.shape
         codes_NF = codes_TSF.flatten(0, 1)
@@ -62,7 +62,7 @@ class Active:
         codes_NF[self.token_E, self.latent_E] = self.value_E
         return codes_NF.view(self.shape)
 
-    def at_steps(self, steps_K: Tensor) -> Active:
+    def at_steps(self, steps_K: Tensor) -> SparseCodes:
         """The entries of some of the steps, each of them once."""
         steps, patches, latents = self.shape
         place_T = torch.full((steps,), -1, device=steps_K.device)
@@ -70,22 +70,22 @@ class Active:
         step_E = place_T[self.token_E // patches]
         kept = step_E >= 0
         token_E = step_E[kept] * patches + (self.token_E % patches)[kept]
-        return Active(token_E, self.latent_E[kept], self.value_E[kept], (len(steps_K), patches, latents))
+        return SparseCodes(token_E, self.latent_E[kept], self.value_E[kept], (len(steps_K), patches, latents))
 
 
-def encode_clip(encoder: Encoder, x_TSD: Tensor) -> Active:
+def encode_clip(encoder: Encoder, x_TSD: Tensor) -> SparseCodes:
     """The codes of one clip's raw activations [T, S, D]; no gradient."""
     steps, patches = x_TSD.shape[:2]
     x_ND = x_TSD.flatten(0, 1)
     with torch.no_grad():
         if isinstance(encoder, SparseEncoder):
             return listed(encoder.encode_sparse(x_ND), (steps, patches, encoder.latents))
-        return Active.of(encoder.encode(x_ND).view(steps, patches, -1))
+        return SparseCodes.of(encoder.encode(x_ND).view(steps, patches, -1))
 
 
-def listed(codes: Codes, shape: tuple[int, int, int]) -> Active:
+def listed(codes: Codes, shape: tuple[int, int, int]) -> SparseCodes:
     """The entries of `codes` that are not 0, of a clip of `shape` (T, S, F)."""
     if is_dense(codes.indices):
-        return Active.of(codes.values.view(shape))
+        return SparseCodes.of(codes.values.view(shape))
     token_E, place_E = codes.values.nonzero(as_tuple=True)
-    return Active(token_E, codes.indices[token_E, place_E], codes.values[token_E, place_E], shape)
+    return SparseCodes(token_E, codes.indices[token_E, place_E], codes.values[token_E, place_E], shape)

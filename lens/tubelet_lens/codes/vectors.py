@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tubelet_lens.codes.encoder import Encoder
 from tubelet_lens.codes.pooled import Pooled
-from tubelet_lens.metrics.clip_metric import ClipSetting, Side
+from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
 from tubelet_lens.results.section import Subject
 
 PoolingKind = Literal["mean", "max", "mean_max", "mean_then_encode"]
@@ -52,7 +52,7 @@ def vector_words(subject: Subject, kind: PoolingKind) -> str:
 
 
 def vectors(
-    clips: ClipSetting, fit: Side, subject: Subject, kind: PoolingKind
+    clips: ClipSetting, fit: PooledSplit, subject: Subject, kind: PoolingKind
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Fit rows [N, F] and test rows of each draw of `subject`."""
     if kind == "mean_then_encode" and subject not in _NOT_ENCODED:
@@ -72,7 +72,7 @@ def _one(pooled: Pooled, kind: PoolingKind) -> NDArray[np.float32]:
     return pooled.max_NF if kind == "max" else pooled.mean_NF
 
 
-def _encoded(encoder: Encoder, side: Side, device: torch.device) -> NDArray[np.float32]:
+def _encoded(encoder: Encoder, side: PooledSplit, device: torch.device) -> NDArray[np.float32]:
     """[N, F] Code of each clip's mean raw token."""
     rows_ND = torch.from_numpy(side.pooled["raw"].mean_NF)
     with torch.no_grad():
@@ -86,8 +86,8 @@ def _components(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """All principal components that the fit rows have, min(D, N - 1) of them at most."""
     mean_D = rows_ND.mean(axis=0, dtype=np.float64)
-    centred = torch.from_numpy(rows_ND - mean_D)
-    _, sizes, axes_RD = torch.linalg.svd(centred, full_matrices=False)
+    centered = torch.from_numpy(rows_ND - mean_D)
+    _, sizes, axes_RD = torch.linalg.svd(centered, full_matrices=False)
     # Directions without variance would be rounding, scaled up to variance 1.
     axes_DR = axes_RD[sizes > sizes[0] * 1e-6].T.numpy()
     return tuple(((rows - mean_D) @ axes_DR).astype(np.float32) for rows in (rows_ND, test_ND))

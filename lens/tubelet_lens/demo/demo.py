@@ -20,7 +20,7 @@ from tubelet_lens.results.section import readable
 from tubelet.cli import main as cli
 from tubelet_store.reader import open_store
 from tubelet.errors import TubeletError
-from tubelet_store.store_summary import human_bytes, summarise
+from tubelet_store.store_summary import human_bytes, summarize
 
 
 def demo(config: DemoConfig) -> None:
@@ -91,7 +91,7 @@ _HOOK = "blocks.2"
 
 
 def _summary(out: Path) -> list[tuple[str, str]]:
-    stores = [summarise(open_store(str(out / f"{split}.zarr"))) for split in ("train", "validation")]
+    stores = [summarize(open_store(str(out / f"{split}.zarr"))) for split in ("train", "validation")]
     lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(line["tokens_per_s"] for line in lines if line["kind"] == "train")
     evaluation = json.loads((out / "report" / "evaluation.json").read_text())

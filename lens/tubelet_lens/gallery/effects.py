@@ -105,7 +105,7 @@ def probe_effects(
     clips on which the latent fires is given.
 
     Args:
-        codes_NF: Mean codes of N labelled clips.
+        codes_NF: Mean codes of N labeled clips.
         class_N: int64 0 ... C - 1.
         video_N: Their videos.
         test_N: bool, clips kept from the fit to measure the probe on; none: its accuracy is not known.

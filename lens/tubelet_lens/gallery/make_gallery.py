@@ -20,7 +20,7 @@ from tubelet_lens.gallery.effects import Effects, MeanCodes, probe_effects, read
 from tubelet_lens.gallery.frames import ClipFrames, SheetConfig
 from tubelet_lens.gallery.heat import HeatMaps
 from tubelet_lens.gallery.latent_statistics import Statistic, pick, statistics
-from tubelet_lens.gallery.pages import DATA, About, Clip, Latent, Pages, peak_frame, static_files
+from tubelet_lens.gallery.pages import DATA, About, ExemplarClip, Latent, Pages, peak_frame, static_files
 from tubelet_lens.gallery.site import INDEX, Site, page_key, sheet_key
 from tubelet_lens.gallery.survey import Exemplar, Survey, Surveyed, exemplars
 from tubelet_lens.inputs.clip_selection import choose_clips, some_of
@@ -180,8 +180,8 @@ class _Reading:
             device=self._device,
         )
         most = max(1, min(_PROBE_CLIPS, self._config.window_mib * 2**20 // (8 * coder.latents)))
-        labelled = self._clips[labels.of_clip[self._clips] >= 0]
-        probed = some_of(labelled, most)
+        labeled_clips = self._clips[labels.of_clip[self._clips] >= 0]
+        probed = some_of(labeled_clips, most)
         codes = MeanCodes(probed)
         self._stream("Looking at every clip", self._clips, [survey, codes])
         probe: dict[int, tuple[Effects, ...]] = {}
@@ -327,11 +327,11 @@ def _write_sheets(
     return missing
 
 
-def _described(store: Store, numbers: Sequence[int], missing: Mapping[int, str]) -> dict[int, Clip]:
+def _described(store: Store, numbers: Sequence[int], missing: Mapping[int, str]) -> dict[int, ExemplarClip]:
     at = {clip: row for row, clip in enumerate(store.clips()["clip"].to_pylist())}
     rows = store.clips().take([at[clip] for clip in numbers]).to_pylist()
     return {
-        row["clip"]: Clip(
+        row["clip"]: ExemplarClip(
             number=row["clip"],
             video=row["video_id"],
             label=_label(row),

@@ -34,7 +34,7 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
-class Clip:
+class ExemplarClip:
     """What pages say of a clip.
 
     Attributes:
@@ -122,7 +122,7 @@ class Pages:
         found: Surveyed,
         labels: Sequence[str],
         shown: Sequence[int],
-        clips: Mapping[int, Clip],
+        clips: Mapping[int, ExemplarClip],
     ) -> None:
         self._about, self._figures, self._found, self._labels = about, figures, found, labels
         self._shown, self._clips = shown, clips
@@ -250,7 +250,7 @@ class Pages:
             },
         }
 
-    def _thumbnail(self, latent: int) -> Clip | None:
+    def _thumbnail(self, latent: int) -> ExemplarClip | None:
         clip = int(self._found.top_clip_FK[latent, 0])
         return self._clips.get(clip)
 

@@ -2,7 +2,7 @@
 
     store ─▶ clips (ok, of one split) ─▶ Window: x [C, T, S, D], active codes of C clips, reconstruction [C, T, S, D]
 
-Whole clips, so that neighbours in time and space are index arithmetic. Each clip is encoded alone, in one call of fixed
+Whole clips, so that neighbors in time and space are index arithmetic. Each clip is encoded alone, in one call of fixed
 shape: a figure does not depend on how many clips share a window. Codes are lists of what is active; a dense code exists
 only where a taker asks for it. Peak memory is at most about `clip_bytes(...) x clips per window`; metrics add a bounded
 part of their own.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tubelet.errors import TubeletError
 from tubelet_lens.codes.encoder import SparseCoder
-from tubelet_lens.codes.sparse_codes import Active, listed
+from tubelet_lens.codes.sparse_codes import SparseCodes, listed
 from tubelet_store.reader import Store
 from tubelet_trainer.sae.model import SAE
 
@@ -40,7 +40,7 @@ class Window:
 
     clips: NDArray[np.int64]
     x_CTSD: Tensor
-    codes: tuple[Active, ...]
+    codes: tuple[SparseCodes, ...]
     xhat_CTSD: Tensor
     valid_CT: Tensor
 
@@ -100,14 +100,14 @@ def windows(
         yield Window(chosen, x_CTSD, tuple(codes), torch.stack(xhat), valid)
 
 
-def _through(sae: SparseCoder, x_TSD: Tensor) -> tuple[Active, Tensor]:
+def _through(sae: SparseCoder, x_TSD: Tensor) -> tuple[SparseCodes, Tensor]:
     """Codes and reconstruction [N, D] of a clip."""
     x_ND, shape = x_TSD.flatten(0, 1), (*x_TSD.shape[:2], sae.latents)
     if isinstance(sae, SAE):
         sparse = sae.encode_sparse(x_ND)
         return listed(sparse, shape), sae.decode_sparse(sparse)
     codes_NF = sae.encode(x_ND)
-    return Active.of(codes_NF.view(shape)), sae.decode(codes_NF)
+    return SparseCodes.of(codes_NF.view(shape)), sae.decode(codes_NF)
 
 
 def read_clip(store: Store, hook: str, clip: int) -> Tensor:

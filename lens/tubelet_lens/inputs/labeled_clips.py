@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet.errors import TubeletError
-from tubelet_lens.metrics.clip_metric import ClipSetting, Side
+from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class Labeled:
     """Classes are numbered 0 ... C - 1 in the order of their labels.
 
     Attributes:
@@ -47,7 +47,7 @@ class Labelled:
         return sums / torch.bincount(video_N, minlength=len(sums)).to(values_NC)[:, None]
 
 
-def labelled(clips: ClipSetting) -> Labelled | None:
+def labeled_clips(clips: ClipSetting) -> Labeled | None:
     """None where there is nothing to fit on, or fewer than two classes on the fit side, or no labels to test.
 
     Raises:
@@ -72,7 +72,7 @@ def labelled(clips: ClipSetting) -> Labelled | None:
     test_class = np.where(known, place, -1)
     # Numbers in order of first appearance would do as well; sorted ones do not depend on the order of clips.
     _, first, video = np.unique(test.videos[test_rows].astype(str), return_index=True, return_inverse=True)
-    return Labelled(
+    return Labeled(
         labels=labels,
         names=tuple(names.get(int(label), str(label)) for label in labels),
         fit_rows=fit_rows,
@@ -83,7 +83,7 @@ def labelled(clips: ClipSetting) -> Labelled | None:
     )
 
 
-def _names(side: Side) -> dict[int, str]:
+def _names(side: PooledSplit) -> dict[int, str]:
     return {
         int(label): str(name)
         for label, name in zip(side.labels, side.label_names, strict=True)

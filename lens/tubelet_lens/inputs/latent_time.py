@@ -4,7 +4,7 @@
     latent steps       |0  |1  |2  |3       tubelet = frames / steps = 2
     valid              yes yes yes no       a step that covers a repeated frame is not
 
-Repeating a frame makes neighbours equal whatever the SAE does, so such steps enter no pair of steps.
+Repeating a frame makes neighbors equal whatever the SAE does, so such steps enter no pair of steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LatentTime:
 
     Attributes:
         valid_CT: bool [clips, steps] Steps that cover no repeated frame.
-        step_frames: Median distance between neighbouring steps in frames of the video; None where unknown.
+        step_frames: Median distance between neighboring steps in frames of the video; None where unknown.
         step_seconds: The same in seconds.
     """
 

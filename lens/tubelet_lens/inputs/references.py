@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError, nearest
-from tubelet_lens.metrics.clip_metric import Side
+from tubelet_lens.metrics.clip_metric import PooledSplit
 from tubelet_lens.metrics.monosemanticity_config import ArrayReference, StoreReference
 from tubelet_store.object_keys import ACTIVATIONS, SPECIAL
 from tubelet_store.reader import Store, open_store
@@ -45,13 +45,13 @@ class Reference:
     e_ME: NDArray[np.float64]
 
 
-def own_reference(side: Side) -> Reference:
+def own_reference(side: PooledSplit) -> Reference:
     """The evaluated backbone's own activations, pooled."""
     source = "the mean over tokens of the very activations that the SAE reads"
     return _reference("own", False, source, side.pooled["raw"].mean_NF.astype(np.float64))
 
 
-def read_reference(config: StoreReference | ArrayReference, side: Side) -> Reference:
+def read_reference(config: StoreReference | ArrayReference, side: PooledSplit) -> Reference:
     """The embeddings that `config` names, of the clips of `side`.
 
     Raises:
@@ -80,7 +80,7 @@ def _reference(name: str, neutral: bool, source: str, e_NE: NDArray[np.float64])
     return Reference(name, neutral, source, places, e_NE[places] / norm_N[places, None])
 
 
-def _from_store(config: StoreReference, side: Side) -> tuple[str, NDArray[np.float64]]:
+def _from_store(config: StoreReference, side: PooledSplit) -> tuple[str, NDArray[np.float64]]:
     store = open_store(config.store)
     hooks = [hook.name for hook in store.plan.hooks]
     hook = hooks[-1] if config.hook is None else config.hook
@@ -107,7 +107,7 @@ def _from_store(config: StoreReference, side: Side) -> tuple[str, NDArray[np.flo
     return f"{what} at {hook} of {Path(store.url).name} ({store.plan.backbone.get('family', 'backbone')})", e_NE
 
 
-def _same_clips(store: Store, side: Side) -> list[int | None]:
+def _same_clips(store: Store, side: PooledSplit) -> list[int | None]:
     """Of each clip of `side` the clip of `store` of the same video and view; None where it has none."""
     table, ok = store.clips(), store.ok()
     there = {
@@ -118,11 +118,11 @@ def _same_clips(store: Store, side: Side) -> list[int | None]:
     return [there.get(key) for key in _keys(side)]
 
 
-def _keys(side: Side) -> list[tuple[str, int]]:
+def _keys(side: PooledSplit) -> list[tuple[str, int]]:
     return list(zip(side.videos.tolist(), side.store.clips()["view"].to_numpy()[side.clips].tolist(), strict=True))
 
 
-def _from_npy(path: Path, side: Side) -> NDArray[np.float64]:
+def _from_npy(path: Path, side: PooledSplit) -> NDArray[np.float64]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -136,7 +136,7 @@ def _from_npy(path: Path, side: Side) -> NDArray[np.float64]:
     return np.asarray(array[side.clips], dtype=np.float64)
 
 
-def _from_parquet(path: Path, side: Side) -> NDArray[np.float64]:
+def _from_parquet(path: Path, side: PooledSplit) -> NDArray[np.float64]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:

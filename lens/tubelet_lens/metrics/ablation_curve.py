@@ -29,7 +29,7 @@ def importance(
     """I_jc = |w_cj| |E[z_j | c]|, float64 [C, F]: how far logit c of class c's mean clip moves when latent j goes to 0.
 
     Args:
-        weights_CF: Of a linear probe, in units of the pooled codes (not of standardised ones).
+        weights_CF: Of a linear probe, in units of the pooled codes (not of standardized ones).
         codes_NF: Pooled codes of the ranking part.
         class_N: Their classes, 0 ... C - 1; a class without a clip has importance 0.
     """
@@ -191,7 +191,7 @@ def m_50(lost: Callable[[int], bool], sizes: Sequence[int], lost_at: NDArray[np.
 
 
 def gini(effects: NDArray[np.float64]) -> float | None:
-    """Gini coefficient of sizes >= 0: 0 if all are equal, towards 1 if one has all; None if they sum to 0."""
+    """Gini coefficient of sizes >= 0: 0 if all are equal, toward 1 if one has all; None if they sum to 0."""
     ordered = np.sort(effects)
     total = ordered.sum()
     if not total > 0:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet_lens.codes.vectors import SUBJECT_WORDS, PoolingKind, subjects, vector_words, vectors
-from tubelet_lens.inputs.labeled_clips import Labelled, labelled
+from tubelet_lens.inputs.labeled_clips import Labeled, labeled_clips
 from tubelet_lens.inputs.partition import Parts
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, Side
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, PooledSplit
 from tubelet_lens.results.section import Figure, Section, Subject
 from tubelet_lens.stats.bootstrap import LEVEL, interval
 from tubelet_lens.stats.probe import choose_penalty, fit_probe
@@ -43,7 +43,7 @@ class _Score:
 
 def action(clips: ClipSetting) -> ClipResult | None:
     """Top-1 and top-5 of the probe; None without labels on both sides."""
-    known, fit, parts = labelled(clips), clips.fit, clips.parts
+    known, fit, parts = labeled_clips(clips), clips.fit, clips.parts
     if known is None or fit is None or parts is None:
         return None
     probing = _Probing(clips, fit, parts, known)
@@ -68,7 +68,7 @@ def action(clips: ClipSetting) -> ClipResult | None:
 
 
 class _Probing:
-    def __init__(self, clips: ClipSetting, fit: Side, parts: Parts, known: Labelled) -> None:
+    def __init__(self, clips: ClipSetting, fit: PooledSplit, parts: Parts, known: Labeled) -> None:
         self._clips, self._fit, self._known = clips, fit, known
         self._config = clips.config.action
         self._validation = parts.validation[known.fit_rows]
@@ -152,7 +152,7 @@ class _Probing:
             words += f"Mean of {len(score.by_draw)} random draws"
             words += f" (top-1 {min(score.by_draw):.1%} to {max(score.by_draw):.1%}). " if top == 1 else ". "
         return (
-            f"{words}The probe is multinomial logistic regression on vectors standardised by the fitted-on clips, with "
+            f"{words}The probe is multinomial logistic regression on vectors standardized by the fitted-on clips, with "
             f"an L2 penalty (chosen: {score.penalty:g}) of best top-1 on validation videos, then fitted on all of "
             f"them; of a video in several clips the probabilities are averaged. Range: {LEVEL:.0%} bootstrap interval "
             "over test videos."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_lens.inputs.labeled_clips import Labelled, labelled
+from tubelet_lens.inputs.labeled_clips import Labeled, labeled_clips
 from tubelet_lens.metrics.ablation_curve import importance
 from tubelet_lens.metrics.clip_metric import ClipSetting
 from tubelet_lens.stats.probe import Probe, choose_penalty, fit_probe
@@ -30,7 +30,7 @@ class Ranking:
         mean_F: float64 [F] Mean size of each latent's activation on the ranking part.
     """
 
-    known: Labelled
+    known: Labeled
     probe: Probe
     weights_CF: NDArray[np.float64]
     codes_NF: NDArray[np.float32]
@@ -52,7 +52,7 @@ class Ranking:
 
 def rank_latents(clips: ClipSetting) -> Ranking | None:
     """Fit the probe and rank; None without labels on both sides."""
-    known, fit, parts = labelled(clips), clips.fit, clips.parts
+    known, fit, parts = labeled_clips(clips), clips.fit, clips.parts
     if known is None or fit is None or parts is None:
         return None
     device, classes = clips.setting.device, known.classes

@@ -29,11 +29,11 @@ from tubelet_lens.results.section import Section, Subject
 from tubelet_store.reader import Store
 
 if TYPE_CHECKING:
-    from tubelet_lens.steering.backbone_session import Running
+    from tubelet_lens.steering.backbone_session import BackboneSession
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class PooledSplit:
     """N clips with what is known of them.
 
     Attributes:
@@ -60,11 +60,11 @@ class Side:
         return {subject: draws[0] for subject, draws in self.draws.items()}
 
 
-def side(store: Store, pooling: Pooling) -> Side:
+def side(store: Store, pooling: Pooling) -> PooledSplit:
     """The clips that `pooling` has seen, all of `store`."""
     rows = store.clips().take(pooling.clips)
     labels = rows["label"].to_pylist()
-    return Side(
+    return PooledSplit(
         store=store,
         clips=pooling.clips,
         videos=np.asarray(rows["video_id"].to_pylist(), dtype=object),
@@ -83,14 +83,14 @@ class ClipSetting:
     config: EvaluateConfig
     sae: SparseCoder
     trained: TrainedSae
-    fit: Side | None
+    fit: PooledSplit | None
     """None: no clips to fit on; then a metric that must fit something has nothing to say."""
-    test: Side
+    test: PooledSplit
     encoders: Mapping[Subject, Sequence[Encoder]] = field(default_factory=dict)
     """What made the codes in the draws of both sides, in the order of these."""
 
     @cached_property
-    def running(self) -> Running | None:
+    def running(self) -> BackboneSession | None:
         """The backbone, run again on the test side's videos; None unless `config.running` asks for it."""
         if self.config.running is None:
             return None

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.inputs.labeled_clips import Labelled
+from tubelet_lens.inputs.labeled_clips import Labeled
 from tubelet_lens.metrics.ablation_curve import Ablation, ablate, accuracy_lines, gini, ranked, set_sizes
 from tubelet_lens.metrics.class_ranking import rank_latents
 from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
@@ -32,7 +32,7 @@ _HOW = (
 class _Reading:
     """The probe and what it reads on the test side."""
 
-    known: Labelled
+    known: Labeled
     weights_CF: Tensor
     codes_NF: Tensor
     logits_NC: Tensor
@@ -139,7 +139,7 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
     )
 
 
-def _section(known: Labelled, whole: Ablation, by_class: dict[int, _OfClass], draws: int, alive: int) -> Section:
+def _section(known: Labeled, whole: Ablation, by_class: dict[int, _OfClass], draws: int, alive: int) -> Section:
     # A class that the probe does not know has nothing to lose.
     classes = {number: of for number, of in by_class.items() if of.ablation.before > of.ablation.chance}
     return Section(
@@ -164,7 +164,7 @@ def _section(known: Labelled, whole: Ablation, by_class: dict[int, _OfClass], dr
     )
 
 
-def _figures(known: Labelled, whole: Ablation, draws: int, alive: int) -> list[Figure]:
+def _figures(known: Labeled, whole: Ablation, draws: int, alive: int) -> list[Figure]:
     videos, largest = len(known.video_class), whole.sizes[-1]
     random = whole.random.mean(axis=0)
     areas = whole.random_areas
@@ -246,7 +246,7 @@ def _figures(known: Labelled, whole: Ablation, draws: int, alive: int) -> list[F
             n=draws,
             n_of="draws",
             definition=f"Mean activation of the {largest} random latents over that of the {largest} most important. 1: "
-            "fully matched; below 1 there were no other latents so active, and the comparison favours the important "
+            "fully matched; below 1 there were no other latents so active, and the comparison favors the important "
             "ones.",
         ),
     ]
@@ -302,7 +302,7 @@ def _figures_by_class(classes: dict[int, _OfClass], draws: int) -> list[Figure]:
             title="Concentration (Gini)",
             value=float(np.mean(concentrations)) if concentrations else None,
             definition="Gini coefficient over the alive latents of the effects |w_cj| E[z_j | c], on the test videos "
-            "of class c; mean over the classes. 0: all latents matter alike; towards 1: one carries everything.",
+            "of class c; mean over the classes. 0: all latents matter alike; toward 1: one carries everything.",
             better="high",
             **shared,
         ),

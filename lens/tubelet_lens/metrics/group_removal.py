@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_lens.codes.removal import remove_from_means
-from tubelet_lens.inputs.labeled_clips import Labelled, labelled
-from tubelet_lens.metrics.clip_metric import ClipSetting, Side
+from tubelet_lens.inputs.labeled_clips import Labeled, labeled_clips
+from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
 from tubelet_lens.results.section import Figure
 from tubelet_lens.stats.probe import choose_penalty, fit_probe
 
@@ -28,7 +28,7 @@ def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]],
         groups: Latents by name; the name stands in the figure's.
         key: Of the figures, such as `scope.action`.
     """
-    known, fit, parts = labelled(clips), clips.fit, clips.parts
+    known, fit, parts = labeled_clips(clips), clips.fit, clips.parts
     if known is None or fit is None or parts is None:
         return
     validation = parts.validation[known.fit_rows]
@@ -82,7 +82,7 @@ def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]],
         )
 
 
-def _without(clips: ClipSetting, side: Side, group: NDArray[np.int64]) -> NDArray[np.float32]:
+def _without(clips: ClipSetting, side: PooledSplit, group: NDArray[np.int64]) -> NDArray[np.float32]:
     raw, codes = side.pooled["raw"], side.pooled["sae"]
     if not len(group):
         return raw.mean_NF
@@ -91,7 +91,7 @@ def _without(clips: ClipSetting, side: Side, group: NDArray[np.int64]) -> NDArra
 
 def _top1(
     clips: ClipSetting,
-    known: Labelled,
+    known: Labeled,
     validation: NDArray[np.bool_],
     rows_ND: NDArray[np.float32],
     test_ND: NDArray[np.float32],

@@ -51,7 +51,7 @@ def label_purity(clips: ClipSetting) -> ClipResult | None:
         Section(
             name="labels",
             title="Latents and labels",
-            lead="Do the videos that light up a latent most share a label? A latent may stand for a colour, a place or "
+            lead="Do the videos that light up a latent most share a label? A latent may stand for a color, a place or "
             "a speed instead, and score low here without being any the worse.",
             figures=(
                 Figure(

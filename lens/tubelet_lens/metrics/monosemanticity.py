@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tubelet_lens.codes.pooled import Pooled
 from tubelet_lens.inputs.references import Reference, own_reference, read_reference
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, Side
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, PooledSplit
 from tubelet_lens.metrics.monosemanticity_score import mean_cosine, monosemanticity
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject
@@ -91,7 +91,7 @@ def measure_monosemanticity(clips: ClipSetting) -> ClipResult | None:
     section = Section(
         name="monosemanticity",
         title="Monosemanticity",
-        lead="Are the clips on which a latent fires alike, by the judgement of another model? "
+        lead="Are the clips on which a latent fires alike, by the judgment of another model? "
         f"Judged by {_list(one.reference for one in scores)}.",
         figures=(*(figure for one in scores for figure in _figures(one, head, how, units)),),
         curves=tuple(_curve(one, head, how) for one in scores),
@@ -100,7 +100,7 @@ def measure_monosemanticity(clips: ClipSetting) -> ClipResult | None:
     return ClipResult(section, tuple(columns))
 
 
-def _units(side: Side, activation: Literal["max", "mean"]) -> dict[Subject, _Units]:
+def _units(side: PooledSplit, activation: Literal["max", "mean"]) -> dict[Subject, _Units]:
     found: dict[Subject, _Units] = {}
     for subject in _WORDS:
         pooled = side.pooled.get(subject)
@@ -271,6 +271,6 @@ def _notes(head: Reference, references: Sequence[Reference], *, several_views: b
     else:
         flattery = (
             f"No reference is called neutral, so {head.name} stands at the top. If it, or a model trained like it, is "
-            "among the backbones that are compared, it favours that one."
+            "among the backbones that are compared, it favors that one."
         )
     return (flattery, floor, *views)

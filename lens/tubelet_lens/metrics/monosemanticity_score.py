@@ -1,4 +1,4 @@
-"""Monosemanticity: are the clips on which a latent fires alike, by the judgement of another model?
+"""Monosemanticity: are the clips on which a latent fires alike, by the judgment of another model?
 
     a~_nj = (a_nj - min_n) / (max_n - min_n)                     activation of latent j on clip n, scaled to 0 ... 1
     s_nm  = cos(e_n, e_m)                                        likeness of two clips

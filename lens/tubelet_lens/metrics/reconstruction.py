@@ -22,8 +22,8 @@ class Reconstruction:
 
     def __init__(self, setting: Setting) -> None:
         mean = setting.store.moments(setting.hook).mean
-        self._centre_D = torch.from_numpy(mean).to(setting.device)
-        self._sum_D = torch.zeros_like(self._centre_D)
+        self._center_D = torch.from_numpy(mean).to(setting.device)
+        self._sum_D = torch.zeros_like(self._center_D)
         self._squares = 0.0
         self._error = 0.0
         self._sample_fvu = 0.0
@@ -35,10 +35,10 @@ class Reconstruction:
         """Take in one window."""
         for x_TSD, xhat_TSD in zip(window.x_CTSD, window.xhat_CTSD, strict=True):
             x_ND, xhat_ND = x_TSD.flatten(0, 1).double(), xhat_TSD.flatten(0, 1).double()
-            centred_ND = x_ND - self._centre_D
+            centered_ND = x_ND - self._center_D
             error_N = (x_ND - xhat_ND).square().sum(1)
-            squares_N = centred_ND.square().sum(1)
-            self._sum_D += centred_ND.sum(0)
+            squares_N = centered_ND.square().sum(1)
+            self._sum_D += centered_ND.sum(0)
             self._squares += float(squares_N.sum())
             self._error += float(error_N.sum())
             varied_N = squares_N > 0

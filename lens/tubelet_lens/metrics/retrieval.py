@@ -19,7 +19,7 @@ from torch import Tensor
 from tubelet_lens.codes.vectors import POOLING_WORDS, SUBJECT_WORDS, subjects, vectors
 from tubelet_lens.inputs.captions import described, embed
 from tubelet_lens.inputs.partition import Parts
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, Side
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, PooledSplit
 from tubelet_lens.results.section import Figure, Section, Subject
 from tubelet_lens.stats.bootstrap import LEVEL, interval
 from tubelet_lens.stats.retrieval_ranks import Ranks, ranks
@@ -60,7 +60,7 @@ class _Gallery:
 
 
 def _gallery(
-    side: Side, rows: NDArray[np.int64], place: dict[str, int], texts: NDArray[np.float64], mean_E: Tensor
+    side: PooledSplit, rows: NDArray[np.int64], place: dict[str, int], texts: NDArray[np.float64], mean_E: Tensor
 ) -> _Gallery:
     _, first, video = np.unique(side.videos[rows].astype(str), return_index=True, return_inverse=True)
     used, caption_V = np.unique([place[caption] for caption in side.captions[rows][first]], return_inverse=True)
@@ -122,7 +122,7 @@ class _Fitting:
     def __init__(
         self,
         clips: ClipSetting,
-        fit: Side,
+        fit: PooledSplit,
         rows: NDArray[np.int64],
         place: dict[str, int],
         texts: NDArray[np.float64],
@@ -186,7 +186,7 @@ def _recall(
         definition=f"Share of {asked} whose right answer is among the nearest {top} of all {gallery}, by the cosine of "
         f"the caption's embedding and the mapped {POOLING_WORDS[config.pooling]} of {SUBJECT_WORDS[subject]}"
         f"{f' (mean of {len(draws)} draws)' if len(draws) > 1 else ''}. The map is ridge regression from vectors "
-        "standardised by the fitted-on clips to embeddings less their mean there, with the penalty per clip (chosen: "
+        "standardized by the fitted-on clips to embeddings less their mean there, with the penalty per clip (chosen: "
         f"{penalties}) of best mean reciprocal rank on validation videos; views of a video are summed. Embeddings: "
         f"{described(config.text)}. Rank = 1 + greater + ties / 2. Range: {LEVEL:.0%} bootstrap interval over {asked}.",
         style="percent",

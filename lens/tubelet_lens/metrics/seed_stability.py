@@ -109,7 +109,7 @@ def _correlation_figures(
         check_store(sae, store, other_store=True)
     codes = [_codes(sae, store, clips, kept) for sae, kept in zip(trained, alive, strict=True)]
     tokens = store.plan.grid.tokens
-    # Half the clips on: another clip, whose neighbours in the store are not this one's.
+    # Half the clips on: another clip, whose neighbors in the store are not this one's.
     away = tokens * max(1, len(clips) // 2)
     rolled = np.roll(np.arange(codes[0].shape[0]), away)
     matched = [match(_correlations(one, other, signed)) for one, other in combinations(codes, 2)]

@@ -64,7 +64,7 @@ class Coherence:
         self._steps = setting.store.plan.grid.time
         self._lags = min(setting.lags, self._steps - 1)
         mean = setting.store.moments(setting.hook).mean
-        self._centre_D = torch.from_numpy(mean).to(setting.device)
+        self._center_D = torch.from_numpy(mean).to(setting.device)
         self._sae = _Temporal("sae", "sae_shuffled", setting.latents, self._lags, setting)
         self._raw = _Temporal("raw", "raw_shuffled", setting.channels, self._lags, setting)
         self._support, self._null_support = SupportOverlap(), SupportOverlap()
@@ -90,11 +90,11 @@ class Coherence:
             common_TTS = series.common()
             self._support.add(common_TTS, valid_T, orders[0].steps_T)
             self._null_support.add(common_TTS, valid_T, orders[1].steps_T)
-            # Correlations are taken of centred values, so that their sums do not cancel.
+            # Correlations are taken of centered values, so that their sums do not cancel.
             x_TSD = x_TSD.double()
-            centred_TSD = x_TSD - self._centre_D
-            self._raw.add(FeatureProducts.of(centred_TSD), patch_products(x_TSD), valid_T, orders)
-            self._raw.within.add(centred_TSD.flatten(1), valid_T)
+            centered_TSD = x_TSD - self._center_D
+            self._raw.add(FeatureProducts.of(centered_TSD), patch_products(x_TSD), valid_T, orders)
+            self._raw.within.add(centered_TSD.flatten(1), valid_T)
 
     def section(self) -> Section:
         """Figures over everything added."""
@@ -330,7 +330,7 @@ class Coherence:
     def _distances(self) -> tuple[Figure, ...]:
         time = self._setting.time
         shared = {"title": "One latent step", "n": len(self._setting.clips), "n_of": "clips"}
-        how = "Median over clips of the distance between neighbouring latent steps, repeated frames left out"
+        how = "Median over clips of the distance between neighboring latent steps, repeated frames left out"
         return (
             Figure(
                 name="coherence.step_frames",

@@ -1,6 +1,6 @@
-"""Curves as inline SVG that takes its colours from the page, so that it fits light and dark.
+"""Curves as inline SVG that takes its colors from the page, so that it fits light and dark.
 
-matplotlib draws with stand-in colours; each is then replaced by a CSS variable. Text stays text, in the page's font.
+matplotlib draws with stand-in colors; each is then replaced by a CSS variable. Text stays text, in the page's font.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from tubelet_lens.results.section import Curve, Line
 
 _INK, _GRID = "#010101", "#020202"
-# One stand-in colour per role; controls and nulls share the colour of neither the SAE nor the raw activations.
+# One stand-in color per role; controls and nulls share the color of neither the SAE nor the raw activations.
 _ROLES = {"sae": "#030303", "raw": "#040404", "control": "#050505"}
 _VARIABLES = {
     _INK: "var(--ink-soft)",
@@ -30,7 +30,7 @@ _VARIABLES = {
 }
 
 
-def _colour(line: Line) -> str:
+def _color(line: Line) -> str:
     return _ROLES.get(line.subject.removesuffix("_shuffled"), _ROLES["control"])
 
 
@@ -93,7 +93,7 @@ def _bars(axes: Axes, curve: Curve) -> None:
     edges = np.asarray(curve.x)
     for line in curve.lines:
         heights = [0.0 if value is None else value for value in line.y]
-        axes.bar(edges[:-1], heights, width=0.92 * np.diff(edges), align="edge", color=_colour(line))
+        axes.bar(edges[:-1], heights, width=0.92 * np.diff(edges), align="edge", color=_color(line))
 
 
 def _line(axes: Axes, curve: Curve, line: Line) -> None:
@@ -106,7 +106,7 @@ def _line(axes: Axes, curve: Curve, line: Line) -> None:
         x,
         y,
         label=line.label,
-        color=_colour(line),
+        color=_color(line),
         linestyle=(0, (4, 3)) if null else "-",
         linewidth=1.4 if null else 2.0,
         marker="o" if len(points) <= 16 else "",
@@ -114,7 +114,7 @@ def _line(axes: Axes, curve: Curve, line: Line) -> None:
     )
     if line.low is not None and line.high is not None:
         low, high = _numbers(line.low), _numbers(line.high)
-        axes.fill_between(curve.x, low, high, color=_colour(line), alpha=0.18, linewidth=0)
+        axes.fill_between(curve.x, low, high, color=_color(line), alpha=0.18, linewidth=0)
 
 
 def _numbers(values: tuple[float | None, ...]) -> list[float]:
@@ -122,7 +122,7 @@ def _numbers(values: tuple[float | None, ...]) -> list[float]:
 
 
 def _for_page(text: str, curve: Curve) -> str:
-    """Keep the `<svg>` element; drop what names an address; make ids the curve's own; bring in the page's colours."""
+    """Keep the `<svg>` element; drop what names an address; make ids the curve's own; bring in the page's colors."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
@@ -137,6 +137,6 @@ def _for_page(text: str, curve: Curve) -> str:
         r'<svg ([^>]*?)height="[^"]*"', r'<svg \1role="img" aria-label="' + html.escape(curve.title) + '"', text
     )
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
     return text

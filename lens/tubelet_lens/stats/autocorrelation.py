@@ -22,7 +22,7 @@ _NO_VARIANCE = 1e-12
 
 @dataclass(frozen=True)
 class PooledValue:
-    """Pooled autocorrelation at one lag, summarised over features.
+    """Pooled autocorrelation at one lag, summarized over features.
 
     Attributes:
         mean: Mean over the features for which it is defined; None if there is none.
@@ -109,11 +109,11 @@ class WithinAutocorrelation:
         """Add the series, float64, of a clip; nothing if one of its steps is not valid."""
         if not bool(valid_T.all()):
             return
-        centred_TM = values_TM - values_TM.mean(0)
-        variance_M = centred_TM.square().sum(0)
+        centered_TM = values_TM - values_TM.mean(0)
+        variance_M = centered_TM.square().sum(0)
         squares_M = values_TM.square().sum(0)
         defined = variance_M > _NO_VARIANCE * squares_M
-        products_M = (centred_TM[:-1] * centred_TM[1:]).sum(0)
+        products_M = (centered_TM[:-1] * centered_TM[1:]).sum(0)
         self._sum += float((products_M[defined] / variance_M[defined]).sum())
         self.defined += int(defined.sum())
         self.active += int((squares_M > 0).sum())

@@ -1,4 +1,4 @@
-"""Standardised vectors, turned into as few coordinates as they need.
+"""Standardized vectors, turned into as few coordinates as they need.
 
     X [N, F] ─▶ (X - mean) / deviation ─▶ A = Xs V [N, R], columns orthogonal, R <= min(N, F)
 

@@ -1,6 +1,6 @@
 """Multinomial logistic regression with an L2 penalty, to convergence.
 
-    minimise  mean_n -log softmax(W a_n + b)[y_n]  +  penalty / 2 ||W||²        (b is not penalised)
+    minimize  mean_n -log softmax(W a_n + b)[y_n]  +  penalty / 2 ||W||²        (b is not penalized)
 
 With N rows this is scikit-learn's `LogisticRegression(C=1 / (penalty N))`. Full batches in float64, L-BFGS.
 """
@@ -63,13 +63,13 @@ def fit_logistic(
         zeros = rows_NR.new_zeros(classes, rows_NR.shape[1])
         counts = torch.bincount(class_N, minlength=classes).to(rows_NR)
         start = Logistic(zeros, (counts + 0.5).log() - (counts + 0.5).log().mean())
-    # The loss curves along a column as its mean square; optimised in units in which it curves alike along all of them,
+    # The loss curves along a column as its mean square; optimized in units in which it curves alike along all of them,
     # L-BFGS takes tens of steps where it would take hundreds.
     unit_R = 1 / (rows_NR.square().mean(0) / classes + penalty).sqrt()
     scaled_NR, penalties_R = rows_NR * unit_R, penalty * unit_R.square()
     weights = (start.weights_CR / unit_R).requires_grad_()
     bias = start.bias_C.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [weights, bias],
         max_iter=_MOST_ITERATIONS,
         tolerance_grad=gradient,
@@ -79,14 +79,14 @@ def fit_logistic(
     )
 
     def loss() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         logits_NC = nnf.linear(scaled_NR, weights, bias)
         value = nnf.cross_entropy(logits_NC, class_N) + (penalties_R * weights.square()).sum() / 2
         value.backward()
         return value
 
     with _threads_for(scaled_NR):
-        optimiser.step(loss)
+        optimizer.step(loss)
     found = weights.detach() * unit_R
     return Logistic(found - found.mean(0), bias.detach() - bias.detach().mean())
 

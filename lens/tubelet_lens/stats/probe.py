@@ -17,7 +17,7 @@ from tubelet_lens.stats.logistic import Logistic, fit_logistic, fit_path
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Multinomial logistic regression on standardised vectors."""
+    """Multinomial logistic regression on standardized vectors."""
 
     basis: Basis
     model: Logistic

@@ -20,7 +20,7 @@ from tubelet_lens.stats.basis import Basis
 
 @dataclass(frozen=True, eq=False)
 class Ridge:
-    """A fitted map from vectors [N, F] to targets [N, E], float64. Targets are centred by their mean over the rows."""
+    """A fitted map from vectors [N, F] to targets [N, E], float64. Targets are centered by their mean over the rows."""
 
     basis: Basis
     map_RE: Tensor
@@ -34,7 +34,7 @@ class Ridge:
 def fit_ridge(
     rows_NF: NDArray[np.floating], targets_NE: Tensor, penalties: Sequence[float], device: torch.device
 ) -> dict[float, Ridge]:
-    """A map for each penalty (per row), on standardised rows.
+    """A map for each penalty (per row), on standardized rows.
 
     Args:
         rows_NF: Vectors.

@@ -14,14 +14,14 @@ from tubelet_lens.metrics.ablation_curve import Ablation, ablate, accuracy_lines
 from tubelet_lens.metrics.class_ranking import rank_latents
 from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Curve, Figure, Section
-from tubelet_lens.steering.backbone_session import Running
+from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
 from tubelet_lens.steering.operation import Suppress
 from tubelet_pipeline.backbones import rewriting
 
 
-def accuracy_without(running: Running, latents: NDArray[np.int64]) -> float:
-    """Top-1 of the labelled clips with `latents` switched off on every patch token."""
+def accuracy_without(running: BackboneSession, latents: NDArray[np.int64]) -> float:
+    """Top-1 of the labeled clips with `latents` switched off on every patch token."""
     edits = LatentEdits(running.sae, [Edit(int(latent), Suppress()) for latent in latents])
     with rewriting(running.backbone, running.hook, edits):
         found = running.logits().argmax(1).numpy()
@@ -53,7 +53,7 @@ def backbone_ablation(clips: ClipSetting) -> ClipResult | None:
     return ClipResult(_section(found, running, running.readout.what, int(alive_F.sum())))
 
 
-def _section(found: Ablation, running: Running, what: str, alive: int) -> Section:
+def _section(found: Ablation, running: BackboneSession, what: str, alive: int) -> Section:
     count, draws, largest = int((running.class_N >= 0).sum()), running.config.draws, found.sizes[-1]
     how = (
         f"Latents are switched off (f' = 0) on every patch token at {running.hook} of the running backbone; what the "
@@ -130,7 +130,7 @@ def _section(found: Ablation, running: Running, what: str, alive: int) -> Sectio
                 n=draws,
                 n_of="draws",
                 definition=f"Mean activation of the {largest} random latents over that of the {largest} most "
-                "important. Below 1 there were no others so active, and the comparison favours the important ones.",
+                "important. Below 1 there were no others so active, and the comparison favors the important ones.",
             ),
         ),
         curves=(

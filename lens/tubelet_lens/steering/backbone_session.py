@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet.errors import TubeletError
-from tubelet_lens.inputs.labeled_clips import labelled
-from tubelet_lens.metrics.clip_metric import ClipSetting, Side
+from tubelet_lens.inputs.labeled_clips import labeled_clips
+from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
 from tubelet_lens.steering.class_names import places
-from tubelet_lens.steering.clip_source import Footage, Shot
+from tubelet_lens.steering.clip_source import Clip, ClipSource
 from tubelet_lens.steering.readout import Readout, fit_probe, in_batches, own_classifier
-from tubelet_lens.steering.run_edit import last_tokens, of_every_class
+from tubelet_lens.steering.run_edit import last_tokens, stratified_sample
 from tubelet_lens.steering.running_config import RunningConfig
 from tubelet_pipeline.backbones import Backbone
 from tubelet_pipeline.replay import backbone_of
@@ -28,7 +28,7 @@ from tubelet_trainer.sae.sae_files import load_sae
 
 
 @dataclass(frozen=True, eq=False)
-class Running:
+class BackboneSession:
     """A backbone with its SAE, and the clips to run.
 
     Attributes:
@@ -50,11 +50,11 @@ class Running:
     hook: str
     sae: SAE
     readout: Readout | None
-    test_footage: Footage
-    shots: tuple[Shot, ...]
+    test_footage: ClipSource
+    shots: tuple[Clip, ...]
     rows: NDArray[np.int64]
     class_N: NDArray[np.int64]
-    footage: Footage | None
+    clip_source: ClipSource | None
     fit_rows: NDArray[np.int64]
 
     def batches(self) -> Iterator[Tensor]:
@@ -72,7 +72,7 @@ class Running:
         return torch.cat([self.readout.logits(batch).cpu() for batch in self.batches()])
 
 
-def start(clips: ClipSetting, config: RunningConfig) -> Running:
+def start(clips: ClipSetting, config: RunningConfig) -> BackboneSession:
     """Load and decode what `config` asks for.
 
     Raises:
@@ -85,17 +85,17 @@ def start(clips: ClipSetting, config: RunningConfig) -> Running:
             "Leave out `running`, or use a store of single tokens",
         )
     backbone = backbone_of(store.plan, config.checkpoint, str(device))
-    rows = of_every_class(clips.test.labels, config.test_clips)
-    test_footage = Footage(store, backbone, config.root, config.decode)
+    rows = stratified_sample(clips.test.labels, config.test_clips)
+    test_footage = ClipSource(store, backbone, config.root, config.decode)
     shots = tuple(test_footage.clips([int(clip) for clip in clips.test.clips[rows]]))
-    footage, fit_rows = None, np.empty(0, dtype=np.int64)
+    clip_source, fit_rows = None, np.empty(0, dtype=np.int64)
     if clips.fit is not None:
-        footage = Footage(clips.fit.store, backbone, config.root, config.decode)
-        fit_rows = of_every_class(clips.fit.labels, config.fit_clips)
+        clip_source = ClipSource(clips.fit.store, backbone, config.root, config.decode)
+        fit_rows = stratified_sample(clips.fit.labels, config.fit_clips)
     readout: Readout | None = own_classifier(backbone)
     if readout is None:
-        readout = _probe(clips, footage, config)
-    return Running(
+        readout = _probe(clips, clip_source, config)
+    return BackboneSession(
         config=config,
         backbone=backbone,
         hook=backbone.resolve_hook(clips.setting.hook),
@@ -105,23 +105,23 @@ def start(clips: ClipSetting, config: RunningConfig) -> Running:
         shots=shots,
         rows=rows,
         class_N=_classes(readout, clips.test, rows),
-        footage=footage,
+        clip_source=clip_source,
         fit_rows=fit_rows,
     )
 
 
-def _probe(clips: ClipSetting, footage: Footage | None, config: RunningConfig) -> Readout | None:
-    known = labelled(clips)
-    if known is None or footage is None or clips.fit is None:
+def _probe(clips: ClipSetting, clip_source: ClipSource | None, config: RunningConfig) -> Readout | None:
+    known = labeled_clips(clips)
+    if known is None or clip_source is None or clips.fit is None:
         return None
-    chosen = of_every_class(known.fit_class, config.fit_clips)
+    chosen = stratified_sample(known.fit_class, config.fit_clips)
     rows = known.fit_rows[chosen]
-    tokens_ND = last_tokens(clips.fit.store, footage, [int(clip) for clip in clips.fit.clips[rows]])
+    tokens_ND = last_tokens(clips.fit.store, clip_source, [int(clip) for clip in clips.fit.clips[rows]])
     videos = [str(video) for video in clips.fit.videos[rows]]
-    return fit_probe(footage.backbone, tokens_ND, known.fit_class[chosen], known.names, videos, clips.config.seed)
+    return fit_probe(clip_source.backbone, tokens_ND, known.fit_class[chosen], known.names, videos, clips.config.seed)
 
 
-def _classes(readout: Readout | None, side: Side, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _classes(readout: Readout | None, side: PooledSplit, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     names = [
         str(name if name is not None else label)
         for name, label in zip(side.label_names[rows], side.labels[rows], strict=True)

@@ -21,14 +21,14 @@ from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool
 from tubelet_pipeline.preprocess import CropBox
-from tubelet_pipeline.replay import Replay
+from tubelet_pipeline.replay import FrameRedecoder
 from tubelet_store.reader import Store
 
 _AHEAD = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Shot:
+class Clip:
     """One clip, ready for the backbone.
 
     Attributes:
@@ -50,7 +50,7 @@ class Shot:
     crop: CropBox
 
 
-class Footage:
+class ClipSource:
     """Decodes clips of a store, and other videos, by the store's plan.
 
     Args:
@@ -67,7 +67,7 @@ class Footage:
         self, store: Store, backbone: Backbone, root: str | None = None, decode: DecodeConfig | None = None
     ) -> None:
         self.store, self.backbone = store, backbone
-        self._replay = Replay(store.plan, backbone)
+        self._replay = FrameRedecoder(store.plan, backbone)
         known = store.state.provenance.get("dataset_root")
         self._root = root if root is not None else str(known) if known is not None else None
         self._decode = decode or DecodeConfig()
@@ -83,7 +83,7 @@ class Footage:
             raise TubeletError(f"{self.store.url} does not say where its videos are", "Give their folder as root")
         return self._root
 
-    def clips(self, clips: Sequence[int]) -> Iterator[Shot]:
+    def clips(self, clips: Sequence[int]) -> Iterator[Clip]:
         """Clips of the store, in order.
 
         Raises:
@@ -106,7 +106,7 @@ class Footage:
                 )
             yield shot
 
-    def videos(self, paths: Sequence[str]) -> Iterator[Shot]:
+    def videos(self, paths: Sequence[str]) -> Iterator[Clip]:
         """Other videos, the first view of each.
 
         Raises:
@@ -117,7 +117,7 @@ class Footage:
 
     def _shots(
         self, sources: list[str], views: list[int], names: list[str], clips: Sequence[int | None]
-    ) -> Iterator[Shot]:
+    ) -> Iterator[Clip]:
         requests = [self._replay.request(source, view) for source, view in zip(sources, views, strict=True)]
         with DecodePool(self._decode) as pool:
             results = pool.map_ordered(requests, prefetch=_AHEAD)
@@ -127,7 +127,7 @@ class Footage:
                         f"{source} cannot be read: {result}", "Check the path; `ffprobe` says more of a damaged file"
                     )
                 pixels, crop = self._replay.pixels(result, view)
-                yield Shot(
+                yield Clip(
                     name=str(name),
                     clip=None if clip is None else int(clip),
                     pixels=pixels,

@@ -44,7 +44,7 @@ class EditConfig(ChangeConfig):
     later: tuple[Path, ...] = ()
     """Runs of SAEs on later hooks of the same backbone, whose latents are watched."""
     probe_clips: int = Field(default=256, ge=0)
-    """Fit a probe on at most this many labelled clips, where the checkpoint has no classifier; 0: no probe."""
+    """Fit a probe on at most this many labeled clips, where the checkpoint has no classifier; 0: no probe."""
     usage_clips: int = Field(default=64, ge=1)
     """Clips of the store on which each latent's largest activation is taken."""
     controls: int = Field(default=16, ge=1)

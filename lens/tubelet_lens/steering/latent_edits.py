@@ -2,7 +2,7 @@
 
     x ──encode──▶ f ──operations, in order──▶ f' ;   x' = x + A^-1 ((f' - f) W_dec)
 
-W_dec lives in the SAE's normalised space, x_n = (x - mean) / scale or (x - mean) whiten: the change has to be taken
+W_dec lives in the SAE's normalized space, x_n = (x - mean) / scale or (x - mean) whiten: the change has to be taken
 back through its linear part (x scale, or @ unwhiten), never through the mean. What the SAE does not explain,
 x - x^, stays as it is, because only a difference of codes is decoded (saev: x' = eps + Dec(f'); Stevens et al.,
 arXiv 2502.06755). Where f' = f nothing is added and the token keeps its bits.
@@ -71,7 +71,7 @@ class LatentEdits:
         self._column = {latent: place for place, latent in enumerate(self.latents)}
         self._index = torch.tensor(self.latents, dtype=torch.int64, device=device)
         self._largest = {j: 0.0 if largest_F is None else float(largest_F[j]) for j in self.latents}
-        self._directions_ED = sae.normalisation.raw_difference(sae.W_dec[self._index].float())
+        self._directions_ED = sae.normalization.raw_difference(sae.W_dec[self._index].float())
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """New tokens [B, T', S, D] in the precision of `tokens`."""

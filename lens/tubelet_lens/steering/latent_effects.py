@@ -20,7 +20,7 @@ from tubelet_lens.metrics.class_ranking import rank_latents
 from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
 from tubelet_lens.results.effect_table import LatentEffect
 from tubelet_lens.results.section import Figure, Section
-from tubelet_lens.steering.backbone_session import Running
+from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
 from tubelet_lens.steering.operation import Suppress
 from tubelet_pipeline.backbones import rewriting
@@ -44,7 +44,9 @@ class Change:
     clips: int
 
 
-def changes(running: Running, fires_NL: NDArray[np.bool_], latents: NDArray[np.int64], seed: int) -> list[Change]:
+def changes(
+    running: BackboneSession, fires_NL: NDArray[np.bool_], latents: NDArray[np.int64], seed: int
+) -> list[Change]:
     """Switch each of `latents` off on every patch token of the clips of `running`.
 
     Args:
@@ -93,7 +95,7 @@ def latent_effects(clips: ClipSetting) -> ClipResult | None:
     return ClipResult(_section(found, running, running.readout.what, which), effects=tuple(rows))
 
 
-def _rows(change: Change, running: Running, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:
+def _rows(change: Change, running: BackboneSession, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:
     definition = (
         f"Switched off (f' = 0) on every patch token at {running.hook} of the running backbone, what the SAE does not "
         f"explain kept: mean change of the class's logit over the {change.clips:,} of {len(running.rows):,} test clips "
@@ -106,7 +108,7 @@ def _rows(change: Change, running: Running, what: str, classes: tuple[str, ...])
     ]
 
 
-def _section(found: list[Change], running: Running, what: str, which: str) -> Section:
+def _section(found: list[Change], running: BackboneSession, what: str, which: str) -> Section:
     how = (
         "Of each latent the largest |mean change| among the classes' logits, over those of "
         f"{len(running.rows):,} test clips on which it fires; mean, lowest and highest over the {len(found):,} latents "

@@ -3,7 +3,7 @@
     masks [frames, H, W], the frames and crop that the backbone saw ─▶ share of each class in each token's box ─▶ label
 
 A mask tells objects apart by number: 1, 2 fill the caption's placeholders in order, so that the caption tells their
-colour and shape; a further object only rests, and nothing tells what it is: its pixels have no class.
+color and shape; a further object only rests, and nothing tells what it is: its pixels have no class.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
-from tubelet_lens.steering.clip_source import Shot
+from tubelet_lens.steering.clip_source import Clip
 from tubelet_pipeline.synthetic.masks import mask_path, read_masks
-from tubelet_pipeline.synthetic.palette import OBJECT_COLOURS
+from tubelet_pipeline.synthetic.palette import OBJECT_COLORS
 from tubelet_pipeline.synthetic.shapes import SHAPES
 from tubelet_store.plan import Grid
 
-Kind = Literal["colour", "shape", "object"]
+Kind = Literal["color", "shape", "object"]
 BACKGROUND = 0
 CLASSES: dict[Kind, tuple[str, ...]] = {
-    "colour": ("background", *OBJECT_COLOURS),
+    "color": ("background", *OBJECT_COLORS),
     "shape": ("background", *SHAPES),
     "object": ("background", "object"),
 }
@@ -71,18 +71,18 @@ def mask_classes(kind: Kind, described: Described) -> list[int]:
         return [1] * 255
     names = CLASSES[kind]
     words = [phrase.split() for phrase in phrases(described)]
-    # "a red striped circle": article, colour, perhaps a texture, shape.
-    said = [each[1] if kind == "colour" and len(each) > 1 else each[-1] for each in words]
+    # "a red striped circle": article, color, perhaps a texture, shape.
+    said = [each[1] if kind == "color" and len(each) > 1 else each[-1] for each in words]
     return [names.index(word) if word in names[1:] else NONE for word in said]
 
 
 def patch_labels(
-    root: str, described: Described, shot: Shot, grid: Grid, kind: Kind, threshold: float
+    root: str, described: Described, shot: Clip, grid: Grid, kind: Kind, threshold: float
 ) -> NDArray[np.int64]:
     """int64 [T', S] Class of each token, `NONE` where the commonest covers less than `threshold` of its box.
 
     A token's box is its patch through the frames of its latent step, as far as the crop reaches. A pixel belongs to the
-    patch that its centre lies in.
+    patch that its center lies in.
 
     Args:
         root: Folder of the data set.
@@ -124,6 +124,6 @@ def patch_labels(
 
 
 def _cells(pixels: int, start: float, length: float, cells: int) -> NDArray[np.int64]:
-    """Cell of each pixel's centre along one axis; -1 outside the crop."""
+    """Cell of each pixel's center along one axis; -1 outside the crop."""
     place = np.floor((np.arange(pixels) + 0.5 - start) / length * cells).astype(np.int64)
     return np.where((place >= 0) & (place < cells), place, -1)

@@ -1,7 +1,7 @@
 """What a running backbone says of a clip: logits of its own classifier, or of a linear probe of its last tokens.
 
     classifier   the head that a fine-tuned checkpoint brings along
-    probe        logistic regression on the mean over tokens of the last hidden state, fitted on labelled clips
+    probe        logistic regression on the mean over tokens of the last hidden state, fitted on labeled clips
 
 Paper B (Stevens et al., science note 2.5) reads a probe of the next layer's CLS; here the mean over patches, which
 every family has [RECON].
@@ -147,7 +147,7 @@ def fit_probe(
     """
     if len(np.unique(class_N)) < 2:
         raise TubeletError(
-            f"The {len(class_N)} labelled clips are all of one class or none, so no probe can be fitted",
+            f"The {len(class_N)} labeled clips are all of one class or none, so no probe can be fitted",
             "Give a store with labels of two classes or more, or a checkpoint with a classifier",
         )
     rows, device = rows_ND.cpu().numpy(), backbone.device

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure, Section, ratio
-from tubelet_lens.steering.backbone_session import Running
+from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_pipeline.backbones import rewriting
 from tubelet_trainer.sae.model import SAE
 
@@ -30,8 +30,8 @@ class Said:
     """Measures of one way of running the backbone.
 
     Attributes:
-        loss: Mean cross-entropy of the true class; None without labelled clips.
-        top1: Share of labelled clips that are right; None without them.
+        loss: Mean cross-entropy of the true class; None without labeled clips.
+        top1: Share of labeled clips that are right; None without them.
         kl: Mean KL divergence from what is said as it is, nats.
     """
 
@@ -81,7 +81,7 @@ class MeanAblate:
         return self._mean_D.to(tokens).expand_as(tokens)
 
 
-def recover(running: Running, mean_D: Tensor) -> Recovery:
+def recover(running: BackboneSession, mean_D: Tensor) -> Recovery:
     """Run the clips of `running` in the three ways."""
     original = running.logits()
     with rewriting(running.backbone, running.hook, Reconstruct(running.sae)):
@@ -113,8 +113,8 @@ def recovery(clips: ClipSetting) -> ClipResult | None:
 
 
 _MEASURES = (
-    ("loss", "Cross-entropy", "Mean over labelled clips of -log p(true class)", "number", "low"),
-    ("top1", "Top-1", "Share of labelled clips whose class is the most probable one", "percent", "high"),
+    ("loss", "Cross-entropy", "Mean over labeled clips of -log p(true class)", "number", "low"),
+    ("top1", "Top-1", "Share of labeled clips whose class is the most probable one", "percent", "high"),
     (
         "kl",
         "KL divergence",
@@ -125,11 +125,11 @@ _MEASURES = (
 )
 
 
-def _section(found: Recovery, running: Running, what: str) -> Section:
-    labelled = int((running.class_N >= 0).sum())
+def _section(found: Recovery, running: BackboneSession, what: str) -> Section:
+    labeled_clips = int((running.class_N >= 0).sum())
     figures = []
     for measure, title, definition, style, better in _MEASURES:
-        count = len(running.class_N) if measure == "kl" else labelled
+        count = len(running.class_N) if measure == "kl" else labeled_clips
         ways = (
             ("sae", "sae", title, found.reconstructed, "with the SAE's reconstruction on every patch token"),
             ("raw", "raw", title, found.original, "with the activations as they are"),

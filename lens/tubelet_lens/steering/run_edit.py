@@ -17,7 +17,7 @@ from tubelet.errors import TubeletError
 from tubelet_lens.inputs.clip_selection import choose_clips
 from tubelet_lens.inputs.clip_stream import read_clip
 from tubelet_lens.inputs.trained_sae import check_store, load_trained
-from tubelet_lens.steering.clip_source import Footage, Shot
+from tubelet_lens.steering.clip_source import Clip, ClipSource
 from tubelet_lens.steering.config import ChangeConfig, EditConfig
 from tubelet_lens.steering.edit_report import (
     ClassChange,
@@ -57,7 +57,7 @@ _LATER_LATENTS = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Later:
+class DownstreamSAE:
     """An SAE of a later hook."""
 
     name: str
@@ -66,7 +66,7 @@ class Later:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class EditContext:
     """Everything that the clips share."""
 
     backbone: Backbone
@@ -74,7 +74,7 @@ class Bench:
     sae: SAE
     usage: Usage
     readout: Readout | None
-    later: tuple[Later, ...]
+    later: tuple[DownstreamSAE, ...]
     config: EditConfig
 
 
@@ -99,19 +99,19 @@ def edit(config: EditConfig) -> EditReport:
     # Latents are checked before anything slow.
     LatentEdits(sae, [Edit(change.latent, change.operation) for change in config.changes], torch.zeros(sae.latents))
     backbone = backbone_of(store.plan, config.checkpoint, str(device))
-    footage = Footage(store, backbone, config.root, config.decode)
+    clip_source = ClipSource(store, backbone, config.root, config.decode)
     seen = choose_clips(store, "all", HoldoutConfig(), config.usage_clips)
-    bench = Bench(
+    bench = EditContext(
         backbone=backbone,
         hook=backbone.resolve_hook(trained.hook),
         sae=sae,
         usage=usage(store, trained.hook, sae, seen, device),
-        readout=_readout(config, store, footage),
+        readout=_readout(config, store, clip_source),
         later=tuple(_later(run, backbone, trained.hook, str(device)) for run in config.later),
         config=config,
     )
     effects = []
-    for shots in (footage.videos(config.videos), footage.clips(config.clips)):
+    for shots in (clip_source.videos(config.videos), clip_source.clips(config.clips)):
         effects += [_effect(bench, shot) for shot in shots]
     readout = bench.readout
     return EditReport(
@@ -127,8 +127,8 @@ def edit(config: EditConfig) -> EditReport:
     )
 
 
-def _readout(config: EditConfig, store: Store, footage: Footage) -> Readout | None:
-    own = own_classifier(footage.backbone)
+def _readout(config: EditConfig, store: Store, clip_source: ClipSource) -> Readout | None:
+    own = own_classifier(clip_source.backbone)
     if own is not None or not config.probe_clips:
         return own
     table = store.clips()
@@ -141,18 +141,18 @@ def _readout(config: EditConfig, store: Store, footage: Footage) -> Readout | No
         )
         if ok == "ok" and label is not None and video not in edited
     ]
-    fit = [fit[place] for place in of_every_class(np.array([labels[row] for row in fit]), config.probe_clips)]
+    fit = [fit[place] for place in stratified_sample(np.array([labels[row] for row in fit]), config.probe_clips)]
     numbers = sorted({labels[row] for row in fit})
     if len(numbers) < 2:
         return None
     names = dict(zip(labels, table["label_name"].to_pylist(), strict=True))
-    rows_ND = last_tokens(store, footage, [table["clip"][row].as_py() for row in fit])
+    rows_ND = last_tokens(store, clip_source, [table["clip"][row].as_py() for row in fit])
     class_N = np.searchsorted(numbers, [labels[row] for row in fit]).astype(np.int64)
     classes = [str(names[number] if names[number] is not None else number) for number in numbers]
-    return fit_probe(footage.backbone, rows_ND, class_N, classes, [videos[row] for row in fit], config.seed)
+    return fit_probe(clip_source.backbone, rows_ND, class_N, classes, [videos[row] for row in fit], config.seed)
 
 
-def of_every_class(class_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+def stratified_sample(class_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """int64, ascending: at most `most` places, first one of each class, then a second one, ...
 
     Evenly spaced ones would miss classes wherever these follow each other in turn.
@@ -165,16 +165,16 @@ def of_every_class(class_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(rank_N, kind="stable")[:most])
 
 
-def last_tokens(store: Store, footage: Footage, clips: Sequence[int]) -> Tensor:
+def last_tokens(store: Store, clip_source: ClipSource, clips: Sequence[int]) -> Tensor:
     """float32 [N, D] Mean last token of each clip: from the store where it holds them, else from the videos."""
-    backbone, hook = footage.backbone, final_hook(footage.backbone)
+    backbone, hook = clip_source.backbone, final_hook(clip_source.backbone)
     if store.plan.tokens is None and any(stored.name == hook for stored in store.plan.hooks):
         return torch.stack([read_clip(store, hook, clip).flatten(0, 1).mean(0) for clip in clips])
-    shots = track(footage.clips(clips), "Reading clips for the probe", total=len(clips), transient=True)
+    shots = track(clip_source.clips(clips), "Reading clips for the probe", total=len(clips), transient=True)
     return pooled_tokens(backbone, hook, (shot.pixels for shot in shots))
 
 
-def _later(run: Path, backbone: Backbone, hook: str, device: str) -> Later:
+def _later(run: Path, backbone: Backbone, hook: str, device: str) -> DownstreamSAE:
     record = load_record(run)
     trained_on, at = record.provenance.get("backbone"), str(record.provenance.get("hook"))
     digest = trained_on.get("weights_digest") if isinstance(trained_on, dict) else None
@@ -185,10 +185,10 @@ def _later(run: Path, backbone: Backbone, hook: str, device: str) -> Later:
             f"The SAE in {run} reads '{at}', which does not come after '{hook}'",
             f"Give SAEs of {', '.join(later_hooks(backbone, hook)) or 'an earlier edit'}",
         )
-    return Later(run.name, at, load_sae(run, device))
+    return DownstreamSAE(run.name, at, load_sae(run, device))
 
 
-def _effect(bench: Bench, shot: Shot) -> ClipEffect:
+def _effect(bench: EditContext, shot: Clip) -> ClipEffect:
     backbone, hook, config = bench.backbone, bench.hook, bench.config
     edits = _edits(bench, config.changes, shot)
     hooks = tuple(dict.fromkeys((hook, *later_hooks(backbone, hook), *(later.hook for later in bench.later))))
@@ -233,7 +233,7 @@ def _effect(bench: Bench, shot: Shot) -> ClipEffect:
     )
 
 
-def _edits(bench: Bench, changes: Sequence[ChangeConfig], shot: Shot) -> list[Edit]:
+def _edits(bench: EditContext, changes: Sequence[ChangeConfig], shot: Clip) -> list[Edit]:
     masks = [region_mask(change.where, bench.backbone.grid, shot.frame_times_s) for change in changes]
     return [
         Edit(change.latent, change.operation, None if mask is None else torch.from_numpy(mask))
@@ -248,7 +248,9 @@ def _spread(outcomes: Sequence[Outcome], figure: Callable[[Outcome], float]) -> 
     return Spread(mean=float(np.mean(values)), low=min(values), high=max(values), draws=len(values))
 
 
-def _edited(bench: Bench, edits: Sequence[Edit], rewrite: LatentEdits, tokens_TSD: Tensor) -> tuple[EditedLatent, ...]:
+def _edited(
+    bench: EditContext, edits: Sequence[Edit], rewrite: LatentEdits, tokens_TSD: Tensor
+) -> tuple[EditedLatent, ...]:
     with torch.no_grad():
         codes_TSF = bench.sae.encode(tokens_TSD.flatten(0, 1)).unflatten(0, tokens_TSD.shape[:2])
     change_TSE = rewrite.code_change(tokens_TSD[None])[0]
@@ -303,7 +305,7 @@ def _kl(old_C: Tensor, new_C: Tensor) -> float:
 
 
 def _later_changes(
-    later: Later, before: Outcome, after: Outcome, matched: Sequence[Outcome], random: Sequence[Outcome]
+    later: DownstreamSAE, before: Outcome, after: Outcome, matched: Sequence[Outcome], random: Sequence[Outcome]
 ) -> LaterSae:
     def mean_code(of: Outcome) -> Tensor:
         with torch.no_grad():

@@ -32,7 +32,7 @@ class RunningConfig(Config):
     effects: int = Field(default=32, ge=0)
     """Latents switched off one by one, the most important to the probe first, for `effects.parquet`, which the gallery
     shows; each takes two passes over the test clips; 0: none."""
-    masks: Literal["colour", "shape", "object"] = "colour"
+    masks: Literal["color", "shape", "object"] = "color"
     """Classes of patches, where the data set has masks as `tubelet videos` writes them."""
     max_frequency: float = Field(default=0.1, gt=0, le=1)
     """Segmentation: latents that fire on more of the tokens are not looked at. [RECON]"""

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet_lens.inputs.partition import partition
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, Side
+from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, PooledSplit
 from tubelet_lens.results.section import Figure
 from tubelet_lens.stats.probe import Probe, choose_penalty, fit_probe
-from tubelet_lens.steering.backbone_session import Running
+from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
-from tubelet_lens.steering.clip_source import Footage
+from tubelet_lens.steering.clip_source import ClipSource
 from tubelet_lens.steering.patch_labels import BACKGROUND, CLASSES, NONE, Described, has_masks, patch_labels
 from tubelet_lens.steering.readout import final_hook
 from tubelet_pipeline.backbones import rewriting
@@ -42,7 +42,7 @@ _VALIDATION = 0.2
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """What is learnt on the fit side.
+    """What is learned on the fit side.
 
     Attributes:
         probe: Class of a patch from its last token.
@@ -107,14 +107,14 @@ class Marks:
 def segmentation_edits(clips: ClipSetting) -> ClipResult | None:
     """The rates; None without a running backbone, a fit side or masks of both sides' videos."""
     running = clips.running
-    if running is None or running.footage is None or clips.fit is None:
+    if running is None or running.clip_source is None or clips.fit is None:
         return None
     config, test = running.config, clips.test
-    fit_root, test_root = running.footage.root, running.test_footage.root
+    fit_root, test_root = running.clip_source.root, running.test_footage.root
     videos = ((fit_root, clips.fit.videos[running.fit_rows[0]]), (test_root, test.videos[running.rows[0]]))
     if not all(has_masks(root, str(video)) for root, video in videos):
         return None
-    fit = _fit(running, running.footage, clips.fit, clips.config.seed)
+    fit = _fit(running, running.clip_source, clips.fit, clips.config.seed)
     labels = [
         patch_labels(
             test_root, _described(test, row), shot, running.backbone.grid, config.masks, config.label_threshold
@@ -203,14 +203,14 @@ def segmentation_edits(clips: ClipSetting) -> ClipResult | None:
     return ClipResult(section)
 
 
-def _described(side: Side, row: int) -> Described:
+def _described(side: PooledSplit, row: int) -> Described:
     template, caption = side.label_names[row], side.captions[row]
     return Described(
         str(side.videos[row]), None if template is None else str(template), None if caption is None else str(caption)
     )
 
 
-def _fit(running: Running, footage: Footage, side: Side, seed: int) -> _Fit:
+def _fit(running: BackboneSession, clip_source: ClipSource, side: PooledSplit, seed: int) -> _Fit:
     config, grid = running.config, running.backbone.grid
     hook, classes = final_hook(running.backbone), len(CLASSES[config.masks])
     marks, rng = Marks(running.sae.latents, classes), np.random.default_rng(seed)
@@ -218,9 +218,9 @@ def _fit(running: Running, footage: Footage, side: Side, seed: int) -> _Fit:
     truth: list[NDArray[np.int64]] = []
     kept_of: list[int] = []
     numbers = [int(clip) for clip in side.clips[running.fit_rows]]
-    for place, shot in enumerate(footage.clips(numbers)):
+    for place, shot in enumerate(clip_source.clips(numbers)):
         described = _described(side, int(running.fit_rows[place]))
-        label_N = patch_labels(footage.root, described, shot, grid, config.masks, config.label_threshold).ravel()
+        label_N = patch_labels(clip_source.root, described, shot, grid, config.masks, config.label_threshold).ravel()
         got = running.backbone.activations(shot.pixels[None], [running.hook, hook])
         with torch.no_grad():
             marks.add(running.sae.encode(got[running.hook].tokens[0].float().flatten(0, 1)), label_N)

@@ -31,7 +31,7 @@ class VariantConfig(Config):
     """One kind of SAE."""
 
     settings: dict[str, JsonValue] = Field(default_factory=dict)
-    """What it has of its own: `{sae: {kind: topk, k: 16}, objective: {lambda_t: 0.1}}` (also optimiser)."""
+    """What it has of its own: `{sae: {kind: topk, k: 16}, objective: {lambda_t: 0.1}}` (also optimizer)."""
     weights: dict[str, list[JsonValue]] = Field(default_factory=dict)
     """Fields swept within the variant, each combination a cell: `{objective.lambda_t: [0.03, 0.1]}`."""
 

@@ -122,6 +122,6 @@ def run_cell(train_tree: dict[str, Any], evaluate_tree: dict[str, Any], folder: 
     mark = there / "cell.json.part"
     mark.write_text(json.dumps({"digest": digest, "train": train_tree, "evaluate": evaluate_tree}, indent=2) + "\n")
     mark.replace(there / "cell.json")
-    # Only the SAE itself is needed from here on: checkpoints hold the optimiser's state and the order of the tokens.
+    # Only the SAE itself is needed from here on: checkpoints hold the optimizer's state and the order of the tokens.
     shutil.rmtree(there / "run" / "checkpoints", ignore_errors=True)
     return folder

@@ -1,4 +1,4 @@
-"""Plots of a study, as PNG files: one panel per source, one colour per variant, the band is the spread over seeds."""
+"""Plots of a study, as PNG files: one panel per source, one color per variant, the band is the spread over seeds."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def pareto(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], path: Pa
             raw[cell.source] = of_raw
     if not points:
         return False
-    colours = _colours(done)
+    colors = _colors(done)
     with rc_context(_STYLE):
         canvas, panels = _panels(list(points))
         for axes, (source, variants) in zip(panels, points.items(), strict=True):
             for variant, pairs in variants.items():
                 x, y = (statistics.fmean(values) for values in zip(*pairs, strict=True))
                 spread = [statistics.stdev(values) if len(pairs) > 1 else 0.0 for values in zip(*pairs, strict=True)]
-                axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o", color=colours[variant], label=variant)
+                axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o", color=colors[variant], label=variant)
             if source in raw:
                 axes.axhline(raw[source], color=_RAW, linestyle=(0, (4, 3)), label="raw activations")
             axes.set_title(source)
@@ -73,16 +73,16 @@ def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: st
                     found.setdefault(cell.source, {}).setdefault(cell.variant, []).append(curve)
     if not found:
         return False
-    colours = _colours(done)
+    colors = _colors(done)
     with rc_context(_STYLE):
         canvas, panels = _panels(list(found))
         for axes, (source, variants) in zip(panels, found.items(), strict=True):
             for number, (variant, seeds) in enumerate(variants.items()):
                 for line in seeds[0].lines:
                     if line.subject == "sae":
-                        _draw(axes, seeds, line, colours[variant], variant)
+                        _draw(axes, seeds, line, colors[variant], variant)
                     elif line.subject == "random":
-                        _draw(axes, seeds, line, colours[variant], None)
+                        _draw(axes, seeds, line, colors[variant], None)
                     elif number == 0 and line.subject == "raw":
                         _draw(axes, seeds, line, _RAW, line.label)
             first = next(iter(variants.values()))[0]
@@ -101,7 +101,7 @@ def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: st
     return True
 
 
-def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, colour: str, label: str | None) -> None:
+def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, color: str, label: str | None) -> None:
     """Mean over seeds of one line, at the positions that every seed has: dictionaries of other sizes have others."""
     bars = seeds[0].kind == "bars"
     at = [
@@ -122,11 +122,11 @@ def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, colour: str, label: st
         x,
         mean,
         label=label,
-        color=colour,
+        color=color,
         linestyle={"sae": "-", "raw": (0, (4, 3))}.get(line.subject, ":"),
         drawstyle="steps-mid" if bars else "default",
     )
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, step="mid" if bars else None)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0, step="mid" if bars else None)
 
 
 def _positions(curve: Curve) -> Sequence[float]:
@@ -136,7 +136,7 @@ def _positions(curve: Curve) -> Sequence[float]:
     return curve.x
 
 
-def _colours(done: Sequence[Cell]) -> dict[str, str]:
+def _colors(done: Sequence[Cell]) -> dict[str, str]:
     variants = list(dict.fromkeys(cell.variant for cell in done))
     palette = colormaps["tab10" if len(variants) <= 10 else "turbo"]
     step = 1 if len(variants) <= 10 else 256 // len(variants)

@@ -27,7 +27,7 @@ from tubelet.errors import TubeletError, nearest
 from tubelet_pipeline.backbones.checkpoint import Checkpoint, digest_of_weights, load_model, resolve_device
 from tubelet_pipeline.backbones.config import BackboneConfig
 from tubelet_pipeline.backbones.hooks import CompiledCapture, capture, find_blocks
-from tubelet_pipeline.preprocess import CENTRE, CropBox, Place, Preprocessing, read_preprocessing
+from tubelet_pipeline.preprocess import CENTER, CropBox, Place, Preprocessing, read_preprocessing
 from tubelet_store.plan import Grid
 
 _BLOCK_HOOK = re.compile(r"blocks\.(-?\d+)(\.attn|\.mlp)?")
@@ -66,7 +66,7 @@ class Backbone(ABC):
     trunk: ClassVar[str] = ""
     """Submodule that holds the one list of blocks."""
     final_norm: ClassVar[str | None] = None
-    """Submodule that normalises every token after the last block."""
+    """Submodule that normalizes every token after the last block."""
     attention: ClassVar[str | None] = None
     """Submodule of a block whose output is what attention adds to the residual stream."""
     mlp: ClassVar[str | None] = None
@@ -187,7 +187,7 @@ class Backbone(ABC):
         """Frames that one token spans."""
         return self.frames // self.latent_time
 
-    def preprocess(self, frames_u8: np.ndarray, place: Place = CENTRE) -> tuple[torch.Tensor, CropBox]:
+    def preprocess(self, frames_u8: np.ndarray, place: Place = CENTER) -> tuple[torch.Tensor, CropBox]:
         """Pixels of one clip, and the box of the source frame that the token grid covers.
 
         Args:

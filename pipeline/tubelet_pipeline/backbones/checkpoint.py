@@ -158,7 +158,7 @@ def _read_checkpoint(name: str, folder: Path, revision: str | None) -> Checkpoin
             f"'{name}' holds no {WEIGHT_FILES[0]}; weights in pickle files (.bin, .pt) are not read",
             "Convert them once, if you trust them: "
             f"`AutoModel.from_pretrained('{name}').save_pretrained('NEW_FOLDER')`, and copy {CONFIG_FILE}'s "
-            "neighbour preprocessor_config.json along",
+            "neighbor preprocessor_config.json along",
         )
     return Checkpoint(name, folder, revision, fields)
 

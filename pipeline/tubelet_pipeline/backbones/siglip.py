@@ -34,7 +34,7 @@ class SigLIP2(SigLIP):
     fixed_size: ClassVar[bool] = False
 
     def forward(self, pixels: torch.Tensor) -> object:
-        """Frames as rows of patches, each patch as (row, column, colour)."""
+        """Frames as rows of patches, each patch as (row, column, color)."""
         frames = pixels.flatten(0, 1)
         height, width = self.patch_size
         rows, columns = self.grid.height, self.grid.width

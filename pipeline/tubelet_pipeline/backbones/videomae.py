@@ -10,7 +10,7 @@ from tubelet_pipeline.backbones.base import VideoBackbone
 class VideoMAE(VideoBackbone):
     """Tong et al. 2022 (arXiv 2203.12602).
 
-    There is a final norm only where the checkpoint says `use_mean_pooling: false`; fine-tuned ones normalise after
+    There is a final norm only where the checkpoint says `use_mean_pooling: false`; fine-tuned ones normalize after
     pooling, in the classifier, and their tokens never pass through it.
     """
 

@@ -1,6 +1,6 @@
 """The clip table: one row per clip to extract, in the order the store keeps for ever.
 
-A video gives one clip per window in time and view of it; its clips are neighbours. Paths are relative to the data set's
+A video gives one clip per window in time and view of it; its clips are neighbors. Paths are relative to the data set's
 root, so that the same data set at two places gives the same table, and the same digest.
 """
 
@@ -17,12 +17,12 @@ from tubelet.errors import TubeletError
 from tubelet_pipeline.datasets import folder, kinetics, ssv2
 from tubelet_pipeline.datasets.config import Folder, Kinetics, Ssv2
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
-from tubelet_pipeline.views import CentreView, ShiftedViews, ThreeCrops, locate, views_per_window
+from tubelet_pipeline.views import CenterView, ShiftedViews, ThreeCrops, locate, views_per_window
 from tubelet_store.clip_table import PLANNED
 
 _MISSING = b"tubelet.missing_videos"
 _OF_VIDEO = ("video_id", "uri", "label", "label_name", "caption", "split")
-_ONE_CROP = CentreView()
+_ONE_CROP = CenterView()
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MissingVideos:
 def build_clip_table(
     dataset: Ssv2 | Kinetics | Folder,
     sampling: DenseSampling | UniformSampling,
-    views: CentreView | ThreeCrops | ShiftedViews = _ONE_CROP,
+    views: CenterView | ThreeCrops | ShiftedViews = _ONE_CROP,
 ) -> pa.Table:
     """Clips of `dataset`, `sampling.clips` windows per video and `views` of each, with the store's planned columns.
 

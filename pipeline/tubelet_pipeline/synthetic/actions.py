@@ -2,7 +2,7 @@
 
     stage, rng ──choreography──▶ tracks of the forward video ──twin──▶ tracks of its opposite
 
-Lengths are in units of the frame's smaller side, the origin is the frame's centre, x points right and y down. Hence a
+Lengths are in units of the frame's smaller side, the origin is the frame's center, x points right and y down. Hence a
 growing angle turns clockwise for the viewer.
 """
 
@@ -33,7 +33,7 @@ class Stage:
         return np.linspace(0, 1, self.frames)
 
     def place(self, rng: np.random.Generator, margin_x: float, margin_y: float) -> tuple[float, float]:
-        """A random point that far from the frame's edges (the centre where there is no such room)."""
+        """A random point that far from the frame's edges (the center where there is no such room)."""
         x = max(self.half_width - margin_x, 0.0)
         y = max(self.half_height - margin_y, 0.0)
         return float(rng.uniform(-x, x)), float(rng.uniform(-y, y))
@@ -133,7 +133,7 @@ def _meeting(rng: np.random.Generator, stage: Stage) -> tuple[Track, ...]:
     reach_y = stage.half_height - max(first, second) * REACH
     bearing = _angle(rng)
     toward_x, toward_y = np.cos(bearing), np.sin(bearing)
-    # The farthest apart that two objects can be on this bearing, each as far from the centre as the other.
+    # The farthest apart that two objects can be on this bearing, each as far from the center as the other.
     farthest = 2 * min(reach_x / max(abs(toward_x), 1e-9), reach_y / max(abs(toward_y), 1e-9))
     apart = rng.uniform(0.85, 1.0) * farthest
     half = (apart + (touching - apart) * _pace(rng, stage)) / 2
@@ -190,7 +190,7 @@ class Opposites:
 OPPOSITES: tuple[Opposites, ...] = (
     Opposites("Moving [something] left", "Moving [something] right", _leftward),
     Opposites("Moving [something] up", "Moving [something] down", _upward),
-    Opposites("Moving [something] towards the camera", "Moving [something] away from the camera", _nearing),
+    Opposites("Moving [something] toward the camera", "Moving [something] away from the camera", _nearing),
     Opposites("Turning [something] clockwise", "Turning [something] counter-clockwise", _turning, shapes=TURNABLE),
     Opposites("Making [something] appear", "Making [something] vanish", _appearing),
     Opposites(
@@ -205,7 +205,7 @@ OPPOSITES: tuple[Opposites, ...] = (
 )
 
 TEMPLATES: tuple[str, ...] = tuple(t for pair in OPPOSITES for t in (pair.forward, pair.backward))
-"""All templates; neighbours 2k and 2k+1 are opposed. The position is the class number."""
+"""All templates; neighbors 2k and 2k+1 are opposed. The position is the class number."""
 
 
 def class_name(template: str) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_pipeline.synthetic.palette import Colour
+from tubelet_pipeline.synthetic.palette import Color
 
 Pattern = Callable[[np.random.Generator, int, int], NDArray[np.float64]]
 """(rng, height, width) -> brightness offsets [height, width], in [-1, 1]."""
 
 CONTRAST = 0.17
-"""Brightness swing of a pattern, as a share of the base colour."""
+"""Brightness swing of a pattern, as a share of the base color."""
 
 
 def _plain(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
@@ -40,7 +40,7 @@ def _cloudy(rng: np.random.Generator, height: int, width: int) -> NDArray[np.flo
 
 
 def _ramp(bearing: float, height: int, width: int) -> NDArray[np.float64]:
-    """Position along `bearing`, in units of the smaller side, zero at the centre."""
+    """Position along `bearing`, in units of the smaller side, zero at the center."""
     y, x = np.mgrid[:height, :width]
     short = min(height, width)
     return ((x - width / 2) * np.cos(bearing) + (y - height / 2) * np.sin(bearing)) / short
@@ -58,7 +58,7 @@ def _enlarge(grid: NDArray[np.float64], size: int) -> NDArray[np.float64]:
 PATTERNS: dict[str, Pattern] = {"plain": _plain, "gradient": _gradient, "striped": _striped, "cloudy": _cloudy}
 
 
-def paint(rng: np.random.Generator, pattern: str, colour: Colour, height: int, width: int) -> NDArray[np.float32]:
+def paint(rng: np.random.Generator, pattern: str, color: Color, height: int, width: int) -> NDArray[np.float32]:
     """Background picture, float32 [height, width, 3] in 0..255."""
     swing = 1 + CONTRAST * PATTERNS[pattern](rng, height, width)
-    return np.clip(swing[:, :, None] * np.array(colour), 0, 255).astype(np.float32)
+    return np.clip(swing[:, :, None] * np.array(color), 0, 255).astype(np.float32)

@@ -33,7 +33,7 @@ class Encoding:
 VP9_WEBM = Encoding(
     ".webm", "libvpx-vp9", gop=128, options={"deadline": "realtime", "cpu-used": "7", "crf": "24", "b": "0"}
 )
-"""VP9 as SSv2 has it. Measured at 48 frames of 128 x 128: 25 ms, 15 kB, mean absolute error 2.4 grey levels, of which
+"""VP9 as SSv2 has it. Measured at 48 frames of 128 x 128: 25 ms, 15 kB, mean absolute error 2.4 gray levels, of which
 the camera noise that the codec drops is 1.6."""
 
 H264_MP4 = Encoding(".mp4", "libx264", gop=24, options={"preset": "veryfast", "crf": "20"})

@@ -41,7 +41,7 @@ def read_masks(root: Path | str, video_id: str) -> NDArray[np.uint8]:
     Returns:
         uint8 [frames, height, width]: 0 background; 1, 2 the objects that fill the template's placeholders, in order;
         then an object that only rests, where the scene has one. A pixel belongs to an object that makes up at least
-        half of its colour.
+        half of its color.
 
     Raises:
         TubeletError: there is no such file, or it is not one that `write_masks` wrote.

@@ -1,14 +1,14 @@
-"""Colours: vivid ones for objects, muted ones for backgrounds, and the rule that the two must differ."""
+"""Colors: vivid ones for objects, muted ones for backgrounds, and the rule that the two must differ."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 """RGB, 0 to 255."""
 
-OBJECT_COLOURS: dict[str, Colour] = {
+OBJECT_COLORS: dict[str, Color] = {
     "red": (226, 48, 60),
     "orange": (247, 136, 18),
     "yellow": (255, 212, 64),
@@ -21,7 +21,7 @@ OBJECT_COLOURS: dict[str, Colour] = {
 }
 """By the adjective a caption uses."""
 
-BACKGROUND_COLOURS: tuple[Colour, ...] = (
+BACKGROUND_COLORS: tuple[Color, ...] = (
     (54, 60, 76),
     (24, 28, 44),
     (78, 92, 74),
@@ -33,13 +33,13 @@ BACKGROUND_COLOURS: tuple[Colour, ...] = (
 )
 
 MIN_CONTRAST = 105.0
-"""Smallest distance in RGB between an object and the background behind it. The weakest pair this leaves (teal on grey
+"""Smallest distance in RGB between an object and the background behind it. The weakest pair this leaves (teal on gray
 green) is plain to see on a contact sheet at 64 pixels."""
 
 
-def backgrounds_for(colours: list[Colour]) -> NDArray[np.int64]:
-    """Numbers of the background colours on which every one of `colours` stands out. Never empty."""
-    objects = np.array(colours, np.float64)
-    distance = np.linalg.norm(np.array(BACKGROUND_COLOURS)[:, None] - objects, axis=2).min(axis=1)
+def backgrounds_for(colors: list[Color]) -> NDArray[np.int64]:
+    """Numbers of the background colors on which every one of `colors` stands out. Never empty."""
+    objects = np.array(colors, np.float64)
+    distance = np.linalg.norm(np.array(BACKGROUND_COLORS)[:, None] - objects, axis=2).min(axis=1)
     fit = np.flatnonzero(distance >= MIN_CONTRAST)
     return fit if fit.size else np.array([int(distance.argmax())])

@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_pipeline.synthetic.palette import OBJECT_COLOURS
+from tubelet_pipeline.synthetic.palette import OBJECT_COLORS
 from tubelet_pipeline.synthetic.scene import Actor, Look, Scene
 from tubelet_pipeline.synthetic.shapes import REACH, SHAPES, Plane
 from tubelet_pipeline.synthetic.textures import TEXTURES
 
 NOISE_SIGMA = 2.0
-"""Camera noise, standard deviation in grey levels: visible in the raw frames, gentle on the codec."""
+"""Camera noise, standard deviation in gray levels: visible in the raw frames, gentle on the codec."""
 
 RIM_PIXELS_AT_128 = 1.6
 """Width of the darker rim around each object, in pixels of a 128-pixel frame."""
@@ -25,7 +25,7 @@ def render(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
     Returns:
         frames_THWC: uint8 RGB.
-        masks_THW: uint8; v where actor v - 1 makes up at least half of the pixel's colour (so a half-faded object has
+        masks_THW: uint8; v where actor v - 1 makes up at least half of the pixel's color (so a half-faded object has
             left its mask), 0 where no actor does. Where actors overlap, the first one is in front.
     """
     frames = len(scene.order)
@@ -51,28 +51,28 @@ def _draw(picture_HWC: NDArray[np.float32], mask_HW: NDArray[np.uint8], actor: A
     if opacity == 0:
         return
     radius = float(track.radius[t]) * short
-    centre_x = width / 2 + float(track.x[t]) * short - 0.5
-    centre_y = height / 2 + float(track.y[t]) * short - 0.5
+    center_x = width / 2 + float(track.x[t]) * short - 0.5
+    center_y = height / 2 + float(track.y[t]) * short - 0.5
     reach = radius * REACH + 1
-    rows = slice(max(int(centre_y - reach), 0), max(min(int(centre_y + reach) + 2, height), 0))
-    columns = slice(max(int(centre_x - reach), 0), max(min(int(centre_x + reach) + 2, width), 0))
-    dy = ((np.arange(rows.start, rows.stop) - centre_y) / radius).astype(np.float32)[:, None]
-    dx = ((np.arange(columns.start, columns.stop) - centre_x) / radius).astype(np.float32)[None, :]
+    rows = slice(max(int(center_y - reach), 0), max(min(int(center_y + reach) + 2, height), 0))
+    columns = slice(max(int(center_x - reach), 0), max(min(int(center_x + reach) + 2, width), 0))
+    dy = ((np.arange(rows.start, rows.stop) - center_y) / radius).astype(np.float32)[:, None]
+    dx = ((np.arange(columns.start, columns.stop) - center_x) / radius).astype(np.float32)[None, :]
     cos, sin = np.float32(np.cos(track.angle[t])), np.float32(np.sin(track.angle[t]))
     x, y = cos * dx + sin * dy, cos * dy - sin * dx
 
     depth_px = SHAPES[actor.look.shape](x, y) * np.float32(-radius)
     share = opacity * np.clip(depth_px + np.float32(0.5), 0, 1)
-    colour_HWC = _surface(actor.look, x, y, depth_px, short)
+    color_HWC = _surface(actor.look, x, y, depth_px, short)
     patch = picture_HWC[rows, columns]
-    patch += share[..., None] * (colour_HWC - patch)
+    patch += share[..., None] * (color_HWC - patch)
     mask_HW[rows, columns][share >= 0.5] = value
 
 
 def _surface(look: Look, x: Plane, y: Plane, depth_px: Plane, short: int) -> NDArray[np.float32]:
-    """Colour of the object at each point, [rows, columns, 3] in 0..255."""
-    first = np.array(OBJECT_COLOURS[look.colour], np.float32)
-    light = look.second_tone_is_light and look.colour != "white"
+    """Color of the object at each point, [rows, columns, 3] in 0..255."""
+    first = np.array(OBJECT_COLORS[look.color], np.float32)
+    light = look.second_tone_is_light and look.color != "white"
     second = first + np.float32(0.68) * (255 - first) if light else first * np.float32(0.5)
     tone = TEXTURES[look.texture](x, y)[..., None]
     rim_px = RIM_PIXELS_AT_128 * short / 128

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tubelet_pipeline.synthetic.actions import OPPOSITES, TEMPLATES, Stage, Track, fill, still
 from tubelet_pipeline.synthetic.backgrounds import PATTERNS, paint
-from tubelet_pipeline.synthetic.palette import BACKGROUND_COLOURS, OBJECT_COLOURS, backgrounds_for
+from tubelet_pipeline.synthetic.palette import BACKGROUND_COLORS, OBJECT_COLORS, backgrounds_for
 from tubelet_pipeline.synthetic.shapes import REACH, SHAPES
 from tubelet_pipeline.synthetic.textures import TEXTURES
 
@@ -26,16 +26,14 @@ class Look:
     """What an object looks like."""
 
     shape: str
-    colour: str
+    color: str
     texture: str
     second_tone_is_light: bool
 
     @property
     def phrase(self) -> str:
         """The object as a caption names it, such as "a red striped circle"."""
-        words = (
-            f"{self.colour} {self.shape}" if self.texture == "plain" else f"{self.colour} {self.texture} {self.shape}"
-        )
+        words = f"{self.color} {self.shape}" if self.texture == "plain" else f"{self.color} {self.texture} {self.shape}"
         return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
@@ -87,9 +85,9 @@ def scene_at(seed: int, index: int, frames: int, height: int, width: int) -> Sce
     if len(tracks) == 1 and rng.random() < BYSTANDER_SHARE:
         actors.append(Actor(looks[-1], _bystander(rng, stage, tracks[0])))
 
-    fit = backgrounds_for([OBJECT_COLOURS[actor.look.colour] for actor in actors])
-    colour = BACKGROUND_COLOURS[int(rng.choice(fit))]
-    background = paint(rng, str(rng.choice(list(PATTERNS))), colour, height, width)
+    fit = backgrounds_for([OBJECT_COLORS[actor.look.color] for actor in actors])
+    color = BACKGROUND_COLORS[int(rng.choice(fit))]
+    background = paint(rng, str(rng.choice(list(PATTERNS))), color, height, width)
     return Scene(
         template=pair.backward if backward else pair.forward,
         actors=tuple(actors),
@@ -101,13 +99,13 @@ def scene_at(seed: int, index: int, frames: int, height: int, width: int) -> Sce
 
 
 def _looks(rng: np.random.Generator, count: int, shapes: tuple[str, ...]) -> list[Look]:
-    """Looks of different colours; the first has one of `shapes`."""
-    colours = rng.permutation(list(OBJECT_COLOURS))
+    """Looks of different colors; the first has one of `shapes`."""
+    colors = rng.permutation(list(OBJECT_COLORS))
     kinds = [str(rng.choice(list(shapes if i == 0 else SHAPES))) for i in range(count)]
     textures = rng.choice(list(TEXTURES), count)
     return [
-        Look(shape, str(colour), str(texture), bool(rng.random() < 0.5))
-        for shape, colour, texture in zip(kinds, colours, textures, strict=False)
+        Look(shape, str(color), str(texture), bool(rng.random() < 0.5))
+        for shape, color, texture in zip(kinds, colors, textures, strict=False)
     ]
 
 

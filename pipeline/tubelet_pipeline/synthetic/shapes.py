@@ -15,7 +15,7 @@ Plane = NDArray[np.float32]
 """One value per pixel, [rows, columns]."""
 
 REACH = 1.2
-"""No shape extends further than this from its centre, in radii."""
+"""No shape extends further than this from its center, in radii."""
 
 
 def _polygon(corners: int, inradius: float) -> Callable[[Plane, Plane], Plane]:

@@ -1,6 +1,6 @@
-"""A catalogue with the catalogues nested in it: its stores by name, searched, found, resolved.
+"""A catalog with the catalogs nested in it: its stores by name, searched, found, resolved.
 
-Catalog.read(url) ─▶ its own entries, then those of nested catalogues, each once, to a depth
+Catalog.read(url) ─▶ its own entries, then those of nested catalogs, each once, to a depth
 resolve("catalog.yaml#k400") ─▶ where the store lies and which identity it must have
 """
 
@@ -18,18 +18,18 @@ from tubelet_store.storage.open_root import open_root
 
 DEFAULT = "catalog.yaml"
 
-# Catalogues of catalogues are for people to find their way: deeper ones, or more, are a mistake or malice.
+# Catalogs of catalogs are for people to find their way: deeper ones, or more, are a mistake or malice.
 _MAX_NESTING = 4
-_MAX_CATALOGUES = 64
+_MAX_CATALOGS = 64
 
 
 class Catalog:
-    """The stores of one catalogue and of those nested in it.
+    """The stores of one catalog and of those nested in it.
 
     Attributes:
         url: Where it lies.
         stores: What it lists, its own first.
-        problems: Nested catalogues that could not be read, one line each.
+        problems: Nested catalogs that could not be read, one line each.
     """
 
     def __init__(self, url: str, stores: list[StoreEntry], problems: list[str]) -> None:
@@ -37,7 +37,7 @@ class Catalog:
 
     @classmethod
     def read(cls, url: str) -> Catalog:
-        """The catalogue at `url` (a path or an fsspec URL) with those nested in it.
+        """The catalog at `url` (a path or an fsspec URL) with those nested in it.
 
         Raises:
             TubeletError: it is missing or refused (see `document` and `entry`). A nested one that is becomes one of
@@ -51,8 +51,8 @@ class Catalog:
             link, prefix, depth = pending.pop(0)
             if _place(link.url) in seen:
                 continue
-            if depth > _MAX_NESTING or len(seen) == _MAX_CATALOGUES:
-                catalog.problems.append(f"{link.url} is nested too deep, or one of too many catalogues: not read")
+            if depth > _MAX_NESTING or len(seen) == _MAX_CATALOGS:
+                catalog.problems.append(f"{link.url} is nested too deep, or one of too many catalogs: not read")
                 continue
             seen.add(_place(link.url))
             try:
@@ -85,7 +85,7 @@ class Catalog:
         dataset: str | None = None,
         backbone: str | None = None,
         hook: str | None = None,
-        licence: str | None = None,
+        license: str | None = None,
     ) -> list[StoreEntry]:
         """Stores in which every word given occurs where it should; upper and lower case are the same."""
         found = []
@@ -95,7 +95,7 @@ class Catalog:
                 _occurs(dataset, [json.dumps(about.dataset, ensure_ascii=False)])
                 and _occurs(backbone, [json.dumps(about.backbone, ensure_ascii=False)])
                 and (hook is None or any(hook.casefold() == block.hook.casefold() for block in entry.hooks))
-                and _occurs(licence, [about.licence])
+                and _occurs(license, [about.license])
                 and _occurs(text, [entry.name, entry.url, *(block.model_dump_json() for block in entry.hooks)])
             ):
                 found.append(entry)
@@ -107,7 +107,7 @@ def _occurs(word: str | None, texts: Iterable[str | None]) -> bool:
 
 
 def read_one(url: str) -> tuple[list[StoreEntry], list[Link]]:
-    """Stores and nested catalogues that one file lists.
+    """Stores and nested catalogs that one file lists.
 
     Raises:
         TubeletError: it is missing or refused.
@@ -118,7 +118,7 @@ def read_one(url: str) -> tuple[list[StoreEntry], list[Link]]:
 
 
 def load(url: str) -> tuple[Document, str]:
-    """The parsed catalogue at `url`, and its text.
+    """The parsed catalog at `url`, and its text.
 
     Raises:
         TubeletError: it is missing, too long, or no plain YAML.
@@ -126,9 +126,9 @@ def load(url: str) -> tuple[Document, str]:
     root, name = place(url)
     size = root.size(name)
     if size is None:
-        raise TubeletError(f"No catalogue at {url}", "Check the path; `tubelet catalog add` begins one")
+        raise TubeletError(f"No catalog at {url}", "Check the path; `tubelet catalog add` begins one")
     if size > MAX_BYTES:
-        raise TubeletError(f"{url} is longer than {MAX_BYTES >> 20} MiB", "Split it into nested catalogues")
+        raise TubeletError(f"{url} is longer than {MAX_BYTES >> 20} MiB", "Split it into nested catalogs")
     try:
         text = root.read(name).decode("utf-8")
     except (UnicodeDecodeError, IsADirectoryError) as error:
@@ -137,7 +137,7 @@ def load(url: str) -> tuple[Document, str]:
 
 
 def place(url: str) -> tuple[ObjectRoot, str]:
-    """The folder of the catalogue at `url`, and its name there."""
+    """The folder of the catalog at `url`, and its name there."""
     url = url.removeprefix("file://")
     if "://" not in url:
         path = Path(url).expanduser().absolute()
@@ -152,7 +152,7 @@ def _place(url: str) -> str:
 
 
 def is_reference(text: str) -> bool:
-    """`text` names a store in a catalogue: `catalog.yaml#name`, the catalogue by path or URL."""
+    """`text` names a store in a catalog: `catalog.yaml#name`, the catalog by path or URL."""
     return text.partition("#")[0].endswith((".yaml", ".yml")) and "#" in text
 
 
@@ -160,7 +160,7 @@ def resolve(reference: str) -> StoreEntry:
     """The entry that `catalog.yaml#name` names.
 
     Raises:
-        TubeletError: no such catalogue, or no such store in it.
+        TubeletError: no such catalog, or no such store in it.
     """
     url, _, name = reference.partition("#")
     return Catalog.read(url).find(name)

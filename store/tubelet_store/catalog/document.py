@@ -1,10 +1,10 @@
-"""The text of a catalogue as a plain tree, parsed as `yaml.safe_load` would, with limits held while the text goes by.
+"""The text of a catalog as a plain tree, parsed as `yaml.safe_load` would, with limits held while the text goes by.
 
     text ─▶ parser events ─▶ dict, list, str, int, float, bool, None   and the lines where each entry stands
 
-Whoever can write a catalogue that others read could otherwise hand them a bomb (aliases of aliases), an object of a
+Whoever can write a catalog that others read could otherwise hand them a bomb (aliases of aliases), an object of a
 type of his choice (tags), or two values for one key, of which each reader takes another. None of these is needed in a
-catalogue, so anchors, aliases, tags and repeated keys are errors here. The tree of a text that passes is that of
+catalog, so anchors, aliases, tags and repeated keys are errors here. The tree of a text that passes is that of
 `safe_load`, in a tenth of its time: only scalars that look like something else than text meet its resolver.
 """
 
@@ -47,7 +47,7 @@ class Section:
 
 @dataclass
 class Document:
-    """A parsed catalogue text."""
+    """A parsed catalog text."""
 
     tree: dict[str, Any]
     sections: dict[str, Section]
@@ -63,10 +63,10 @@ def parse(text: str, origin: str) -> Document:
         origin: What to call it in errors.
 
     Raises:
-        TubeletError: it is not one YAML mapping, or longer, deeper or cleverer than a catalogue needs to be.
+        TubeletError: it is not one YAML mapping, or longer, deeper or cleverer than a catalog needs to be.
     """
     if len(text) > MAX_BYTES:
-        raise TubeletError(f"{origin} is longer than {MAX_BYTES >> 20} MiB", "Split it into nested catalogues")
+        raise TubeletError(f"{origin} is longer than {MAX_BYTES >> 20} MiB", "Split it into nested catalogs")
     builder = _Builder(origin)
     try:
         with _events(text) as events:
@@ -76,7 +76,7 @@ def parse(text: str, origin: str) -> Document:
         where = " ".join(str(error).split())
         raise TubeletError(f"{origin} is not valid YAML: {where}", "Mend the line it names") from error
     if not isinstance(builder.root, dict):
-        raise TubeletError(f"{origin} holds no mapping", "A catalogue begins with `version: 2`")
+        raise TubeletError(f"{origin} holds no mapping", "A catalog begins with `version: 2`")
     return Document(builder.root, builder.sections, builder.braced)
 
 
@@ -198,7 +198,7 @@ class _Builder:
         why = why or (f"it uses the tag {tag}" if tag else "it uses an anchor or alias")
         raise TubeletError(
             f"{self._origin}, line {event.start_mark.line + 1}: {why}",
-            "A catalogue is plain YAML: mappings, lists, text and numbers, each written out",
+            "A catalog is plain YAML: mappings, lists, text and numbers, each written out",
         )
 
 

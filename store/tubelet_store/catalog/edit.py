@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tubelet_store.store_state import StoreState
 
 _EMPTY = """\
-# Activation stores. A valid Intake v2 catalogue: intake.open_catalog opens it, `tubelet catalog list` searches it.
+# Activation stores. A valid Intake v2 catalog: intake.open_catalog opens it, `tubelet catalog list` searches it.
 # Names are aliases; the id under metadata.tubelet is the digest of a store's manifest, and what is opened must have it.
 version: 2
 metadata:
@@ -53,17 +53,17 @@ _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 def describe(
     state: StoreState,
     name: str,
-    licence: str | None = None,
+    license: str | None = None,
     owner: str | None = None,
     description: str | None = None,
     pin: bool = True,
 ) -> tuple[HookBlock, ...]:
-    """What a catalogue says of a store, called `name`, per hook.
+    """What a catalog says of a store, called `name`, per hook.
 
     Args:
         state: Of the store, complete.
-        name: What the catalogue calls it.
-        licence: Its licence.
+        name: What the catalog calls it.
+        license: Its license.
         owner: Who answers for it.
         description: One line.
         pin: Note its identity.
@@ -92,7 +92,7 @@ def describe(
             parents=tuple(str(p["identity"]) for p in parents if isinstance(p, dict))
             if isinstance(parents, list)
             else (),
-            licence=licence,
+            license=license,
             owner=owner,
             description=description,
         )
@@ -104,13 +104,13 @@ def add_store(catalog: str, url: str, blocks: tuple[HookBlock, ...], replace: bo
     """List the store at `url` in `catalog`, which is begun if there is none.
 
     Args:
-        catalog: Path or URL of the catalogue.
+        catalog: Path or URL of the catalog.
         url: Where the store lies.
         blocks: From `describe`.
         replace: The name may be in use; the store it meant keeps an entry, under the name that is returned.
 
     Raises:
-        TubeletError: the name is in use, or the catalogue cannot be edited.
+        TubeletError: the name is in use, or the catalog cannot be edited.
     """
     with _editing(catalog) as text:
         stores, _ = read_entries(text.document, catalog, text.root.url)
@@ -133,7 +133,7 @@ def add_store(catalog: str, url: str, blocks: tuple[HookBlock, ...], replace: bo
 
 
 def add_catalog(catalog: str, url: str, name: str, description: str | None = None) -> None:
-    """Nest the catalogue at `url` in `catalog` under `name`.
+    """Nest the catalog at `url` in `catalog` under `name`.
 
     Raises:
         TubeletError: it cannot be read, the name is in use, or `catalog` cannot be edited.
@@ -150,7 +150,7 @@ def add_catalog(catalog: str, url: str, name: str, description: str | None = Non
 
 
 def remove(catalog: str, name: str) -> None:
-    """Take the store or nested catalogue `name` out of `catalog`; the store itself stays.
+    """Take the store or nested catalog `name` out of `catalog`; the store itself stays.
 
     Raises:
         TubeletError: it is not listed in this very file, or the file cannot be edited.
@@ -164,17 +164,17 @@ def remove(catalog: str, name: str) -> None:
             _cut(text, [name])
         else:
             raise TubeletError(
-                f"{catalog} itself lists no store '{name}'", "Those of a nested catalogue are removed there"
+                f"{catalog} itself lists no store '{name}'", "Those of a nested catalog are removed there"
             )
 
 
 class _Text:
-    """A catalogue's text while it is edited: line numbers are those of the document as it was read."""
+    """A catalog's text while it is edited: line numbers are those of the document as it was read."""
 
     def __init__(self, root: ObjectRoot, document: Document, text: str) -> None:
         self.root, self.document = root, document
         if re.search("[\x85\u2028\u2029]|\r(?!\n)", text):
-            raise TubeletError(f"{root.url}: a strange line break in the catalogue", "End its lines with line feeds")
+            raise TubeletError(f"{root.url}: a strange line break in the catalog", "End its lines with line feeds")
         self.lines = [f"{line}\n" for line in text.removesuffix("\n").split("\n")]
         self.after: dict[int, list[str]] = {}
         """Lines to insert after a line."""
@@ -291,7 +291,7 @@ def _section(text: _Text, name: str) -> Section:
 
 
 def _relative(url: str, root: ObjectRoot) -> str:
-    """`url` as an entry says it: what lies beside or below the catalogue moves with it."""
+    """`url` as an entry says it: what lies beside or below the catalog moves with it."""
     if "://" not in url or url.startswith("file://"):
         above, name = place(url)
         url = f"{above.url}/{name}"

@@ -1,8 +1,8 @@
-"""What an entry of a catalogue may say, and how several of them describe one store.
+"""What an entry of a catalog may say, and how several of them describe one store.
 
 An entry is Intake's: a reader over a `data` item, one per store and hook, so that Intake opens the array by itself. Our
-block stands under `metadata.tubelet`. A catalogue is read by people who trust its stores, not its author: only one
-reader is allowed over a store and one over a nested catalogue, and no text may hold what Intake would run.
+block stands under `metadata.tubelet`. A catalog is read by people who trust its stores, not its author: only one
+reader is allowed over a store and one over a nested catalog, and no text may hold what Intake would run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class HookBlock(Config):
     backbone: dict[str, Plain] = Field(default_factory=dict)
     dataset: dict[str, Plain] = Field(default_factory=dict)
     sampling: dict[str, Plain] = Field(default_factory=dict)
-    licence: str | None = None
+    license: str | None = None
     owner: str | None = None
     description: str | None = None
     created: str | None = None
@@ -69,7 +69,7 @@ class HookBlock(Config):
 
 
 class CatalogBlock(Config):
-    """`metadata.tubelet` of an entry that is another catalogue."""
+    """`metadata.tubelet` of an entry that is another catalog."""
 
     catalog: Name
     """Name before the names of its stores."""
@@ -78,15 +78,15 @@ class CatalogBlock(Config):
 
 @dataclass(frozen=True)
 class StoreEntry:
-    """A store, as a catalogue describes it: the entries of its hooks together."""
+    """A store, as a catalog describes it: the entries of its hooks together."""
 
     name: str
-    """Name, after those of the catalogues it is nested in: `team-b/k400`."""
+    """Name, after those of the catalogs it is nested in: `team-b/k400`."""
     url: str
     """Where it lies, resolved."""
     hooks: tuple[HookBlock, ...]
     catalog: str
-    """URL of the catalogue that lists it."""
+    """URL of the catalog that lists it."""
 
     @property
     def about(self) -> HookBlock:
@@ -101,7 +101,7 @@ class StoreEntry:
 
 @dataclass(frozen=True)
 class Link:
-    """A nested catalogue."""
+    """A nested catalog."""
 
     name: str
     url: str
@@ -129,11 +129,11 @@ _HOOK, _LINK = TypeAdapter(HookBlock), TypeAdapter(CatalogBlock)
 
 @collecting_no_garbage()
 def read_entries(document: Document, origin: str, folder: str) -> tuple[list[StoreEntry], list[Link]]:
-    """The stores and nested catalogues that a parsed catalogue describes.
+    """The stores and nested catalogs that a parsed catalog describes.
 
     Args:
         document: The parsed text.
-        origin: URL of the catalogue.
+        origin: URL of the catalog.
         folder: What `{CATALOG_DIR}` stands for.
 
     Raises:
@@ -175,9 +175,7 @@ def read_entries(document: Document, origin: str, folder: str) -> tuple[list[Sto
 
 def _check_top(tree: dict[str, Any], origin: str) -> None:
     if tree.get("version") != 2:
-        raise TubeletError(
-            f"{origin} is no catalogue: version is {tree.get('version')!r}", "Begin it with `version: 2`"
-        )
+        raise TubeletError(f"{origin} is no catalog: version is {tree.get('version')!r}", "Begin it with `version: 2`")
     for name in ("data", "entries", "aliases", "metadata", "user_parameters"):
         if not isinstance(tree.get(name), dict):
             raise TubeletError(f"{origin}: `{name}` is missing or no mapping", f"Write `{name}: {{}}`")
@@ -222,11 +220,11 @@ def _data_of(items: dict[str, _Data], tree: dict[str, Any], entry: _Entry, where
 
 
 def resolve_url(url: Plain, folder: str, where: str) -> str:
-    """`url` of an entry of the catalogue in `folder`, absolute.
+    """`url` of an entry of the catalog in `folder`, absolute.
 
     Raises:
-        TubeletError: it leaves the catalogue's folder by `..`, has an unknown or chained scheme or credentials, or is
-            a local path although the catalogue is remote.
+        TubeletError: it leaves the catalog's folder by `..`, has an unknown or chained scheme or credentials, or is
+            a local path although the catalog is remote.
     """
     if not isinstance(url, str) or not url:
         raise TubeletError(f"{where}: its data has no url", "Mend or remove it")
@@ -238,7 +236,7 @@ def resolve_url(url: Plain, folder: str, where: str) -> str:
     if re.search(r"[{}\\\x00-\x20#]|::", rest):
         raise refuse("holds a template, a chain or a strange character", f"Only {CATALOG_DIR}/ may stand before it")
     if ".." in rest.split("/"):
-        raise refuse("leads upwards", "Give the whole URL, or a path below the catalogue")
+        raise refuse("leads upwards", "Give the whole URL, or a path below the catalog")
     scheme, separator, path = rest.partition("://")
     if not separator and rest.startswith("/"):
         scheme, separator, path = "file", "://", rest
@@ -247,10 +245,10 @@ def resolve_url(url: Plain, folder: str, where: str) -> str:
     if rest != url or scheme not in SCHEMES:
         raise refuse(f"has the scheme '{scheme}'", f"Known are {', '.join(SCHEMES)}")
     if "@" in path.partition("/")[0]:
-        raise refuse("holds credentials", "They belong into the environment, never into a catalogue")
+        raise refuse("holds credentials", "They belong into the environment, never into a catalog")
     if scheme == "file":
         if "://" in folder:
-            raise refuse("is a path of the reader's machine, in a catalogue that came from elsewhere", "Do not use it")
+            raise refuse("is a path of the reader's machine, in a catalog that came from elsewhere", "Do not use it")
         return path
     return rest
 
@@ -260,7 +258,7 @@ def _check_code(document: Document, origin: str) -> None:
     for line, text in document.braced:
         if _CODE.search(text, text.index("{")) and not _DATA_REFERENCE.fullmatch(text):
             raise TubeletError(
-                f"{origin}, line {line}, holds code: {text[:80]!r}", "Do not use this catalogue, or remove that"
+                f"{origin}, line {line}, holds code: {text[:80]!r}", "Do not use this catalog, or remove that"
             )
 
 

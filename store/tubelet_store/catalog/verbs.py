@@ -22,9 +22,9 @@ class CatalogConfig(Config):
     name: str | None = None
     """Of the store; for `add` the name it gets."""
     store: str | None = None
-    """add: path or URL of the store, or of a catalogue (.yaml) to nest."""
+    """add: path or URL of the store, or of a catalog (.yaml) to nest."""
     catalog: str = "catalog.yaml"
-    """Path or URL of the catalogue; `add` begins it where there is none."""
+    """Path or URL of the catalog; `add` begins it where there is none."""
     text: str | None = None
     """list: only stores with this text anywhere in their description."""
     dataset: str | None = None
@@ -33,8 +33,8 @@ class CatalogConfig(Config):
     """list: only stores of a backbone like this."""
     hook: str | None = None
     """list: only stores with this hook."""
-    licence: str | None = None
-    """list: only stores under a licence like this; add: the licence to note."""
+    license: str | None = None
+    """list: only stores under a license like this; add: the license to note."""
     owner: str | None = None
     """add: who answers for the store."""
     description: str | None = None
@@ -63,18 +63,18 @@ def _read(config: CatalogConfig) -> Catalog:
 
 
 def _list(config: CatalogConfig) -> int:
-    found = _read(config).search(config.text, config.dataset, config.backbone, config.hook, config.licence)
+    found = _read(config).search(config.text, config.dataset, config.backbone, config.hook, config.license)
     if config.format == "json":
         print(json.dumps([_record(entry) for entry in found], indent=2, ensure_ascii=False))
         return 0
     if not found:
-        print("No such store in the catalogue.")
+        print("No such store in the catalog.")
     width = max((len(entry.name) for entry in found), default=0)
     lines = []
     for entry in found:
         about = entry.about
         hooks = ", ".join(block.hook for block in entry.hooks)
-        said = [about.dataset.get("name") or about.dataset.get("kind"), about.backbone.get("id"), about.licence]
+        said = [about.dataset.get("name") or about.dataset.get("kind"), about.backbone.get("id"), about.license]
         words = " · ".join(str(word) for word in said if word)
         clips = _clips(entry)
         held = f"{'none found':>14}" if clips is None else f"{clips:>8} clips"
@@ -115,11 +115,11 @@ def _show(config: CatalogConfig) -> int:
         "data set": ", ".join(f"{k} {v}" for k, v in about.dataset.items()),
         "backbone": ", ".join(f"{k} {v}" for k, v in about.backbone.items()),
         "sampling": ", ".join(f"{k} {v}" for k, v in about.sampling.items()),
-        "licence": about.licence or "not stated",
+        "license": about.license or "not stated",
         "owner": about.owner or "not stated",
         "description": about.description or "",
         "made from": ", ".join(about.parents),
-        "catalogue": entry.catalog,
+        "catalog": entry.catalog,
     }
     for name, text in lines.items():
         if text:
@@ -147,7 +147,7 @@ def _add(config: CatalogConfig) -> int:
     if state is None:
         raise TubeletError(f"No store at {config.store}", "Check the path; `tubelet extract` prints where it wrote")
     blocks = describe(
-        state, name, licence=config.licence, owner=config.owner, description=config.description, pin=config.pin
+        state, name, license=config.license, owner=config.owner, description=config.description, pin=config.pin
     )
     kept = add_store(config.catalog, root.url, blocks, config.replace)
     print(f"{config.catalog}: added {name}, {len(blocks)} hooks, identity {state.identity}")
@@ -194,7 +194,7 @@ def _problem(entry: StoreEntry) -> str | None:
     if not state.complete:
         return f"{entry.url} is unfinished"
     if entry.identity is not None and state.identity != entry.identity:
-        return f"{entry.url} has identity {state.identity}, the catalogue means {entry.identity}"
+        return f"{entry.url} has identity {state.identity}, the catalog means {entry.identity}"
     held = {hook.name: (state.plan.clips, *state.plan.clip_shape(hook)) for hook in state.plan.hooks}
     for block in entry.hooks:
         there = held.get(block.hook, ())
@@ -217,7 +217,7 @@ def _record(entry: StoreEntry) -> dict[str, object]:
 
 CATALOG = Verb(
     "catalog",
-    "List, search and keep a catalogue of stores.",
+    "List, search and keep a catalog of stores.",
     lambda: CatalogConfig,
     _run,
     ("action", "name", "store"),

@@ -1,6 +1,6 @@
 """The client that always works: fsspec, whatever the URL.
 
-NumPy is imported where a range is read: a verb that reads a catalogue needs none, and it takes a third of its start.
+NumPy is imported where a range is read: a verb that reads a catalog needs none, and it takes a third of its start.
 """
 
 from __future__ import annotations

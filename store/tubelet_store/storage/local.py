@@ -95,7 +95,7 @@ class LocalRoot(ObjectRoot):
                     if target.exists():
                         return False
                     temporary.rename(target)
-            synchronise(target.parent)
+            synchronize(target.parent)
         return True
 
     def publish(self, key: str, finished: Path) -> None:
@@ -182,7 +182,7 @@ class LocalRoot(ObjectRoot):
         target = self.directory / key
         target.parent.mkdir(parents=True, exist_ok=True)
         finished.replace(target)
-        synchronise(target.parent)
+        synchronize(target.parent)
 
 
 @contextlib.contextmanager
@@ -198,7 +198,7 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
             return
 
 
-def synchronise(path: Path) -> None:
+def synchronize(path: Path) -> None:
     """Make the file's bytes, or the directory's names, outlast a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

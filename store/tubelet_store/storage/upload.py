@@ -121,17 +121,17 @@ class Uploader(FsspecTransport):
     def probe_create(self) -> bool:
         """Whether the server refuses to create what exists; found by trying. A server that does not is warned about."""
         self.create(_PROBE, b"")
-        honoured = not self.create(_PROBE, b"") and self._conditional
+        honored = not self.create(_PROBE, b"") and self._conditional
         # Who may write but not delete leaves an empty object behind.
         with contextlib.suppress(PermissionError, TubeletError):
             self._patiently(_PROBE, lambda: self._files().rm_file(self._path(_PROBE)))
-        if not honoured:
+        if not honored:
             _log.warning(
                 "%s ignores conditional writes (If-None-Match): two jobs that write one store at once are not kept "
                 "apart. Run one at a time.",
                 self.url,
             )
-        return honoured
+        return honored
 
     def _create(self, key: str, put: Callable[[dict[str, str]], object]) -> bool:
         def attempt() -> bool | None:

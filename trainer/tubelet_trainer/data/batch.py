@@ -16,16 +16,16 @@ class Batch:
     """Tokens and where each comes from."""
 
     hooks: Mapping[str, Tensor]
-    """Per hook [B, D], as stored (not normalised); float32 unless another type was asked for."""
+    """Per hook [B, D], as stored (not normalized); float32 unless another type was asked for."""
     positions: Tensor
     """[B] int64: (clip x time steps + time) x patches + patch; distance in space and time is arithmetic."""
     grid: Grid
     whole: int
     """Tokens of the batch over all ranks: fewer than usual in the last batch of a run, which may be a single token."""
     temporal: Pairs | None = None
-    """Neighbours in time of some of the tokens, where they are drawn."""
+    """Neighbors in time of some of the tokens, where they are drawn."""
     spatial: Pairs | None = None
-    """Neighbours in the same frame."""
+    """Neighbors in the same frame."""
 
     @property
     def tokens(self) -> Tensor:

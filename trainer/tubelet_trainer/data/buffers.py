@@ -25,7 +25,7 @@ _KEPT = 2
 
 
 @dataclass
-class Slot:
+class Buffer:
     """Memory of one window: the host side is filled by the stager, the device side is read by the consumer."""
 
     host: tuple[Tensor, ...]
@@ -42,7 +42,7 @@ class Slot:
     """The consumer's last read of the device side is done."""
 
     @classmethod
-    def allocate(cls, tokens: int, channels: Sequence[int], dtype: torch.dtype, device: torch.device) -> Slot:
+    def allocate(cls, tokens: int, channels: Sequence[int], dtype: torch.dtype, device: torch.device) -> Buffer:
         """A slot for windows of up to `tokens` tokens of hooks of `channels` channels each."""
         if device.type != "cuda":
             host = tuple(page_aligned(tokens, each, dtype) for each in channels)

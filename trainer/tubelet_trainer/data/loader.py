@@ -35,12 +35,12 @@ from torch import Tensor
 
 from tubelet.errors import TubeletError
 from tubelet_trainer.data.batch import Batch
-from tubelet_trainer.data.buffers import BatchMemory, Slot
+from tubelet_trainer.data.buffers import BatchMemory, Buffer
 from tubelet_trainer.data.order import ORDER_VERSION
 from tubelet_trainer.data.pair_batch import DrawnPairs, Part
 from tubelet_trainer.data.pairs import PairArithmetic, PairDraw
-from tubelet_trainer.data.prefetcher import Stager
-from tubelet_trainer.data.shard_prefetch import refuse_small_mirror, upcoming
+from tubelet_trainer.data.prefetcher import Prefetcher
+from tubelet_trainer.data.shard_prefetch import refuse_small_mirror, shard_prefetch
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.data.window_order import WindowOrder
 
@@ -50,7 +50,7 @@ _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32"
 _CACHED_ROWS = 512
 
 
-class Windows:
+class ActivationLoader:
     """Shuffled batches over some clips of a source, with an exact position. One iteration at a time.
 
     Args:
@@ -63,7 +63,7 @@ class Windows:
         seed: Chooses the order.
         device: Where batches are wanted.
         dtype: Type of the tokens in batches; None: as stored.
-        pairs: Neighbours to draw with every batch; None: none.
+        pairs: Neighbors to draw with every batch; None: none.
         rank: Which of `ranks` strided parts of every batch to serve.
         ranks: In how many parts batches are served.
         share: Part of every batch that this stream fills, as an interval in [0, 1] (see `Mixture`).
@@ -124,10 +124,10 @@ class Windows:
                 )
             self._arithmetic = PairArithmetic(pairs, source.store, source.block_patches, seed, self.device)
             self._anchors = self._part(min(pairs.config.anchors, batch_tokens))
-        self._upcoming = None if source.store.mirror is None else upcoming(source.store.mirror)
+        self._upcoming = None if source.store.mirror is None else shard_prefetch(source.store.mirror)
         self._announced: tuple[int, int] | None = None
-        self._stager = Stager(self.sources, self._order, self.device, clip_offset, self._announce)
-        self._slots: list[Slot] = []
+        self._stager = Prefetcher(self.sources, self._order, self.device, clip_offset, self._announce)
+        self._slots: list[Buffer] = []
         # A share of a batch varies by one token, and so does a rank's part of it.
         self._memory = BatchMemory(-(-(self._part(batch_tokens) + 1) // ranks), self.device)
 
@@ -304,11 +304,11 @@ class Windows:
         """Windows held at once. With a single one in the whole run there is nothing to stage ahead."""
         return 2 if self._end > self._order.window_tokens else 1
 
-    def _own_slots(self) -> list[Slot]:
+    def _own_slots(self) -> list[Buffer]:
         """The two slots, held while batches are served."""
         if not self._slots:
             channels = [source.channels for source in self.sources]
             for _ in range(self._held):
-                slot = Slot.allocate(self._order.window_tokens, channels, self._stored_dtype, self.device)
+                slot = Buffer.allocate(self._order.window_tokens, channels, self._stored_dtype, self.device)
                 self._slots.append(slot)
         return self._slots

@@ -22,7 +22,7 @@ from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
 from tubelet_store.reader import Store
 from tubelet_trainer.data.batch import Batch
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.pairs import Pairs, join_pairs
 from tubelet_trainer.data.shard_prefetch import refuse_small_mirror
 
@@ -34,13 +34,13 @@ class Mixture:
     """Batches filled from several streams. One iteration at a time.
 
     Args:
-        parts: Streams of the same batches, whose shares are neighbours and together 1 (see `Windows`).
+        parts: Streams of the same batches, whose shares are neighbors and together 1 (see `Windows`).
 
     Raises:
         TubeletError: a mirror is too small for what all parts shuffle together.
     """
 
-    def __init__(self, parts: Sequence[Windows]) -> None:
+    def __init__(self, parts: Sequence[ActivationLoader]) -> None:
         self.parts = tuple(parts)
         refuse_small_mirror([need for part in self.parts for need in part.needs])
         first = self.parts[0]

@@ -138,14 +138,14 @@ class EpochOrder:
 
 
 def _mix64(values: Words) -> Words:
-    """The finaliser of splitmix64 (Stafford's mix 13)."""
+    """The finalizer of splitmix64 (Stafford's mix 13)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def _mix32(values: Words) -> Words:
-    """The finaliser lowbias32 (Wellons 2018, "Prospecting for hash functions")."""
+    """The finalizer lowbias32 (Wellons 2018, "Prospecting for hash functions")."""
     values = (values ^ (values >> np.uint32(16))) * np.uint32(0x7FEB352D)
     values = (values ^ (values >> np.uint32(15))) * np.uint32(0x846CA68B)
     return values ^ (values >> np.uint32(16))

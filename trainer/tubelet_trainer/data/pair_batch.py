@@ -44,7 +44,7 @@ class DrawnPairs:
 
     Args:
         draw: What to draw.
-        arithmetic: Finds the neighbours.
+        arithmetic: Finds the neighbors.
         part: Of which batch.
     """
 
@@ -68,15 +68,15 @@ class DrawnPairs:
         mine = rows[first : taken : part.ranks]
         self._rows.append(torch.arange(filled, filled + len(mine), device=rows.device))
         places = part.offset + self._seen + first + part.ranks * torch.arange(len(mine), device=rows.device)
-        for found, neighbours_of in (
+        for found, neighbors_of in (
             (self._temporal, self._arithmetic.temporal),
             (self._spatial, self._arithmetic.spatial),
         ):
             if found is not None:
-                neighbours, valid = neighbours_of(mine, where.clips(mine), part.step, places)
-                found.positions.append(where.positions(neighbours))
+                neighbors, valid = neighbors_of(mine, where.clips(mine), part.step, places)
+                found.positions.append(where.positions(neighbors))
                 found.valid.append(valid)
-                found.tokens.append(tuple(tokens.index_select(0, neighbours).float() for tokens in window.tokens))
+                found.tokens.append(tuple(tokens.index_select(0, neighbors).float() for tokens in window.tokens))
         self._seen += taken
 
     def pairs(self, hooks: Sequence[str]) -> tuple[Pairs | None, Pairs | None]:

@@ -1,13 +1,13 @@
-"""Pairs of neighbouring tokens, found by index arithmetic inside a window.
+"""Pairs of neighboring tokens, found by index arithmetic inside a window.
 
     anchor (clip v, time t, patch p) ──▶ temporal: (v, t + delta, p)        delta in 1 ... max_delta
-                                     └─▶ spatial:  (v, t, p')               p' a neighbour of p in the same frame
+                                     └─▶ spatial:  (v, t, p')               p' a neighbor of p in the same frame
 
 All time steps of a patch lie in one window, and whole frames do where blocks are whole grids: a pair costs the gather
 of one more row. Which pair an anchor gets is a hash of (seed, step, place in the batch): a pure function, evaluated on
 the device, the same for any number of ranks.
 
-A clip shorter than its frames repeats the last one. A latent step that covers a repeated frame equals its neighbour
+A clip shorter than its frames repeats the last one. A latent step that covers a repeated frame equals its neighbor
 whatever the encoder does, so it enters no pair.
 """
 
@@ -28,7 +28,7 @@ from tubelet_store.plan import Grid
 from tubelet_store.reader import Store
 from tubelet_trainer.config import PairsConfig
 
-# Constants of the splitmix64 finaliser (Stafford's mix 13) as signed 64-bit integers: torch has no unsigned products.
+# Constants of the splitmix64 finalizer (Stafford's mix 13) as signed 64-bit integers: torch has no unsigned products.
 _MIX_A = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_B = 0x94D049BB133111EB - 2**64
 
@@ -47,16 +47,16 @@ class PairDraw:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A anchors of a batch, each with a neighbour."""
+    """A anchors of a batch, each with a neighbor."""
 
     rows: Tensor
     """[A] int64: rows of the batch that are anchors."""
     hooks: Mapping[str, Tensor]
-    """Per hook the neighbour's tokens [A, D], float32 as stored."""
+    """Per hook the neighbor's tokens [A, D], float32 as stored."""
     positions: Tensor
-    """[A] int64: the neighbours' positions (see `Batch.positions`)."""
+    """[A] int64: the neighbors' positions (see `Batch.positions`)."""
     valid: Tensor
-    """[A] bool: False where an anchor has no such neighbour, or one of the two is a repeated frame."""
+    """[A] bool: False where an anchor has no such neighbor, or one of the two is a repeated frame."""
     whole: int
     """Anchors of the batch over all ranks."""
     most: int
@@ -83,7 +83,7 @@ def join_pairs(parts: Sequence[Pairs], starts: Sequence[int]) -> Pairs:
 
 
 class PairArithmetic:
-    """Neighbours of tokens in a window, on the device.
+    """Neighbors of tokens in a window, on the device.
 
     Args:
         draw: What to draw.
@@ -93,7 +93,7 @@ class PairArithmetic:
         device: Where the windows are.
 
     Raises:
-        TubeletError: the grid has no such neighbours, or blocks do not hold whole frames and spatial pairs are wanted.
+        TubeletError: the grid has no such neighbors, or blocks do not hold whole frames and spatial pairs are wanted.
     """
 
     def __init__(self, draw: PairDraw, store: Store, block_patches: int, seed: int, device: torch.device) -> None:
@@ -112,16 +112,16 @@ class PairArithmetic:
             )
         self._fresh_CT = torch.from_numpy(fresh_steps(store)).to(device)
         if draw.spatial:
-            kept, kind = store.kept_patches, draw.config.neighbours
-            # Of a store that keeps some patches of each clip, rows next to each other need not be neighbours.
+            kept, kind = store.kept_patches, draw.config.neighbors
+            # Of a store that keeps some patches of each clip, rows next to each other need not be neighbors.
             scattered = kept is not None and kind != "random" and grid.space > 1
             self._kept_CS = torch.from_numpy(kept).to(device) if kept is not None and scattered else None
-            table, counts = neighbour_table(store.plan.position_grid if scattered else grid, kind)
-            self._neighbours_PM = torch.from_numpy(table).to(device)
+            table, counts = neighbor_table(store.plan.position_grid if scattered else grid, kind)
+            self._neighbors_PM = torch.from_numpy(table).to(device)
             self._counts_P = torch.from_numpy(counts).to(device)
 
     def temporal(self, rows: Tensor, clips: Tensor, step: int, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Window rows [A] of the neighbours in time, and which are valid [A]; invalid anchors get their own row.
+        """Window rows [A] of the neighbors in time, and which are valid [A]; invalid anchors get their own row.
 
         Args:
             rows: [A] Window rows of the anchors.
@@ -137,19 +137,19 @@ class PairArithmetic:
         return rows + delta * self._block_patches, valid
 
     def spatial(self, rows: Tensor, clips: Tensor, step: int, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Window rows [A] of neighbours in the same frame, and which are valid [A]; arguments as in `temporal`."""
+        """Window rows [A] of neighbors in the same frame, and which are valid [A]; arguments as in `temporal`."""
         patch = rows % self._block_patches
         time = rows // self._block_patches % self._grid.time
         draws, fresh = _draws(places, ("spatial", self._seed, step)), self._fresh_CT[clips, time]
         if self._kept_CS is not None:
-            other, there = self._kept_neighbour(self._kept_CS[clips], patch, draws)
+            other, there = self._kept_neighbor(self._kept_CS[clips], patch, draws)
             return rows - patch + other, fresh & there
-        return rows - patch + self._neighbours_PM[patch, draws % self._counts_P[patch]], fresh
+        return rows - patch + self._neighbors_PM[patch, draws % self._counts_P[patch]], fresh
 
-    def _kept_neighbour(self, kept_AS: Tensor, patch: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each anchor one of those neighbours that its clip keeps, and whether it keeps any; else itself."""
+    def _kept_neighbor(self, kept_AS: Tensor, patch: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each anchor one of those neighbors that its clip keeps, and whether it keeps any; else itself."""
         place = kept_AS.gather(1, patch[:, None])[:, 0].long()
-        wanted_AM = self._neighbours_PM[place]
+        wanted_AM = self._neighbors_PM[place]
         counted_AM = torch.arange(wanted_AM.shape[1], device=patch.device) < self._counts_P[place][:, None]
         found_AMS = (kept_AS[:, None, :] == wanted_AM[:, :, None]) & counted_AM[:, :, None]
         there_AM = found_AMS.any(2)
@@ -159,14 +159,14 @@ class PairArithmetic:
         return torch.where(count > 0, other, patch), count > 0
 
 
-def neighbour_table(grid: Grid, kind: Literal[4, 8, "random"]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Neighbours of each patch.
+def neighbor_table(grid: Grid, kind: Literal[4, 8, "random"]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Neighbors of each patch.
 
     Returns:
         [space, most] patches, row-major, padded with 0, and [space] how many of them count.
 
     Raises:
-        TubeletError: a patch has no neighbour.
+        TubeletError: a patch has no neighbor.
     """
     if grid.space == 1:
         raise TubeletError("The grid has a single patch: no spatial pairs", "Set objective.lambda_s to 0")

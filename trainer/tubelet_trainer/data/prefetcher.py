@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_trainer.data.buffers import Slot
+from tubelet_trainer.data.buffers import Buffer
 from tubelet_trainer.data.locations import Locations
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.data.window_order import WindowBlocks, WindowOrder
@@ -43,7 +43,7 @@ class Window:
 
 @dataclass(frozen=True)
 class _Staged:
-    slot: Slot
+    slot: Buffer
     blocks: WindowBlocks
     order: NDArray[np.int64]
     first: NDArray[np.int64]
@@ -52,7 +52,7 @@ class _Staged:
     """`order` and `first` on the device."""
 
 
-class Stager:
+class Prefetcher:
     """Fills slots with the windows of one stream.
 
     Args:
@@ -77,14 +77,14 @@ class Stager:
         """[blocks] Blocks in which every value was seen to be finite; a shard never changes."""
 
     @contextmanager
-    def windows(self, slots: Sequence[Slot], start: int, stop: int) -> Iterator[Iterator[Window]]:
+    def windows(self, slots: Sequence[Buffer], start: int, stop: int) -> Iterator[Iterator[Window]]:
         """The windows that hold stream positions [start, stop), each filled while the one before is consumed.
 
         Raises:
             TubeletError: a token is not finite, or a shard cannot be read (by the iterator).
         """
         ready: queue.Queue[_Staged | BaseException] = queue.Queue()
-        free: queue.Queue[Slot | None] = queue.Queue()
+        free: queue.Queue[Buffer | None] = queue.Queue()
         for slot in slots:
             free.put(slot)
         thread = threading.Thread(target=self._run, args=(start, stop, free, ready), name="tubelet-stager", daemon=True)
@@ -105,7 +105,7 @@ class Stager:
         self,
         start: int,
         stop: int,
-        free: queue.Queue[Slot | None],
+        free: queue.Queue[Buffer | None],
         ready: queue.Queue[_Staged | BaseException],
     ) -> Iterator[Window]:
         position = start
@@ -136,7 +136,7 @@ class Stager:
         self,
         start: int,
         stop: int,
-        free: queue.Queue[Slot | None],
+        free: queue.Queue[Buffer | None],
         ready: queue.Queue[_Staged | BaseException],
     ) -> None:
         """Body of the thread."""
@@ -181,7 +181,7 @@ class Stager:
         source = self._sources[0]
         return (blocks.clips + self._clip_offset) * source.grid.tokens + blocks.groups * source.block_patches
 
-    def _copy(self, slot: Slot, blocks: WindowBlocks, pool: ThreadPoolExecutor) -> None:
+    def _copy(self, slot: Buffer, blocks: WindowBlocks, pool: ThreadPoolExecutor) -> None:
         """Copy a window's blocks from the memory maps to the slot's host side."""
         if slot.copied is not None:
             slot.copied.synchronize()  # the host side may still be on its way to the device

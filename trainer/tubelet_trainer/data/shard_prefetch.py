@@ -21,7 +21,7 @@ from tubelet_store.cache.shard_object import ShardObject
 from tubelet_trainer.data.source import Source
 
 
-class Upcoming:
+class ShardPrefetch:
     """The list for the mirrors in one directory."""
 
     def __init__(self) -> None:
@@ -64,12 +64,12 @@ class Upcoming:
         return chain.from_iterable(chain.from_iterable(zip_longest(*newest_first, fillvalue=[])))
 
 
-_UPCOMING: dict[Path, Upcoming] = {}
+_UPCOMING: dict[Path, ShardPrefetch] = {}
 
 
-def upcoming(mirror: Mirror) -> Upcoming:
+def shard_prefetch(mirror: Mirror) -> ShardPrefetch:
     """What is read next through the directory of `mirror`."""
-    return _UPCOMING.setdefault(mirror.config.folder, Upcoming())
+    return _UPCOMING.setdefault(mirror.config.folder, ShardPrefetch())
 
 
 def refuse_small_mirror(needs: Sequence[tuple[Source, int]]) -> None:

@@ -1,7 +1,7 @@
 """One place of one store, cut into blocks: what the loader copies from.
 
-A *block* is a group of neighbouring patches of one clip through all its time steps. In the file it is `time` runs of
-`patches` x channels values, so gathering blocks is copying a few long runs, and the neighbours of a token in space
+A *block* is a group of neighboring patches of one clip through all its time steps. In the file it is `time` runs of
+`patches` x channels values, so gathering blocks is copying a few long runs, and the neighbors of a token in space
 and time lie at fixed distances from it.
 """
 

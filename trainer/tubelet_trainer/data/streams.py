@@ -20,16 +20,16 @@ from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.data.loader import Windows
+from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.mixture import Mixture, mixed_moments, refuse_other_kind
 from tubelet_trainer.data.pairs import PairDraw
 from tubelet_trainer.data.shard_prefetch import fitting_shards
 from tubelet_trainer.data.source import Source, choose_hook
 from tubelet_trainer.data.split import held_out
-from tubelet_trainer.run.process_group import ALONE, Ranks
+from tubelet_trainer.run.process_group import ALONE, ProcessGroup
 from tubelet_trainer.run.specs import Spec, specs
 
-Stream = Windows | Mixture
+Stream = ActivationLoader | Mixture
 
 
 class Streams:
@@ -52,7 +52,7 @@ class Streams:
         specs: Sequence[Spec],
         stores: Sequence[Store],
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> None:
         self.config, self.stores, self.device, self.ranks = config, stores, device, ranks
         store = stores[0]
@@ -66,7 +66,7 @@ class Streams:
         self._draw = PairDraw(config.pairs, temporal, spatial) if temporal or spatial else None
         self.block_patches = config.block_patches
         if spatial and self.block_patches is None:
-            # Neighbours above and below lie in one window only if whole frames do.
+            # Neighbors above and below lie in one window only if whole frames do.
             self.block_patches = store.plan.grid.space
         splits = [self._split(each) for each in self.stores]
         self._training, self._heldout = [split[0] for split in splits], [split[1] for split in splits]
@@ -124,7 +124,7 @@ class Streams:
         batch_tokens: int | None = None,
         seed: int | None = None,
         draw: PairDraw | None = None,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> Stream:
         """Batches over `clips` of each store. A store without any leaves its share to the others."""
         ranks = ranks or self.ranks
@@ -149,7 +149,9 @@ class Streams:
                 tokens = max(1, int(window_tokens * share))
                 bounds = (reached, reached + share)
                 parts.append(
-                    Windows(sources, clips[number], window_tokens=tokens, share=bounds, clip_offset=offset, **options)
+                    ActivationLoader(
+                        sources, clips[number], window_tokens=tokens, share=bounds, clip_offset=offset, **options
+                    )
                 )
                 reached += share
             offset += store.plan.clips

@@ -1,8 +1,8 @@
 """Objectives that make codes coherent in time and space: terms beside the reconstruction.
 
     anchors x_a ─▶ g(z_a) ─┐
-                           ├─ similarity [A, A] ─▶ symmetric InfoNCE, each anchor against its own neighbour
-    neighbours x_a' ─▶ g(z_a') ┘                  negatives: neighbours of anchors of *other* clips
+                           ├─ similarity [A, A] ─▶ symmetric InfoNCE, each anchor against its own neighbor
+    neighbors x_a' ─▶ g(z_a') ┘                  negatives: neighbors of anchors of *other* clips
 
 The paper on spatio-temporal SAEs for video (arXiv 2604.03919) has no published formulas: all of this is a
 reconstruction [RECON], closest to T-SAE (Bhalla et al., arXiv 2511.05541), whose paper takes the cosine and whose code
@@ -12,7 +12,7 @@ takes the raw dot product without temperature. What is compared, g, is a choice 
     post     the codes: the gradient only rescales what was already chosen
     prefix   the codes' first latents, which then carry what stays the same (T-SAE)
 
-Neighbours pass the sparsifier separately; only anchors are reconstructed (T-SAE's code).
+Neighbors pass the sparsifier separately; only anchors are reconstructed (T-SAE's code).
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def prefix_length(config: ObjectiveConfig, sae: SAEConfig, latents: int) -> int:
 
 @dataclass(frozen=True)
 class _Views:
-    """Anchors and their neighbours as the objective sees them, over all ranks."""
+    """Anchors and their neighbors as the objective sees them, over all ranks."""
 
     pairs: Pairs
     anchor_AG: Tensor
-    neighbour_AG: Tensor
+    neighbor_AG: Tensor
     clip_A: Tensor
     valid_A: Tensor
     """bool: both are there, distinct frames, and (for the contrast) not all zero."""
@@ -92,10 +92,10 @@ class _Views:
             raise ValueError(f"the batch was drawn without {kind} pairs")
         sae, gather = forward.sae, forward.ranks.gather
         with _exact(forward):
-            x_AD = sae.normalisation(pairs.hooks[forward.hook])
+            x_AD = sae.normalization(pairs.hooks[forward.hook])
         if config.codes == "pre":
             anchor_AG = _pre(sae, forward.x_BD[pairs.rows], forward.pre_BF[pairs.rows])
-            neighbour_AG = _pre(sae, x_AD, sae.pre_activations(x_AD))
+            neighbor_AG = _pre(sae, x_AD, sae.pre_activations(x_AD))
         else:
             codes = forward.codes
             if codes.bags is None:
@@ -103,13 +103,13 @@ class _Views:
             else:
                 anchor_AG = codes.dense(sae.latents)[pairs.rows]
             with _aside(sae.sparsifier, pairs.whole):
-                neighbour_AG = sae.activate(x_AD, sae.pre_activations(x_AD)).dense(sae.latents)
+                neighbor_AG = sae.activate(x_AD, sae.pre_activations(x_AD)).dense(sae.latents)
         if config.codes == "prefix":
-            anchor_AG, neighbour_AG = anchor_AG[:, :prefix], neighbour_AG[:, :prefix]
+            anchor_AG, neighbor_AG = anchor_AG[:, :prefix], neighbor_AG[:, :prefix]
         return cls(
             pairs=pairs,
             anchor_AG=gather(anchor_AG, pairs.most),
-            neighbour_AG=gather(neighbour_AG, pairs.most),
+            neighbor_AG=gather(neighbor_AG, pairs.most),
             clip_A=gather(batch.clip[pairs.rows], pairs.most),
             valid_A=gather(pairs.valid.int(), pairs.most) > 0,
         )
@@ -128,7 +128,7 @@ def _pre(sae: SAE, x_AD: Tensor, pre_AF: Tensor) -> Tensor:
 
 @contextmanager
 def _aside(sparsifier: Sparsifier, tokens: int) -> Iterator[None]:
-    """Let `sparsifier` choose from `tokens` (over all ranks) beside the batch's: its threshold is learnt from those."""
+    """Let `sparsifier` choose from `tokens` (over all ranks) beside the batch's, which its threshold is learned from."""
     before = {name: buffer.clone() for name, buffer in sparsifier.named_buffers()}
     ranked = sparsifier if isinstance(sparsifier, RankedBatchTopK) else None
     whole = None if ranked is None else ranked.whole
@@ -145,7 +145,7 @@ def _aside(sparsifier: Sparsifier, tokens: int) -> Iterator[None]:
 
 def info_nce(
     anchor_AG: Tensor,
-    neighbour_AG: Tensor,
+    neighbor_AG: Tensor,
     clip_A: Tensor,
     valid_A: Tensor,
     similarity: Literal["cosine", "dot"] = "cosine",
@@ -153,27 +153,27 @@ def info_nce(
 ) -> Tensor:
     """Symmetric InfoNCE, 0-dimensional: the mean of both directions over valid pairs.
 
-        s_ij = sim(anchor_i, neighbour_j) / temperature
+        s_ij = sim(anchor_i, neighbor_j) / temperature
         L = -1/(2N) sum_i log [e^s_ii / (e^s_ii + sum_{j: clip_j != clip_i} e^s_ij)]
             -1/(2N) sum_j log [e^s_jj / (e^s_jj + sum_{i: clip_i != clip_j} e^s_ij)]
 
-    Sums run over valid pairs alone. Tokens of the same clip are never negatives: neighbouring patches would be pushed
+    Sums run over valid pairs alone. Tokens of the same clip are never negatives: neighboring patches would be pushed
     apart. T-SAE's code halves the sum of the directions as here; its paper does not.
 
     Args:
         anchor_AG: [A, G]
-        neighbour_AG: [A, G] Row i belongs to anchor i.
+        neighbor_AG: [A, G] Row i belongs to anchor i.
         clip_A: Clip of each pair.
         valid_A: bool; where False a pair is neither compared nor a negative.
         similarity: Cosine or raw dot product.
         temperature: Divides similarities.
     """
     if similarity == "cosine":
-        anchor_AG, neighbour_AG = nnf.normalize(anchor_AG, dim=1), nnf.normalize(neighbour_AG, dim=1)
+        anchor_AG, neighbor_AG = nnf.normalize(anchor_AG, dim=1), nnf.normalize(neighbor_AG, dim=1)
     # A raw product has no bound, and would be rounded to 8 bits; a cosine loses a hundredth of its gradient at most.
     exact = nullcontext() if similarity == "cosine" else torch.autocast(anchor_AG.device.type, enabled=False)
     with exact:
-        s_AA = (anchor_AG @ neighbour_AG.T).to(anchor_AG.dtype) / temperature
+        s_AA = (anchor_AG @ neighbor_AG.T).to(anchor_AG.dtype) / temperature
     own_AA = torch.eye(len(s_AA), dtype=torch.bool, device=s_AA.device)
     other_AA = clip_A[:, None] != clip_A[None, :]
     positive_A = s_AA.diagonal()
@@ -183,7 +183,7 @@ def info_nce(
 
 
 class Contrast:
-    """weight x InfoNCE between anchors and their neighbours (see `info_nce`).
+    """weight x InfoNCE between anchors and their neighbors (see `info_nce`).
 
     Args:
         kind: In time or in space.
@@ -210,10 +210,10 @@ class Contrast:
                 f"The {self.kind} contrast has no negatives: all anchors of a batch come from one clip",
                 "Raise pairs.anchors, batch_tokens or window_tokens, or train on more clips",
             )
-        zero_A = ~(views.anchor_AG != 0).any(dim=1) | ~(views.neighbour_AG != 0).any(dim=1)
+        zero_A = ~(views.anchor_AG != 0).any(dim=1) | ~(views.neighbor_AG != 0).any(dim=1)
         kept_A = views.valid_A & ~zero_A
         loss = info_nce(
-            views.anchor_AG, views.neighbour_AG, views.clip_A, kept_A, self.config.similarity, self.temperature
+            views.anchor_AG, views.neighbor_AG, views.clip_A, kept_A, self.config.similarity, self.temperature
         )
         dropped = (views.valid_A & zero_A).sum() / views.valid_A.sum().clamp_min(1)
         metrics = {"nce": loss.detach(), "pairs": kept_A.sum(), "dropped": dropped}
@@ -241,10 +241,10 @@ class Smoothness:
         views = _Views.of(forward, "temporal", self.config, self.prefix)
         pairs, gather = views.pairs, forward.ranks.gather
         with _exact(forward):
-            x_AD = gather(forward.sae.normalisation.inverse(forward.x_BD[pairs.rows]), pairs.most)
+            x_AD = gather(forward.sae.normalization.inverse(forward.x_BD[pairs.rows]), pairs.most)
         other_AD = gather(pairs.hooks[forward.hook], pairs.most)
         alike_A = nnf.cosine_similarity(x_AD, other_AD, dim=1).relu()
-        distance_A = (views.anchor_AG - views.neighbour_AG).abs().sum(dim=1)
+        distance_A = (views.anchor_AG - views.neighbor_AG).abs().sum(dim=1)
         compared = views.valid_A.sum()
         weighted_A = torch.where(views.valid_A, alike_A * distance_A, 0)
         loss = weighted_A.sum() / compared.clamp_min(1)

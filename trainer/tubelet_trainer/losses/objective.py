@@ -1,4 +1,4 @@
-"""What training minimises: a sum of terms, each of which reports its own metrics.
+"""What training minimizes: a sum of terms, each of which reports its own metrics.
 
     tokens ─▶ Forward (pre-activations, codes, reconstruction) ─▶ term, term, ... ─▶ sum of losses, union of metrics
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tubelet_trainer.data.batch import Batch
-from tubelet_trainer.optim.device_scalar import Knob
-from tubelet_trainer.run.process_group import ALONE, Ranks
+from tubelet_trainer.optim.device_scalar import DeviceScalar
+from tubelet_trainer.run.process_group import ALONE, ProcessGroup
 from tubelet_trainer.sae.activations import Choice
 from tubelet_trainer.sae.config import Flat
 from tubelet_trainer.sae.matryoshka import Cuts, cuts, prefix_reconstructions
@@ -32,7 +32,7 @@ _LOOK_EVERY = 4
 
 @dataclass(frozen=True)
 class Forward:
-    """One batch seen through one SAE, in normalised space."""
+    """One batch seen through one SAE, in normalized space."""
 
     sae: SAE
     x_BD: Tensor
@@ -47,10 +47,10 @@ class Forward:
     dead_bound: int | None = None
     """At most so many latents are dead, as far as the host knows; None: any number may be."""
     batch: Batch | None = None
-    """Where the tokens come from, and their neighbours."""
+    """Where the tokens come from, and their neighbors."""
     hook: str = ""
     """Which of the batch's tokens they are."""
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = ALONE
     """Who holds the rest of the batch."""
 
     @classmethod
@@ -62,9 +62,9 @@ class Forward:
         dead_bound: int | None = None,
         batch: Batch | None = None,
         hook: str = "",
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> Forward:
-        """Run `sae` on normalised tokens."""
+        """Run `sae` on normalized tokens."""
         pre_BF = sae.pre_activations(x_BD)
         codes = sae.activate(x_BD, pre_BF)
         recon_BD = sae.reconstruct(codes)
@@ -109,20 +109,20 @@ class Reconstruction:
     """mean_b ||x_b - x^_b||^2 / variance; with nesting, the weighted mean of that over all prefixes of the code.
 
     Args:
-        variance: Mean squared distance of the data set's normalised tokens from their mean.
+        variance: Mean squared distance of the data set's normalized tokens from their mean.
     """
 
     def __init__(self, variance: float) -> None:
         self.variance = variance
         self._cut: Cuts | None = None
-        self._ends, self._weights = Knob(()), Knob(())
+        self._ends, self._weights = DeviceScalar(()), DeviceScalar(())
 
     def begin(self, sae: SAE, step: int) -> None:
         """Draw the prefixes of step `step`."""
         config = sae.config
         cut = cuts(config.nesting, sae.latents, getattr(sae.sparsifier, "k", 0), config.seed, step)
         if self._cut is None or len(cut.ends) != len(self._cut.ends):
-            self._ends, self._weights = Knob(cut.ends[:-1], torch.int64), Knob(cut.weights[:-1])
+            self._ends, self._weights = DeviceScalar(cut.ends[:-1], torch.int64), DeviceScalar(cut.weights[:-1])
         elif cut != self._cut:
             self._ends.set(cut.ends[:-1])
         self._cut = cut
@@ -184,8 +184,8 @@ class AuxK:
         values, indices = largest(forward.pre_BF.masked_fill(~forward.dead_F, -torch.inf), width)
         codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(indices, values > 0))
         residual_BD = (forward.x_BD - forward.recon_BD).detach()
-        modelled_BD = decode(codes.values, codes.indices, sae.W_dec)
-        error = forward.ranks.total((residual_BD - modelled_BD).square().sum())
+        modeled_BD = decode(codes.values, codes.indices, sae.W_dec)
+        error = forward.ranks.total((residual_BD - modeled_BD).square().sum())
         ratio = error / forward.spread(residual_BD)
         return self.term(ratio, dead_share, forward.dead_F.any())
 
@@ -232,7 +232,7 @@ class Objective:
             tensor.copy_(tensors[name])
 
 
-class FiringClock:
+class DeadLatentTracker:
     """Tokens since each latent last fired.
 
     The host learns how many are dead without waiting for the device: every 4 steps the number sets out, and it is read
@@ -245,7 +245,9 @@ class FiringClock:
         holders: Who holds the other latents, where the dictionary is split.
     """
 
-    def __init__(self, latents: int, dead_after_tokens: int, device: torch.device, holders: Ranks = ALONE) -> None:
+    def __init__(
+        self, latents: int, dead_after_tokens: int, device: torch.device, holders: ProcessGroup = ALONE
+    ) -> None:
         self.silent_tokens_F = torch.zeros(latents, dtype=torch.int64, device=device)
         self.dead_after_tokens = dead_after_tokens
         self.holders = holders
@@ -266,7 +268,7 @@ class FiringClock:
         """bool [F]"""
         return self.silent_tokens_F > self.dead_after_tokens
 
-    def update(self, codes: Codes, tokens: int | None = None, ranks: Ranks = ALONE) -> None:
+    def update(self, codes: Codes, tokens: int | None = None, ranks: ProcessGroup = ALONE) -> None:
         """Count one batch of `tokens` (None: as many as there are codes), of which `ranks` hold parts."""
         self.silent_tokens_F += len(codes) if tokens is None else tokens
         fired_F = codes.fired(len(self.silent_tokens_F))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tubelet_trainer.losses.objective import AuxK, Forward, Reconstruction, Term, TermFunction
-from tubelet_trainer.optim.device_scalar import Knob
+from tubelet_trainer.optim.device_scalar import DeviceScalar
 from tubelet_trainer.sae.activations import Choice, JumpReLU
 from tubelet_trainer.sae.config import GatedConfig, JumpReLUConfig, RandomPrefixes, ReLUConfig, SAEConfig
 from tubelet_trainer.sae.matryoshka import cuts
@@ -40,7 +40,7 @@ class PenaltyWeight:
     Args:
         weight: After warm-up, before steering.
         warmup_steps: Steps of linear rise.
-        target_l0: Active latents per token to steer towards; None: the weight stays.
+        target_l0: Active latents per token to steer toward; None: the weight stays.
         device: Where the penalty is computed.
     """
 
@@ -49,8 +49,8 @@ class PenaltyWeight:
         self.warmup_steps = warmup_steps
         self.target_l0 = target_l0
         self.log_gain = torch.zeros((), dtype=torch.float64, device=device)
-        self._planned = Knob(0.0, torch.float64)
-        self._rate = Knob(0.0, torch.float64)
+        self._planned = DeviceScalar(0.0, torch.float64)
+        self._rate = DeviceScalar(0.0, torch.float64)
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -114,7 +114,7 @@ class L1Penalty(SparsityPenalty):
 
     def __init__(self, weight: PenaltyWeight) -> None:
         super().__init__(weight)
-        self._ends = Knob(())
+        self._ends = DeviceScalar(())
 
     def begin(self, sae: SAE, step: int) -> None:
         """Draw the prefixes of step `step`."""
@@ -125,7 +125,7 @@ class L1Penalty(SparsityPenalty):
             if self._ends.size == len(ends):
                 self._ends.set(ends)
             else:
-                self._ends = Knob(ends, torch.int64)
+                self._ends = DeviceScalar(ends, torch.int64)
 
     def penalty(self, forward: Forward) -> tuple[Tensor, None]:
         """mean_b sum_j |z_bj|."""
@@ -189,7 +189,7 @@ def sae_terms(
     Args:
         config: The recipe.
         channels: D.
-        variance: Total variance of the normalised tokens.
+        variance: Total variance of the normalized tokens.
         steps: Length of the run.
         device: Where it is trained.
     """

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tubelet_trainer.optim.device_scalar import Knob
+from tubelet_trainer.optim.device_scalar import DeviceScalar
 
 
 class Adam:
@@ -30,7 +30,7 @@ class Adam:
         self.betas, self.eps = betas, eps
         self.lr = 0.0
         """Learning rate, as set last."""
-        self._lr = Knob(0.0)
+        self._lr = DeviceScalar(0.0)
         self.moments = {
             name: {
                 "exp_avg": torch.zeros_like(parameter),

@@ -24,8 +24,8 @@ from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.data.batch import Batch
 from tubelet_trainer.data.pairs import Pairs
 from tubelet_trainer.losses.objective import Forward
-from tubelet_trainer.optim.stacked import Cohort
-from tubelet_trainer.run.process_group import Ranks
+from tubelet_trainer.optim.stacked import StackedSAEs
+from tubelet_trainer.run.process_group import ProcessGroup
 from tubelet_trainer.run.specs import specs
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, RandomPrefixes, TopKConfig
 
@@ -41,15 +41,15 @@ class _Recording:
     metrics: list[Mapping[str, Tensor]]
 
 
-class CapturedCohort:
+class CapturedStack:
     """`Cohort.compute` as CUDA graphs.
 
     Args:
         cohort: On a GPU.
     """
 
-    def __init__(self, cohort: Cohort) -> None:
-        self.cohort = cohort
+    def __init__(self, stacked: StackedSAEs) -> None:
+        self.stacked = stacked
         self._seen: dict[tuple[object, ...], int] = {}
         self._recordings: dict[tuple[object, ...], _Recording] = {}
         self._stream = torch.cuda.Stream()
@@ -57,14 +57,14 @@ class CapturedCohort:
 
     def learn(self, batch: Batch, x_BD: Tensor, step: int) -> list[Mapping[str, Tensor]]:
         """As `Cohort.learn`; the metrics are overwritten by the next step."""
-        self.cohort.begin(step, batch)
-        key = signature(self.cohort, batch, x_BD)
+        self.stacked.begin(step, batch)
+        key = signature(self.stacked, batch, x_BD)
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] <= _WARM_UP:
             # On a stream of its own: what a library sets up on first use must not belong to the main one.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                forwards, metrics = self.cohort.compute(batch, x_BD, step)
+                forwards, metrics = self.stacked.compute(batch, x_BD, step)
             torch.cuda.current_stream().wait_stream(self._stream)
         else:
             recording = self._recordings.get(key) or self._record(key, batch, x_BD)
@@ -72,28 +72,28 @@ class CapturedCohort:
             recording.graph.replay()
             forwards = [replace(forward, step=step) for forward in recording.forwards]
             metrics = recording.metrics
-        self.cohort.finish(forwards)
+        self.stacked.finish(forwards)
         return metrics
 
     def _record(self, key: tuple[object, ...], batch: Batch, x_BD: Tensor) -> _Recording:
         held, tokens = held_batch(batch), x_BD.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            forwards, metrics = self.cohort.compute(held, tokens, 0)
+            forwards, metrics = self.stacked.compute(held, tokens, 0)
         self._recordings[key] = _Recording(graph, inputs_of(held, tokens), forwards, metrics)
         return self._recordings[key]
 
 
-def signature(cohort: Cohort, batch: Batch, x_BD: Tensor) -> tuple[object, ...]:
+def signature(stacked: StackedSAEs, batch: Batch, x_BD: Tensor) -> tuple[object, ...]:
     """Everything but the numbers on the device that decides what a step does."""
     shapes = tuple(tuple(tensor.shape) for tensor in inputs_of(batch, x_BD))
     pairs = tuple((part.most, part.several_clips) for part in _pairs(batch))
-    chosen = tuple((getattr(s.sae.sparsifier, "k", None), s.clock.dead_bound) for s in cohort.learners)
+    chosen = tuple((getattr(s.sae.sparsifier, "k", None), s.clock.dead_bound) for s in stacked.sae_trainers)
     return shapes, batch.whole, pairs, chosen
 
 
 def inputs_of(batch: Batch, x_BD: Tensor) -> list[Tensor]:
-    """The tensors of a batch that a step reads, in a fixed order; `x_BD` are its normalised tokens."""
+    """The tensors of a batch that a step reads, in a fixed order; `x_BD` are its normalized tokens."""
     own = [tensor for part in _pairs(batch) for tensor in (part.rows, part.positions, part.valid, *part.hooks.values())]
     return [x_BD, batch.positions, *own]
 
@@ -104,7 +104,7 @@ def held_batch(batch: Batch) -> Batch:
     return replace(batch, hooks={}, positions=batch.positions.clone(), temporal=temporal, spatial=spatial)
 
 
-def refuse_unrepeatable(config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+def refuse_unrepeatable(config: TrainConfig, device: torch.device, ranks: ProcessGroup) -> None:
     """Refuse to record or compile steps that differ from one to the next.
 
     Raises:

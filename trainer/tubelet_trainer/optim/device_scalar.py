@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Knob:
+class DeviceScalar:
     """A number, or several, on a device; 0-dimensional or [M].
 
     Args:

@@ -1,4 +1,4 @@
-"""One SAE while it learns: weights, optimiser, terms, what counts its dead latents. It sees batches, not stores.
+"""One SAE while it learns: weights, optimizer, terms, what counts its dead latents. It sees batches, not stores.
 
     step number ─▶ begin ─▶ Forward ─▶ Objective ─▶ gradient ─▶ update: project, Adam (clipped), unit norm, count
                                                                       finish: resample, sort, look at the dead
@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from tubelet_trainer.config import OptimiserConfig
-from tubelet_trainer.losses.objective import FiringClock, Forward, Objective, Term
+from tubelet_trainer.config import OptimizerConfig
+from tubelet_trainer.losses.objective import DeadLatentTracker, Forward, Objective, Term
 from tubelet_trainer.optim.adam import Adam
-from tubelet_trainer.optim.device_scalar import Knob
+from tubelet_trainer.optim.device_scalar import DeviceScalar
 from tubelet_trainer.optim.sharded_sae import RankedBatchTopK, ShardedSAE, gradient_norm
-from tubelet_trainer.run.process_group import ALONE, Ranks
+from tubelet_trainer.run.process_group import ALONE, ProcessGroup
 from tubelet_trainer.sae.activations import JumpReLU
 from tubelet_trainer.sae.config import JumpReLUConfig, RandomPrefixes
 from tubelet_trainer.sae.model import SAE
@@ -33,7 +33,7 @@ from tubelet_trainer.sae.model import SAE
 # Resampled encoder rows are short, so that a new latent disturbs little (Bricken et al. 2023, appendix).
 _RESAMPLED_ENCODER_NORM = 0.2
 
-# What is resampled in the last tenth of a run would not be learnt any more. [RECON]
+# What is resampled in the last tenth of a run would not be learned any more. [RECON]
 _RESAMPLE_UNTIL = 0.9
 
 # Weight of the newest batch in the latents' running energy (Abeshima 2024).
@@ -50,13 +50,13 @@ def ema_decay(decay: float, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-class Learner:
-    """An SAE and its optimiser.
+class SAETrainer:
+    """An SAE and its optimizer.
 
     Args:
-        sae: Initialised, on its device. Trained in place.
-        objective: What to minimise.
-        config: Optimiser and schedule.
+        sae: Initialized, on its device. Trained in place.
+        objective: What to minimize.
+        config: Optimizer and schedule.
         steps: Length of the run.
         dead_after_tokens: Tokens without firing after which a latent is dead.
         precision: Of the products in training, as `TrainConfig.precision` says.
@@ -68,11 +68,11 @@ class Learner:
         self,
         sae: SAE,
         objective: Objective,
-        config: OptimiserConfig,
+        config: OptimizerConfig,
         steps: int,
         dead_after_tokens: int,
         precision: torch.dtype = torch.float32,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
         batch_tokens: int | None = None,
     ) -> None:
         self.sae = sae
@@ -84,10 +84,10 @@ class Learner:
         self.precision = precision
         self.ranks = ranks
         holders = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
-        self.clock = FiringClock(sae.latents, dead_after_tokens, self.device, holders)
+        self.clock = DeadLatentTracker(sae.latents, dead_after_tokens, self.device, holders)
         self.averaged = copy.deepcopy(sae) if config.ema is not None else None
         """Running mean of the weights."""
-        self._renewal = Knob(0.0)
+        self._renewal = DeviceScalar(0.0)
         nesting = sae.config.nesting
         self._sort_every = nesting.sort_every if isinstance(nesting, RandomPrefixes) else None
         self.energy_F = torch.zeros(sae.latents, device=self.device)
@@ -132,12 +132,12 @@ class Learner:
         self.clock.look(step)
 
     def apply_gradients(self) -> Tensor:
-        """One optimiser step from the gradients as they are; their norm before clipping."""
+        """One optimizer step from the gradients as they are; their norm before clipping."""
         self.ranks.sum_gradients(self.sae.parameters())
         self.sae.project_decoder_gradient()
         norm = gradient_norm(self.sae)
         self.adam.step(((norm + 1e-6) / self.config.grad_clip).clamp_min(1).float())
-        self.sae.normalise_decoder()
+        self.sae.normalize_decoder()
         return norm
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class Learner:
             return self.sae
         result = copy.deepcopy(self.averaged)
         # The mean of unit vectors is shorter than one.
-        result.normalise_decoder()
+        result.normalize_decoder()
         return result
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class Learner:
         """Give dead latents the directions of tokens that are reconstructed badly (Bricken et al. 2023, appendix).
 
         Tokens are drawn with probability proportional to their squared loss. The decoder row becomes the token's
-        direction, the encoder row the same at 0.2 of the mean norm of the living ones; biases and the optimiser's
+        direction, the encoder row the same at 0.2 of the mean norm of the living ones; biases and the optimizer's
         moments of those latents start anew.
         """
         sae, dead_F = self.sae, self.clock.dead_F
@@ -196,7 +196,7 @@ class Learner:
     def _sort(self) -> None:
         """Order the latents by falling energy, with everything that is known of each.
 
-        The code of Abeshima 2024 looks for the optimiser's moments where they are not, and leaves them behind.
+        The code of Abeshima 2024 looks for the optimizer's moments where they are not, and leaves them behind.
         """
         order_F = self.energy_F.argsort(descending=True, stable=True)
         found = [tensor for tensors in self._per_latent().values() for part in tensors for tensor in part]
@@ -204,7 +204,7 @@ class Learner:
             tensor.copy_(tensor[order_F])
 
     def _per_latent(self) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-        """Of each parameter with a row per latent: the weights (and their running mean), the optimiser's moments."""
+        """Of each parameter with a row per latent: the weights (and their running mean), the optimizer's moments."""
         averages = dict(self.averaged.named_parameters()) if self.averaged is not None else {}
         return {
             name: (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.losses.objective import AuxK, Forward, Reconstruction, Term, TermFunction
-from tubelet_trainer.run.process_group import Ranks
+from tubelet_trainer.run.process_group import ProcessGroup
 from tubelet_trainer.sae.activations import BatchTopK, Choice, TopK
 from tubelet_trainer.sae.config import BatchTopKConfig, Flat, TopKConfig
 from tubelet_trainer.sae.model import SAE, Codes
@@ -40,7 +40,7 @@ class ShardedSAE(SAE):
         TubeletError: the dictionary does not divide, or the kind of SAE is not one that can be split.
     """
 
-    def __init__(self, whole: SAE, ranks: Ranks) -> None:
+    def __init__(self, whole: SAE, ranks: ProcessGroup) -> None:
         nn.Module.__init__(self)
         config = whole.config
         if not isinstance(config, TopKConfig | BatchTopKConfig) or not isinstance(config.nesting, Flat):
@@ -54,7 +54,7 @@ class ShardedSAE(SAE):
                 f"{whole.latents} latents do not divide into {ranks.size} ranks",
                 f"Set sae.latents to a multiple of {ranks.size}",
             )
-        self.config, self.normalisation, self.channels = config, whole.normalisation, whole.channels
+        self.config, self.normalization, self.channels = config, whole.normalization, whole.channels
         self.latents = whole.latents // ranks.size
         self.ranks = ranks
         mine = slice(ranks.rank * self.latents, (ranks.rank + 1) * self.latents)
@@ -78,7 +78,7 @@ class ShardedSAE(SAE):
         return select(x_ND, b_dec, self.W_enc, self.b_enc, pre_NF, choice.indices, choice.bags)
 
     def reconstruct(self, codes: Codes) -> Tensor:
-        """Normalised tokens [N, D] from all ranks' codes."""
+        """Normalized tokens [N, D] from all ranks' codes."""
         return self.ranks.total(decode(codes.values, codes.indices, self.W_dec, codes.bags)) + self.b_dec
 
     def gathered(self) -> SAE | None:
@@ -87,7 +87,7 @@ class ShardedSAE(SAE):
         if not self.ranks.first:
             return None
         config = self.config.model_copy(update={"latents": self.latents * self.ranks.size})
-        whole = SAE(config, copy.deepcopy(self.normalisation).cpu()).to(dtype=self.W_dec.dtype)
+        whole = SAE(config, copy.deepcopy(self.normalization).cpu()).to(dtype=self.W_dec.dtype)
         whole.load_state_dict(state)
         return whole
 
@@ -95,7 +95,7 @@ class ShardedSAE(SAE):
 class ShardedTopK(TopK):
     """The k largest of each token over the latents of all ranks."""
 
-    def __init__(self, k: int, ranks: Ranks) -> None:
+    def __init__(self, k: int, ranks: ProcessGroup) -> None:
         super().__init__(k)
         self.ranks = ranks
 
@@ -113,7 +113,7 @@ class RankedBatchTopK(BatchTopK):
     share; what exceeds that is dropped, which two ranks never see. [RECON]
     """
 
-    def __init__(self, k: int, momentum: float, ranks: Ranks, split: Literal["tokens", "latents"]) -> None:
+    def __init__(self, k: int, momentum: float, ranks: ProcessGroup, split: Literal["tokens", "latents"]) -> None:
         super().__init__(k, momentum)
         self.ranks = ranks
         self.split = split
@@ -143,14 +143,14 @@ class RankedBatchTopK(BatchTopK):
         super()._learn(self.ranks.min(smallest))
 
 
-def split_batch(sae: SAE, ranks: Ranks) -> None:
+def split_batch(sae: SAE, ranks: ProcessGroup) -> None:
     """Make `sae` choose over the whole batch where each rank holds some of its tokens."""
     if ranks.size > 1 and isinstance(sae.sparsifier, BatchTopK):
         sparsifier = RankedBatchTopK(sae.sparsifier.k, sae.sparsifier.momentum, ranks, "tokens")
         sae.sparsifier = sparsifier.to(sae.W_dec.device)
 
 
-def sharded_terms(terms: Sequence[TermFunction], ranks: Ranks) -> list[TermFunction]:
+def sharded_terms(terms: Sequence[TermFunction], ranks: ProcessGroup) -> list[TermFunction]:
     """`terms` for a `ShardedSAE`."""
     sharded: list[TermFunction] = []
     for term in terms:
@@ -165,7 +165,7 @@ def sharded_terms(terms: Sequence[TermFunction], ranks: Ranks) -> list[TermFunct
 
 
 class _ShardedReconstruction(Reconstruction):
-    def __init__(self, variance: float, ranks: Ranks) -> None:
+    def __init__(self, variance: float, ranks: ProcessGroup) -> None:
         super().__init__(variance)
         self.ranks = ranks
 
@@ -177,7 +177,7 @@ class _ShardedReconstruction(Reconstruction):
 class _ShardedAuxK(AuxK):
     """The k largest among the dead latents of all ranks."""
 
-    def __init__(self, k: int, coef: float, ranks: Ranks) -> None:
+    def __init__(self, k: int, coef: float, ranks: ProcessGroup) -> None:
         super().__init__(k, coef)
         self.ranks = ranks
 
@@ -192,12 +192,12 @@ class _ShardedAuxK(AuxK):
         cut_B1 = _largest_of_all(values, width, self.ranks)
         codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(indices, (values > 0) & (values >= cut_B1)))
         residual_BD = (forward.x_BD - forward.recon_BD).detach()
-        modelled_BD = self.ranks.total(decode(codes.values, codes.indices, sae.W_dec))
-        ratio = (residual_BD - modelled_BD).square().sum() / forward.spread(residual_BD)
+        modeled_BD = self.ranks.total(decode(codes.values, codes.indices, sae.W_dec))
+        ratio = (residual_BD - modeled_BD).square().sum() / forward.spread(residual_BD)
         return self.term(ratio, dead_share, dead_share > 0)
 
 
-def _largest_of_all(values_NK: Tensor, k: int, ranks: Ranks) -> Tensor:
+def _largest_of_all(values_NK: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
     """[N, 1] The k-th largest of each token over all ranks' candidates."""
     everyones = ranks.gather(values_NK.detach()).view(ranks.size, *values_NK.shape)
     merged = everyones.permute(1, 0, 2).reshape(len(values_NK), -1)
@@ -217,12 +217,12 @@ def gradient_norm(sae: SAE) -> Tensor:
     return (sae.ranks.sum(own) + common).sqrt()
 
 
-def gather_state(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def gather_state(tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> dict[str, Tensor]:
     """State of the whole dictionary from this rank's, on the first rank's host; a collective call."""
     return {name: ranks.gather_on_first(t) if _per_latent(name) else t.detach().cpu() for name, t in tensors.items()}
 
 
-def own_state(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def own_state(tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> dict[str, Tensor]:
     """This rank's part of what `gather_state` gave."""
     return {
         name: tensor.tensor_split(ranks.size)[ranks.rank] if _per_latent(name) else tensor
@@ -239,13 +239,13 @@ def refuse_unsplittable(config: TrainConfig) -> None:
     """Refuse what a split dictionary cannot do.
 
     Raises:
-        TubeletError: the objective or the optimiser looks at whole codes.
+        TubeletError: the objective or the optimizer looks at whole codes.
     """
     objective = config.objective
     wanted = [name for name in ("lambda_t", "lambda_s", "lambda_smooth", "lambda_slow") if getattr(objective, name)]
     wanted = [f"objective.{name}" for name in wanted]
-    if config.optimiser.resample_every is not None:
-        wanted.append("optimiser.resample_every")
+    if config.optimizer.resample_every is not None:
+        wanted.append("optimizer.resample_every")
     if wanted:
         raise TubeletError(
             f"--parallel dictionary does not go with {', '.join(wanted)}", "Use --parallel data, or set them off"

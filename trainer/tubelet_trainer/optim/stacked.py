@@ -1,6 +1,6 @@
 """SAEs of one run that step together: one preparation of the batch, one product where shapes allow, one backward pass.
 
-    tokens, normalised once ─▶ pre-activations [S N, F] ─▶ one choice, one decoding of S N tokens ─▶ S Forwards
+    tokens, normalized once ─▶ pre-activations [S N, F] ─▶ one choice, one decoding of S N tokens ─▶ S Forwards
     W_enc, W_dec of all S SAEs lie in one array [S F, D]                                    each its own terms
 
 S SAEs of equal shape are one SAE with S F latents and S N tokens, in which a token sees its own F alone. So kernels are
@@ -8,7 +8,7 @@ as few for S as for one, which is what counts on a GPU where one SAE is too smal
 that it would have alone, bit for bit on a CPU: every row is the same sum in the same order. The encoder's product too:
 on a CPU a batched one gave the bits of single ones in nine shapes out of nine (S 3 to 16, B 61 to 1024, F 96 to 1536,
 D 16 to 768, one thread), in 0.88 to 0.98 of their time at full size and 0.3 to 0.6 of it for the smallest. Each SAE has
-an optimiser step of its own: one fused call for all gives the same bits, but clipping differs between SAEs, so their
+an optimizer step of its own: one fused call for all gives the same bits, but clipping differs between SAEs, so their
 gradients would be divided in a pass before it: 1.12 to 1.18 of the time (4 and 8 SAEs of 1536 x 768, one thread).
 """
 
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from tubelet_trainer.data.batch import Batch
 from tubelet_trainer.losses.objective import Forward, Term
-from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.optim.sae_trainer import SAETrainer
 from tubelet_trainer.optim.sharded_sae import RankedBatchTopK, ShardedSAE
 from tubelet_trainer.sae.activations import BatchTopK, Choice
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE, Codes
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sparse_ops import Bags, decode, largest, pays_dense, select
 
 # Pre-activations of a cohort in one array take at most this. SAEs that exceed it fill a GPU by themselves.
@@ -38,8 +38,8 @@ _MOST_BYTES = 2**30
 _RECOMPILE_LIMIT = 256
 
 
-class Cohort:
-    """SAEs with one shape, one hook and one normalisation.
+class StackedSAEs:
+    """SAEs with one shape, one hook and one normalization.
 
     Args:
         learners: Whose SAEs they are. Of several, the weights are moved into one array.
@@ -47,9 +47,9 @@ class Cohort:
         compiled: Compile the losses and their gradients with `torch.compile`.
     """
 
-    def __init__(self, learners: Sequence[Learner], hook: str, compiled: bool = False) -> None:
-        self.learners, self.hook = tuple(learners), hook
-        self.saes = [learner.sae for learner in learners]
+    def __init__(self, sae_trainers: Sequence[SAETrainer], hook: str, compiled: bool = False) -> None:
+        self.sae_trainers, self.hook = tuple(sae_trainers), hook
+        self.saes = [sae_trainer.sae for sae_trainer in sae_trainers]
         self._encoders, self._decoders = (_together(self.saes, name) for name in ("W_enc", "W_dec"))
         self._losses = self.losses
         if compiled:
@@ -58,7 +58,7 @@ class Cohort:
             self._losses = torch.compile(self.losses, dynamic=False)
 
     def learn(self, batch: Batch, tokens: Tensor, step: int) -> list[Mapping[str, Tensor]]:
-        """A whole step number `step` (from 0) from normalised tokens [B, D]; metrics of each SAE, on the device."""
+        """A whole step number `step` (from 0) from normalized tokens [B, D]; metrics of each SAE, on the device."""
         self.begin(step, batch)
         forwards, metrics = self.compute(batch, tokens, step)
         self.finish(forwards)
@@ -66,48 +66,48 @@ class Cohort:
 
     def begin(self, step: int, batch: Batch) -> None:
         """Set what step `step` changes."""
-        for learner in self.learners:
-            learner.begin(step, batch.whole)
+        for sae_trainer in self.sae_trainers:
+            sae_trainer.begin(step, batch.whole)
 
     def compute(self, batch: Batch, x_BD: Tensor, step: int) -> tuple[list[Forward], list[Mapping[str, Tensor]]]:
         """What the device does in a step, the same in each."""
-        for learner in self.learners:
-            learner.adam.zero_grad()
+        for sae_trainer in self.sae_trainers:
+            sae_trainer.adam.zero_grad()
         seen, totals = self._losses(batch, x_BD)
         forwards = [replace(forward, step=step) for forward in seen]
         torch.autograd.backward([total.loss for total in totals])
-        together = zip(self.learners, forwards, totals, strict=True)
-        return forwards, [learner.update(forward, total) for learner, forward, total in together]
+        together = zip(self.sae_trainers, forwards, totals, strict=True)
+        return forwards, [sae_trainer.update(forward, total) for sae_trainer, forward, total in together]
 
     def losses(self, batch: Batch, x_BD: Tensor) -> tuple[list[Forward], list[Term]]:
-        """Each SAE's view of the batch, and what it minimises; the same in every step."""
-        first = self.learners[0]
+        """Each SAE's view of the batch, and what it minimizes; the same in every step."""
+        first = self.sae_trainers[0]
         low = first.precision != torch.float32
         # Without its cache of cast weights, which a captured graph could not see again.
         with torch.autocast(first.device.type, first.precision, enabled=low, cache_enabled=False):
             forwards = self._forwards(batch, x_BD)
-            pairs = zip(self.learners, forwards, strict=True)
-            return forwards, [learner.objective(forward) for learner, forward in pairs]
+            pairs = zip(self.sae_trainers, forwards, strict=True)
+            return forwards, [sae_trainer.objective(forward) for sae_trainer, forward in pairs]
 
     def finish(self, forwards: Sequence[Forward]) -> None:
         """After a step: what is done every so many steps."""
-        for learner, forward in zip(self.learners, forwards, strict=True):
-            learner.finish(forward)
+        for sae_trainer, forward in zip(self.sae_trainers, forwards, strict=True):
+            sae_trainer.finish(forward)
 
     def _forwards(self, batch: Batch, x_BD: Tensor) -> list[Forward]:
-        first = self.learners[0]
+        first = self.sae_trainers[0]
         k = getattr(first.sae.sparsifier, "k", first.sae.latents)
         seen: list[dict[str, Any]] = [
             {
-                "dead_F": learner.clock.dead_F,
-                "dead_bound": learner.clock.dead_bound,
+                "dead_F": sae_trainer.clock.dead_F,
+                "dead_bound": sae_trainer.clock.dead_bound,
                 "batch": batch,
                 "hook": self.hook,
-                "ranks": learner.ranks,
+                "ranks": sae_trainer.ranks,
             }
-            for learner in self.learners
+            for sae_trainer in self.sae_trainers
         ]
-        if len(self.learners) == 1 or pays_dense(k, 1, first.sae.latents):
+        if len(self.sae_trainers) == 1 or pays_dense(k, 1, first.sae.latents):
             return [Forward.of(sae, x_BD, **own) for sae, own in zip(self.saes, seen, strict=True)]
         parts = self._stacked(x_BD)
         return [Forward(sae, x_BD, *part, **own) for sae, part, own in zip(self.saes, parts, seen, strict=True)]
@@ -174,29 +174,29 @@ class Cohort:
         )
 
 
-def cohorts(
-    learners: Sequence[Learner], hooks: Sequence[str], batch_tokens: int, compiled: bool = False
-) -> list[Cohort]:
+def stacks(
+    sae_trainers: Sequence[SAETrainer], hooks: Sequence[str], batch_tokens: int, compiled: bool = False
+) -> list[StackedSAEs]:
     """`learners`, each at its hook, in cohorts, in the order of the first of each."""
-    groups: list[tuple[list[Learner], str]] = []
-    for learner, hook in zip(learners, hooks, strict=True):
+    groups: list[tuple[list[SAETrainer], str]] = []
+    for sae_trainer, hook in zip(sae_trainers, hooks, strict=True):
         for group, at in groups:
-            sizes = (len(group) + 1) * batch_tokens * learner.sae.latents * 4
-            if at == hook and sizes <= _MOST_BYTES and _alike(group[0], learner):
-                group.append(learner)
+            sizes = (len(group) + 1) * batch_tokens * sae_trainer.sae.latents * 4
+            if at == hook and sizes <= _MOST_BYTES and _alike(group[0], sae_trainer):
+                group.append(sae_trainer)
                 break
         else:
-            groups.append(([learner], hook))
-    return [Cohort(group, hook, compiled) for group, hook in groups]
+            groups.append(([sae_trainer], hook))
+    return [StackedSAEs(group, hook, compiled) for group, hook in groups]
 
 
-def same_normalisation(one: Normalisation, other: Normalisation) -> bool:
-    """Whether two normalisations are the same map."""
+def same_normalization(one: Normalization, other: Normalization) -> bool:
+    """Whether two normalizations are the same map."""
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def _alike(one: Learner, other: Learner) -> bool:
+def _alike(one: SAETrainer, other: SAETrainer) -> bool:
     kinds = (TopKConfig, BatchTopKConfig, AbsTopKConfig)
     a, b = one.sae, other.sae
     return (
@@ -207,7 +207,7 @@ def _alike(one: Learner, other: Learner) -> bool:
         and a.W_enc.shape == b.W_enc.shape
         and a.W_enc.dtype == b.W_enc.dtype
         and one.precision == other.precision
-        and same_normalisation(a.normalisation, b.normalisation)
+        and same_normalization(a.normalization, b.normalization)
     )
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of a run: everything that decides what comes next.
 
-    checkpoints/step-00001000/state.safetensors   tensors: weights, optimiser moments, firing clock
+    checkpoints/step-00001000/state.safetensors   tensors: weights, optimizer moments, firing clock
     checkpoints/step-00001000/state.json          step, configuration, store identity, loader state, software
     checkpoints/latest                            name of the newest whole checkpoint
 

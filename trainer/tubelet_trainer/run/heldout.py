@@ -1,9 +1,9 @@
 """Reconstruction and sparsity of an SAE on held-out tokens, streamed, accumulated in float64.
 
 FVU = sum ||x - x^||^2 / sum ||x - mean||^2 of raw tokens, with the *vector* mean of the evaluated ones. After whitening
-that is not the FVU in normalised space, which is what training minimises and logs: there small directions count as much
-as large ones. The denominator is sum ||x||^2 - ||sum x||^2 / N, with x counted from the mean that the normalisation
-subtracts (where it centres), so that the difference loses no digits.
+that is not the FVU in normalized space, which is what training minimizes and logs: there small directions count as much
+as large ones. The denominator is sum ||x||^2 - ||sum x||^2 / N, with x counted from the mean that the normalization
+subtracts (where it centers), so that the difference loses no digits.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def evaluate(sae: SAE, windows: Stream, hook: str | None = None) -> dict[str, fl
     active = torch.zeros((), dtype=torch.int64, device=windows.device)
     fired_F = torch.zeros(sae.latents, dtype=torch.bool, device=windows.device)
     for batch in windows:
-        x_BD = sae.normalisation(batch.tokens if hook is None else batch.hooks[hook])
+        x_BD = sae.normalization(batch.tokens if hook is None else batch.hooks[hook])
         codes = sae.activate(x_BD, sae.pre_activations(x_BD))
-        residual_BD = sae.normalisation.raw_difference(x_BD - sae.reconstruct(codes))
-        centred_BD = sae.normalisation.raw_difference(x_BD).double()
+        residual_BD = sae.normalization.raw_difference(x_BD - sae.reconstruct(codes))
+        centered_BD = sae.normalization.raw_difference(x_BD).double()
         error = error + residual_BD.double().square().sum()
-        square = square + centred_BD.square().sum()
-        total_D += centred_BD.sum(dim=0)
+        square = square + centered_BD.square().sum()
+        total_D += centered_BD.sum(dim=0)
         active += (codes.values != 0).sum()
         fired_F |= codes.fired(sae.latents)
     sae.train(training)

@@ -8,7 +8,7 @@ weights that each would have alone. What a run leaves in its folder:
     config.yaml                        the configuration, defaults included
     metrics.jsonl                      one line per logged step ("train") and evaluation ("eval")
     checkpoints/                       see `checkpoint`
-    sae.safetensors, sae.json          the trained SAE with its normalisation and provenance; written at the end
+    sae.safetensors, sae.json          the trained SAE with its normalization and provenance; written at the end
 
 With several SAEs `checkpoints` and the whole configuration lie there, and the rest in a folder for each.
 
@@ -32,10 +32,10 @@ from tubelet_store.reader import Store
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.data.streams import open_stores, resident_shards
 from tubelet_trainer.run.checkpoint import Checkpoint, latest_name, load_latest, save_checkpoint
-from tubelet_trainer.run.divergence import breakdown, refuse_broken
+from tubelet_trainer.run.divergence import find_divergence, raise_diverged
 from tubelet_trainer.run.environment import choose_device, keep_memory, software
-from tubelet_trainer.run.l0_controller import SteeringWatch
-from tubelet_trainer.run.process_group import Ranks, joined_ranks
+from tubelet_trainer.run.l0_controller import L0ControllerWatch
+from tubelet_trainer.run.process_group import ProcessGroup, join_process_group
 from tubelet_trainer.run.run_folder import Logs, claimed, exported
 from tubelet_trainer.run.stop_signal import StopRequest
 from tubelet_trainer.run.train_progress import ProgressReport
@@ -43,7 +43,7 @@ from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.init import Offset
 from tubelet_trainer.sae.sae_files import save_sae
 
-# With fewer steps hardly anything is learnt.
+# With fewer steps hardly anything is learned.
 _FEW_STEPS = 100
 
 
@@ -55,11 +55,11 @@ def train(config: TrainConfig) -> Path:
     Raises:
         TubeletError: the store or configuration does not fit, `out` holds another run, or training broke down.
     """
-    with joined_ranks() as ranks:
+    with join_process_group() as ranks:
         return _train(config, ranks)
 
 
-def _train(config: TrainConfig, ranks: Ranks) -> Path:
+def _train(config: TrainConfig, ranks: ProcessGroup) -> Path:
     stores = open_stores(config)
     folder = config.out / "checkpoints"
     looked_at, found = latest_name(folder), load_latest(folder)
@@ -77,13 +77,13 @@ def _train(config: TrainConfig, ranks: Ranks) -> Path:
     if found is not None:
         run.restore(found)
     done = run.windows.step
-    if done < run.windows.steps or not all(exported(member.out, run) for member in run.sound):
+    if done < run.windows.steps or not all(exported(sae_run.out, run) for sae_run in run.sound):
         with claimed(run, looked_at) as logs:
             _finish(run, found, folder, logs)
     elif ranks.first:
         print(f"{config.out} is complete: {done} steps were taken", file=sys.stderr)
     ranks.wait()
-    refuse_broken(run)
+    raise_diverged(run)
     return config.out
 
 
@@ -92,18 +92,18 @@ def _finish(run: Run, found: Checkpoint | None, folder: Path, logs: Logs) -> Non
     done = run.windows.step
     with ProgressReport(run.windows.steps, done, silent=not run.ranks.first) as report:
         _announce(run, found, report)
-        logs.write("mixing", 0, {member.name: asdict(run.mixing) for member in run.members})
+        logs.write("mixing", 0, {sae_run.name: asdict(run.mixing) for sae_run in run.sae_runs})
         final = _loop(run, folder, logs, report)
         for name, figures in final.items():
             if figures.get("fvu", 0.0) > 1:
                 label = f"{name}: " if name else ""
                 report.note(
-                    f"{label}FVU {figures['fvu']:.2f} is worse than predicting the mean (FVU 1): it has not learnt. "
-                    "Train longer, or with a lower optimiser.lr, into another --out"
+                    f"{label}FVU {figures['fvu']:.2f} is worse than predicting the mean (FVU 1): it has not learned. "
+                    "Train longer, or with a lower optimizer.lr, into another --out"
                 )
-    for member in run.sound:
-        if (sae := run.result(member)) is not None and run.ranks.first:
-            save_sae(member.out, sae, run.provenance(member, final[member.name]))
+    for sae_run in run.sound:
+        if (sae := run.result(sae_run)) is not None and run.ranks.first:
+            save_sae(sae_run.out, sae, run.provenance(sae_run, final[sae_run.name]))
 
 
 def _with_resident_shards(config: TrainConfig, stores: Sequence[Store], found: Checkpoint | None) -> TrainConfig:
@@ -120,7 +120,7 @@ def _loop(run: Run, folder: Path, logs: Logs, report: ProgressReport) -> dict[st
     config, steps = run.config, run.windows.steps
     latest: dict[str, dict[str, float]] = {}
     tokens, since = 0, time.monotonic()
-    watch = SteeringWatch()
+    watch = L0ControllerWatch()
     with StopRequest().listening() as stop:
         for batch in run.windows:
             step = run.windows.step
@@ -136,7 +136,8 @@ def _loop(run: Run, folder: Path, logs: Logs, report: ProgressReport) -> dict[st
                 speed = tokens / (time.monotonic() - since)
                 tokens, since = 0, time.monotonic()
                 rates = {
-                    member.name: {"lr": member.learner.lr, "tokens_per_s": round(speed, 1)} for member in run.sound
+                    sae_run.name: {"lr": sae_run.sae_trainer.lr, "tokens_per_s": round(speed, 1)}
+                    for sae_run in run.sound
                 }
                 logs.write("train", step, {name: rates[name] | line for name, line in latest.items()})
             if stops:
@@ -155,7 +156,7 @@ def _loop(run: Run, folder: Path, logs: Logs, report: ProgressReport) -> dict[st
             if saves:
                 _save(run, step, folder)
     # Killed after its last checkpoint, a run has no step left to read metrics from.
-    return _evaluate(run, steps, logs, report) or latest or {member.name: {} for member in run.members}
+    return _evaluate(run, steps, logs, report) or latest or {sae_run.name: {} for sae_run in run.sae_runs}
 
 
 def _save(run: Run, step: int, folder: Path) -> None:
@@ -180,20 +181,20 @@ def _read(
     """
     latest: dict[str, dict[str, float]] = {}
     new: list[TubeletError] = []
-    for member, metrics in zip(run.members, found, strict=True):
-        if member.name in run.broken:
+    for sae_run, metrics in zip(run.sae_runs, found, strict=True):
+        if sae_run.name in run.broken:
             continue
         values = {name: float(value) for name, value in metrics.items()}
-        norm = member.learner.sae.W_enc.detach().norm(dim=1).mean()
+        norm = sae_run.sae_trainer.sae.W_enc.detach().norm(dim=1).mean()
         values["encoder_norm"] = float(run.ranks.sum(norm) / run.ranks.size)
-        fault = breakdown(member, run.windows.step, values, whole)
+        fault = find_divergence(sae_run, run.windows.step, values, whole)
         if fault is None:
-            latest[member.name] = values
+            latest[sae_run.name] = values
             continue
-        run.broken[member.name] = fault
+        run.broken[sae_run.name] = fault
         new.append(fault)
     if not run.sound:
-        refuse_broken(run)
+        raise_diverged(run)
     for fault in new:
         report.note(f"{fault} It is set aside; the others go on.")
     return latest
@@ -202,7 +203,7 @@ def _read(
 def _evaluate(run: Run, step: int, logs: Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
     if run.heldout is None:
         return {}
-    figures = {member.name: run.evaluate(member, run.heldout) for member in run.sound}
+    figures = {sae_run.name: run.evaluate(sae_run, run.heldout) for sae_run in run.sound}
     logs.write("eval", step, figures)
     for name, line in figures.items():
         dead = f"dead {line['dead']:.1%} over {line['tokens']:,} tokens"
@@ -223,17 +224,17 @@ def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> Non
         report.note("no video is held out: nothing will be evaluated (see holdout.fraction)")
     if windows.steps < _FEW_STEPS:
         report.note(f"only {windows.steps} steps: lower batch_tokens, or raise epochs, tokens or steps, to learn more")
-    for member in run.members:
-        channels = member.learner.sae.channels
-        latents = member.spec.config.sae.latents_for(channels)
-        report.note(f"{member.name or member.hook}: {latents} latents for {channels} channels")
+    for sae_run in run.sae_runs:
+        channels = sae_run.sae_trainer.sae.channels
+        latents = sae_run.spec.config.sae.latents_for(channels)
+        report.note(f"{sae_run.name or sae_run.hook}: {latents} latents for {channels} channels")
     if found is None:
-        for member in {member.hook: member for member in run.members}.values():
-            offset = Offset.of(member.moments)
-            centred = "centred here" if member.spec.config.sae.normalisation.centre else "NOT centred here"
+        for sae_run in {sae_run.hook: sae_run for sae_run in run.sae_runs}.values():
+            offset = Offset.of(sae_run.moments)
+            centered = "centered here" if sae_run.spec.config.sae.normalization.center else "NOT centered here"
             report.note(
-                f"{member.hook}: tokens lie {offset.gamma:.2f} standard deviations off the origin ({centred}); "
-                f"uncentred, about {offset.dead_share:.1%} of the latents would start dead"
+                f"{sae_run.hook}: tokens lie {offset.gamma:.2f} standard deviations off the origin ({centered}); "
+                f"uncentered, about {offset.dead_share:.1%} of the latents would start dead"
             )
         return
     report.note(f"continuing after step {found.step}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process among `size`."""
 
     rank: int = 0
@@ -112,11 +112,11 @@ class Ranks:
             dist.barrier()
 
 
-ALONE = Ranks()
+ALONE = ProcessGroup()
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
+def join_process_group() -> Iterator[ProcessGroup]:
     """The ranks that torchrun started; `ALONE` where it did not. On CUDA, rank r of a node takes its GPU r."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -126,7 +126,7 @@ def joined_ranks() -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 

@@ -42,12 +42,12 @@ def claimed(run: Run, looked_at: str | None) -> Iterator[Logs]:
 def _write_configs(run: Run) -> None:
     """The run's configuration, and that of each SAE as it would be trained alone."""
     replace_file(run.config.out / "config.yaml", dump_yaml(run.config).encode())
-    for member in run.members:
-        if member.name:
-            member.out.mkdir(parents=True, exist_ok=True)
+    for sae_run in run.sae_runs:
+        if sae_run.name:
+            sae_run.out.mkdir(parents=True, exist_ok=True)
             decided = {"block_patches": run.streams.block_patches, "resident_shards": run.config.resident_shards}
-            alone = member.spec.config.model_copy(update=decided)
-            replace_file(member.out / "config.yaml", dump_yaml(alone).encode())
+            alone = sae_run.spec.config.model_copy(update=decided)
+            replace_file(sae_run.out / "config.yaml", dump_yaml(alone).encode())
 
 
 class Logs:
@@ -61,8 +61,8 @@ class Logs:
             tracker = open_tracker(config.tracker, config.out, step, flat(config.model_dump(mode="json")))
             self._tracker = tracker
             self._logs = {
-                member.name: MetricsLog(member.out / "metrics.jsonl", step, Prefixed(tracker, member.name))
-                for member in run.members
+                sae_run.name: MetricsLog(sae_run.out / "metrics.jsonl", step, Prefixed(tracker, sae_run.name))
+                for sae_run in run.sae_runs
             }
 
     def write(self, kind: str, step: int, values: Mapping[str, Mapping[str, float]]) -> None:

@@ -19,7 +19,7 @@ from tubelet.errors import TubeletError, nearest
 from tubelet_trainer.config import TrainConfig
 
 # What may differ between SAEs that see the same tokens in the same order.
-OWN_FIELDS = ("sae", "objective", "optimiser", "hook")
+OWN_FIELDS = ("sae", "objective", "optimizer", "hook")
 
 
 @dataclass(frozen=True)

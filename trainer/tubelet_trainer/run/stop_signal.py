@@ -19,7 +19,7 @@ from types import FrameType
 
 import torch
 
-from tubelet_trainer.run.process_group import Ranks
+from tubelet_trainer.run.process_group import ProcessGroup
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME_WITHIN_S = 1.0
@@ -64,14 +64,14 @@ class StopRequest:
         finally:
             restore()
 
-    def came(self, ranks: Ranks, device: torch.device) -> bool:
+    def came(self, ranks: ProcessGroup, device: torch.device) -> bool:
         """Some rank was told to stop; a collective call."""
         if ranks.size == 1:
             return self._came is not None
         told = torch.tensor(float(self._came is not None), device=device)
         return float(ranks.sum(told)) > 0
 
-    def leave(self, ranks: Ranks) -> None:
+    def leave(self, ranks: ProcessGroup) -> None:
         """End as the signal asks, all ranks together: the launcher ends those that are left when one has ended.
 
         Raises:

@@ -28,8 +28,8 @@ from tubelet_trainer.losses.coherence import coherence_terms
 from tubelet_trainer.losses.objective import Objective
 from tubelet_trainer.losses.sparsity import sae_terms
 from tubelet_trainer.optim.cuda_graph import refuse_unrepeatable
-from tubelet_trainer.optim.sae_group import Team
-from tubelet_trainer.optim.sae_trainer import Learner
+from tubelet_trainer.optim.sae_group import SAEGroup
+from tubelet_trainer.optim.sae_trainer import SAETrainer
 from tubelet_trainer.optim.sharded_sae import (
     ShardedSAE,
     gather_state,
@@ -42,18 +42,18 @@ from tubelet_trainer.run.checkpoint import Checkpoint
 from tubelet_trainer.run.environment import software
 from tubelet_trainer.run.heldout import evaluate
 from tubelet_trainer.run.metrics_log import defined
-from tubelet_trainer.run.process_group import ALONE, Ranks
+from tubelet_trainer.run.process_group import ALONE, ProcessGroup
 from tubelet_trainer.run.specs import Spec, flat, specs
-from tubelet_trainer.sae.init import initialise, needs_tokens
+from tubelet_trainer.sae.init import initialize, needs_tokens
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 # Latents silent for 10 million tokens are dead (Gao et al. 2024, appendix A.2). A short run would never get there:
 # a tenth of its tokens, if that is less. [RECON]
 _DEAD_AFTER_TOKENS = 10_000_000
 _DEAD_AFTER_SHARE = 10
 
-# Fields that change what is shown or kept, or where it lies, not what is learnt. The store is compared by identity.
+# Fields that change what is shown or kept, or where it lies, not what is learned. The store is compared by identity.
 _FREE_FIELDS = (
     "store",
     "out",
@@ -73,12 +73,12 @@ _FREE_FIELDS = (
 
 
 @dataclass(frozen=True)
-class Member:
+class SAERun:
     """One SAE of a run."""
 
     spec: Spec
     hook: str
-    learner: Learner
+    sae_trainer: SAETrainer
     moments: Moments
     """Of all tokens of the store at its hook, held-out videos included; of a mix, by its shares."""
 
@@ -94,7 +94,7 @@ class Member:
 
 
 class Run:
-    """SAEs in training: their data, weights, optimisers and position. `learn` advances them by one batch.
+    """SAEs in training: their data, weights, optimizers and position. `learn` advances them by one batch.
 
     Args:
         config: The configuration.
@@ -107,7 +107,7 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, stores: Sequence[Store], device: torch.device, ranks: Ranks = ALONE
+        self, config: TrainConfig, stores: Sequence[Store], device: torch.device, ranks: ProcessGroup = ALONE
     ) -> None:
         self.config, self.store, self.device, self.ranks = config, stores[0], device, ranks
         self.sharded = ranks.size > 1 and config.parallel == "dictionary"
@@ -115,13 +115,13 @@ class Run:
         self.streams = Streams(config, found, stores, device, ALONE if self.sharded else ranks)
         self.windows = self.streams.training
         self.heldout = self.streams.heldout
-        self.members = [self._begin(spec) for spec in found]
-        hooks = [member.hook for member in self.members]
+        self.sae_runs = [self._begin(spec) for spec in found]
+        hooks = [sae_run.hook for sae_run in self.sae_runs]
         self.broken: dict[str, TubeletError] = {}
         """What is wrong with SAEs that have broken down, by name. They are not looked at any more."""
         refuse_unrepeatable(config, device, ranks)
-        self.team = Team(
-            [member.learner for member in self.members],
+        self.sae_group = SAEGroup(
+            [sae_run.sae_trainer for sae_run in self.sae_runs],
             hooks,
             config.batch_tokens,
             compiled=config.compile,
@@ -134,27 +134,27 @@ class Run:
         return measure_mixing(self.windows)
 
     @property
-    def member(self) -> Member:
+    def sae_run(self) -> SAERun:
         """The first (or only) SAE."""
-        return self.members[0]
+        return self.sae_runs[0]
 
     @property
     def sae(self) -> SAE:
         """The SAE in training, where there is one."""
-        return self.member.learner.sae
+        return self.sae_run.sae_trainer.sae
 
-    def _begin(self, spec: Spec) -> Member:
+    def _begin(self, spec: Spec) -> SAERun:
         """An SAE before its first step."""
         config, total = spec.config, self.streams.total_tokens
         hook = choose_hook(self.store, config.hook)
         moments = self.streams.moments(hook)
-        normalisation = Normalisation.from_moments(moments, config.sae.normalisation)
+        normalization = Normalization.from_moments(moments, config.sae.normalization)
         # A dictionary that is split because it is too large for a device is begun elsewhere.
         home = torch.device("cpu") if self.sharded else self.device
-        sae = SAE(config.sae, normalisation).to(home)
+        sae = SAE(config.sae, normalization).to(home)
         wanted = needs_tokens(config.sae.init)
-        initialise(sae, moments, self.streams.first_tokens(hook, config.sae.init.tokens).to(home) if wanted else None)
-        variance = normalisation.variance(moments)
+        initialize(sae, moments, self.streams.first_tokens(hook, config.sae.init.tokens).to(home) if wanted else None)
+        variance = normalization.variance(moments)
         terms = sae_terms(config.sae, sae.channels, variance, self.windows.steps, self.device)
         terms += coherence_terms(config.objective, config.sae, sae.latents, variance)
         if self.sharded:
@@ -162,35 +162,35 @@ class Run:
             sae, terms = ShardedSAE(sae, self.ranks).to(self.device), sharded_terms(terms, self.ranks)
         else:
             split_batch(sae, self.ranks)
-        learner = Learner(
+        sae_trainer = SAETrainer(
             sae,
             Objective(terms),
-            config.optimiser,
+            config.optimizer,
             self.windows.steps,
             _dead_after(config, total),
             torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32,
             ALONE if self.sharded else self.ranks,
             self.config.batch_tokens,
         )
-        return Member(spec, hook, learner, moments)
+        return SAERun(spec, hook, sae_trainer, moments)
 
     @property
-    def sound(self) -> list[Member]:
+    def sound(self) -> list[SAERun]:
         """The SAEs that have not broken down."""
-        return [member for member in self.members if member.name not in self.broken]
+        return [sae_run for sae_run in self.sae_runs if sae_run.name not in self.broken]
 
     def learn(self, batch: Batch, step: int) -> list[Mapping[str, Tensor]]:
         """Step number `step` (from 0): learn from `batch`; metrics of each SAE, on the device, with `grad_norm`."""
-        return self.team.learn(batch, step)
+        return self.sae_group.learn(batch, step)
 
-    def result(self, member: Member) -> SAE | None:
+    def result(self, sae_run: SAERun) -> SAE | None:
         """The SAE to export, whole; a split one on the first rank alone, None on the others. A collective call."""
-        sae = member.learner.result()
+        sae = sae_run.sae_trainer.result()
         return sae.gathered() if isinstance(sae, ShardedSAE) else sae
 
-    def evaluate(self, member: Member, heldout: Stream) -> dict[str, float]:
+    def evaluate(self, sae_run: SAERun, heldout: Stream) -> dict[str, float]:
         """Figures of the SAE on held-out tokens (see `evaluation`); a collective call."""
-        found = evaluate(member.learner.result(), heldout, member.hook)
+        found = evaluate(sae_run.sae_trainer.result(), heldout, sae_run.hook)
         if self.sharded:
             # Every rank saw all tokens through its own latents.
             own = torch.tensor([found["l0"], found["dead"]], dtype=torch.float64, device=self.device)
@@ -205,16 +205,16 @@ class Run:
         record = {
             "config": self._tree,
             "store_identities": self.streams.identities,
-            "hook": self.member.hook,
+            "hook": self.sae_run.hook,
             "loader": {**self.windows.state_dict(), "step": step},
             "software": software(),
             "broken": {name: [fault.problem, fault.remedy] for name, fault in self.broken.items()},
         }
         tensors: dict[str, Tensor] = {}
-        for member in self.members:
-            state = member.learner.state()
+        for sae_run in self.sae_runs:
+            state = sae_run.sae_trainer.state()
             state = gather_state(state, self.ranks) if self.sharded else state
-            tensors |= {_inside(member, name): tensor for name, tensor in state.items()}
+            tensors |= {_inside(sae_run, name): tensor for name, tensor in state.items()}
         return Checkpoint(step, tensors, record)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -224,14 +224,14 @@ class Run:
             TubeletError: it was made with another configuration or store.
         """
         self._refuse_other_run(checkpoint.record)
-        for member in self.members:
-            prefix = _inside(member, "")
+        for sae_run in self.sae_runs:
+            prefix = _inside(sae_run, "")
             if not any(name.startswith(prefix) for name in checkpoint.tensors):
                 raise TubeletError(
-                    f"The checkpoint in {self.config.out} has no SAE '{member.name}'", "Train into another --out"
+                    f"The checkpoint in {self.config.out} has no SAE '{sae_run.name}'", "Train into another --out"
                 )
             found = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
-            member.learner.load_state(own_state(found, self.ranks) if self.sharded else found)
+            sae_run.sae_trainer.load_state(own_state(found, self.ranks) if self.sharded else found)
         self.windows.load_state_dict(checkpoint.record["loader"])
         broken = checkpoint.record.get("broken", {})
         self.broken = {name: TubeletError(problem, remedy) for name, (problem, remedy) in broken.items()}
@@ -259,14 +259,14 @@ class Run:
                 "Use the run's own configuration to continue it, or another --out",
             )
 
-    def provenance(self, member: Member, metrics: Mapping[str, float]) -> dict[str, JsonValue]:
+    def provenance(self, sae_run: SAERun, metrics: Mapping[str, float]) -> dict[str, JsonValue]:
         """Where an SAE comes from, for `sae.json`."""
-        plan, config = self.store.plan, member.spec.config
+        plan, config = self.store.plan, sae_run.spec.config
         described = {
             "store": Path(self.store.url).name,
             "store_identity": self.store.identity,
             "plan_digest": plan.digest,
-            "hook": member.hook,
+            "hook": sae_run.hook,
             "backbone": plan.backbone,
             "dataset": plan.dataset,
             "mix": [
@@ -290,6 +290,6 @@ def _dead_after(config: TrainConfig, total_tokens: int) -> int:
     return chosen if chosen is not None else max(1, min(_DEAD_AFTER_TOKENS, total_tokens // _DEAD_AFTER_SHARE))
 
 
-def _inside(member: Member, name: str) -> str:
+def _inside(sae_run: SAERun, name: str) -> str:
     """Key of a tensor in a checkpoint."""
-    return f"{member.name}/{name}" if member.name else name
+    return f"{sae_run.name}/{name}" if sae_run.name else name

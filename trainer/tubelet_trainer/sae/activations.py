@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tubelet.errors import TubeletError
-from tubelet_trainer.optim.device_scalar import Knob
+from tubelet_trainer.optim.device_scalar import DeviceScalar
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     BatchTopKConfig,
@@ -122,7 +122,7 @@ class BatchTopK(Sparsifier):
         self.momentum = momentum
         # Negative: no batch seen yet. A kept pre-activation is always positive.
         self.register_buffer("threshold", torch.tensor(-1.0))
-        self.rate = Knob(momentum)
+        self.rate = DeviceScalar(momentum)
         """Weight of the next batch: more than `momentum` early in a run, less where it is short, see `SAE.anneal`."""
 
     def forward(self, pre_NF: Tensor) -> Choice:
@@ -157,7 +157,7 @@ class BatchTopK(Sparsifier):
         return values_E > 0
 
     def _learn(self, smallest: Tensor) -> None:
-        """Move the threshold towards the smallest kept pre-activation of a batch; infinite if none was positive."""
+        """Move the threshold toward the smallest kept pre-activation of a batch; infinite if none was positive."""
         smallest = smallest.to(self.threshold.dtype)
         rate = self.rate.on(smallest.device).to(smallest.dtype)
         moved = torch.where(self.threshold < 0, smallest, self.threshold + rate * (smallest - self.threshold))
@@ -262,7 +262,7 @@ class _Heaviside(torch.autograd.Function):
 
 
 def build_sparsifier(config: SAEConfig, latents: int, unit: float = 1.0) -> Sparsifier:
-    """The sparsifier that `config` names, for a dictionary of `latents`; `unit` is `Normalisation.unit`."""
+    """The sparsifier that `config` names, for a dictionary of `latents`; `unit` is `Normalization.unit`."""
     match config:
         case TopKConfig():
             return TopK(config.k)

@@ -1,6 +1,6 @@
 """The recipe of one sparse autoencoder: which parts it is composed of.
 
-    normalisation ─▶ linear encoder ─▶ sparsifier (`kind`) ─▶ linear decoder, read whole or in prefixes (`nesting`)
+    normalization ─▶ linear encoder ─▶ sparsifier (`kind`) ─▶ linear decoder, read whole or in prefixes (`nesting`)
 
 | paper | kind | nesting |
 |---|---|---|
@@ -27,10 +27,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from tubelet.config import Config, misfit
 
 
-class NormalisationConfig(Config):
-    """How tokens are centred, scaled or whitened by the store's moments. Folded into the weights at export."""
+class NormalizationConfig(Config):
+    """How tokens are centered, scaled or whitened by the store's moments. Folded into the weights at export."""
 
-    centre: bool = True
+    center: bool = True
     """Subtract the mean of all tokens."""
     scale: bool = True
     """Divide by one number, so that the total variance of the tokens is their number of channels."""
@@ -142,7 +142,7 @@ class SAEConfig(Config):
     """Latents per channel; `latents` overrides it."""
     latents: int | None = Field(default=None, ge=1)
     """Dictionary size F; none: expansion x channels."""
-    normalisation: NormalisationConfig = NormalisationConfig()
+    normalization: NormalizationConfig = NormalizationConfig()
     """What happens to tokens before and after."""
     init: InitConfig = InitConfig()
     """Initial weights."""
@@ -224,17 +224,17 @@ class AbsTopKConfig(_KConfig):
     kind: Literal["abstopk"] = "abstopk"
 
 
-class _PenalisedConfig(SAEConfig):
+class _PenalizedConfig(SAEConfig):
     """Kinds that a penalty makes sparse."""
 
     sparsity_warmup_steps: int = Field(default=500, ge=0)
     """Steps in which the penalty rises linearly from 0, at most a tenth of the run (500: saev)."""
     target_l0: float | None = Field(default=None, gt=0)
-    """Wanted active latents per token. The penalty's weight is steered towards it, starting at `sparsity`, and at most
+    """Wanted active latents per token. The penalty's weight is steered toward it, starting at `sparsity`, and at most
     1000 times that or a 1000th. [RECON]"""
 
 
-class ReLUConfig(_PenalisedConfig):
+class ReLUConfig(_PenalizedConfig):
     """All positive pre-activations, made few by an L1 penalty (Bricken et al. 2023; saev)."""
 
     kind: Literal["relu"] = "relu"
@@ -242,7 +242,7 @@ class ReLUConfig(_PenalisedConfig):
     """Weight of the codes' L1 norm (4e-4 to 1.6e-3 in saev, on the same scale)."""
 
 
-class GatedConfig(_PenalisedConfig):
+class GatedConfig(_PenalizedConfig):
     """One path decides which latents are active, another how strongly (Rajamanoharan et al. 2024a)."""
 
     kind: Literal["gated"] = "gated"
@@ -250,10 +250,10 @@ class GatedConfig(_PenalisedConfig):
     """Weight of the L1 norm of the gates' positive pre-activations."""
 
 
-class JumpReLUConfig(_PenalisedConfig):
+class JumpReLUConfig(_PenalizedConfig):
     """All pre-activations above a learned threshold per latent (Rajamanoharan et al. 2024b).
 
-    Bandwidth and first threshold count in standard deviations of a channel (root mean square, after normalisation): how
+    Bandwidth and first threshold count in standard deviations of a channel (root mean square, after normalization): how
     far the pre-activation of a direction of length 1 spreads, whatever the number of channels. [RECON] The paper's 1e-3
     belongs to tokens of mean squared norm 1; here it is 1e-3 sqrt(D), 0.06 for 3584 channels. What Adam moves, by at
     most the learning rate per step, is the logarithm of a threshold, so a short run that starts so low does not arrive.

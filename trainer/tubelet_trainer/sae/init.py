@@ -24,12 +24,12 @@ _DEATH_CONSTANT = 4.26
 
 
 class Offset(NamedTuple):
-    """How far the tokens' mean lies from the origin, and what that does to latents that are not centred for it."""
+    """How far the tokens' mean lies from the origin, and what that does to latents that are not centered for it."""
 
     gamma: float
     """||mean|| / ||standard deviation||, of the raw tokens."""
     dead_share: float
-    """Predicted share of latents that ReLU keeps silent from the start, if nothing centres the tokens."""
+    """Predicted share of latents that ReLU keeps silent from the start, if nothing centers the tokens."""
 
     @classmethod
     def of(cls, moments: Moments) -> Offset:
@@ -40,12 +40,12 @@ class Offset(NamedTuple):
 
 
 def needs_tokens(init: InitConfig) -> bool:
-    """Whether `initialise` looks at tokens."""
+    """Whether `initialize` looks at tokens."""
     return init.directions != "random" or init.bias != "mean"
 
 
 @torch.no_grad()
-def initialise(sae: SAE, moments: Moments, tokens: Tensor | None) -> None:
+def initialize(sae: SAE, moments: Moments, tokens: Tensor | None) -> None:
     """Set the weights of a new `sae` as its recipe says.
 
     Args:
@@ -53,12 +53,12 @@ def initialise(sae: SAE, moments: Moments, tokens: Tensor | None) -> None:
         moments: Of the store.
         tokens: Raw [N, D], where `needs_tokens`.
     """
-    init, x_ND = sae.config.init, None if tokens is None else sae.normalisation(tokens)
+    init, x_ND = sae.config.init, None if tokens is None else sae.normalization(tokens)
     if x_ND is not None and init.bias == "geometric_median":
         sae.b_dec.copy_(geometric_median(x_ND))
-    elif not sae.config.normalisation.centre:
-        # Centred tokens have mean 0, where the bias is already.
-        sae.b_dec.copy_(sae.normalisation(torch.from_numpy(moments.mean).to(sae.b_dec)[None])[0])
+    elif not sae.config.normalization.center:
+        # Centered tokens have mean 0, where the bias is already.
+        sae.b_dec.copy_(sae.normalization(torch.from_numpy(moments.mean).to(sae.b_dec)[None])[0])
     if x_ND is None or init.directions == "random":
         return
     generator = torch.Generator().manual_seed(sae.config.seed)

@@ -68,7 +68,7 @@ def cuts(nesting: AnyNesting, latents: int, k: int, seed: int, step: int) -> Cut
 
 
 def prefix_reconstructions(sae: SAE, codes: Codes, cuts: Cuts, ends_M: Tensor) -> Tensor:
-    """Reconstructions [N, M - 1, D] of all prefixes but the last, which is the whole code, in normalised space.
+    """Reconstructions [N, M - 1, D] of all prefixes but the last, which is the whole code, in normalized space.
 
     Args:
         sae: Whose they are.

@@ -1,8 +1,8 @@
-"""The sparse autoencoder: encoder x sparsifier x decoder, inside a normalisation.
+"""The sparse autoencoder: encoder x sparsifier x decoder, inside a normalization.
 
-    x ──normalise──▶ x_n ──W_enc (x_n - b_dec) + b_enc──▶ pre ──sparsifier──▶ code ──code W_dec + b_dec──▶ x_n^ ──▶ x^
+    x ──normalize──▶ x_n ──W_enc (x_n - b_dec) + b_enc──▶ pre ──sparsifier──▶ code ──code W_dec + b_dec──▶ x_n^ ──▶ x^
 
-Public methods take and give raw tokens. Training works in normalised space, through `pre_activations`, `activate` and
+Public methods take and give raw tokens. Training works in normalized space, through `pre_activations`, `activate` and
 `reconstruct`. Codes are held as K (value, latent) pairs per token; a dense code exists only where one is asked for, or
 where the kind keeps many latents (K = F).
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tubelet.errors import TubeletError
 from tubelet_trainer.sae.activations import AbsTopK, BatchTopK, Choice, JumpReLU, TopK, build_sparsifier
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sparse_ops import Bags, decode, densify, is_dense, select
 
 # 128 rows of 768 float32 take 0.4 MB; with 16384 rows, projecting takes 8 ms in such blocks and 22 ms at once.
@@ -76,17 +76,17 @@ class SAE(nn.Module):
 
     Args:
         config: The recipe.
-        normalisation: Maps raw tokens to the space the weights live in.
+        normalization: Maps raw tokens to the space the weights live in.
 
     Raises:
         TubeletError: k exceeds the dictionary.
     """
 
-    def __init__(self, config: SAEConfig, normalisation: Normalisation) -> None:
+    def __init__(self, config: SAEConfig, normalization: Normalization) -> None:
         super().__init__()
         self.config = config
-        self.normalisation = normalisation
-        self.channels = len(normalisation.mean)
+        self.normalization = normalization
+        self.channels = len(normalization.mean)
         self.latents = config.latents_for(self.channels)
         k = getattr(config, "k", 1)
         if k > self.latents:
@@ -101,8 +101,8 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(rows_FD)
         """[F, D], rows of unit norm"""
         self.b_dec = nn.Parameter(torch.zeros(self.channels))
-        """[D]; zero is the mean of the tokens, because they are centred"""
-        self.sparsifier = build_sparsifier(config, self.latents, normalisation.unit)
+        """[D]; zero is the mean of the tokens, because they are centered"""
+        self.sparsifier = build_sparsifier(config, self.latents, normalization.unit)
 
     def encode_sparse(self, x: Tensor) -> Codes:
         """Codes of raw tokens [N, D]: `values` [N, K] and `indices` int64 [N, K].
@@ -118,7 +118,7 @@ class SAE(nn.Module):
                 f"Tokens of shape {list(x.shape)} were given, the SAE takes [tokens, {self.channels}]",
                 "Flatten clips, times and patches first: tokens.flatten(0, -2)",
             )
-        x_ND = self.normalisation(x)
+        x_ND = self.normalization(x)
         return self.activate(x_ND, self.pre_activations(x_ND))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -127,18 +127,18 @@ class SAE(nn.Module):
 
     def decode_sparse(self, codes: Codes) -> Tensor:
         """Raw tokens [N, D] from sparse codes."""
-        return self.normalisation.inverse(self.reconstruct(codes))
+        return self.normalization.inverse(self.reconstruct(codes))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Raw tokens [N, D] from dense codes [N, F]."""
-        return self.normalisation.inverse(codes @ self.W_dec + self.b_dec)
+        return self.normalization.inverse(codes @ self.W_dec + self.b_dec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction [N, D] of raw tokens [N, D]."""
         return self.decode_sparse(self.encode_sparse(x))
 
     def pre_activations(self, x_ND: Tensor) -> Tensor:
-        """W_enc (x - b_dec) + b_enc, [N, F], of normalised tokens. Without gradient: `choose` supplies it.
+        """W_enc (x - b_dec) + b_enc, [N, F], of normalized tokens. Without gradient: `choose` supplies it.
 
         Under `torch.autocast` the product, and so the pre-activations, are in the lower precision, save for JumpReLU.
         Its thresholds learn from the pre-activations within a kernel around them: one narrower than the steps of
@@ -150,7 +150,7 @@ class SAE(nn.Module):
             return nnf.linear(x_ND - self.b_dec, self.W_enc, self.b_enc)
 
     def activate(self, x_ND: Tensor, pre_NF: Tensor) -> Codes:
-        """Codes of normalised tokens from their pre-activations, with gradient."""
+        """Codes of normalized tokens from their pre-activations, with gradient."""
         choice: Choice = self.sparsifier(pre_NF)
         selected = self._select(x_ND, pre_NF, choice)
         return Codes(self.sparsifier.values(selected, choice, self.b_enc), choice.indices, choice.bags)
@@ -163,23 +163,23 @@ class SAE(nn.Module):
         return select(x_ND, self.b_dec, self.W_enc, self.b_enc, pre_NF, choice.indices, choice.bags)
 
     def reconstruct(self, codes: Codes) -> Tensor:
-        """Normalised tokens [N, D] from codes."""
+        """Normalized tokens [N, D] from codes."""
         return decode(codes.values, codes.indices, self.W_dec, codes.bags) + self.b_dec
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
-        """Remove from the decoder's gradient what is parallel to its rows; before the optimiser's step.
+        """Remove from the decoder's gradient what is parallel to its rows; before the optimizer's step.
 
-        The rows are brought back to unit norm after the step; the parallel part would only disturb the optimiser's
+        The rows are brought back to unit norm after the step; the parallel part would only disturb the optimizer's
         moments.
         """
         if self.W_dec.grad is not None:
             project_rows(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Bring the decoder's rows to unit norm; after the optimiser's step."""
-        normalise_rows(self.W_dec)
+    def normalize_decoder(self) -> None:
+        """Bring the decoder's rows to unit norm; after the optimizer's step."""
+        normalize_rows(self.W_dec)
 
     def anneal(self, step: int, steps: int, fullness: float = 1.0) -> None:
         """Set what changes in the course of training, for step `step` (from 0) of `steps`.
@@ -203,24 +203,24 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> SAE:
-        """The same SAE with the normalisation folded into its weights: same codes, same reconstruction of raw tokens.
+        """The same SAE with the normalization folded into its weights: same codes, same reconstruction of raw tokens.
 
         With x_n = (x - m) A:  W_enc' = W_enc A^T,  b_dec' = b_dec A^-1 + m,  W_dec' = W_dec A^-1,  b_enc' = b_enc. For
         A = 1 / s the decoder's rows then have norm s; after whitening each has a norm of its own.
         """
-        normalisation, f64 = self.normalisation, torch.float64
-        scale = normalisation.scale.to(f64)
-        apply = normalisation.whiten.to(f64) if normalisation.whiten is not None else 1 / scale * _eye(self)
-        undo = normalisation.unwhiten.to(f64) if normalisation.unwhiten is not None else scale * _eye(self)
-        plain = self.config.normalisation.model_copy(update={"centre": False, "scale": False, "whitening": "none"})
-        folded = SAE(self.config.model_copy(update={"normalisation": plain}), Normalisation.identity(self.channels))
+        normalization, f64 = self.normalization, torch.float64
+        scale = normalization.scale.to(f64)
+        apply = normalization.whiten.to(f64) if normalization.whiten is not None else 1 / scale * _eye(self)
+        undo = normalization.unwhiten.to(f64) if normalization.unwhiten is not None else scale * _eye(self)
+        plain = self.config.normalization.model_copy(update={"center": False, "scale": False, "whitening": "none"})
+        folded = SAE(self.config.model_copy(update={"normalization": plain}), Normalization.identity(self.channels))
         folded.to(device=self.W_dec.device, dtype=self.W_dec.dtype)
         weights = {
             "W_enc": self.W_enc.to(f64) @ apply.T,
             "W_dec": self.W_dec.to(f64) @ undo,
-            "b_dec": self.b_dec.to(f64) @ undo + normalisation.mean.to(f64),
+            "b_dec": self.b_dec.to(f64) @ undo + normalization.mean.to(f64),
         }
-        kept = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("normalisation.")}
+        kept = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("normalization.")}
         folded.load_state_dict(
             {**folded.state_dict(), **kept, **{n: w.to(self.W_dec.dtype) for n, w in weights.items()}}
         )
@@ -237,7 +237,7 @@ def project_rows(gradient_FD: Tensor, rows_FD: Tensor) -> None:
 
 
 @torch.no_grad()
-def normalise_rows(rows_FD: Tensor) -> None:
+def normalize_rows(rows_FD: Tensor) -> None:
     """Divide rows by their norms, in place."""
     size = _CACHED_ROWS if rows_FD.device.type == "cpu" else max(1, len(rows_FD))
     for rows in rows_FD.split(size):

@@ -1,4 +1,4 @@
-"""A trained SAE on disk: `sae.safetensors` (weights and normalisation) beside `sae.json` (recipe and provenance).
+"""A trained SAE on disk: `sae.safetensors` (weights and normalization) beside `sae.json` (recipe and provenance).
 
 `sae.json` is written last: where it is, the SAE is whole.
 """
@@ -18,7 +18,7 @@ from tubelet.durable_files import replace_file
 from tubelet.errors import TubeletError
 from tubelet_trainer.sae.config import AnySAEConfig
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 WEIGHTS = "sae.safetensors"
 RECORD = "sae.json"
@@ -70,15 +70,15 @@ def load_record(folder: Path | str) -> SAERecord:
 
 
 def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
-    """The SAE in `folder`, ready for inference (`eval` mode, no gradients), with its normalisation.
+    """The SAE in `folder`, ready for inference (`eval` mode, no gradients), with its normalization.
 
     Raises:
         TubeletError: there is none, or its files are damaged or do not belong together.
     """
     record = load_record(folder)
     path = Path(folder) / WEIGHTS
-    whitens = record.config.normalisation.whitening != "none"
-    sae = SAE(record.config, Normalisation.identity(record.channels, whitens))
+    whitens = record.config.normalization.whitening != "none"
+    sae = SAE(record.config, Normalization.identity(record.channels, whitens))
     try:
         sae.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -95,7 +95,7 @@ def largest(x_RM: Tensor, k: int) -> tuple[Tensor, Tensor]:
         top = x_RM.topk(k, dim=1, sorted=False)
         return top.values, top.indices
     blocks = length // size
-    # A block's values lie `blocks` apart, so that the maxima of neighbouring blocks are taken together.
+    # A block's values lie `blocks` apart, so that the maxima of neighboring blocks are taken together.
     best_Rk = x_RM.view(rows, size, blocks).amax(dim=1).topk(k, dim=1, sorted=False).indices
     within = torch.arange(size, device=x_RM.device) * blocks
     places_RC = (best_Rk[:, None, :] + within[:, None]).flatten(1)
@@ -215,7 +215,7 @@ def select(
     """Pre-activations of the chosen latents, as `indices`, differentiable in x, b_dec, weight and b_enc.
 
     Args:
-        x_ND: Normalised tokens.
+        x_ND: Normalized tokens.
         b_dec: [D], subtracted from them; or [S, D], the first for the first N / S tokens and F / S latents, and so on.
         weight_FD: Encoder rows.
         b_enc: [F] Encoder bias.
@@ -272,17 +272,17 @@ class _Select(torch.autograd.Function):
             sums = zip(grad_b_enc.chunk(parts), weight_FD.chunk(parts), strict=True)
             grad_b_dec = -torch.stack([of_F @ rows_FD for of_F, rows_FD in sums]).view_as(b_dec)
         if needs_weight:
-            centred_ND = x_ND - b_dec if b_dec.ndim == 1 else _centred(x_ND, b_dec)
+            centered_ND = x_ND - b_dec if b_dec.ndim == 1 else _centered(x_ND, b_dec)
             if pays_dense(indices.numel(), len(x_ND), latents):
                 # As precise as the product that it belongs to.
                 low = ctx.precision
-                grad_weight = densify(grad, indices, latents, bags).to(low).T @ centred_ND.to(low)
+                grad_weight = densify(grad, indices, latents, bags).to(low).T @ centered_ND.to(low)
                 grad_weight = grad_weight.to(weight_FD.dtype)
             else:
                 of_E = Bags.rows(indices).of_E if of_E is None else of_E
-                grad_weight = _outer_sum(grad.flatten(), indices.flatten(), centred_ND, latents, of_E)
+                grad_weight = _outer_sum(grad.flatten(), indices.flatten(), centered_ND, latents, of_E)
         return grad_x, grad_b_dec, grad_weight, grad_b_enc, None, None, None, None
 
 
-def _centred(x_ND: Tensor, b_dec_SD: Tensor) -> Tensor:
+def _centered(x_ND: Tensor, b_dec_SD: Tensor) -> Tensor:
     return (x_ND.view(len(b_dec_SD), -1, x_ND.shape[1]) - b_dec_SD[:, None]).view_as(x_ND)

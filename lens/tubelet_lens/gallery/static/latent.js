@@ -5,7 +5,7 @@
   // Seconds per frame: the video's own time, within what an eye can follow.
   const FASTEST = 0.06, SLOWEST = 0.4, UNKNOWN = 0.12;
   const STOPS = [[120, 50, 225], [210, 50, 110], [250, 140, 40], [252, 240, 130]];
-  const COLOURS = Array.from({ length: 256 }, (_, level) => {
+  const COLORS = Array.from({ length: 256 }, (_, level) => {
     const at = (level / 255) * (STOPS.length - 1), low = Math.min(Math.floor(at), STOPS.length - 2), part = at - low;
     return [...STOPS[low].map((from, i) => from + (STOPS[low + 1][i] - from) * part), level ? 110 + 100 * (level / 255) : 0];
   });
@@ -67,7 +67,7 @@
       const image = this.context.createImageData(width, height), pixels = image.data;
       // What the store does not hold is veiled.
       if (this.patches) for (let i = 0; i < pixels.length; i += 4) pixels.set([30, 32, 38, 185], i);
-      this.places.forEach((place, s) => pixels.set(COLOURS[this.levels[this.step * this.places.length + s]], place * 4));
+      this.places.forEach((place, s) => pixels.set(COLORS[this.levels[this.step * this.places.length + s]], place * 4));
       this.context.putImageData(image, 0, 0);
     }
     tick(now, speed) {

@@ -10,7 +10,7 @@
   const usable = columns.filter((column) => new Set(column.values.filter((v) => v !== null)).size > 1);
   const pick = (...names) => names.find((name) => usable.some((column) => column.name === name)) || (usable[0] || columns[0]).name;
   const state = {
-    x: pick("frequency"), y: pick("mean_activation"), colour: pick("monosemanticity", "coherence", "label_focus"),
+    x: pick("frequency"), y: pick("mean_activation"), color: pick("monosemanticity", "coherence", "label_focus"),
     label: "", sort: "latent", down: "", page: "0", at: "",
     ...Object.fromEntries(new URLSearchParams(location.hash.slice(1))),
   };
@@ -97,8 +97,8 @@
     context.save(); context.translate(13, (PAD.top + box.height - PAD.bottom) / 2); context.rotate(-Math.PI / 2); context.textAlign = "center";
     context.fillText(y.title, 0, 0); context.restore();
 
-    const hue = column(state.colour), known = visible.map((i) => hue.values[i]).filter((v) => v !== null);
-    // By rank: a few extreme values would leave all others one colour.
+    const hue = column(state.color), known = visible.map((i) => hue.values[i]).filter((v) => v !== null);
+    // By rank: a few extreme values would leave all others one color.
     const order = [...known].sort((a, b) => a - b), rank = (v) => order.findIndex((each) => each >= v) / Math.max(1, order.length - 1);
     const ranks = new Map(order.map((v) => [v, 0])); for (const v of ranks.keys()) ranks.set(v, rank(v));
     const ramp = dark.matches ? RAMPS.dark : RAMPS.light;
@@ -106,11 +106,11 @@
     for (const i of visible) {
       const [vx, vy, vc] = [column(state.x).values[i], column(state.y).values[i], hue.values[i]];
       if (vx === null || vy === null) continue;
-      points.push({ i, x: x.place(vx), y: y.place(vy), colour: vc === null ? css("--bar") : mixed(ramp, ranks.get(vc)) });
+      points.push({ i, x: x.place(vx), y: y.place(vy), color: vc === null ? css("--bar") : mixed(ramp, ranks.get(vc)) });
     }
     const radius = points.length > 3000 ? 2 : points.length > 300 ? 3.5 : 5;
     context.globalAlpha = 0.85;
-    for (const point of points) { context.fillStyle = point.colour; context.beginPath(); context.arc(point.x, point.y, radius, 0, 7); context.fill(); }
+    for (const point of points) { context.fillStyle = point.color; context.beginPath(); context.arc(point.x, point.y, radius, 0, 7); context.fill(); }
     context.globalAlpha = 1;
     const now = points.find((point) => point.i === current);
     if (now) { context.strokeStyle = css("--ink"); context.lineWidth = 2.5; context.beginPath(); context.arc(now.x, now.y, radius + 4, 0, 7); context.stroke(); }
@@ -123,7 +123,7 @@
     current = i; draw();
     if (!announce) return;
     const list = make("dl");
-    for (const name of [...new Set([state.x, state.y, state.colour])]) list.append(make("dt", column(name).title), make("dd", text(column(name).values[i])));
+    for (const name of [...new Set([state.x, state.y, state.color])]) list.append(make("dt", column(name).title), make("dd", text(column(name).values[i])));
     const link = make("a", `Open latent ${data.latents[i]}`, { href: address(i) });
     link.addEventListener("click", () => { state.at = String(data.latents[i]); save(); });
     const words = make("div", label(i) === null ? "" : `${label(i)} (${data.agree[i]})`, { dir: "auto" });
@@ -151,17 +151,17 @@
     if (i >= 0) touch ? choose(i) : open(i);
   });
   canvas.addEventListener("keydown", (event) => {
-    const towards = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    const toward = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (event.key === "Enter" && current >= 0) { event.preventDefault(); open(current); }
     if (!points.length) return;
     if (event.key === "Home" || event.key === "End") { event.preventDefault(); choose(points[event.key === "Home" ? 0 : points.length - 1].i); }
-    if (!towards) return;
+    if (!toward) return;
     event.preventDefault();
     const from = points.find((point) => point.i === current);
     if (!from) { choose(points[0].i); return; }
     let best = null, least = Infinity;
     for (const point of points) {
-      const dx = point.x - from.x, dy = point.y - from.y, along = dx * towards[0] + dy * towards[1], off = Math.abs(dx * towards[1]) + Math.abs(dy * towards[0]);
+      const dx = point.x - from.x, dy = point.y - from.y, along = dx * toward[0] + dy * toward[1], off = Math.abs(dx * toward[1]) + Math.abs(dy * toward[0]);
       if (point.i !== current && along > 0 && along + 2 * off < least) { least = along + 2 * off; best = point.i; }
     }
     if (best !== null) choose(best);
@@ -225,7 +225,7 @@
     if (!visible.includes(current)) current = -1;
     draw(); table();
   }
-  for (const id of ["x", "y", "colour"]) {
+  for (const id of ["x", "y", "color"]) {
     if (!has(state[id])) state[id] = columns[0].name;
     for (const each of columns) byId(id).append(make("option", each.title, { value: each.name }));
     byId(id).value = state[id];
@@ -233,7 +233,7 @@
   }
   if (!data.labels.includes(state.label)) state.label = "";
   if (state.sort !== "latent" && state.sort !== "label" && !has(state.sort)) state.sort = "latent";
-  byId("labelled").hidden = !data.labels.length;
+  byId("labeled").hidden = !data.labels.length;
   byId("label").append(make("option", "all", { value: "" }), ...data.labels.map((name) => make("option", name, { value: name })));
   byId("label").value = state.label;
   byId("label").addEventListener("change", () => { state.label = byId("label").value; state.page = "0"; save(); update(); });

@@ -1,6 +1,6 @@
 """`tubelet export` and `tubelet import`: SAEs to and from other libraries.
 
-Inside a run an SAE is kept with its normalisation beside it; what leaves has it folded into the weights, and takes raw
+Inside a run an SAE is kept with its normalization beside it; what leaves has it folded into the weights, and takes raw
 tokens.
 """
 
@@ -25,7 +25,7 @@ class ExportConfig(Config):
     """Folder to write; it must not hold an SAE yet."""
     format: Literal["saelens", "safetensors"] = "saelens"
     """saelens: cfg.json and sae_weights.safetensors, for sae_lens.SAE.load_from_disk; safetensors: our own two files,
-    normalisation folded in."""
+    normalization folded in."""
 
 
 class ImportConfig(Config):

@@ -8,7 +8,7 @@
     jumprelu                   jumprelu      (exp(log_threshold) is threshold)
     batchtopk                  jumprelu      (its one threshold for every latent, as SAELens itself saves it)
 
-Normalisation is folded in: what is written takes raw tokens. SAELens folds its own at the end of a training and then
+Normalization is folded in: what is written takes raw tokens. SAELens folds its own at the end of a training and then
 sets `normalize_activations` to none; a checkpoint of a training under way has it in files beside the weights, and is
 folded when it is read.
 """
@@ -34,13 +34,13 @@ from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     GatedConfig,
     JumpReLUConfig,
-    NormalisationConfig,
+    NormalizationConfig,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
 )
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -48,11 +48,11 @@ WEIGHTS = "sae_weights.safetensors"
 # The release whose loader these files were tried with. Without a version of at least 6 it would take them for older.
 _SAELENS_VERSION = "6.54.12"
 
-# What a checkpoint of a training under way keeps its normalisation in.
+# What a checkpoint of a training under way keeps its normalization in.
 SCALER = "activation_scaler.json"
 WHITENING = "activation_whitening.safetensors"
 
-# Normalisations of single tokens, which no weights can stand in for.
+# Normalizations of single tokens, which no weights can stand in for.
 _UNFOLDABLE = ("layer_norm", "constant_norm_rescale")
 
 
@@ -103,10 +103,10 @@ def load_saelens(folder: Path) -> tuple[SAE, dict[str, JsonValue]]:
     """
     described, tensors = _read(folder)
     where = folder / CONFIG
-    normalises = described.get("normalize_activations") or "none"
-    if normalises in _UNFOLDABLE:
+    normalizes = described.get("normalize_activations") or "none"
+    if normalizes in _UNFOLDABLE:
         raise TubeletError(
-            f"{where}: normalize_activations is '{normalises}', which depends on each token",
+            f"{where}: normalize_activations is '{normalizes}', which depends on each token",
             "Only 'none', 'expected_average_only_in' and 'covariance_whitening' can be imported",
         )
     if described.get("reshape_activations", "none") != "none" or described.get("finetuning_scaling_factor"):
@@ -121,27 +121,27 @@ def load_saelens(folder: Path) -> tuple[SAE, dict[str, JsonValue]]:
     config = _recipe(where, architecture, described, latents)
     try:
         weights = _weights(config, described, tensors)
-        sae = with_weights(config, _normalisation(folder, normalises, channels), weights)
+        sae = with_weights(config, _normalization(folder, normalizes, channels), weights)
     except (KeyError, RuntimeError) as error:
         reason = f"{error.args[0]}".splitlines()[0]
         raise TubeletError(f"{folder / WEIGHTS} does not fit {CONFIG}: {reason}", "Copy both again") from error
     return sae, described
 
 
-def with_weights(config: SAEConfig, normalisation: Normalisation, weights: Mapping[str, Tensor]) -> SAE:
-    """The SAE with these weights, for inference, with the normalisation that it saw folded in.
+def with_weights(config: SAEConfig, normalization: Normalization, weights: Mapping[str, Tensor]) -> SAE:
+    """The SAE with these weights, for inference, with the normalization that it saw folded in.
 
     Raises:
         RuntimeError: the weights have other shapes.
     """
-    sae = SAE(config, normalisation)
+    sae = SAE(config, normalization)
     sae.load_state_dict({**sae.state_dict(), **weights})
     return sae.eval().fold()
 
 
 def raw_recipe(latents: int) -> dict[str, Any]:
     """Fields of the recipe of an SAE from elsewhere: its size, and tokens taken as they are."""
-    return {"latents": latents, "normalisation": NormalisationConfig(centre=False, scale=False)}
+    return {"latents": latents, "normalization": NormalizationConfig(center=False, scale=False)}
 
 
 def without_input_bias(W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor) -> Tensor:
@@ -149,23 +149,23 @@ def without_input_bias(W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor) -> Te
     return (b_enc_F.double() + W_enc_FD.double() @ b_dec_D.double()).to(b_enc_F.dtype)
 
 
-def _normalisation(folder: Path, kind: str, channels: int) -> Normalisation:
+def _normalization(folder: Path, kind: str, channels: int) -> Normalization:
     """What SAELens does to raw tokens before the SAE in `folder` sees them: x factor, or (x - mean) matrix.
 
     Raises:
         TubeletError: its numbers are not there.
     """
-    plain = Normalisation.identity(channels)
+    plain = Normalization.identity(channels)
     if kind == "expected_average_only_in":
         factor = _scaling_factor(folder / SCALER)
-        return Normalisation(plain.mean, torch.tensor(1 / factor))
+        return Normalization(plain.mean, torch.tensor(1 / factor))
     if kind == "covariance_whitening":
         path = folder / WHITENING
         if not path.is_file():
             raise _unfolded(folder, kind, f"there is no {WHITENING} beside it")
         try:
             t = {name: tensor.float() for name, tensor in load_file(path).items()}
-            return Normalisation(t["mean"], plain.scale, t["matrix"], t["inverse_matrix"])
+            return Normalization(t["mean"], plain.scale, t["matrix"], t["inverse_matrix"])
         except (KeyError, OSError, SafetensorError) as error:
             raise TubeletError(f"{path} cannot be read: {error}", "Copy the checkpoint again") from error
     return plain

@@ -1,7 +1,7 @@
 """SAEs that saev saved: one line of JSON, then a torch file with the weights.
 
 The torch file is read with `weights_only=True`, which builds tensors and nothing else; a file that needs more is
-refused. saev may centre and scale tokens outside of its SAE, (x - mean) / scale, and notes neither number in the file:
+refused. saev may center and scale tokens outside of its SAE, (x - mean) / scale, and notes neither number in the file:
 its loader finds them in a sample of its own tokens. Given here, they are folded into the weights.
 """
 
@@ -22,7 +22,7 @@ from tubelet.errors import TubeletError
 from tubelet_trainer.sae.config import BatchTopKConfig, ReLUConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.interop.saelens import raw_recipe, with_weights, without_input_bias
 from tubelet_trainer.sae.model import SAE
-from tubelet_trainer.sae.normalization import Normalisation
+from tubelet_trainer.sae.normalization import Normalization
 
 InputBias = Literal["auto", "subtracted", "kept"]
 
@@ -54,12 +54,12 @@ def load_saev(
         if input_bias == "kept" or (input_bias == "auto" and "schema" in header):
             weights["b_enc"] = without_input_bias(W_enc, b_enc, weights["b_dec"])
         if isinstance(config, BatchTopKConfig):
-            # There what exceeds the threshold is kept, here what reaches it; 0 stands for "not learnt yet".
+            # There what exceeds the threshold is kept, here what reaches it; 0 stands for "not learned yet".
             threshold = tensors[_THRESHOLD].float()
             weights["sparsifier.threshold"] = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
-        plain = Normalisation.identity(W_enc.shape[1])
+        plain = Normalization.identity(W_enc.shape[1])
         subtracted = plain.mean if mean is None else _vector(mean, W_enc.shape[1])
-        sae = with_weights(config, Normalisation(subtracted, torch.tensor(scale)), weights)
+        sae = with_weights(config, Normalization(subtracted, torch.tensor(scale)), weights)
     except (KeyError, RuntimeError) as error:
         reason = f"{error.args[0]}".splitlines()[0]
         raise TubeletError(f"{path} does not hold the weights of a saev SAE: {reason}", "Copy it again") from error
@@ -96,7 +96,7 @@ def _recipe(path: Path, header: dict[str, Any], latents: int, has_threshold: boo
             return ReLUConfig(**size)
         case "BatchTopK" if has_threshold:
             return BatchTopKConfig(**size, k=int(params.get("top_k", 32)))
-        # Before it learnt a threshold, saev's BatchTopK kept the k largest of each token.
+        # Before it learned a threshold, saev's BatchTopK kept the k largest of each token.
         case "TopK" | "BatchTopK":
             return TopKConfig(**size, k=int(params.get("top_k", 32)))
     raise TubeletError(f"{path}: activation '{name}' is not known here", "Known are Relu, TopK and BatchTopK")

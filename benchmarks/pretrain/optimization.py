@@ -1,4 +1,4 @@
-"""What both trainings share: the optimiser, the learning rate's course, the record of the losses."""
+"""What both trainings share: the optimizer, the learning rate's course, the record of the losses."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def learning_rate(peak: float, step: int, warmup: int, steps: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def descend(optimiser: torch.optim.Optimizer, model: nn.Module, loss: torch.Tensor, rate: float) -> None:
+def descend(optimizer: torch.optim.Optimizer, model: nn.Module, loss: torch.Tensor, rate: float) -> None:
     """One step at learning rate `rate`, the gradient's norm clipped to 1."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = rate
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
+    optimizer.step()
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A catalogue says where stores lie and which they must be, and can do nothing else to who reads it."""
+"""A catalog says where stores lie and which they must be, and can do nothing else to who reads it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stores(tmp_path_factory) -> tuple[Store, Store]:
 @pytest.fixture
 def catalog(stores, tmp_path) -> str:
     url = str(tmp_path / "catalog.yaml")
-    add_store(url, stores[0].url, describe(stores[0].state, "a", licence="CC-BY-4.0", owner="team"))
+    add_store(url, stores[0].url, describe(stores[0].state, "a", license="CC-BY-4.0", owner="team"))
     add_store(url, stores[1].url, describe(stores[1].state, "b"))
     return url
 
@@ -161,7 +161,7 @@ def test_a_hostile_entry_is_refused_in_one_line(catalog, name):
     assert "secret@" not in str(caught.value).replace(repr("s3://key:secret@bucket/a.zarr"), "")
 
 
-def test_a_remote_catalogue_points_at_no_path_of_the_readers_machine(catalog):
+def test_a_remote_catalog_points_at_no_path_of_the_readers_machine(catalog):
     url = f"memory://{uuid.uuid4().hex}/catalog.yaml"
     folder, name = url.rsplit("/", 1)
     text = Path(catalog).read_text()
@@ -194,7 +194,7 @@ def test_a_name_opens_the_store_it_means(stores, catalog):
         assert store.identity == stores[0].identity
     with pytest.raises(TubeletError, match=r"no store 'aa'. Did you mean 'a'"):
         open_store(f"{catalog}#aa")
-    with pytest.raises(TubeletError, match="No catalogue at"):
+    with pytest.raises(TubeletError, match="No catalog at"):
         open_store(f"{catalog}.yaml#a")
 
 
@@ -205,7 +205,7 @@ def test_another_store_in_its_place_is_an_error(tmp_path):
     (tmp_path / "s.zarr").rename(tmp_path / "gone")
     assert main(["catalog", "check", "--catalog", catalog]) == 1
     make_store(tmp_path / "s.zarr", seed=9)
-    with pytest.raises(TubeletError, match=f"not the store that the catalogue means.*{store.identity}"):
+    with pytest.raises(TubeletError, match=f"not the store that the catalog means.*{store.identity}"):
         open_store(f"{catalog}#s")
     assert main(["catalog", "check", "s", "--catalog", catalog]) == 1
 
@@ -267,7 +267,7 @@ def test_editing_touches_no_other_line(stores, tmp_path, end):
     assert [entry.name for entry in Catalog.read(str(catalog)).stores] == ["b"]
 
 
-def test_a_catalogue_in_braces_is_read_but_not_edited(stores, catalog):
+def test_a_catalog_in_braces_is_read_but_not_edited(stores, catalog):
     Path(catalog).write_text(json.dumps(yaml.safe_load(Path(catalog).read_text())))
     assert len(Catalog.read(catalog).stores) == 2
     with pytest.raises(TubeletError, match="written in braces"):
@@ -284,7 +284,7 @@ def test_names_in_use_and_names_unknown(stores, catalog):
     assert Path(catalog).read_text() == before
 
 
-def test_nested_catalogues_are_read_once_whatever_their_circle(stores, tmp_path):
+def test_nested_catalogs_are_read_once_whatever_their_circle(stores, tmp_path):
     one, two = str(tmp_path / "one.yaml"), f"memory://{uuid.uuid4().hex}/two.yaml"
     add_store(one, stores[0].url, describe(stores[0].state, "a"))
     folder, name = two.rsplit("/", 1)
@@ -302,7 +302,7 @@ def test_nested_catalogues_are_read_once_whatever_their_circle(stores, tmp_path)
     assert open_store(f"{top}#team/a").identity == stores[0].identity
 
 
-def test_a_chain_of_catalogues_ends_and_a_broken_one_hides_nothing(stores, tmp_path):
+def test_a_chain_of_catalogs_ends_and_a_broken_one_hides_nothing(stores, tmp_path):
     urls = [str(tmp_path / f"{i}.yaml") for i in range(8)]
     add_store(urls[7], stores[0].url, describe(stores[0].state, "deep"))
     for above, below in zip(reversed(urls[:-1]), reversed(urls[1:]), strict=True):
@@ -321,7 +321,7 @@ def test_search_by_every_field(stores, catalog):
     found = Catalog.read(catalog)
     names = lambda **words: [entry.name for entry in found.search(**words)]  # noqa: E731
     assert names() == ["a", "b"]
-    assert names(licence="cc-by") == ["a"]
+    assert names(license="cc-by") == ["a"]
     assert names(hook="blocks.2") == ["a"]
     assert names(dataset="TEST") == ["a", "b"]
     assert names(backbone="videomae") == []
@@ -331,12 +331,12 @@ def test_search_by_every_field(stores, catalog):
 def test_the_verb(stores, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["catalog", "list"]) == 2
-    assert main(["catalog", "add", "a", stores[0].url, "--licence", "CC0-1.0"]) == 0
+    assert main(["catalog", "add", "a", stores[0].url, "--license", "CC0-1.0"]) == 0
     assert main(["catalog", "add", "team", "catalog.yaml", "--catalog", "top.yaml"]) == 0
     capsys.readouterr()
     assert main(["catalog", "list", "--catalog", "top.yaml", "--format", "json"]) == 0
     (record,) = json.loads(capsys.readouterr().out)
-    assert (record["name"], record["id"], record["licence"]) == ("team/a", stores[0].identity, "CC0-1.0")
+    assert (record["name"], record["id"], record["license"]) == ("team/a", stores[0].identity, "CC0-1.0")
     assert main(["catalog", "show", "a"]) == 0
     assert stores[0].identity in capsys.readouterr().out
     assert main(["catalog", "check"]) == 0

@@ -25,7 +25,7 @@ def run(store, out, steps=900, **sae):
     """A run whose learning rate is too low for anything to change, unless the weight alone does."""
     tree = {
         "store": store.url, "out": out, "steps": steps, "batch_tokens": 16, "window_tokens": 300, "block_patches": 6,
-        "sae": {"latents": 16, "sparsity_warmup_steps": 0, **sae}, "optimiser": {"lr": 1e-6}, "device": "cpu",
+        "sae": {"latents": 16, "sparsity_warmup_steps": 0, **sae}, "optimizer": {"lr": 1e-6}, "device": "cpu",
         "holdout": {"fraction": 0}, "log_every": 30, "checkpoint_every": 900,
     }  # fmt: skip
     train(TrainConfig.model_validate(tree))
