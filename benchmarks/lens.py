@@ -25,10 +25,9 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from tubelet_lens import EvaluateConfig
 from tubelet_lens.codes.controls import controls
 from tubelet_lens.codes.pooled import Pooling
-from tubelet_lens.config import Topic
+from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.evaluate import CLIP_METRICS, METRICS, evaluate
 from tubelet_lens.inputs.clip_stream import read_clip, windows
 from tubelet_lens.inputs.latent_time import latent_time

@@ -46,7 +46,7 @@ import tubelet_store.storage.client as transport_module
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
 from tubelet_store.reader import Store
-from tubelet_store.cache import MirrorConfig
+from tubelet_store.cache.config import MirrorConfig
 transport_module._FIRST_WAIT_S = 0.01
 folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
 mirror = MirrorConfig(

@@ -77,8 +77,8 @@ a [Tubelet](https://pypi.org/project/tubelet/) store (Zarr v3, memory-mappable).
 ## Load it
 
 ```python
-import tubelet_store
-store = tubelet_store.open("{title}.zarr")        # a path, s3://..., or catalog.yaml#name
+import tubelet
+store = tubelet.open_store("{title}.zarr")   # a path, s3://..., or catalog.yaml#name
 clips = store.clips()                             # pyarrow table, one row per clip
 clip = store["{first}"][0]                        # [time, space, channel], memory-mapped
 shard = store["{first}"].torch(0)                 # a whole shard as a torch tensor, without a copy

@@ -136,7 +136,7 @@ def planted() -> BackboneSession:
     offset = (MEAN @ backbone.turn.T) @ weights_CD.T
     plain = readout.logits
     readout.logits = lambda pixels: plain(pixels) - offset  # type: ignore[method-assign]
-    parts: dict[str, Any] = {"footage": None, "test_footage": None, "fit_rows": np.empty(0)}
+    parts: dict[str, Any] = {"clip_source": None, "test_clip_source": None, "fit_rows": np.empty(0)}
     return BackboneSession(
         config=RunningConfig(),
         backbone=backbone,  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ import pytest
 
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
-from tubelet_lens import EvaluateConfig, Evaluation, read_evaluation
-from tubelet_lens.config import Topic
+from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.evaluate import CLIP_METRICS, METRICS, Result, evaluate
 from tubelet_lens.inputs.clip_selection import some_of
 from tubelet_lens.report.render import show
+from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.results.latent_table import read_latents
 from tubelet_lens.results.section import Figure
 from tubelet_lens.verbs import EVALUATE

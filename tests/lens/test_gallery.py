@@ -345,7 +345,7 @@ def test_run_again_after_a_kill_it_gives_the_same_site_and_draws_only_what_is_mi
     whole = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     code = (
         "import sys, os, signal; sys.path[:0] = sys.argv[2:]\n"
-        "from tubelet_lens.gallery import make; from tubelet_lens.gallery.config import GalleryConfig\n"
+        "from tubelet_lens.gallery import make_gallery as make; from tubelet_lens.gallery.config import GalleryConfig\n"
         "from tubelet_lens.gallery.pages import Pages\n"
         "Pages.overview = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
         "make.make_gallery(GalleryConfig.model_validate_json(sys.argv[1]))"

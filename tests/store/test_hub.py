@@ -20,7 +20,7 @@ MIRRORED = """
 import sys
 from pathlib import Path
 from tubelet_store.reader import open_store
-from tubelet_store.cache import MirrorConfig
+from tubelet_store.cache.config import MirrorConfig
 
 url, local, folder = sys.argv[1:]
 store, truth = open_store(url, mirror=MirrorConfig(directory=Path(folder))), open_store(local)

@@ -284,7 +284,8 @@ ENDS = """
 import sys, time
 from test_mirror import PLAN, make_store, upload
 from tubelet_store.reader import open_store
-from tubelet_store.cache import MirrorConfig, shard_object
+from tubelet_store.cache import shard_object
+from tubelet_store.cache.config import MirrorConfig
 from pathlib import Path
 
 shard_object._PART_BYTES = 1
@@ -342,7 +343,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from tubelet_store.reader import open_store
-from tubelet_store.cache import MirrorConfig
+from tubelet_store.cache.config import MirrorConfig
 remote, local, folder, budget, seed, rounds = sys.argv[1:]
 store = open_store(remote, mirror=MirrorConfig(directory=Path(folder), budget=int(budget)))
 truth = open_store(local)

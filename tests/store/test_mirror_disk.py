@@ -48,7 +48,7 @@ import resource, sys
 from pathlib import Path
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
-from tubelet_store.cache import MirrorConfig
+from tubelet_store.cache.config import MirrorConfig
 from tubelet_store.cache.local_cache import Mirror
 from tubelet_store.cache.partial_file import Partial
 local, folder, limit, allocates = sys.argv[1:]

@@ -251,7 +251,7 @@ def test_a_newcomer_needs_a_catalog_and_what_it_says(url, tmp_path, monkeypatch,
     said = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if ":  " in line)
 
     array = open_store("catalog.yaml#shared")["h"]
-    assert 'open_store("catalog.yaml#shared")' in said["Open it"]
+    assert 'tubelet.open_store("catalog.yaml#shared")' in said["Open it"]
     assert array.torch(0).flatten(0, 2).shape == (4 * 60, 16)
 
     program, *arguments = shlex.split(said["Train on it"])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tubelet_trainer.sae.model import SAE
     from tubelet_trainer.sae.sae_files import load_record, load_sae
 
-__all__ = ["SAE", "Source", "TrainConfig", "ActivationLoader", "held_out", "load_record", "load_sae", "train"]
+__all__ = ["SAE", "ActivationLoader", "Source", "TrainConfig", "held_out", "load_record", "load_sae", "train"]
 
 _HOMES = {
     "SAE": "sae.model",

@@ -34,7 +34,7 @@ _MINUS = "\N{MINUS SIGN}"
 def render_report(evaluation: Evaluation) -> str:
     """The page, as HTML."""
     environment = Environment(
-        loader=PackageLoader("tubelet_lens"),
+        loader=PackageLoader("tubelet_lens.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -37,11 +37,11 @@ class BackboneSession:
         hook: The SAE's.
         sae: The trained SAE.
         readout: Classes of a clip; None: the checkpoint has no classifier, and no clip of the fit side has a label.
-        test_footage: Reads the test side's videos.
+        test_clip_source: Reads the test side's videos.
         shots: Clips to measure on.
         rows: int64 [N] Their rows on the test side.
         class_N: int64 [N] Their class in the readout; -1 where unknown.
-        footage: Reads the fit side's videos; None: there is no fit side.
+        clip_source: Reads the fit side's videos; None: there is no fit side.
         fit_rows: int64 Rows of the fit side to fit on.
     """
 
@@ -50,7 +50,7 @@ class BackboneSession:
     hook: str
     sae: SAE
     readout: Readout | None
-    test_footage: ClipSource
+    test_clip_source: ClipSource
     shots: tuple[Clip, ...]
     rows: NDArray[np.int64]
     class_N: NDArray[np.int64]
@@ -86,8 +86,8 @@ def start(clips: ClipSetting, config: RunningConfig) -> BackboneSession:
         )
     backbone = backbone_of(store.plan, config.checkpoint, str(device))
     rows = stratified_sample(clips.test.labels, config.test_clips)
-    test_footage = ClipSource(store, backbone, config.root, config.decode)
-    shots = tuple(test_footage.clips([int(clip) for clip in clips.test.clips[rows]]))
+    test_clip_source = ClipSource(store, backbone, config.root, config.decode)
+    shots = tuple(test_clip_source.clips([int(clip) for clip in clips.test.clips[rows]]))
     clip_source, fit_rows = None, np.empty(0, dtype=np.int64)
     if clips.fit is not None:
         clip_source = ClipSource(clips.fit.store, backbone, config.root, config.decode)
@@ -101,7 +101,7 @@ def start(clips: ClipSetting, config: RunningConfig) -> BackboneSession:
         hook=backbone.resolve_hook(clips.setting.hook),
         sae=load_sae(clips.trained.folder, str(device)),
         readout=readout,
-        test_footage=test_footage,
+        test_clip_source=test_clip_source,
         shots=shots,
         rows=rows,
         class_N=_classes(readout, clips.test, rows),

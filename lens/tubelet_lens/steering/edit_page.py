@@ -16,7 +16,7 @@ _WIDTH, _HEIGHT = 240, 22
 def render_page(report: EditReport) -> str:
     """The page, as HTML."""
     environment = Environment(
-        loader=PackageLoader("tubelet_lens"),
+        loader=PackageLoader("tubelet_lens.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -110,7 +110,7 @@ def segmentation_edits(clips: ClipSetting) -> ClipResult | None:
     if running is None or running.clip_source is None or clips.fit is None:
         return None
     config, test = running.config, clips.test
-    fit_root, test_root = running.clip_source.root, running.test_footage.root
+    fit_root, test_root = running.clip_source.root, running.test_clip_source.root
     videos = ((fit_root, clips.fit.videos[running.fit_rows[0]]), (test_root, test.videos[running.rows[0]]))
     if not all(has_masks(root, str(video)) for root, video in videos):
         return None

@@ -69,7 +69,7 @@ def write_results(config: StudyConfig, done: Sequence[Cell], failures: Mapping[s
         path.write_text(one.csv())
     (config.out / "study.md").write_text(_markdown(tables, plots, failures))
     environment = Environment(
-        loader=PackageLoader("tubelet_lens"),
+        loader=PackageLoader("tubelet_lens.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -124,7 +124,7 @@ def _show(config: CatalogConfig) -> int:
     for name, text in lines.items():
         if text:
             print(f"{name:<14}{text}")
-    print(f'\nOpen it:      tubelet_store.open("{config.catalog}#{entry.name}")')
+    print(f'\nOpen it:      tubelet.open_store("{config.catalog}#{entry.name}")')
     hook, out = entry.hooks[0].hook, entry.name.replace("/", "-")
     print(f"Train on it:  tubelet train '{config.catalog}#{entry.name}' --hook {hook} --out runs/{out}")
     return 0
