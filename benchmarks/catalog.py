@@ -161,8 +161,10 @@ def main() -> None:
     parser.add_argument("--clips-per-shard", type=int, default=16)
     settings = parser.parse_args()
     program = [sys.executable, "-c", "import sys; from tubelet.cli.main import main; sys.exit(main())"]
-    manifest = "from tubelet_store.reader import open_store; m = open_store('store.zarr').manifest(); "
+    manifest = (
+        "from tubelet_store.reader import open_store; m = open_store('store.zarr').manifest(); "
         "print(m.identity, sum(1 for _ in m))"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clips = settings.objects // settings.hooks * settings.clips_per_shard

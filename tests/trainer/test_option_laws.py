@@ -23,11 +23,14 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from stores import make_plan, make_store
-from tubelet_store import Store
-from tubelet_store.config import Config
-from tubelet_trainer.batch import Batch
-from tubelet_trainer.config import ObjectiveConfig, OptimiserConfig, PairsConfig, TrainConfig
-from tubelet_trainer.run import Run
+from tubelet.config import Config
+from tubelet_store.reader import Store
+from tubelet_trainer.config import ObjectiveConfig, OptimizerConfig, PairsConfig, TrainConfig
+from tubelet_trainer.data.batch import Batch
+from tubelet_trainer.data.loader import ActivationLoader
+from tubelet_trainer.data.source import Source
+from tubelet_trainer.data.split import HoldoutConfig, held_out
+from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     BatchTopKConfig,
@@ -38,16 +41,13 @@ from tubelet_trainer.sae.config import (
     InitConfig,
     JumpReLUConfig,
     NestedK,
-    NormalisationConfig,
+    NormalizationConfig,
     RandomPrefixes,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
 )
-from tubelet_trainer.sae.nesting import cuts
-from tubelet_trainer.source import Source
-from tubelet_trainer.split import HoldoutConfig, held_out
-from tubelet_trainer.windows import Windows
+from tubelet_trainer.sae.matryoshka import cuts
 
 CLIPS, TIME, HEIGHT, WIDTH, D = 24, 4, 2, 3, 8
 SPACE = HEIGHT * WIDTH
@@ -59,7 +59,7 @@ KConfig, PenalizedConfig = TopKConfig.__bases__[0], ReLUConfig.__bases__[0]
 
 # Every option that changes arithmetic, with its default.
 DEFAULTS: dict[type[Config], dict[str, Any]] = {
-    OptimiserConfig: {
+    OptimizerConfig: {
         "lr": None, "beta1": None, "beta2": 0.999, "eps": 6.25e-10, "warmup_steps": 1000, "decay_fraction": 0.2,
         "grad_clip": 1.0, "ema": None, "resample_every": None,
     },
@@ -67,11 +67,11 @@ DEFAULTS: dict[type[Config], dict[str, Any]] = {
         "lambda_t": 0.0, "lambda_s": 0.0, "lambda_smooth": 0.0, "lambda_slow": 0.0, "codes": "pre",
         "similarity": "cosine", "temperature": None, "prefix_fraction": None,
     },
-    PairsConfig: {"max_delta": 1, "neighbours": 4, "anchors": 1024},
+    PairsConfig: {"max_delta": 1, "neighbors": 4, "anchors": 1024},
     SAEConfig: {
         "expansion": 8, "latents": None, "auxk": None, "auxk_coef": 1 / 32, "dead_after_tokens": None, "seed": 0,
     },
-    NormalisationConfig: {"centre": True, "scale": True, "whitening": "none", "shrinkage": 1e-3},
+    NormalizationConfig: {"center": True, "scale": True, "whitening": "none", "shrinkage": 1e-3},
     InitConfig: {"directions": "random", "bias": "mean", "subspace": None, "tokens": 16_384},
     KConfig: {"k": 32, "k_anneal_steps": 0},
     PenalizedConfig: {"sparsity_warmup_steps": 500, "target_l0": None},
@@ -103,10 +103,10 @@ def named(model: type[Config]) -> str:
 
 
 PLACES: dict[type[Config], str] = {
-    OptimiserConfig: "optimiser",
+    OptimizerConfig: "optimizer",
     ObjectiveConfig: "objective",
     PairsConfig: "pairs",
-    NormalisationConfig: "sae.normalisation",
+    NormalizationConfig: "sae.normalization",
     InitConfig: "sae.init",
     HoldoutConfig: "holdout",
     TrainConfig: "",
@@ -152,22 +152,22 @@ RELU, GATED, JUMP = (kind(model, sparsity=0.3) for model in (ReLUConfig, GatedCo
 TEMPORAL, SPATIAL = {"objective.lambda_t": 1.0}, {"objective.lambda_s": 1.0}
 LONG = {"steps": 40}
 CASES = [
-    Case(OptimiserConfig, "lr", (None, 1e-3)),
-    Case(OptimiserConfig, "lr", (None, 1e-3), {"sae.latents": 64}),
-    Case(OptimiserConfig, "beta1", (None, 0.0)),
-    Case(OptimiserConfig, "beta1", (None, 0.9), JUMP),
-    Case(OptimiserConfig, "beta2", (0.999, 0.9)),
+    Case(OptimizerConfig, "lr", (None, 1e-3)),
+    Case(OptimizerConfig, "lr", (None, 1e-3), {"sae.latents": 64}),
+    Case(OptimizerConfig, "beta1", (None, 0.0)),
+    Case(OptimizerConfig, "beta1", (None, 0.9), JUMP),
+    Case(OptimizerConfig, "beta2", (0.999, 0.9)),
     # Adam divides gradients by their size: its epsilon counts where they are small, as they are when clipped.
-    Case(OptimiserConfig, "eps", (6.25e-10, 1e-8), {"optimiser.grad_clip": 1e-8}),
-    Case(OptimiserConfig, "eps", (6.25e-10, 1e-2)),
-    Case(OptimiserConfig, "warmup_steps", (1000, 2), LONG),
-    Case(OptimiserConfig, "warmup_steps", (1000, 0)),
-    Case(OptimiserConfig, "decay_fraction", (0.2, 0.7)),
-    Case(OptimiserConfig, "decay_fraction", (0.2, 0.0)),
-    Case(OptimiserConfig, "grad_clip", (1.0, 1e-3), {"optimiser.eps": 1e-3}),
-    Case(OptimiserConfig, "grad_clip", (1.0, 100.0), {"objective.lambda_slow": 30.0}),
-    Case(OptimiserConfig, "ema", (None, 0.5)),
-    Case(OptimiserConfig, "ema", (0.3, 0.999)),
+    Case(OptimizerConfig, "eps", (6.25e-10, 1e-8), {"optimizer.grad_clip": 1e-8}),
+    Case(OptimizerConfig, "eps", (6.25e-10, 1e-2)),
+    Case(OptimizerConfig, "warmup_steps", (1000, 2), LONG),
+    Case(OptimizerConfig, "warmup_steps", (1000, 0)),
+    Case(OptimizerConfig, "decay_fraction", (0.2, 0.7)),
+    Case(OptimizerConfig, "decay_fraction", (0.2, 0.0)),
+    Case(OptimizerConfig, "grad_clip", (1.0, 1e-3), {"optimizer.eps": 1e-3}),
+    Case(OptimizerConfig, "grad_clip", (1.0, 100.0), {"objective.lambda_slow": 30.0}),
+    Case(OptimizerConfig, "ema", (None, 0.5)),
+    Case(OptimizerConfig, "ema", (0.3, 0.999)),
     Case(ObjectiveConfig, "lambda_t", (0.0, 1.0)),
     Case(ObjectiveConfig, "lambda_t", (0.5, 1.0)),
     Case(ObjectiveConfig, "lambda_s", (0.0, 1.0)),
@@ -186,8 +186,8 @@ CASES = [
     Case(ObjectiveConfig, "prefix_fraction", (None, 0.5), {**TEMPORAL, "objective.codes": "prefix"}),
     Case(ObjectiveConfig, "prefix_fraction", (None, 0.5), {**nesting(Groups), "objective.lambda_slow": 1.0}),
     Case(PairsConfig, "max_delta", (1, 3), TEMPORAL),
-    Case(PairsConfig, "neighbours", (4, 8), SPATIAL),
-    Case(PairsConfig, "neighbours", (4, "random"), SPATIAL),
+    Case(PairsConfig, "neighbors", (4, 8), SPATIAL),
+    Case(PairsConfig, "neighbors", (4, "random"), SPATIAL),
     Case(PairsConfig, "anchors", (1024, 8), TEMPORAL),
     Case(SAEConfig, "expansion", (8, 3), {"sae.latents": None}),
     Case(SAEConfig, "latents", (16, 20)),
@@ -199,12 +199,12 @@ CASES = [
     Case(SAEConfig, "auxk_coef", (1 / 32, 1.0)),
     Case(SAEConfig, "auxk_coef", (1 / 32, 0.0)),
     Case(SAEConfig, "dead_after_tokens", (None, 200), {"sae.auxk_coef": 1.0}),
-    Case(NormalisationConfig, "centre", (True, False)),
-    Case(NormalisationConfig, "scale", (True, False)),
-    *(Case(NormalisationConfig, "scale", (True, False), other) for other in (RELU, JUMP)),
-    Case(NormalisationConfig, "whitening", ("none", "zca")),
-    Case(NormalisationConfig, "whitening", ("zca", "pca")),
-    Case(NormalisationConfig, "shrinkage", (1e-3, 0.3), {"sae.normalisation.whitening": "zca"}),
+    Case(NormalizationConfig, "center", (True, False)),
+    Case(NormalizationConfig, "scale", (True, False)),
+    *(Case(NormalizationConfig, "scale", (True, False), other) for other in (RELU, JUMP)),
+    Case(NormalizationConfig, "whitening", ("none", "zca")),
+    Case(NormalizationConfig, "whitening", ("zca", "pca")),
+    Case(NormalizationConfig, "shrinkage", (1e-3, 0.3), {"sae.normalization.whitening": "zca"}),
     *(Case(model, "kind", (named(model), named(other)))
       for model, other in zip(KINDS, (*KINDS[1:], TopKConfig), strict=True)),
     Case(KConfig, "k", (3, 5)),
@@ -271,23 +271,23 @@ def configure(store: Store, settings: Mapping[str, Any]) -> TrainConfig:
 
 def in_float64(run: Run) -> Any:
     """The run's only SAE and its optimizer, in float64 and in general position; five of its latents are weak."""
-    learner = run.member.learner
-    for sae in (learner.sae, learner.averaged):
+    sae_trainer = run.sae_run.sae_trainer
+    for sae in (sae_trainer.sae, sae_trainer.averaged):
         if sae is not None:
             sae.double()
     generator = torch.Generator().manual_seed(7)
-    for name, tensor in learner.state().items():
+    for name, tensor in sae_trainer.state().items():
         if name.endswith(("/exp_avg", "/exp_avg_sq")):
             tensor.data = tensor.data.double()
     with torch.no_grad():
-        for name, parameter in learner.sae.named_parameters():
+        for name, parameter in sae_trainer.sae.named_parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             if name == "W_enc":
                 parameter[:5] *= 0.1
-        learner.sae.W_dec.copy_(nnf.normalize(learner.sae.W_dec, dim=1))
-        if learner.averaged is not None:
-            learner.averaged.load_state_dict(learner.sae.state_dict())
-    return learner
+        sae_trainer.sae.W_dec.copy_(nnf.normalize(sae_trainer.sae.W_dec, dim=1))
+        if sae_trainer.averaged is not None:
+            sae_trainer.averaged.load_state_dict(sae_trainer.sae.state_dict())
+    return sae_trainer
 
 
 @dataclass(frozen=True)
@@ -307,13 +307,13 @@ def trained(store: Store, settings: Mapping[str, Any]) -> Trained:
     key = json.dumps(settings, sort_keys=True)
     if key not in _TRAINED:
         run = Run(configure(store, settings), [store], CPU)
-        learner = in_float64(run)
-        start = {name: p.detach().clone() for name, p in learner.sae.named_parameters()}
+        sae_trainer = in_float64(run)
+        start = {name: p.detach().clone() for name, p in sae_trainer.sae.named_parameters()}
         batches = []
         for step, batch in enumerate(run.windows):
             run.learn(batch, step)
             batches.append(batch)
-        sae = run.result(run.member)
+        sae = run.result(run.sae_run)
         assert sae is not None
         end = {name: p.detach().clone() for name, p in sae.named_parameters()}
         end |= {f"buffer {name}": b.clone() for name, b in sae.sparsifier.named_buffers()}
@@ -330,9 +330,9 @@ class Options:
         nesting = {named(model): model for model in NESTINGS}[self.get("sae.nesting.kind", named(Flat))]
         self.kind, self.nesting = named(sae), named(nesting)
         models = [
-            OptimiserConfig,
+            OptimizerConfig,
             ObjectiveConfig,
-            NormalisationConfig,
+            NormalizationConfig,
             nesting,
             *(m for m in sae.__mro__ if m in PLACES),
         ]
@@ -351,9 +351,9 @@ class Options:
 
 def normalizer(o: Options, raw: Tensor) -> tuple[Any, float]:
     """The map of tokens that normalization is, from all raw tokens [N, D], and the unit of a normalized channel."""
-    mean, place = raw.mean(dim=0), "sae.normalisation"
+    mean, place = raw.mean(dim=0), "sae.normalization"
     covariance = torch.cov(raw.T, correction=0)
-    offset = mean if o[f"{place}.centre"] else torch.zeros(D, dtype=torch.float64)
+    offset = mean if o[f"{place}.center"] else torch.zeros(D, dtype=torch.float64)
     deviation = float((covariance.trace() / D).sqrt())
     if o[f"{place}.whitening"] != "none":
         spread, axes = np.linalg.eigh(covariance.numpy())
@@ -486,7 +486,7 @@ def reference(settings: Mapping[str, Any], start: Mapping[str, Tensor], batches:
     auxk = (D // 2 if "sae.k" in o.values else 0) if o["sae.auxk"] is None else o["sae.auxk"]
     dead_known = dead_sent = 0
     gain, threshold = 0.0, None
-    beta1, beta2 = o["optimiser.beta1"], o["optimiser.beta2"]
+    beta1, beta2 = o["optimizer.beta1"], o["optimizer.beta2"]
     if beta1 is None:
         beta1 = 0.0 if o.kind == "jumprelu" else 0.9
     for step, batch in enumerate(batches):
@@ -536,18 +536,18 @@ def reference(settings: Mapping[str, Any], start: Mapping[str, Tensor], batches:
         with torch.no_grad():
             g["W_dec"] -= (g["W_dec"] * w["W_dec"]).sum(dim=1, keepdim=True) * w["W_dec"]
             norm = math.sqrt(sum(float(part.square().sum()) for part in g.values()))
-            rise = (step + 1) / (min(o["optimiser.warmup_steps"], steps // 10) + 1)
-            falling = round(o["optimiser.decay_fraction"] * steps)
+            rise = (step + 1) / (min(o["optimizer.warmup_steps"], steps // 10) + 1)
+            falling = round(o["optimizer.decay_fraction"] * steps)
             fall = (steps - step) / (falling + 1) if falling else 1.0
-            lr = (o["optimiser.lr"] or 2e-4 * math.sqrt(2**14 / latents)) * min(1.0, rise, fall)
+            lr = (o["optimizer.lr"] or 2e-4 * math.sqrt(2**14 / latents)) * min(1.0, rise, fall)
             for name, p in w.items():
-                clipped = g[name] * min(1.0, o["optimiser.grad_clip"] / norm)
+                clipped = g[name] * min(1.0, o["optimizer.grad_clip"] / norm)
                 m[name] = beta1 * m[name] + (1 - beta1) * clipped
                 v[name] = beta2 * v[name] + (1 - beta2) * clipped.square()
                 m_hat, v_hat = m[name] / (1 - beta1 ** (step + 1)), v[name] / (1 - beta2 ** (step + 1))
-                p -= lr * m_hat / (v_hat.sqrt() + o["optimiser.eps"])
+                p -= lr * m_hat / (v_hat.sqrt() + o["optimizer.eps"])
             w["W_dec"] /= w["W_dec"].norm(dim=1, keepdim=True)
-            if (ema := o["optimiser.ema"]) is not None:
+            if (ema := o["optimizer.ema"]) is not None:
                 decay = min(ema, (1 + step) / (10 + step))
                 mean = {name: decay * mean[name] + (1 - decay) * p for name, p in w.items()}
             if o.kind == "batchtopk":
@@ -565,8 +565,8 @@ def reference(settings: Mapping[str, Any], start: Mapping[str, Tensor], batches:
                         tensors[name].copy_(tensors[name][order].clone())
             if (step + 1) % 4 == 0:
                 dead_known, dead_sent = dead_sent, int((silent > dead_after).sum())
-    end = {name: p.detach() for name, p in (w if o["optimiser.ema"] is None else mean).items()}
-    if o["optimiser.ema"] is not None:
+    end = {name: p.detach() for name, p in (w if o["optimizer.ema"] is None else mean).items()}
+    if o["optimizer.ema"] is not None:
         end["W_dec"] = nnf.normalize(end["W_dec"], dim=1)
     return end if threshold is None else {**end, "buffer threshold": torch.tensor(threshold, dtype=torch.float64)}
 
@@ -596,14 +596,14 @@ def test_training_equals_the_formulas_for_two_values_of_an_option(store: Store, 
 def test_dead_latents_are_resampled_after_as_many_steps_as_asked(store: Store, first: int, second: int | None) -> None:
     together = {"sae.auxk": 0, "sae.dead_after_tokens": 40}
     runs = [
-        Run(configure(store, {**together, "optimiser.resample_every": every}), [store], CPU)
+        Run(configure(store, {**together, "optimizer.resample_every": every}), [store], CPU)
         for every in (first, second)
     ]
-    learners = [in_float64(run) for run in runs]
+    sae_trainers = [in_float64(run) for run in runs]
     for step, batch in enumerate(runs[0].windows):
         for run in runs:
             run.learn(batch, step)
-        if not torch.equal(*(learner.sae.W_dec for learner in learners)):
+        if not torch.equal(*(sae_trainer.sae.W_dec for sae_trainer in sae_trainers)):
             break
     assert step + 1 == first
 
@@ -634,7 +634,7 @@ def test_initial_rows_are_drawn_from_the_seed(store: Store, seed: int) -> None:
 @pytest.mark.parametrize("tokens", [40, 200])
 def test_initial_weights_look_at_the_first_tokens_of_the_order(store: Store, tokens: int) -> None:
     run = Run(configure(store, {"sae.init.bias": "geometric_median", "sae.init.tokens": tokens}), [store], CPU)
-    x = run.sae.normalisation(torch.cat([batch.tokens for batch in run.windows]))
+    x = run.sae.normalization(torch.cat([batch.tokens for batch in run.windows]))
 
     def pull(count: int) -> float:
         """Norm of the sum of unit vectors to the first `count` tokens: 0 at their geometric median."""
@@ -653,7 +653,7 @@ def stream(store: Store, settings: Mapping[str, Any]) -> list[list[int]]:
         total = o["steps"] * o["batch_tokens"]
     options = {name: o[name] for name in ("seed", "batch_tokens", "window_tokens", "resident_shards")}
     source = Source(store, "h", o.get("block_patches"))
-    return [batch.positions.tolist() for batch in Windows(source, clips, total_tokens=total, **options)]
+    return [batch.positions.tolist() for batch in ActivationLoader(source, clips, total_tokens=total, **options)]
 
 
 STREAMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -697,7 +697,7 @@ def test_an_evaluation_sees_as_many_tokens_as_asked(store: Store, eval_tokens: i
     run = Run(configure(store, {"eval_tokens": eval_tokens, "holdout.fraction": 0.3}), [store], CPU)
     assert run.heldout is not None
     held = CLIPS - len(run.windows.clips)
-    assert run.evaluate(run.member, run.heldout)["tokens"] == min(eval_tokens, held * TIME * SPACE)
+    assert run.evaluate(run.sae_run, run.heldout)["tokens"] == min(eval_tokens, held * TIME * SPACE)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.625])

@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 from test_option_laws import CASES, DEFAULTS, KINDS, NESTINGS
 
-from tubelet_store.config import Config
-from tubelet_store.mirror import MirrorConfig
-from tubelet_trainer.config import OptimiserConfig, TrainConfig
+from tubelet.config import Config
+from tubelet_store.cache.config import MirrorConfig
+from tubelet_trainer.config import OptimizerConfig, TrainConfig
+from tubelet_trainer.data.split import HoldoutConfig
+from tubelet_trainer.run.trackers import MLflowConfig, NoTracker, TensorBoardConfig, WandbConfig
 from tubelet_trainer.sae.config import Flat, InitConfig, TopKConfig
-from tubelet_trainer.split import HoldoutConfig
-from tubelet_trainer.trackers import MLflowConfig, NoTracker, TensorBoardConfig, WandbConfig
 
 Option = tuple[type[Config], str]
 
@@ -25,7 +25,7 @@ STREAM = "test_a_run_learns_from_the_tokens_that_were_asked_for"
 
 # Laws beside the cases of `test_option_laws`: the test of each option.
 LAWS: dict[Option, str] = {
-    (OptimiserConfig, "resample_every"): "test_dead_latents_are_resampled_after_as_many_steps_as_asked",
+    (OptimizerConfig, "resample_every"): "test_dead_latents_are_resampled_after_as_many_steps_as_asked",
     (InitConfig, "directions"): "test_initial_weights_are_tied_without_shared_storage",
     (InitConfig, "bias"): "test_initial_weights_are_tied_without_shared_storage",
     (InitConfig, "subspace"): "test_initial_weights_are_tied_without_shared_storage",

@@ -128,7 +128,7 @@ def _pre(sae: SAE, x_AD: Tensor, pre_AF: Tensor) -> Tensor:
 
 @contextmanager
 def _aside(sparsifier: Sparsifier, tokens: int) -> Iterator[None]:
-    """Let `sparsifier` choose from `tokens` (over all ranks) beside the batch's, which its threshold is learned from."""
+    """Let `sparsifier` choose from `tokens` (over all ranks) beside the batch's; only those set its threshold."""
     before = {name: buffer.clone() for name, buffer in sparsifier.named_buffers()}
     ranked = sparsifier if isinstance(sparsifier, RankedBatchTopK) else None
     whole = None if ranked is None else ranked.whole
