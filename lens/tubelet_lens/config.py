@@ -10,7 +10,7 @@ from pydantic import Field
 from tubelet.config import Config
 from tubelet_lens.metrics.monosemanticity_config import MonosemanticityConfig
 from tubelet_lens.metrics.scope_config import ScopeConfig
-from tubelet_lens.steering.running_config import RunningConfig
+from tubelet_lens.steering.config import InBackboneConfig
 
 Topic = Literal[
     "reconstruction",
@@ -134,9 +134,9 @@ class EvaluateConfig(Config):
     """Monosemanticity."""
     scope: ScopeConfig = ScopeConfig()
     """Information scope, from shifted views."""
-    running: RunningConfig | None = None
-    """Measure in the running backbone too (recovery, ablation, edits of paper B); needs the videos. null: do not;
-    `{}`: with the defaults."""
+    in_backbone: InBackboneConfig | None = None
+    """Also measure in the backbone itself (recovery, ablation, class edits); needs the videos. null: do not; `{}`: with
+    the defaults."""
     about: str | None = None
     """A sentence or two at the top of the report: what the data are, what is to be learned from them."""
     skip: tuple[Topic, ...] = ()

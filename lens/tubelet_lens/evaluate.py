@@ -28,7 +28,7 @@ from tubelet_lens.inputs.clip_stream import clip_bytes, windows
 from tubelet_lens.inputs.latent_time import latent_time
 from tubelet_lens.inputs.trained_sae import TrainedSae, check_store, load_trained
 from tubelet_lens.metrics.action_probe import action
-from tubelet_lens.metrics.clip_metric import ClipMetric, ClipSetting, PooledSplit, side
+from tubelet_lens.metrics.clip_metric import ClipMetric, ClipResult, ClipSetting, PooledSplit, side
 from tubelet_lens.metrics.code_ablation import code_ablation
 from tubelet_lens.metrics.code_sparsity import Sparsity
 from tubelet_lens.metrics.collinearity import measure_collinearity
@@ -46,6 +46,7 @@ from tubelet_lens.results.latent_table import latent_table, write_latents
 from tubelet_lens.results.section import Subject
 from tubelet_lens.results.training_curves import training_section
 from tubelet_lens.steering.backbone_ablation import backbone_ablation
+from tubelet_lens.steering.backbone_session import BackboneSession, start_session
 from tubelet_lens.steering.classification_edits import classification_edits
 from tubelet_lens.steering.latent_effects import latent_effects
 from tubelet_lens.steering.recovery import recovery
@@ -68,13 +69,17 @@ CLIP_METRICS: dict[Topic, ClipMetric] = {
     "monosemanticity": measure_monosemanticity,
     "collinearity": measure_collinearity,
     "scope": measure_information_scope,
+}
+"""What is measured over clips, in the report's order."""
+
+BACKBONE_METRICS: dict[Topic, Callable[[ClipSetting, BackboneSession], ClipResult | None]] = {
     "recovery": recovery,
     "backbone_ablation": backbone_ablation,
     "effects": latent_effects,
     "classification_edits": classification_edits,
     "segmentation_edits": segmentation_edits,
 }
-"""What is measured over clips, in the report's order."""
+"""What is measured in the backbone itself, in the report's order; each gives None where it lacks what it needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,12 +150,16 @@ def evaluate(config: EvaluateConfig) -> Result:
         test=side(store, pooling),
         encoders={"sae": (trained.coder,), **standing_in},
     )
-    for topic, measure in CLIP_METRICS.items():
-        found = measure(over_clips) if topic not in config.skip else None
-        if found is not None:
-            sections.append(found.section)
-            columns += found.latents
-            effects += found.effects
+    results = [measure(over_clips) for topic, measure in CLIP_METRICS.items() if topic not in config.skip]
+    in_backbone = [measure for topic, measure in BACKBONE_METRICS.items() if topic not in config.skip]
+    if config.in_backbone is not None and in_backbone:
+        session = start_session(over_clips, config.in_backbone)
+        results += [measure(over_clips, session) for measure in in_backbone]
+    for result in results:
+        if result is not None:
+            sections.append(result.section)
+            columns += result.latents
+            effects += result.effects
     training = training_section(config.run)
     evaluation = Evaluation(
         coverage=_coverage(setting, config.split),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from families import CASES, backbone_for, pixels_for
 from tubelet.errors import TubeletError
+from tubelet_lens.inputs.clip_selection import stratified_sample
 from tubelet_lens.steering.class_edits import change_rates, edit_classes
 from tubelet_lens.steering.classification_edits import best_latents
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
@@ -20,7 +21,6 @@ from tubelet_lens.steering.latent_usage import Usage
 from tubelet_lens.steering.operation import Amplify, SetTo, Suppress
 from tubelet_lens.steering.readout import LastTokenProbe, fit_probe, later_hooks
 from tubelet_lens.steering.region import Region, region_mask
-from tubelet_lens.steering.run_edit import stratified_sample
 from tubelet_lens.steering.segmentation_edits import Marks
 from tubelet_lens.steering.trial import matched_edits
 from tubelet_pipeline.backbones import Backbone, rewriting

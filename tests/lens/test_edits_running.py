@@ -37,7 +37,7 @@ from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
 from tubelet_lens.steering.class_names import places, unknown_names
 from tubelet_lens.steering.classification_edits import classification_edits
 from tubelet_lens.steering.clip_source import Clip, ClipSource
-from tubelet_lens.steering.config import EditConfig
+from tubelet_lens.steering.config import EditConfig, InBackboneConfig
 from tubelet_lens.steering.edit_report import EditReport
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
 from tubelet_lens.steering.latent_effects import changes
@@ -45,7 +45,6 @@ from tubelet_lens.steering.operation import Amplify, Suppress
 from tubelet_lens.steering.patch_labels import NONE, Described, patch_labels, phrases
 from tubelet_lens.steering.recovery import recover
 from tubelet_lens.steering.run_edit import edit
-from tubelet_lens.steering.running_config import RunningConfig
 from tubelet_lens.steering.segmentation_edits import validation_rows
 from tubelet_lens.steering.verb import EDIT
 from tubelet_lens.study.cells import cells
@@ -125,32 +124,32 @@ def planted() -> BackboneSession:
     weights_CD = (backbone.turn @ torch.eye(D)[:CLASSES].T).T  # reads latent c back out
     class_N = np.repeat(np.arange(CLASSES), 5)
     rng = torch.Generator().manual_seed(1)
-    shots = []
+    clips = []
     for number in class_N:
         codes = torch.rand(2, 4, D, generator=rng) * 0.5
         codes[..., number] += 1.0
         tokens = codes * SCALE + MEAN
-        shots.append(shot_of(tokens.view(2, 2, 2, D).permute(0, 3, 1, 2)))
+        clips.append(clip_of(tokens.view(2, 2, 2, D).permute(0, 3, 1, 2)))
     # The means of the tokens add the same to each class's logit only in raw units: take them out of the readout.
     readout = MeanReadout(backbone, weights_CD)
     offset = (MEAN @ backbone.turn.T) @ weights_CD.T
     plain = readout.logits
     readout.logits = lambda pixels: plain(pixels) - offset  # type: ignore[method-assign]
-    parts: dict[str, Any] = {"clip_source": None, "test_clip_source": None, "fit_rows": np.empty(0)}
+    parts: dict[str, Any] = {"fit_source": None, "test_source": None, "fit_rows": np.empty(0)}
     return BackboneSession(
-        config=RunningConfig(),
+        config=InBackboneConfig(),
         backbone=backbone,  # type: ignore[arg-type]
         hook="blocks.0",
         sae=sae,
         readout=readout,
-        shots=tuple(shots),
-        rows=np.arange(len(shots)),
+        clips=tuple(clips),
+        rows=np.arange(len(clips)),
         class_N=class_N,
         **parts,
     )
 
 
-def shot_of(pixels: Tensor) -> Clip:
+def clip_of(pixels: Tensor) -> Clip:
     nothing: Any = np.empty(0)
     return Clip("made", None, pixels, nothing, nothing, nothing, nothing)
 
@@ -160,7 +159,7 @@ def test_the_logits_move_by_what_the_edit_takes_through_the_linear_rest(planted:
     before = planted.logits()
     with rewriting(planted.backbone, "blocks.0", LatentEdits(planted.sae, [Edit(2, Amplify(factor=3.0))])):
         after = planted.logits()
-    f_N = torch.stack([(shot.pixels.permute(0, 2, 3, 1)[..., 2] - MEAN[2]).mean() / SCALE for shot in planted.shots])
+    f_N = torch.stack([(clip.pixels.permute(0, 2, 3, 1)[..., 2] - MEAN[2]).mean() / SCALE for clip in planted.clips])
     wanted = torch.zeros(len(f_N), CLASSES)
     wanted[:, 2] = SCALE * 2.0 * f_N
     torch.testing.assert_close(after - before, wanted, rtol=1e-4, atol=1e-4)
@@ -220,7 +219,7 @@ def test_where_no_other_latent_is_alive_its_stand_ins_are_undefined_and_the_rest
 def test_the_effect_of_a_latent_is_what_it_gave_to_its_class(planted: BackboneSession) -> None:
     """d logit_c = -scale f_c, mean over the clips on which it fires; a silent latent has no effect to tell."""
     f_NF = torch.stack(
-        [(shot.pixels.permute(0, 2, 3, 1).flatten(0, 2) - MEAN).mean(0) / SCALE for shot in planted.shots]
+        [(clip.pixels.permute(0, 2, 3, 1).flatten(0, 2) - MEAN).mean(0) / SCALE for clip in planted.clips]
     )
     fires = np.zeros((len(f_NF), 3), dtype=bool)
     fires[5:10, 0], fires[:, 1] = True, True
@@ -247,11 +246,11 @@ def test_a_table_of_effects_goes_with_its_evaluation_and_others_stay(tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def known_classes(planted: BackboneSession) -> Callable[[tuple[str, ...]], SimpleNamespace]:
-    """What `classification_edits` needs of a setting, with classes of these names in the data set: latent c is class c
-    on both sides."""
+def known_classes(planted: BackboneSession) -> Callable[[tuple[str, ...]], tuple[Any, BackboneSession]]:
+    """What `classification_edits` needs, with classes of these names in the data set: latent c is class c on both
+    sides."""
 
-    def make(names: tuple[str, ...]) -> SimpleNamespace:
+    def make(names: tuple[str, ...]) -> tuple[Any, BackboneSession]:
         codes_NF = np.eye(D, dtype=np.float32)[planted.class_N] + 0.1
         nothing: Any = None
         one_side = PooledSplit(
@@ -263,8 +262,8 @@ def known_classes(planted: BackboneSession) -> Callable[[tuple[str, ...]], Simpl
             captions=nothing,
             draws={"sae": (Pooled(codes_NF, codes_NF),)},
         )
-        quick = replace(planted, config=RunningConfig(strengths=(2.0,), control_draws=1))
-        return SimpleNamespace(running=quick, fit=one_side, test=one_side, config=SimpleNamespace(seed=0))
+        quick = replace(planted, config=InBackboneConfig(strengths=(2.0,), control_draws=1))
+        return SimpleNamespace(fit=one_side, test=one_side, config=SimpleNamespace(seed=0)), quick
 
     return make
 
@@ -284,17 +283,17 @@ def test_a_class_is_found_by_its_name_but_never_guessed() -> None:
 
 
 def test_edits_of_classes_say_which_the_readout_does_not_have(
-    planted: BackboneSession, known_classes: Callable[[tuple[str, ...]], Any]
+    known_classes: Callable[[tuple[str, ...]], tuple[Any, BackboneSession]],
 ) -> None:
-    found = classification_edits(known_classes(("A", "b", "cc", "D")))
+    found = classification_edits(*known_classes(("A", "b", "cc", "D")))
     assert found is not None
     figures = {figure.name: figure for figure in found.section.figures}
     assert figures["classification_edits.target.class"].value == 1.0
     assert figures["classification_edits.f1"].n == 3
     assert "'cc'" in found.section.notes[-1]
-    notes = classification_edits(known_classes(tuple("abcd"))).section.notes
+    notes = classification_edits(*known_classes(tuple("abcd"))).section.notes
     assert "cc" not in " ".join(str(note) for note in notes)
-    nothing = classification_edits(known_classes(("one", "two", "three", "four")))
+    nothing = classification_edits(*known_classes(("one", "two", "three", "four")))
     assert nothing is not None
     assert nothing.section.figures == ()
     assert "4 of the data set's 4 classes" in nothing.section.notes[0]
@@ -359,10 +358,10 @@ def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Stor
     from tubelet_lens.inputs.clip_stream import read_clip
 
     backbone = backbone_of(store.plan, device="cpu")
-    (shot,) = ClipSource(store, backbone).clips([3])
-    got = backbone.activations(shot.pixels[None], ["blocks.2"])["blocks.2"].tokens[0]
+    (clip,) = ClipSource(store, backbone).clips([3])
+    got = backbone.activations(clip.pixels[None], ["blocks.2"])["blocks.2"].tokens[0]
     torch.testing.assert_close(got, read_clip(store, "blocks.2", 3), rtol=2e-3, atol=2e-3)
-    assert shot.frame_indices.tolist() == store.clips()["frame_indices"][3].as_py()
+    assert clip.frame_indices.tolist() == store.clips()["frame_indices"][3].as_py()
 
 
 def test_an_edit_says_what_changed_beside_its_controls(report: EditReport) -> None:
@@ -458,16 +457,16 @@ def test_patch_labels_are_those_of_the_masks(made: Path, store: Store) -> None:
     """Pixels counted one by one, on 64 x 64 frames that the backbone sees whole, in patches of 8 and steps of 2."""
     backbone = backbone_of(store.plan, device="cpu")
     seen = set()
-    for shot in ClipSource(store, backbone).clips(range(0, 32, 5)):
-        row = store.clips().take([shot.clip]).to_pylist()[0]
+    for clip in ClipSource(store, backbone).clips(range(0, 32, 5)):
+        row = store.clips().take([clip.clip]).to_pylist()[0]
         described = Described(row["video_id"], row["label_name"], row["caption"])
-        labels = patch_labels(str(made / "ssv2"), described, shot, backbone.grid, "object", 0.9)
-        masks = read_masks(made / "ssv2", row["video_id"])[shot.frame_indices] > 0
+        labels = patch_labels(str(made / "ssv2"), described, clip, backbone.grid, "object", 0.9)
+        masks = read_masks(made / "ssv2", row["video_id"])[clip.frame_indices] > 0
         for step, y, x in np.ndindex(8, 8, 8):
             share = masks[2 * step : 2 * step + 2, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].mean()
             wanted = 1 if share >= 0.9 else 0 if share <= 0.1 else NONE
             assert labels[step, 8 * y + x] == wanted
-        colored = patch_labels(str(made / "ssv2"), described, shot, backbone.grid, "color", 0.9)
+        colored = patch_labels(str(made / "ssv2"), described, clip, backbone.grid, "color", 0.9)
         assert ((colored == 0) == (labels == 0)).all()
         assert (colored[labels == 1] != 0).all()
         seen |= set(np.unique(colored))
@@ -498,7 +497,14 @@ def measured(made: Path) -> Result:
         "controls": False,
         "device": "cpu",
         "skip": [topic for topic in get_args(Topic) if topic not in IN_THE_BACKBONE],
-        "running": {"fit_clips": 16, "test_clips": 2, "largest": 1, "draws": 1, "control_draws": 1, "strengths": [2.0]}
+        "in_backbone": {
+            "fit_clips": 16,
+            "test_clips": 2,
+            "largest": 1,
+            "draws": 1,
+            "control_draws": 1,
+            "strengths": [2.0],
+        }
         | {"masks": "object", "label_threshold": 0.6, "effects": 3},
     }
     return evaluate(EvaluateConfig.model_validate(settings))
@@ -560,7 +566,14 @@ def test_an_sae_of_one_living_latent_or_none_is_evaluated_to_the_end(
         "device": "cpu",
         "null_draws": 1,
         "action": {"poolings": ["mean", "mean_then_encode"], "bootstrap": 10},
-        "running": {"fit_clips": 16, "test_clips": 2, "draws": 1, "control_draws": 1, "strengths": [2.0], "effects": 1}
+        "in_backbone": {
+            "fit_clips": 16,
+            "test_clips": 2,
+            "draws": 1,
+            "control_draws": 1,
+            "strengths": [2.0],
+            "effects": 1,
+        }
         | {"masks": "object", "label_threshold": 0.6},
     }
     figures = {figure.name: figure for figure in evaluate(EvaluateConfig.model_validate(settings)).evaluation.figures()}
@@ -573,11 +586,16 @@ def test_an_sae_of_one_living_latent_or_none_is_evaluated_to_the_end(
 
 
 def test_a_study_ablates_the_backbone_in_its_cells_where_it_is_at_hand(made: Path, tmp_path: Path) -> None:
-    running = {"fit_clips": 16, "test_clips": 2, "largest": 1, "draws": 1, "control_draws": 1, "effects": 1}
+    small = {"fit_clips": 16, "test_clips": 2, "largest": 1, "draws": 1, "control_draws": 1, "effects": 1}
     tree = {
         "out": str(tmp_path / "study"),
         "sources": {
-            "demo": {"backbone": "B", "dataset": "D", "train": str(made / "s.zarr"), "evaluate": {"running": running}}
+            "demo": {
+                "backbone": "B",
+                "dataset": "D",
+                "train": str(made / "s.zarr"),
+                "evaluate": {"in_backbone": small},
+            }
         },
         "variants": {"plain": {"settings": {"sae": {"kind": "topk", "k": 8, "expansion": 2}}}},
         "seeds": [0],

@@ -1,7 +1,7 @@
 """What editing a latent does, latent by latent.
 
     probe on pooled codes ─▶ exact change of each class's logit when the latent is set to 0 in the code
-    effects.parquet       ─▶ what `tubelet evaluate --running` (or somebody else) measured in the running backbone
+    effects.parquet       ─▶ what `tubelet evaluate --in_backbone {}` (or another tool) measured in the backbone
 
 The first says what a reader of the code loses, nothing about the backbone: the page says so.
 """

@@ -48,3 +48,16 @@ def some_of(numbers: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
     if limit is None or limit >= len(numbers):
         return numbers
     return numbers[np.sort(np.random.default_rng(0).permutation(len(numbers))[:limit])]
+
+
+def stratified_sample(class_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """int64, ascending: at most `most` places, first one of each class, then a second one, ...
+
+    Evenly spaced ones would miss classes wherever these follow each other in turn.
+    """
+    _, number_N = np.unique(class_N, return_inverse=True)
+    order = np.argsort(number_N, kind="stable")
+    first_C = np.searchsorted(number_N[order], np.arange(number_N.max(initial=-1) + 1))
+    rank_N = np.empty(len(class_N), dtype=np.int64)
+    rank_N[order] = np.arange(len(class_N)) - first_C[number_N[order]]
+    return np.sort(np.argsort(rank_N, kind="stable")[:most])

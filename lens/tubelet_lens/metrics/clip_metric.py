@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,6 @@ from tubelet_lens.results.effect_table import LatentEffect
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Section, Subject
 from tubelet_store.reader import Store
-
-if TYPE_CHECKING:
-    from tubelet_lens.steering.backbone_session import BackboneSession
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +85,6 @@ class ClipSetting:
     test: PooledSplit
     encoders: Mapping[Subject, Sequence[Encoder]] = field(default_factory=dict)
     """What made the codes in the draws of both sides, in the order of these."""
-
-    @cached_property
-    def running(self) -> BackboneSession | None:
-        """The backbone, run again on the test side's videos; None unless `config.running` asks for it."""
-        if self.config.running is None:
-            return None
-        from tubelet_lens.steering.backbone_session import start
-
-        return start(self, self.config.running)
 
     @cached_property
     def parts(self) -> Parts | None:

@@ -17,46 +17,43 @@ from tubelet_lens.results.section import Curve, Figure, Section
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
 from tubelet_lens.steering.operation import Suppress
-from tubelet_pipeline.backbones import rewriting
 
 
-def accuracy_without(running: BackboneSession, latents: NDArray[np.int64]) -> float:
+def accuracy_without(session: BackboneSession, latents: NDArray[np.int64]) -> float:
     """Top-1 of the labeled clips with `latents` switched off on every patch token."""
-    edits = LatentEdits(running.sae, [Edit(int(latent), Suppress()) for latent in latents])
-    with rewriting(running.backbone, running.hook, edits):
-        found = running.logits().argmax(1).numpy()
-    known = running.class_N >= 0
-    return float((found == running.class_N)[known].mean())
+    edits = LatentEdits(session.sae, [Edit(int(latent), Suppress()) for latent in latents])
+    predicted = session.logits(edits).argmax(1).numpy()
+    known = session.class_N >= 0
+    return float((predicted == session.class_N)[known].mean())
 
 
-def backbone_ablation(clips: ClipSetting) -> ClipResult | None:
-    """Curves and m_50; None without a running backbone, labels on both sides, or two latents alive."""
-    running = clips.running
-    if running is None or running.readout is None or not (running.class_N >= 0).any():
+def backbone_ablation(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
+    """Curves and m_50; None without labels on both sides, or with fewer than two live latents."""
+    if session.readout is None or not (session.class_N >= 0).any():
         return None
     ranking = rank_latents(clips)
     if ranking is None:
         return None
     alive_F = ranking.alive_F
-    sizes = set_sizes(int(alive_F.sum()), running.config.largest)
+    sizes = set_sizes(int(alive_F.sum()), session.config.largest)
     if not sizes:
         return None
     found = ablate(
-        lambda latents: accuracy_without(running, latents),
+        lambda latents: accuracy_without(session, latents),
         ranked(ranking.importance_F, alive_F),
         ranking.mean_F,
         sizes=sizes,
-        draws=running.config.draws,
-        chance=1 / len(running.readout.classes),
+        draws=session.config.draws,
+        chance=1 / len(session.readout.classes),
         rng=np.random.default_rng(clips.config.seed),
     )
-    return ClipResult(_section(found, running, running.readout.what, int(alive_F.sum())))
+    return ClipResult(_section(found, session, session.readout.what, int(alive_F.sum())))
 
 
-def _section(found: Ablation, running: BackboneSession, what: str, alive: int) -> Section:
-    count, draws, largest = int((running.class_N >= 0).sum()), running.config.draws, found.sizes[-1]
+def _section(found: Ablation, session: BackboneSession, what: str, alive: int) -> Section:
+    count, draws, largest = int((session.class_N >= 0).sum()), session.config.draws, found.sizes[-1]
     how = (
-        f"Latents are switched off (f' = 0) on every patch token at {running.hook} of the running backbone; what the "
+        f"Latents are switched off (f' = 0) on every patch token at {session.hook} of the running backbone; what the "
         f"SAE does not explain stays. Classes are read by {what}. Latents are ranked by |w_cj| |E[z_j | c]| of a probe "
         "of the codes on the ranking part of the fit side, mean over its clips; accuracies are of test clips."
     )

@@ -6,6 +6,7 @@ test side ─▶ some clips' pixels, kept     fit side ─▶ some clips, for pr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet.errors import TubeletError
+from tubelet_lens.inputs.clip_selection import stratified_sample
 from tubelet_lens.inputs.labeled_clips import labeled_clips
 from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
 from tubelet_lens.steering.class_names import places
 from tubelet_lens.steering.clip_source import Clip, ClipSource
+from tubelet_lens.steering.config import InBackboneConfig
 from tubelet_lens.steering.readout import Readout, fit_probe, in_batches, own_classifier
-from tubelet_lens.steering.run_edit import last_tokens, stratified_sample
-from tubelet_lens.steering.running_config import RunningConfig
-from tubelet_pipeline.backbones import Backbone
+from tubelet_lens.steering.run_edit import last_tokens
+from tubelet_pipeline.backbones import Backbone, rewriting
+from tubelet_pipeline.backbones.rewrite import Rewrite
 from tubelet_pipeline.replay import backbone_of
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.sae_files import load_sae
@@ -37,42 +40,43 @@ class BackboneSession:
         hook: The SAE's.
         sae: The trained SAE.
         readout: Classes of a clip; None: the checkpoint has no classifier, and no clip of the fit side has a label.
-        test_clip_source: Reads the test side's videos.
-        shots: Clips to measure on.
+        test_source: Reads the test side's videos.
+        clips: Clips to measure on.
         rows: int64 [N] Their rows on the test side.
         class_N: int64 [N] Their class in the readout; -1 where unknown.
-        clip_source: Reads the fit side's videos; None: there is no fit side.
+        fit_source: Reads the fit side's videos; None: there is no fit side.
         fit_rows: int64 Rows of the fit side to fit on.
     """
 
-    config: RunningConfig
+    config: InBackboneConfig
     backbone: Backbone
     hook: str
     sae: SAE
     readout: Readout | None
-    test_clip_source: ClipSource
-    shots: tuple[Clip, ...]
+    test_source: ClipSource
+    clips: tuple[Clip, ...]
     rows: NDArray[np.int64]
     class_N: NDArray[np.int64]
-    clip_source: ClipSource | None
+    fit_source: ClipSource | None
     fit_rows: NDArray[np.int64]
 
     def batches(self) -> Iterator[Tensor]:
         """Pixels [B, T, 3, h, w] of the clips to measure on."""
-        return in_batches(shot.pixels for shot in self.shots)
+        return in_batches(clip.pixels for clip in self.clips)
 
-    def logits(self) -> Tensor:
-        """float32 [N, C] of the clips to measure on; rewritings act on it.
+    def logits(self, rewrite: Rewrite | None = None) -> Tensor:
+        """float32 [N, C] on the CPU: logits of the clips to measure on, with `rewrite` at the hook.
 
         Raises:
             ValueError: there is no readout.
         """
         if self.readout is None:
             raise ValueError("no readout")
-        return torch.cat([self.readout.logits(batch).cpu() for batch in self.batches()])
+        with nullcontext() if rewrite is None else rewriting(self.backbone, self.hook, rewrite):
+            return torch.cat([self.readout.logits(batch).cpu() for batch in self.batches()])
 
 
-def start(clips: ClipSetting, config: RunningConfig) -> BackboneSession:
+def start_session(clips: ClipSetting, config: InBackboneConfig) -> BackboneSession:
     """Load and decode what `config` asks for.
 
     Raises:
@@ -81,44 +85,43 @@ def start(clips: ClipSetting, config: RunningConfig) -> BackboneSession:
     store, device = clips.test.store, clips.setting.device
     if store.plan.tokens is not None and store.plan.tokens.kind == "pooled":
         raise TubeletError(
-            f"{store.url} holds averages of tokens, which the running backbone does not have",
-            "Leave out `running`, or use a store of single tokens",
+            f"{store.url} is pooled: it holds averages of tokens, which the backbone itself does not produce",
+            "Leave out `in_backbone`, or use a store of single tokens",
         )
     backbone = backbone_of(store.plan, config.checkpoint, str(device))
     rows = stratified_sample(clips.test.labels, config.test_clips)
-    test_clip_source = ClipSource(store, backbone, config.root, config.decode)
-    shots = tuple(test_clip_source.clips([int(clip) for clip in clips.test.clips[rows]]))
-    clip_source, fit_rows = None, np.empty(0, dtype=np.int64)
+    test_source = ClipSource(store, backbone, config.root, config.decode)
+    fit_source, fit_rows = None, np.empty(0, dtype=np.int64)
     if clips.fit is not None:
-        clip_source = ClipSource(clips.fit.store, backbone, config.root, config.decode)
+        fit_source = ClipSource(clips.fit.store, backbone, config.root, config.decode)
         fit_rows = stratified_sample(clips.fit.labels, config.fit_clips)
     readout: Readout | None = own_classifier(backbone)
     if readout is None:
-        readout = _probe(clips, clip_source, config)
+        readout = _probe(clips, fit_source, config)
     return BackboneSession(
         config=config,
         backbone=backbone,
         hook=backbone.resolve_hook(clips.setting.hook),
         sae=load_sae(clips.trained.folder, str(device)),
         readout=readout,
-        test_clip_source=test_clip_source,
-        shots=shots,
+        test_source=test_source,
+        clips=tuple(test_source.clips([int(clip) for clip in clips.test.clips[rows]])),
         rows=rows,
         class_N=_classes(readout, clips.test, rows),
-        clip_source=clip_source,
+        fit_source=fit_source,
         fit_rows=fit_rows,
     )
 
 
-def _probe(clips: ClipSetting, clip_source: ClipSource | None, config: RunningConfig) -> Readout | None:
+def _probe(clips: ClipSetting, fit_source: ClipSource | None, config: InBackboneConfig) -> Readout | None:
     known = labeled_clips(clips)
-    if known is None or clip_source is None or clips.fit is None:
+    if known is None or fit_source is None or clips.fit is None:
         return None
     chosen = stratified_sample(known.fit_class, config.fit_clips)
     rows = known.fit_rows[chosen]
-    tokens_ND = last_tokens(clips.fit.store, clip_source, [int(clip) for clip in clips.fit.clips[rows]])
+    tokens_ND = last_tokens(clips.fit.store, fit_source, [int(clip) for clip in clips.fit.clips[rows]])
     videos = [str(video) for video in clips.fit.videos[rows]]
-    return fit_probe(clip_source.backbone, tokens_ND, known.fit_class[chosen], known.names, videos, clips.config.seed)
+    return fit_probe(fit_source.backbone, tokens_ND, known.fit_class[chosen], known.names, videos, clips.config.seed)
 
 
 def _classes(readout: Readout | None, side: PooledSplit, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from tubelet_lens.inputs.labeled_clips import labeled_clips
 from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure, Section
+from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
 from tubelet_lens.steering.class_names import places, unknown_names
-from tubelet_pipeline.backbones import rewriting
 from tubelet_pipeline.backbones.rewrite import Rewrite
 
 QUANTILES = (0.5, 0.75, 0.9, 0.95)
@@ -50,12 +50,12 @@ def best_latents(codes_NF: NDArray[np.float32], class_N: NDArray[np.int64]) -> d
     }
 
 
-def classification_edits(clips: ClipSetting) -> ClipResult | None:
-    """The rates; None without a running backbone, something to read it by, or labels on the fit side."""
-    running, known = clips.running, labeled_clips(clips)
-    if running is None or running.readout is None or known is None or clips.fit is None:
+def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
+    """The rates; None without a readout or labels on the fit side."""
+    known = labeled_clips(clips)
+    if session.readout is None or known is None or clips.fit is None:
         return None
-    pooled, readout = clips.fit.pooled["sae"], running.readout
+    pooled, readout = clips.fit.pooled["sae"], session.readout
     place, unknown = places(known.names, readout.classes), unknown_names(known.names, readout.classes)
     if not place:
         nothing = f"Nothing could be edited, and no section can say how often the running backbone is right. {unknown}"
@@ -69,18 +69,17 @@ def classification_edits(clips: ClipSetting) -> ClipResult | None:
         return None
 
     def predict(rewrite: Rewrite | None) -> NDArray[np.int64]:
-        with rewriting(running.backbone, running.hook, rewrite or (lambda _tokens: None)):
-            predicted: NDArray[np.int64] = running.logits().argmax(1).numpy()
+        predicted: NDArray[np.int64] = session.logits(rewrite).argmax(1).numpy()
         return predicted
 
     found = edit_classes(
         predict,
-        running.sae,
+        session.sae,
         {number: latent for number, (latent, _) in best.items()},
         largest_F=pooled.max_NF.max(axis=0).astype(np.float64),
         mean_F=np.abs(pooled.mean_NF).mean(axis=0, dtype=np.float64),
-        strengths=running.config.strengths,
-        draws=running.config.control_draws,
+        strengths=session.config.strengths,
+        draws=session.config.control_draws,
         seed=clips.config.seed,
     )
     chosen = ", ".join(f"{readout.classes[number]}: {latent}" for number, (latent, _) in best.items())

@@ -23,7 +23,6 @@ from tubelet_lens.results.section import Figure, Section
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
 from tubelet_lens.steering.operation import Suppress
-from tubelet_pipeline.backbones import rewriting
 from tubelet_pipeline.backbones.rewrite import Rewrite
 
 
@@ -45,39 +44,37 @@ class Change:
 
 
 def changes(
-    running: BackboneSession, fires_NL: NDArray[np.bool_], latents: NDArray[np.int64], seed: int
+    session: BackboneSession, fires_NL: NDArray[np.bool_], latents: NDArray[np.int64], seed: int
 ) -> list[Change]:
-    """Switch each of `latents` off on every patch token of the clips of `running`.
+    """Switch each of `latents` off on every patch token of the clips of `session`.
 
     Args:
-        running: With a readout.
+        session: With a readout.
         fires_NL: Clips on which each of them fires; one that fires on none is left out.
         latents: [L]
         seed: Draws the directions.
     """
-    before = running.logits()
+    before = session.logits()
 
     def change(rewrite: Rewrite, chosen_N: NDArray[np.bool_]) -> NDArray[np.float64]:
-        with rewriting(running.backbone, running.hook, rewrite):
-            moved: Tensor = running.logits().double() - before.double()
+        moved: Tensor = session.logits(rewrite).double() - before.double()
         mean_C: NDArray[np.float64] = moved.numpy()[chosen_N].mean(0)
         return mean_C
 
     found = []
     for latent, fires_N in zip(latents.tolist(), fires_NL.T, strict=True):
         if fires_N.any():
-            off = LatentEdits(running.sae, [Edit(latent, Suppress())])
+            off = LatentEdits(session.sae, [Edit(latent, Suppress())])
             random = RandomDirection(off, seed * 1_000_003 + latent)
             found.append(Change(latent, change(off, fires_N), change(random, fires_N), int(fires_N.sum())))
     return found
 
 
-def latent_effects(clips: ClipSetting) -> ClipResult | None:
-    """The section and the rows; None without a running backbone, something to read it by, or a latent that fires."""
-    running = clips.running
-    if running is None or running.readout is None or not running.config.effects:
+def latent_effects(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
+    """The section and the rows; None without a readout or a latent that fires."""
+    if session.readout is None or not session.config.effects:
         return None
-    codes_NF = clips.test.pooled["sae"].mean_NF[running.rows]
+    codes_NF = clips.test.pooled["sae"].mean_NF[session.rows]
     ranking = rank_latents(clips)
     if ranking is not None:
         order, which = (
@@ -87,18 +84,18 @@ def latent_effects(clips: ClipSetting) -> ClipResult | None:
     else:
         size_F = np.abs(codes_NF).mean(axis=0, dtype=np.float64)
         order, which = ranked(size_F, size_F > 0), "most active there"
-    latents = order[(codes_NF[:, order] != 0).any(axis=0)][: running.config.effects]
-    found = changes(running, codes_NF[:, latents] != 0, latents, clips.config.seed)
+    latents = order[(codes_NF[:, order] != 0).any(axis=0)][: session.config.effects]
+    found = changes(session, codes_NF[:, latents] != 0, latents, clips.config.seed)
     if not found:
         return None
-    rows = [row for change in found for row in _rows(change, running, running.readout.what, running.readout.classes)]
-    return ClipResult(_section(found, running, running.readout.what, which), effects=tuple(rows))
+    rows = [row for change in found for row in _rows(change, session, session.readout.what, session.readout.classes)]
+    return ClipResult(_section(found, session, session.readout.what, which), effects=tuple(rows))
 
 
-def _rows(change: Change, running: BackboneSession, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:
+def _rows(change: Change, session: BackboneSession, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:
     definition = (
-        f"Switched off (f' = 0) on every patch token at {running.hook} of the running backbone, what the SAE does not "
-        f"explain kept: mean change of the class's logit over the {change.clips:,} of {len(running.rows):,} test clips "
+        f"Switched off (f' = 0) on every patch token at {session.hook} of the running backbone, what the SAE does not "
+        f"explain kept: mean change of the class's logit over the {change.clips:,} of {len(session.rows):,} test clips "
         f"on which the latent fires. Classes are read by {what}. Steps of the same length along a random direction "
         f"change no class's logit by more than {np.abs(change.random_C).max():.3g}."
     )
@@ -108,11 +105,11 @@ def _rows(change: Change, running: BackboneSession, what: str, classes: tuple[st
     ]
 
 
-def _section(found: list[Change], running: BackboneSession, what: str, which: str) -> Section:
+def _section(found: list[Change], session: BackboneSession, what: str, which: str) -> Section:
     how = (
         "Of each latent the largest |mean change| among the classes' logits, over those of "
-        f"{len(running.rows):,} test clips on which it fires; mean, lowest and highest over the {len(found):,} latents "
-        f"that are {which}. Each is switched off alone (f' = 0) on every patch token at {running.hook}. Classes are "
+        f"{len(session.rows):,} test clips on which it fires; mean, lowest and highest over the {len(found):,} latents "
+        f"that are {which}. Each is switched off alone (f' = 0) on every patch token at {session.hook}. Classes are "
         f"read by {what}."
     )
     own = [float(np.abs(change.own_C).max()) for change in found]

@@ -21,7 +21,6 @@ from torch import Tensor
 from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure, Section, ratio
 from tubelet_lens.steering.backbone_session import BackboneSession
-from tubelet_pipeline.backbones import rewriting
 from tubelet_trainer.sae.model import SAE
 
 
@@ -81,14 +80,12 @@ class MeanAblate:
         return self._mean_D.to(tokens).expand_as(tokens)
 
 
-def recover(running: BackboneSession, mean_D: Tensor) -> Recovery:
-    """Run the clips of `running` in the three ways."""
-    original = running.logits()
-    with rewriting(running.backbone, running.hook, Reconstruct(running.sae)):
-        reconstructed = running.logits()
-    with rewriting(running.backbone, running.hook, MeanAblate(mean_D)):
-        ablated = running.logits()
-    return Recovery(*(said(original, logits, running.class_N) for logits in (original, reconstructed, ablated)))
+def recover(session: BackboneSession, mean_D: Tensor) -> Recovery:
+    """Run the clips of `session` in the three ways."""
+    original = session.logits()
+    reconstructed = session.logits(Reconstruct(session.sae))
+    ablated = session.logits(MeanAblate(mean_D))
+    return Recovery(*(said(original, logits, session.class_N) for logits in (original, reconstructed, ablated)))
 
 
 def said(original_NC: Tensor, logits_NC: Tensor, class_N: NDArray[np.int64]) -> Said:
@@ -103,13 +100,12 @@ def said(original_NC: Tensor, logits_NC: Tensor, class_N: NDArray[np.int64]) -> 
     )
 
 
-def recovery(clips: ClipSetting) -> ClipResult | None:
-    """The figures; None without a running backbone or anything to read it by."""
-    running = clips.running
-    if running is None or running.readout is None:
+def recovery(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
+    """The figures; None without a readout."""
+    if session.readout is None:
         return None
-    found = recover(running, torch.from_numpy(clips.setting.store.moments(clips.setting.hook).mean).float())
-    return ClipResult(_section(found, running, running.readout.what))
+    found = recover(session, torch.from_numpy(clips.setting.store.moments(clips.setting.hook).mean).float())
+    return ClipResult(_section(found, session, session.readout.what))
 
 
 _MEASURES = (
@@ -125,11 +121,11 @@ _MEASURES = (
 )
 
 
-def _section(found: Recovery, running: BackboneSession, what: str) -> Section:
-    labeled_clips = int((running.class_N >= 0).sum())
+def _section(found: Recovery, session: BackboneSession, what: str) -> Section:
+    labeled_clips = int((session.class_N >= 0).sum())
     figures = []
     for measure, title, definition, style, better in _MEASURES:
-        count = len(running.class_N) if measure == "kl" else labeled_clips
+        count = len(session.class_N) if measure == "kl" else labeled_clips
         ways = (
             ("sae", "sae", title, found.reconstructed, "with the SAE's reconstruction on every patch token"),
             ("raw", "raw", title, found.original, "with the activations as they are"),
@@ -143,7 +139,7 @@ def _section(found: Recovery, running: BackboneSession, what: str) -> Section:
                 value=getattr(way, measure),
                 n=count,
                 n_of="clips",
-                definition=f"{definition}, {how} at {running.hook}. Classes are read by {what}.",
+                definition=f"{definition}, {how} at {session.hook}. Classes are read by {what}.",
                 style=style,
                 better=better,
             )

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
 from tubelet.errors import TubeletError
-from tubelet_lens.inputs.clip_selection import choose_clips
+from tubelet_lens.inputs.clip_selection import choose_clips, stratified_sample
 from tubelet_lens.inputs.clip_stream import read_clip
 from tubelet_lens.inputs.trained_sae import check_store, load_trained
 from tubelet_lens.steering.clip_source import Clip, ClipSource
@@ -150,19 +149,6 @@ def _readout(config: EditConfig, store: Store, clip_source: ClipSource) -> Reado
     class_N = np.searchsorted(numbers, [labels[row] for row in fit]).astype(np.int64)
     classes = [str(names[number] if names[number] is not None else number) for number in numbers]
     return fit_probe(clip_source.backbone, rows_ND, class_N, classes, [videos[row] for row in fit], config.seed)
-
-
-def stratified_sample(class_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """int64, ascending: at most `most` places, first one of each class, then a second one, ...
-
-    Evenly spaced ones would miss classes wherever these follow each other in turn.
-    """
-    _, number_N = np.unique(class_N, return_inverse=True)
-    order = np.argsort(number_N, kind="stable")
-    first_C = np.searchsorted(number_N[order], np.arange(number_N.max(initial=-1) + 1))
-    rank_N = np.empty(len(class_N), dtype=np.int64)
-    rank_N[order] = np.arange(len(class_N)) - first_C[number_N[order]]
-    return np.sort(np.argsort(rank_N, kind="stable")[:most])
 
 
 def last_tokens(store: Store, clip_source: ClipSource, clips: Sequence[int]) -> Tensor:

@@ -104,32 +104,31 @@ class Marks:
         return found, {number: float(f1_FC[latent, number]) for number, latent in found.items()}
 
 
-def segmentation_edits(clips: ClipSetting) -> ClipResult | None:
-    """The rates; None without a running backbone, a fit side or masks of both sides' videos."""
-    running = clips.running
-    if running is None or running.clip_source is None or clips.fit is None:
+def segmentation_edits(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
+    """The rates; None without a fit side or masks of both sides' videos."""
+    if session.fit_source is None or clips.fit is None:
         return None
-    config, test = running.config, clips.test
-    fit_root, test_root = running.clip_source.root, running.test_clip_source.root
-    videos = ((fit_root, clips.fit.videos[running.fit_rows[0]]), (test_root, test.videos[running.rows[0]]))
+    config, test = session.config, clips.test
+    fit_root, test_root = session.fit_source.root, session.test_source.root
+    videos = ((fit_root, clips.fit.videos[session.fit_rows[0]]), (test_root, test.videos[session.rows[0]]))
     if not all(has_masks(root, str(video)) for root, video in videos):
         return None
-    fit = _fit(running, running.clip_source, clips.fit, clips.config.seed)
+    fit = _fit(session, session.fit_source, clips.fit, clips.config.seed)
     labels = [
         patch_labels(
-            test_root, _described(test, row), shot, running.backbone.grid, config.masks, config.label_threshold
+            test_root, _described(test, row), shot, session.backbone.grid, config.masks, config.label_threshold
         )
-        for row, shot in zip(running.rows, running.shots, strict=True)
+        for row, shot in zip(session.rows, session.clips, strict=True)
     ]
     label_N = np.concatenate([each.ravel() for each in labels])
     clear_N = label_N != NONE
-    hook = final_hook(running.backbone)
+    hook = final_hook(session.backbone)
 
     def predict(rewrite: Rewrite | None) -> NDArray[np.int64]:
         found = []
-        for batch in running.batches():
-            with rewriting(running.backbone, running.hook, rewrite or (lambda _tokens: None)):
-                tokens = running.backbone.activations(batch, [hook])[hook].tokens
+        for batch in session.batches():
+            with rewriting(session.backbone, session.hook, rewrite or (lambda _tokens: None)):
+                tokens = session.backbone.activations(batch, [hook])[hook].tokens
             found.append(_classes(fit.probe, tokens.float().flatten(0, 2).cpu().numpy()))
         return np.concatenate(found)[clear_N]
 
@@ -138,7 +137,7 @@ def segmentation_edits(clips: ClipSetting) -> ClipResult | None:
         return None
     found = edit_classes(
         predict,
-        running.sae,
+        session.sae,
         fit.latent_of,
         largest_F=fit.largest_F,
         mean_F=fit.mean_F,
@@ -210,28 +209,28 @@ def _described(side: PooledSplit, row: int) -> Described:
     )
 
 
-def _fit(running: BackboneSession, clip_source: ClipSource, side: PooledSplit, seed: int) -> _Fit:
-    config, grid = running.config, running.backbone.grid
-    hook, classes = final_hook(running.backbone), len(CLASSES[config.masks])
-    marks, rng = Marks(running.sae.latents, classes), np.random.default_rng(seed)
+def _fit(session: BackboneSession, source: ClipSource, side: PooledSplit, seed: int) -> _Fit:
+    config, grid = session.config, session.backbone.grid
+    hook, classes = final_hook(session.backbone), len(CLASSES[config.masks])
+    marks, rng = Marks(session.sae.latents, classes), np.random.default_rng(seed)
     tokens: list[NDArray[np.float32]] = []
     truth: list[NDArray[np.int64]] = []
     kept_of: list[int] = []
-    numbers = [int(clip) for clip in side.clips[running.fit_rows]]
-    for place, shot in enumerate(clip_source.clips(numbers)):
-        described = _described(side, int(running.fit_rows[place]))
-        label_N = patch_labels(clip_source.root, described, shot, grid, config.masks, config.label_threshold).ravel()
-        got = running.backbone.activations(shot.pixels[None], [running.hook, hook])
+    numbers = [int(clip) for clip in side.clips[session.fit_rows]]
+    for place, shot in enumerate(source.clips(numbers)):
+        described = _described(side, int(session.fit_rows[place]))
+        label_N = patch_labels(source.root, described, shot, grid, config.masks, config.label_threshold).ravel()
+        got = session.backbone.activations(shot.pixels[None], [session.hook, hook])
         with torch.no_grad():
-            marks.add(running.sae.encode(got[running.hook].tokens[0].float().flatten(0, 1)), label_N)
+            marks.add(session.sae.encode(got[session.hook].tokens[0].float().flatten(0, 1)), label_N)
         # A share of each class's patches of every clip, so that late clips count as early ones do.
         kept = _share(label_N, classes, _PATCHES_PER_CLASS / len(numbers), rng)
         tokens.append(got[hook].tokens[0].float().flatten(0, 1).cpu().numpy()[kept])
         truth.append(label_N[kept])
         kept_of.append(len(kept))
     rows_ND, class_N = np.concatenate(tokens), np.concatenate(truth)
-    validation_N = validation_rows(side.videos[running.fit_rows].tolist(), kept_of, seed)
-    device = running.backbone.device
+    validation_N = validation_rows(side.videos[session.fit_rows].tolist(), kept_of, seed)
+    device = session.backbone.device
     penalty = choose_penalty(rows_ND, class_N, validation_N, classes, (1e-4, 1e-3, 1e-2), device)
     latent_of, f1_of = marks.best(config.max_frequency)
     return _Fit(

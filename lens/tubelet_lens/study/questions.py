@@ -152,10 +152,10 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         "backbone",
-        "In the running backbone",
+        "In the backbone",
         "What the backbone itself says when its activations are changed where the SAE sits: replaced by the "
         "reconstruction, without some latents, with a class's latent suppressed. Only of cells whose evaluation has "
-        "`running`; the ablation above is of the code alone.",
+        "`in_backbone`; the ablation above is of the code alone.",
         _columns(
             recovery__recovered_kl="recovered (KL)",
             backbone_ablation__before="accuracy before",
