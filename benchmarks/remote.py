@@ -32,7 +32,7 @@ import zarr
 
 from random_store import random_store
 from range_server import range_server
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from tubelet_store.plan import Grid, Hook
 from tubelet_store.reader import Store, open_store
 from tubelet_store.storage.client_choice import TransportName, open_transport
@@ -128,12 +128,12 @@ class EditContext:
             files.get_file(f"bucket/s.zarr/{key}", str(self.scratch / f"s3fs-{number}"))
         return sum(self.sizes)
 
-    def mirror(self, transport: str, check: str) -> Callable[[], int]:
-        """A mirror without any shard: every one is fetched ahead, checked, mapped. The store is open."""
-        config = MirrorConfig.model_validate(
-            {"directory": self.scratch / "mirror", "transport": transport, "check": check, "connections": CONNECTIONS}
+    def cache(self, transport: str, check: str) -> Callable[[], int]:
+        """A cache without any shard: every one is fetched ahead, checked, mapped. The store is open."""
+        config = CacheConfig.model_validate(
+            {"directory": self.scratch / "cache", "transport": transport, "check": check, "connections": CONNECTIONS}
         )
-        store = open_store(self.url, mirror=config)
+        store = open_store(self.url, cache=config)
         store.shard_object(HOOK, 0)
 
         def work() -> int:
@@ -182,9 +182,9 @@ def rows(bench: EditContext) -> list[Row]:
     ways: list[tuple[str, Callable[[], int]]] = [
         ("raw sockets, into memory", lambda: bench.raw(write=False)),
         ("raw sockets, into files", lambda: bench.raw(write=True)),
-        ("mirror over obstore (checked, in files, mapped)", bench.mirror("obstore", "crc32c")),
-        ("mirror over obstore, with SHA-256", bench.mirror("obstore", "sha256")),
-        ("mirror over s3fs", bench.mirror("fsspec", "crc32c")),
+        ("cache over obstore (checked, in files, mapped)", bench.cache("obstore", "crc32c")),
+        ("cache over obstore, with SHA-256", bench.cache("obstore", "sha256")),
+        ("cache over s3fs", bench.cache("fsspec", "crc32c")),
         ("obstore ranges, into memory", bench.ranges_of("obstore")),
         ("s3fs ranges, into memory", bench.ranges_of("fsspec")),
         ("s3fs get_file, one after another", bench.s3fs_whole),
@@ -216,7 +216,7 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
 
-    parser.add_argument("--folder", type=Path, help="where server and mirror keep their files")
+    parser.add_argument("--folder", type=Path, help="where server and cache keep their files")
     given = parser.parse_args()
     os.environ |= {
         "AWS_ACCESS_KEY_ID": "benchmark",

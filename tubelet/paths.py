@@ -1,4 +1,4 @@
-"""Where Tubelet keeps what it can make again: mirrored shards, the progress of a verification, spooled uploads."""
+"""Where Tubelet keeps what it can make again: cached shards, the progress of a verification, spooled uploads."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def _joined_table(parts: Sequence[Part]) -> pa.Table:
 
 
 class _ClipReader:
-    """Reads clips of a store, each checked against its checksum. Shards of a remote store come through the mirror."""
+    """Reads clips of a store, each checked against its checksum. Shards of a remote store come through the cache."""
 
     def __init__(self, store: Store, manifest: Manifest, hooks: Sequence[Hook]) -> None:
         self._store, self._manifest, self._hooks = store, manifest, hooks

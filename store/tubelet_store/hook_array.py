@@ -5,7 +5,7 @@
     store["blocks.3"].torch(0)            a shard as a torch tensor, without a copy
     store["blocks.3"].dask(), .xarray()   the whole, lazily
 
-Of a remote store the shards that are touched come through the mirror, verified.
+Of a remote store the shards that are touched come through the cache, verified.
 """
 
 from __future__ import annotations

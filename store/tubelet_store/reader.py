@@ -1,7 +1,7 @@
 """A store as its readers see it: plan, clip table, moments, and shards as read-only memory maps.
 
 open_store(url) ─▶ Store ─▶ shard_map(hook, i): the file itself, as an array [clip, time, space, channel]
-                                                 (of a remote store: the mirrored file, see `mirror`)
+                                                 (of a remote store: the cached file, see `cache`)
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tubelet.errors import StoreUnreachable, TubeletError
-from tubelet_store.cache.config import MirrorConfig
-from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.cache.shard_object import ShardObject
 from tubelet_store.catalog.catalog import is_reference, resolve
 from tubelet_store.clip_table import FINISHED, completed, finished_table, from_parquet
@@ -54,13 +54,13 @@ _DAMAGE = (pa.ArrowException, LookupError, NotImplementedError, OSError, TypeErr
 class Store:
     """A readable store. Everything it gives is read-only."""
 
-    def __init__(self, root: ObjectRoot, state: StoreState, mirror: MirrorConfig | None = None) -> None:
+    def __init__(self, root: ObjectRoot, state: StoreState, cache: CacheConfig | None = None) -> None:
         self.root = root
-        self.mirror = Mirror(root.url, mirror) if root.local_path(GROUP) is None else None
+        self.cache = LocalCache(root.url, cache) if root.local_path(GROUP) is None else None
         """Keeps shards of a remote store on a local disk; None: the store is local."""
-        if self.mirror is not None:
+        if self.cache is not None:
             sizes = [shard_bytes(state.plan, ACTIVATIONS, hook, 0) for hook in state.plan.hooks]
-            self.mirror.check_budget(min(sizes), max(sizes))
+            self.cache.check_budget(min(sizes), max(sizes))
         self.state = state
         self.plan: Plan = state.plan
         self.url: str = root.url
@@ -192,7 +192,7 @@ class Store:
 
     def _read(self, key: str) -> bytes:
         """A small object; what comes over a network is checked against the manifest."""
-        if self.mirror is None or not self.complete or key == MANIFEST:
+        if self.cache is None or not self.complete or key == MANIFEST:
             return self.root.read(key)
         stored = self._manifest.get(key)
         for _ in range(_READINGS):
@@ -265,11 +265,11 @@ class Store:
             kind: `activations`, or `special_tokens` ([clip, time or 1, token, channel]).
             private: Give a map that may be written to: changes stay in this map (copy on write).
 
-        The map of a remote store is of the mirrored file, which is fetched first and kept while the map lives.
+        The map of a remote store is of the cached file, which is fetched first and kept while the map lives.
 
         Raises:
             TubeletError: no such hook; the shard is not committed, missing, truncated, or not in order; or it cannot be
-                mirrored.
+                cached.
         """
         of_hook = self.plan.hook(hook)
         with self._shard_file(hook, shard, kind) as file:
@@ -288,17 +288,17 @@ class Store:
             return np.memmap(file, self.plan.numpy_dtype, "c" if private else "r", offset=0, shape=shape)
 
     def expect(self, hook: str, shards: Iterable[int]) -> None:
-        """Say which shards will be mapped next, in order: a mirror fetches them ahead. Nothing to do for a local store.
+        """Say which shards will be mapped next, in order: a cache fetches them ahead. Nothing to do for a local store.
 
         Args:
             hook: Name of the hook.
             shards: Shards in the order of their first use, from now on; empty: none.
         """
-        if self.mirror is not None:
-            self.mirror.expect(self.shard_object(hook, shard) for shard in shards)
+        if self.cache is not None:
+            self.cache.expect(self.shard_object(hook, shard) for shard in shards)
 
     def shard_object(self, hook: str, shard: int, kind: str = ACTIVATIONS) -> ShardObject:
-        """What a mirror needs to know of a shard.
+        """What a cache needs to know of a shard.
 
         Raises:
             TubeletError: no such hook; the shard is not committed, or not in the manifest.
@@ -325,8 +325,8 @@ class Store:
         )
 
     def _shard_file(self, hook: str, shard: int, kind: str) -> BinaryIO:
-        if self.mirror is not None:
-            return self.mirror.open(self.shard_object(hook, shard, kind))
+        if self.cache is not None:
+            return self.cache.open(self.shard_object(hook, shard, kind))
         key = shard_key(kind, hook, shard)
         path = self.root.local_path(key)
         if shard not in self.committed or path is None:
@@ -338,13 +338,13 @@ class Store:
             raise TubeletError(f"{self.url}/{key} is missing", remedy) from error
 
 
-def open_store(url: str, allow_unfinished: bool = False, mirror: MirrorConfig | None = None) -> Store:
+def open_store(url: str, allow_unfinished: bool = False, cache: CacheConfig | None = None) -> Store:
     """Open the store at `url` (a path, an fsspec URL, or `catalog.yaml#name`).
 
     Args:
         url: Where the store lies, or its name in a catalog (by path or URL), whose digest it must then have.
         allow_unfinished: Also open a store that is still being written; only its committed shards are seen.
-        mirror: Where and how much of a remote store is kept on a local disk; None: the defaults.
+        cache: Where and how much of a remote store is kept on a local disk; None: the defaults.
 
     Raises:
         TubeletError: nothing is there, it is not a Tubelet store, it is unfinished, or it is another one than the
@@ -359,7 +359,7 @@ def open_store(url: str, allow_unfinished: bool = False, mirror: MirrorConfig | 
     state = _received(root, lambda: read_state(root))
     if state is None:
         raise TubeletError(f"No store at {url}", remedy)
-    store = Store(root, state, mirror)
+    store = Store(root, state, cache)
     if identity is not None and store.identity != identity:
         raise TubeletError(
             f"{url} is not the store that the catalog means: its identity is {store.identity}, not {identity}",

@@ -114,7 +114,7 @@ def test_a_remote_store_gives_the_same(store, whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_torch_tensors_of_a_local_and_of_a_mirrored_store_are_the_mapped_files(tmp_path, monkeypatch, dtype):
+def test_torch_tensors_of_a_local_and_of_a_cached_store_are_the_mapped_files(tmp_path, monkeypatch, dtype):
     monkeypatch.setenv("TUBELET_CACHE", str(tmp_path / "cache"))
     local = make_store(tmp_path / "s.zarr", make_plan(grid=(2, 2, 3), hooks={"blocks.1": 4}, dtype=dtype))
     remote = f"memory://{uuid.uuid4().hex}/s.zarr"

@@ -16,14 +16,14 @@ from tubelet_store.reader import Store, open_store
 MAIN = "import sys; from tubelet.cli.main import main; sys.exit(main())"
 URL = f"hf://datasets/{REPOSITORY}@{REVISION}/deep/s.zarr"
 
-MIRRORED = """
+CACHED = """
 import sys
 from pathlib import Path
 from tubelet_store.reader import open_store
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 
 url, local, folder = sys.argv[1:]
-store, truth = open_store(url, mirror=MirrorConfig(directory=Path(folder))), open_store(local)
+store, truth = open_store(url, cache=CacheConfig(directory=Path(folder))), open_store(local)
 assert store.identity == truth.identity
 assert store.clips().equals(truth.clips())
 for shard in range(truth.plan.shards):
@@ -35,7 +35,7 @@ for shard in range(truth.plan.shards):
 def local(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """What lies in the Hub's repository."""
     folder = tmp_path_factory.mktemp("repository")
-    # Shards of more than one part of the mirror.
+    # Shards of more than one part of the cache.
     return make_store(
         folder / "deep" / "s.zarr", make_plan(clips=10, clips_per_shard=5, grid=(8, 14, 14), hooks={"h": 768})
     )
@@ -56,9 +56,9 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
-def test_a_store_on_the_hub_is_mirrored_bit_for_bit_and_no_byte_twice(hub: Hub, local: Store, tmp_path: Path) -> None:
+def test_a_store_on_the_hub_is_cached_bit_for_bit_and_no_byte_twice(hub: Hub, local: Store, tmp_path: Path) -> None:
     hub.refusals = [503]
-    done = python(MIRRORED, URL, local.url, str(tmp_path / "mirror"))
+    done = python(CACHED, URL, local.url, str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     shards = {path: sent for path, sent in hub.sent_bytes.items() if "/activations/h/c/" in path}
     assert shards == {path: (hub.folder / path).stat().st_size for path in shards}
@@ -88,7 +88,7 @@ def test_what_the_hub_does_not_give_is_named(hub: Hub, url: str, refusals: list[
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("words", [["info"], ["mirror"], ["copy"]])
+@pytest.mark.parametrize("words", [["info"], ["cache"], ["copy"]])
 def test_a_hub_that_is_not_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

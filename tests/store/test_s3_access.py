@@ -16,7 +16,7 @@ from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from tubelet_store.catalog import Catalog
 from tubelet_store.reader import Store, open_store
 from tubelet_store.storage.client import Patience
@@ -56,8 +56,8 @@ class TestAnonymousReading:
     @pytest.mark.parametrize("transport", CLIENTS)
     def test_by_the_url(self, public, local, tmp_path, transport):
         url = public.replace("s3://", "s3://anon@")
-        store = open_store(url, mirror=MirrorConfig(directory=tmp_path, transport=transport))
-        assert store.mirror.transport.name == transport
+        store = open_store(url, cache=CacheConfig(directory=tmp_path, transport=transport))
+        assert store.cache.transport.name == transport
         assert store.shard_map("h", 1).tobytes() == local.shard_map("h", 1).tobytes()
         assert store.moments("h").count == local.moments("h").count
 
@@ -67,7 +67,7 @@ class TestAnonymousReading:
         # FSSPEC_S3_ANON=true, as a process reads it when it starts.
         fsspec.config.set_conf_env(conf, {"FSSPEC_S3_ANON": "true"})
         monkeypatch.setitem(fsspec.config.conf, "s3", conf["s3"])
-        store = open_store(public, mirror=MirrorConfig(directory=tmp_path, transport=transport))
+        store = open_store(public, cache=CacheConfig(directory=tmp_path, transport=transport))
         assert store.shard_map("h", 0).tobytes() == local.shard_map("h", 0).tobytes()
 
     def test_by_a_catalogs_word(self, public, local, tmp_path, monkeypatch):

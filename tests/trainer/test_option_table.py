@@ -10,7 +10,7 @@ from typing import Any, get_args
 from test_option_laws import CASES, DEFAULTS, KINDS, NESTINGS
 
 from tubelet.config import Config
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from tubelet_trainer.config import OptimizerConfig, TrainConfig
 from tubelet_trainer.data.split import HoldoutConfig
 from tubelet_trainer.run.trackers import MLflowConfig, NoTracker, TensorBoardConfig, WandbConfig
@@ -56,7 +56,7 @@ NO_ARITHMETIC: dict[Option, str] = {
     (TrainConfig, "device"): "where the same arithmetic is done",
 }
 NO_ARITHMETIC_MODELS: dict[type[Config], str] = {
-    MirrorConfig: "how shards are fetched and kept",
+    CacheConfig: "how shards are fetched and kept",
     NoTracker: "where metrics are shown",
     TensorBoardConfig: "where metrics are shown",
     WandbConfig: "where metrics are shown",

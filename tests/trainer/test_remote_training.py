@@ -1,4 +1,4 @@
-"""Training from object storage is training: the same weights, from a mirror that holds a fifth of the store."""
+"""Training from object storage is training: the same weights, from a cache that holds a fifth of the store."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.driver import extract
 from tubelet_pipeline.synthetic.config import VideosConfig
 from tubelet_pipeline.synthetic.render_dataset import make_dataset
-from tubelet_store.cache.config import MirrorConfig
-from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.reader import open_store
 from tubelet_store.storage.local import LocalRoot
 from tubelet_store.storage.open_root import open_root
@@ -87,25 +87,25 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_the_weights_are_those_of_a_local_copy_bit_for_bit(local, url, tmp_path):
-    mirror = {"directory": tmp_path / "mirror", "budget": BUDGET}
-    remote = train(configure(url, tmp_path / "remote", mirror=mirror))
+    cache = {"directory": tmp_path / "cache", "budget": BUDGET}
+    remote = train(configure(url, tmp_path / "remote", cache=cache))
     recorded = (remote / "config.yaml").read_text()
     assert "resident_shards: 2" in recorded
     assert same(remote, train(configure(local.url, tmp_path / "local", resident_shards=2)))
     assert not same(remote, train(configure(local.url, tmp_path / "all")))
-    assert Mirror(url, MirrorConfig(directory=tmp_path / "mirror")).held_bytes() <= BUDGET
+    assert LocalCache(url, CacheConfig(directory=tmp_path / "cache")).held_bytes() <= BUDGET
 
 
-def test_a_mirror_that_holds_all_gives_the_order_of_a_local_store(local, url, tmp_path):
-    remote = train(configure(url, tmp_path / "remote", epochs=1, mirror={"directory": tmp_path / "mirror"}))
+def test_a_cache_that_holds_all_gives_the_order_of_a_local_store(local, url, tmp_path):
+    remote = train(configure(url, tmp_path / "remote", epochs=1, cache={"directory": tmp_path / "cache"}))
     assert same(remote, train(configure(local.url, tmp_path / "local", epochs=1)))
 
 
 def test_a_run_continues_with_its_own_order_whatever_the_budget_is_now(local, url, tmp_path):
     out = tmp_path / "run"
-    train(configure(url, out, mirror={"directory": tmp_path / "m", "budget": BUDGET}))
+    train(configure(url, out, cache={"directory": tmp_path / "m", "budget": BUDGET}))
     (out / "sae.json").unlink()
-    train(configure(url, out, mirror={"directory": tmp_path / "m", "budget": 2 * BUDGET}))
+    train(configure(url, out, cache={"directory": tmp_path / "m", "budget": 2 * BUDGET}))
     train(configure(local.url, out))
     with pytest.raises(TubeletError, match="resident_shards: 2 -> 3"):
         train(configure(local.url, out, resident_shards=3))
@@ -113,7 +113,7 @@ def test_a_run_continues_with_its_own_order_whatever_the_budget_is_now(local, ur
 
 def test_a_budget_below_one_shard_is_refused_with_the_figure(url, tmp_path):
     with pytest.raises(TubeletError, match=f"at least {SHARD_BYTES} bytes"):
-        train(configure(url, tmp_path / "run", mirror={"directory": tmp_path / "m", "budget": 1000}))
+        train(configure(url, tmp_path / "run", cache={"directory": tmp_path / "m", "budget": 1000}))
 
 
 @pytest.mark.parametrize("together", [None, 1, 3, 7, 19, 20, 50])
@@ -167,25 +167,25 @@ def read_all(source):
     return out
 
 
-def test_sources_of_one_mirror_hold_nothing_once_they_have_read(local, url, tmp_path):
+def test_sources_of_one_cache_hold_nothing_once_they_have_read(local, url, tmp_path):
     # Two hooks of a job, say: with a map kept by each, this room would be too small, and two such jobs could wait for
     # each other.
-    mirror = MirrorConfig(directory=tmp_path, budget=SHARD_BYTES)
-    sources = [Source(open_store(url, mirror=mirror), "h") for _ in range(2)]
+    cache = CacheConfig(directory=tmp_path, budget=SHARD_BYTES)
+    sources = [Source(open_store(url, cache=cache), "h") for _ in range(2)]
     for source in [*sources, *sources]:
         assert np.array_equal(read_all(source), read_all(Source(local, "h")))
-    assert sources[0].store.mirror.held_bytes() == SHARD_BYTES
+    assert sources[0].store.cache.held_bytes() == SHARD_BYTES
 
 
-def test_jobs_of_a_node_train_through_one_small_mirror_over_a_bad_network(local, url, tmp_path, monkeypatch):
+def test_jobs_of_a_node_train_through_one_small_cache_over_a_bad_network(local, url, tmp_path, monkeypatch):
     # Each job holds one shard at a time; less than one for each could not do.
     jobs, budget = 3, 4 * SHARD_BYTES
     # A stall ends before the client's patience does: how long that is, is another test's matter.
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], stall_s=0.3) as (proxy, spoilt):
         monkeypatch.setenv("AWS_ENDPOINT_URL", spoilt)
         proxy.only, proxy.share = lambda path: "/activations/" in path, 0.3
-        mirror = {"directory": tmp_path / "m", "budget": budget}
-        settings = configure(url, tmp_path, mirror=mirror, resident_shards=2, epochs=1)
+        cache = {"directory": tmp_path / "m", "budget": budget}
+        settings = configure(url, tmp_path, cache=cache, resident_shards=2, epochs=1)
         (tmp_path / "run.yaml").write_text(dump_yaml(settings))
         running = [
             subprocess.Popen(
@@ -195,7 +195,7 @@ def test_jobs_of_a_node_train_through_one_small_mirror_over_a_bad_network(local,
             )
             for seed in range(jobs)
         ]
-        watch, most = Mirror(url, MirrorConfig(directory=tmp_path / "m")), 0
+        watch, most = LocalCache(url, CacheConfig(directory=tmp_path / "m")), 0
         while any(job.poll() is None for job in running):
             most = max(most, watch.held_bytes())
             time.sleep(0.01)
@@ -231,13 +231,13 @@ def test_videos_extracted_straight_to_object_storage_train_as_from_a_local_copy(
     assert copy.identity == identity
     hook = copy.plan.hooks[0].name
     store_bytes = sum(copy.shard_object(hook, shard).stored.size_bytes for shard in range(copy.plan.shards))
-    mirror = {"directory": tmp_path / "mirror", "budget": store_bytes // 5}
+    cache = {"directory": tmp_path / "cache", "budget": store_bytes // 5}
     fields = {"hook": hook, "window_tokens": 256, "batch_tokens": 128}
-    from_remote = train(configure(remote, tmp_path / "remote", mirror=mirror, **fields))
+    from_remote = train(configure(remote, tmp_path / "remote", cache=cache, **fields))
     together = yaml.safe_load((from_remote / "config.yaml").read_text())["resident_shards"]
     assert 1 <= together < copy.plan.shards
     assert same(from_remote, train(configure(copy.url, tmp_path / "local", resident_shards=together, **fields)))
-    assert 0 < Mirror(remote, MirrorConfig(directory=tmp_path / "mirror")).held_bytes() <= store_bytes // 5
+    assert 0 < LocalCache(remote, CacheConfig(directory=tmp_path / "cache")).held_bytes() <= store_bytes // 5
 
 
 def test_a_newcomer_needs_a_catalog_and_what_it_says(url, tmp_path, monkeypatch, capsys):
@@ -267,11 +267,11 @@ def test_a_newcomer_needs_a_catalog_and_what_it_says(url, tmp_path, monkeypatch,
     assert len(open_store("catalog.yaml#part").clips()) == 8
 
 
-class Listening(Mirror):
-    """A mirror that notes what it is told."""
+class Listening(LocalCache):
+    """A cache that notes what it is told."""
 
-    def __init__(self, mirror: Mirror) -> None:
-        super().__init__(mirror.url, mirror.config)
+    def __init__(self, cache: LocalCache) -> None:
+        super().__init__(cache.url, cache.config)
         self.told: list[list[str]] = []
 
     def expect(self, coming) -> None:
@@ -281,12 +281,12 @@ class Listening(Mirror):
 
 
 def listened(url, folder, budget):
-    store = open_store(url, mirror=MirrorConfig(directory=folder, budget=budget))
-    store.mirror = Listening(store.mirror)
+    store = open_store(url, cache=CacheConfig(directory=folder, budget=budget))
+    store.cache = Listening(store.cache)
     return store
 
 
-def test_streams_of_one_mirror_share_one_list_first_groups_first(url, tmp_path):
+def test_streams_of_one_cache_share_one_list_first_groups_first(url, tmp_path):
     store = listened(url, tmp_path, 20 * SHARD_BYTES)
     source, shared = Source(store, "h"), ShardPrefetch()
 
@@ -294,29 +294,29 @@ def test_streams_of_one_mirror_share_one_list_first_groups_first(url, tmp_path):
         return [[(source, shard) for shard in group] for group in numbers]
 
     shared.announce("training", groups([0, 1], [2, 3], [4]))
-    assert store.mirror.told[-1] == ["0", "1", "2", "3", "4"]
+    assert store.cache.told[-1] == ["0", "1", "2", "3", "4"]
     shared.announce("held out", groups([3, 7], [8]))
-    assert store.mirror.told[-1] == ["3", "7", "0", "1", "8", "2", "4"]
+    assert store.cache.told[-1] == ["3", "7", "0", "1", "8", "2", "4"]
     shared.announce("training", groups([2, 3], [4]))
-    assert store.mirror.told[-1] == ["2", "3", "7", "4", "8"]
+    assert store.cache.told[-1] == ["2", "3", "7", "4", "8"]
     shared.withdraw("held out")
-    assert store.mirror.told[-1] == ["2", "3", "4"]
+    assert store.cache.told[-1] == ["2", "3", "4"]
     shared.withdraw("training")
-    assert store.mirror.told[-1] == []
+    assert store.cache.told[-1] == []
     # It was told that nothing comes, and is not told again when others read.
-    times = len(store.mirror.told)
+    times = len(store.cache.told)
     other = listened(url, tmp_path, 20 * SHARD_BYTES)
     shared.announce("other", [[(Source(other, "h"), 0)]])
-    assert (other.mirror.told[-1], len(store.mirror.told)) == (["0"], times)
+    assert (other.cache.told[-1], len(store.cache.told)) == (["0"], times)
 
 
-def test_mirrors_of_one_directory_share_its_budget(url, tmp_path):
+def test_caches_of_one_directory_share_its_budget(url, tmp_path):
     stores = [listened(url, tmp_path, 4 * SHARD_BYTES) for _ in range(2)]
     shared = ShardPrefetch()
     for number, store in enumerate(stores):
         shared.announce(number, [[(Source(store, "h"), 5 * number + shard)] for shard in range(5)])
     # The newest stream's first group, the other's first group, and so on: four shards in all.
-    assert [store.mirror.told[-1] for store in stores] == [["0", "1"], ["5", "6"]]
+    assert [store.cache.told[-1] for store in stores] == [["0", "1"], ["5", "6"]]
 
 
 def test_a_held_out_pass_amid_training_keeps_what_training_expects(url, tmp_path):
@@ -325,23 +325,23 @@ def test_a_held_out_pass_amid_training_keeps_what_training_expects(url, tmp_path
     options = {"batch_tokens": 32, "window_tokens": 60, "resident_shards": 4}
     stream = iter(ActivationLoader(Source(store, "h"), np.arange(0, 80, 2), **options))
     next(stream)
-    alone = store.mirror.told[-1]
+    alone = store.cache.told[-1]
     list(ActivationLoader(Source(store, "h"), np.arange(1, 80, 2), total_tokens=256, **options))
-    amid, after = store.mirror.told[-2:]
+    amid, after = store.cache.told[-2:]
     assert set(alone[:4]) < set(amid)
     assert after == alone
     stream.close()
-    assert store.mirror.told[-1] == []
+    assert store.cache.told[-1] == []
 
 
 def test_a_budget_below_what_is_shuffled_together_is_refused_at_the_start_with_the_figures(url, tmp_path):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=3 * SHARD_BYTES))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path, budget=3 * SHARD_BYTES))
     options = {"batch_tokens": 256, "window_tokens": 512}
     one = ActivationLoader(Source(store, "h"), np.arange(80), resident_shards=3, **options)
     needed = f"at least {4 * SHARD_BYTES} bytes.*resident_shards to at most 3"
     with pytest.raises(TubeletError, match=needed):
         ActivationLoader(Source(store, "h"), np.arange(80), resident_shards=4, **options)
-    # Two sources of one mirror, be they hooks or stores, need the sum.
+    # Two sources of one cache, be they hooks or stores, need the sum.
     with pytest.raises(TubeletError, match=f"at least {4 * SHARD_BYTES} bytes.*resident_shards to at most 1"):
         ActivationLoader([Source(store, "h"), Source(store, "h")], np.arange(80), resident_shards=2, **options)
     with pytest.raises(TubeletError, match=f"at least {6 * SHARD_BYTES} bytes"):
@@ -349,12 +349,12 @@ def test_a_budget_below_what_is_shuffled_together_is_refused_at_the_start_with_t
 
 
 def test_shards_of_all_hooks_and_stores_are_counted_when_choosing_how_many_fit(local, url, tmp_path):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=12 * SHARD_BYTES))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path, budget=12 * SHARD_BYTES))
     one = Source(store, "h")
     assert fitting_shards([one]) == 6
     assert fitting_shards([one, one]) == 3
     assert fitting_shards([one, Source(local, "h")]) == 6
     assert fitting_shards([Source(local, "h")]) is None
-    roomy = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=40 * SHARD_BYTES))
+    roomy = open_store(url, cache=CacheConfig(directory=tmp_path, budget=40 * SHARD_BYTES))
     assert fitting_shards([Source(roomy, "h")] * 2) is None
     assert fitting_shards([Source(roomy, "h")] * 3) == 6

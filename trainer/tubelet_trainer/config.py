@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from tubelet.config import Config
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from tubelet_trainer.data.split import HoldoutConfig
 from tubelet_trainer.run.trackers import AnyTracker, NoTracker
 from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig
@@ -102,7 +102,7 @@ class TrainConfig(Config):
     """One training run: a store, an SAE, a folder for what comes out."""
 
     store: str
-    """Path or URL of the activation store; a remote one is read through a mirror on a local disk."""
+    """Path or URL of the activation store; a remote one is read through a cache on a local disk."""
     out: Path
     """Folder of the run; a run found there is continued."""
     hook: str | None = None
@@ -123,8 +123,8 @@ class TrainConfig(Config):
     """Patches copied together, a divisor of the grid's; none: a row of the grid, or the whole grid of small clips."""
     resident_shards: int | None = Field(default=None, ge=1)
     """Shards shuffled together, which have to be at hand at once; part of what decides the order of tokens, also for a
-    local store. None: all; of a remote store, if not all fit the mirror's budget, as many as fit it twice."""
-    mirror: MirrorConfig = MirrorConfig()
+    local store. None: all; of a remote store, if not all fit the cache's budget, as many as fit it twice."""
+    cache: CacheConfig = CacheConfig()
     """Where and how much of a remote store is kept on a local disk."""
     holdout: HoldoutConfig = HoldoutConfig()
     """Videos kept for evaluation."""

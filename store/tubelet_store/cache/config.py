@@ -1,4 +1,4 @@
-"""Settings of a mirror."""
+"""Settings of a cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tubelet.paths import cache_folder
 from tubelet_store.storage.client_choice import TransportName
 
 
-class MirrorConfig(Config):
+class CacheConfig(Config):
     """Where shards of remote stores are kept, how much of them, how they are fetched."""
 
     directory: Path | None = None
-    """Folder on a local disk, shared by all jobs of the machine; none: `mirror` in $TUBELET_CACHE, else in
+    """Folder on a local disk, shared by all jobs of the machine; none: `shards` in $TUBELET_CACHE, else in
     ~/.cache/tubelet."""
     budget: ByteSize = ByteSize(100 * 2**30)
     """Most bytes kept, e.g. `500GB`; shards not used for longest go first."""
@@ -35,4 +35,4 @@ class MirrorConfig(Config):
     @property
     def folder(self) -> Path:
         """The directory, defaults resolved."""
-        return cache_folder("mirror") if self.directory is None else self.directory.expanduser().absolute()
+        return cache_folder("shards") if self.directory is None else self.directory.expanduser().absolute()

@@ -1,4 +1,4 @@
-"""The folder of a mirror: complete objects, partial ones, a budget, and the locks that let processes share them.
+"""The folder of a cache: complete objects, partial ones, a budget, and the locks that let processes share them.
 
 objects/<sha256>            complete and checked; a shared lock on one keeps it
 partial/<sha256>[.arrived]  being filled by who holds its exclusive lock; which parts have arrived
@@ -147,7 +147,7 @@ class Directory:
                 raise NoRoom
             if time.monotonic() - start > _PATIENCE_S:
                 raise TubeletError(
-                    f"The mirror in {self.path} is full: maps in use leave no room for {stored.key}"
+                    f"The cache in {self.path} is full: maps in use leave no room for {stored.key}"
                     f" ({stored.size_bytes} bytes) under a budget of {self.budget_bytes}",
                     "Set a larger budget, or let go of arrays that are not needed",
                 )
@@ -158,7 +158,7 @@ class Directory:
         return TubeletError(
             f"{self.path}: the disk has no room for {stored.size_bytes} bytes"
             f" ({shutil.disk_usage(self.path).free} are free)",
-            "Free some space, or set the mirror's directory to another disk; complete shards are kept",
+            "Free some space, or set the cache's directory to another disk; complete shards are kept",
         )
 
     def keep(self, partial: Partial, stored: StoredObject) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""Filling a mirror ahead of a job: `tubelet mirror`."""
+"""Filling a cache ahead of a job: `tubelet cache`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tubelet.errors import TubeletError, nearest
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from tubelet_store.cache.shard_object import ShardObject
 from tubelet_store.reader import Store
 
@@ -14,8 +14,8 @@ from tubelet_store.reader import Store
 _AT_ONCE = 2
 
 
-class FillConfig(MirrorConfig):
-    """What `tubelet mirror` fetches, and where it keeps it."""
+class FillConfig(CacheConfig):
+    """What `tubelet cache` fetches, and where it keeps it."""
 
     store: str
     """URL of the store."""
@@ -29,8 +29,8 @@ def wanted_shards(store: Store, hooks: tuple[str, ...] | None) -> list[ShardObje
     Raises:
         TubeletError: the store is local, or has no such hook.
     """
-    if store.mirror is None:
-        raise TubeletError(f"{store.url} is local", "Only remote stores are mirrored; train from it as it is")
+    if store.cache is None:
+        raise TubeletError(f"{store.url} is local", "Only remote stores are cached; train from it as it is")
     names = [hook.name for hook in store.plan.hooks]
     for hook in hooks or ():
         if hook not in names:
@@ -39,15 +39,15 @@ def wanted_shards(store: Store, hooks: tuple[str, ...] | None) -> list[ShardObje
 
 
 def fill(store: Store, wanted: list[ShardObject]) -> Iterator[ShardObject]:
-    """Fetch `wanted` into the store's mirror as far as its budget goes; yields objects as they are there.
+    """Fetch `wanted` into the store's cache as far as its budget goes; yields objects as they are there.
 
     Raises:
-        TubeletError: an object cannot be fetched; see `Mirror.open`.
+        TubeletError: an object cannot be fetched; see `LocalCache.open`.
     """
-    mirror = store.mirror
-    if mirror is None:
+    cache = store.cache
+    if cache is None:
         return
-    room_bytes = int(mirror.config.budget)
+    room_bytes = int(cache.config.budget)
     fitting: list[ShardObject] = []
     for each in wanted:
         room_bytes -= each.stored.size_bytes
@@ -56,7 +56,7 @@ def fill(store: Store, wanted: list[ShardObject]) -> Iterator[ShardObject]:
         fitting.append(each)
 
     def fetch(each: ShardObject) -> ShardObject:
-        mirror.open(each).close()
+        cache.open(each).close()
         return each
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:

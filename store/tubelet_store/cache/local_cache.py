@@ -1,4 +1,4 @@
-"""The mirror of one store: objects as local files, fetched in parts, each part checked before it is written."""
+"""The cache of one store: objects as local files, fetched in parts, each part checked before it is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial as bound
 from typing import BinaryIO
 
 from tubelet.errors import TubeletError
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from tubelet_store.cache.directory import Directory, NoRoom
 from tubelet_store.cache.partial_file import DISK_FULL, Partial
 from tubelet_store.cache.shard_object import Part, ShardObject
@@ -17,7 +17,7 @@ from tubelet_store.storage.client_choice import open_transport
 from tubelet_store.storage.per_process import PerProcess
 
 
-class Mirror:
+class LocalCache:
     """Shards of the store at `url`, kept in a directory under a budget. One per process and store.
 
     Args:
@@ -25,17 +25,17 @@ class Mirror:
         config: Directory, budget, client.
     """
 
-    def __init__(self, url: str, config: MirrorConfig | None = None) -> None:
+    def __init__(self, url: str, config: CacheConfig | None = None) -> None:
         self.url = url.rstrip("/")
-        self.config = config or MirrorConfig()
+        self.config = config or CacheConfig()
         self.folder = self.config.folder
         self._directory = Directory(self.folder, int(self.config.budget))
         patience = Patience(self.config.attempts, self.config.timeout_s)
         self._transport = PerProcess(lambda: open_transport(self.url, self.config.transport, patience))
         self._workers = PerProcess(lambda: Workers(self.config.connections))
 
-    def __reduce__(self) -> tuple[type[Mirror], tuple[str, MirrorConfig]]:
-        return (Mirror, (self.url, self.config))
+    def __reduce__(self) -> tuple[type[LocalCache], tuple[str, CacheConfig]]:
+        return (LocalCache, (self.url, self.config))
 
     @property
     def transport(self) -> Transport:
@@ -88,9 +88,9 @@ class Mirror:
         """
         if self.config.budget < smallest_bytes:
             raise TubeletError(
-                f"The mirror in {self.folder} may hold {int(self.config.budget)} bytes, a shard of {self.url} has"
+                f"The cache in {self.folder} may hold {int(self.config.budget)} bytes, a shard of {self.url} has"
                 f" {smallest_bytes}",
-                f"Set the mirror's budget to at least {largest_bytes} bytes, better several times that",
+                f"Set the cache's budget to at least {largest_bytes} bytes, better several times that",
             )
 
     def held_bytes(self) -> int:
@@ -101,8 +101,8 @@ class Mirror:
         stored, name = wanted.stored, f"{self.url}/{wanted.stored.key}"
         if stored.size_bytes > self.config.budget:
             raise TubeletError(
-                f"{name} has {stored.size_bytes} bytes, the mirror in {self.folder} may hold {int(self.config.budget)}",
-                f"Set the mirror's budget to at least {stored.size_bytes} bytes, better several times that",
+                f"{name} has {stored.size_bytes} bytes, the cache in {self.folder} may hold {int(self.config.budget)}",
+                f"Set the cache's budget to at least {stored.size_bytes} bytes, better several times that",
             )
         with self._directory.claimed(wanted, name) as partial:
             if (file := self._directory.pinned(stored)) is not None:

@@ -1,4 +1,4 @@
-"""A file of a mirror that is being filled."""
+"""A file of a cache that is being filled."""
 
 from __future__ import annotations
 

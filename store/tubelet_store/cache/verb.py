@@ -1,4 +1,4 @@
-"""The verb `tubelet mirror`."""
+"""The verb `tubelet cache`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def _config() -> type[FillConfig]:
     return FillConfig
 
 
-def _mirror(config: FillConfig) -> int:
+def _cache(config: FillConfig) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from tubelet_store.cache.config import MirrorConfig
+    from tubelet_store.cache.config import CacheConfig
     from tubelet_store.cache.fill import fill, wanted_shards
     from tubelet_store.reader import open_store
     from tubelet_store.store_summary import human_bytes
 
-    settings = {name: getattr(config, name) for name in MirrorConfig.model_fields}
-    store = open_store(config.store, allow_unfinished=True, mirror=MirrorConfig.model_validate(settings))
+    settings = {name: getattr(config, name) for name in CacheConfig.model_fields}
+    store = open_store(config.store, allow_unfinished=True, cache=CacheConfig.model_validate(settings))
     wanted = wanted_shards(store, config.hooks)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     count = size_bytes = 0
@@ -41,4 +41,4 @@ def _mirror(config: FillConfig) -> int:
     return 0
 
 
-MIRROR = Verb("mirror", "Fetch a remote store's shards to this machine ahead of a job.", _config, _mirror, ("store",))
+CACHE = Verb("cache", "Fetch a remote store's shards to this machine ahead of a job.", _config, _cache, ("store",))

@@ -1,4 +1,4 @@
-"""The threads of a mirror: those that read parts, and those that fetch objects ahead."""
+"""The threads of a cache: those that read parts, and those that fetch objects ahead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Workers:
 
     def __init__(self, connections: int) -> None:
         self._connections = connections
-        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="tubelet-mirror")
+        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="tubelet-cache")
         self._changing = threading.Lock()
         self._ahead: list[ShardObject] = []
         self._running = 0

@@ -40,7 +40,7 @@ from tubelet_trainer.data.order import ORDER_VERSION
 from tubelet_trainer.data.pair_batch import DrawnPairs, Part
 from tubelet_trainer.data.pairs import PairArithmetic, PairDraw
 from tubelet_trainer.data.prefetcher import Prefetcher
-from tubelet_trainer.data.shard_prefetch import refuse_small_mirror, shard_prefetch
+from tubelet_trainer.data.shard_prefetch import refuse_small_cache, shard_prefetch
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.data.window_order import WindowOrder
 
@@ -70,7 +70,7 @@ class ActivationLoader:
         clip_offset: Added to clip numbers in positions.
 
     Raises:
-        TubeletError: no clip is left, pairs are wanted and there is none, or a mirror is too small for the shards that
+        TubeletError: no clip is left, pairs are wanted and there is none, or a cache is too small for the shards that
             are shuffled together.
     """
 
@@ -106,7 +106,7 @@ class ActivationLoader:
         self._stored_dtype = _TORCH_DTYPES[source.store.plan.dtype]
         self._dtype = dtype or self._stored_dtype
         self._order = WindowOrder(source, self.clips, window_tokens, resident_shards, seed)
-        refuse_small_mirror(self.needs)
+        refuse_small_cache(self.needs)
         self.tokens_per_epoch = self._order.tokens
         self.total_tokens = self.tokens_per_epoch if total_tokens is None else total_tokens
         self.steps = -(-self.total_tokens // batch_tokens)
@@ -124,7 +124,7 @@ class ActivationLoader:
                 )
             self._arithmetic = PairArithmetic(pairs, source.store, source.block_patches, seed, self.device)
             self._anchors = self._part(min(pairs.config.anchors, batch_tokens))
-        self._upcoming = None if source.store.mirror is None else shard_prefetch(source.store.mirror)
+        self._upcoming = None if source.store.cache is None else shard_prefetch(source.store.cache)
         self._announced: tuple[int, int] | None = None
         self._stager = Prefetcher(self.sources, self._order, self.device, clip_offset, self._announce)
         self._slots: list[Buffer] = []

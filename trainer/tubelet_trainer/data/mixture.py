@@ -24,7 +24,7 @@ from tubelet_store.reader import Store
 from tubelet_trainer.data.batch import Batch
 from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.pairs import Pairs, join_pairs
-from tubelet_trainer.data.shard_prefetch import refuse_small_mirror
+from tubelet_trainer.data.shard_prefetch import refuse_small_cache
 
 # A share of the whole, as a count of tokens: moments are merged by count.
 _WHOLE = 1 << 40
@@ -37,12 +37,12 @@ class Mixture:
         parts: Streams of the same batches, whose shares are neighbors and together 1 (see `Windows`).
 
     Raises:
-        TubeletError: a mirror is too small for what all parts shuffle together.
+        TubeletError: a cache is too small for what all parts shuffle together.
     """
 
     def __init__(self, parts: Sequence[ActivationLoader]) -> None:
         self.parts = tuple(parts)
-        refuse_small_mirror([need for part in self.parts for need in part.needs])
+        refuse_small_cache([need for part in self.parts for need in part.needs])
         first = self.parts[0]
         self.batch_tokens, self.total_tokens, self.steps = first.batch_tokens, first.total_tokens, first.steps
         self.tokens_per_epoch = sum(part.tokens_per_epoch for part in self.parts)

@@ -188,8 +188,8 @@ class Prefetcher:
         # A GPU sums what it gets, at next to no cost; here each block is searched once.
         check = slot.finite is None and not self._checked[blocks.numbers].all()
         count = len(blocks.clips)
-        # Through a mirror one shard after the other: see `Source`.
-        threads = _COPIERS if self._sources[0].store.mirror is None else 1
+        # Through a cache one shard after the other: see `Source`.
+        threads = _COPIERS if self._sources[0].store.cache is None else 1
 
         def copy(thread: int) -> None:
             part = slice(count * thread // threads, count * (thread + 1) // threads)

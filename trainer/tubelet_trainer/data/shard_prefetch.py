@@ -1,11 +1,11 @@
-"""What is read next through a mirror, by all streams of this process: one list, in the order of need.
+"""What is read next through a cache, by all streams of this process: one list, in the order of need.
 
     training, hooks a and b ─▶ groups of shards ─┐
-    second store of a mix   ─▶ groups of shards ─┼─▶ first groups of all, then second ones ... ─▶ the mirror fetches
+    second store of a mix   ─▶ groups of shards ─┼─▶ first groups of all, then second ones ... ─▶ the cache fetches
     held-out stream         ─▶ its shards       ─┘
 
-A mirror keeps a single list of what it should fetch and not evict. Streams that each gave it their own would drop each
-other's. Mirrors of several stores in one directory share its budget, so the list is cut where it is full.
+A cache keeps a single list of what it should fetch and not evict. Streams that each gave it their own would drop each
+other's. Caches of several stores in one directory share its budget, so the list is cut where it is full.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from tubelet.errors import TubeletError
-from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.cache.shard_object import ShardObject
 from tubelet_trainer.data.source import Source
 
 
 class ShardPrefetch:
-    """The list for the mirrors in one directory."""
+    """The list for the caches in one directory."""
 
     def __init__(self) -> None:
         self._groups: dict[object, list[list[tuple[Source, int]]]] = {}
-        self._told: set[Mirror] = set()
+        self._told: set[LocalCache] = set()
         self._changing = threading.Lock()
 
     def announce(self, stream: object, groups: list[list[tuple[Source, int]]]) -> None:
@@ -43,20 +43,20 @@ class ShardPrefetch:
                 self._tell()
 
     def _tell(self) -> None:
-        coming: dict[Mirror, list[ShardObject]] = {mirror: [] for mirror in self._told}
+        coming: dict[LocalCache, list[ShardObject]] = {cache: [] for cache in self._told}
         named, held_bytes = set(), 0
         for source, shard in self._merged():
-            mirror, wanted = source.store.mirror, source.store.shard_object(source.hook, shard)
-            if mirror is None or wanted.stored.sha256 in named:
+            cache, wanted = source.store.cache, source.store.shard_object(source.hook, shard)
+            if cache is None or wanted.stored.sha256 in named:
                 continue
             held_bytes += wanted.stored.size_bytes
-            if held_bytes > int(mirror.config.budget):
+            if held_bytes > int(cache.config.budget):
                 break
             named.add(wanted.stored.sha256)
-            coming.setdefault(mirror, []).append(wanted)
-        for mirror, objects in coming.items():
-            mirror.expect(objects)
-        self._told = {mirror for mirror, objects in coming.items() if objects}
+            coming.setdefault(cache, []).append(wanted)
+        for cache, objects in coming.items():
+            cache.expect(objects)
+        self._told = {cache for cache, objects in coming.items() if objects}
 
     def _merged(self) -> Iterator[tuple[Source, int]]:
         # Who began last, e.g. an evaluation amid training, reads first.
@@ -67,13 +67,13 @@ class ShardPrefetch:
 _UPCOMING: dict[Path, ShardPrefetch] = {}
 
 
-def shard_prefetch(mirror: Mirror) -> ShardPrefetch:
-    """What is read next through the directory of `mirror`."""
-    return _UPCOMING.setdefault(mirror.config.folder, ShardPrefetch())
+def shard_prefetch(cache: LocalCache) -> ShardPrefetch:
+    """What is read next through the directory of `cache`."""
+    return _UPCOMING.setdefault(cache.config.folder, ShardPrefetch())
 
 
-def refuse_small_mirror(needs: Sequence[tuple[Source, int]]) -> None:
-    """Refuse a mirror that cannot hold what one stream shuffles together: it would fetch shards again and again.
+def refuse_small_cache(needs: Sequence[tuple[Source, int]]) -> None:
+    """Refuse a cache that cannot hold what one stream shuffles together: it would fetch shards again and again.
 
     Args:
         needs: Sources read in turns, each with the number of its shards whose blocks are shuffled together.
@@ -83,26 +83,26 @@ def refuse_small_mirror(needs: Sequence[tuple[Source, int]]) -> None:
     """
     by_folder: dict[Path, list[tuple[Source, int]]] = {}
     for source, shards in needs:
-        if source.store.mirror is not None:
-            by_folder.setdefault(source.store.mirror.config.folder, []).append((source, shards))
+        if source.store.cache is not None:
+            by_folder.setdefault(source.store.cache.config.folder, []).append((source, shards))
     for folder, found in by_folder.items():
         wanted_bytes = sum(source.shard_bytes * shards for source, shards in found)
-        budget_bytes = min(int(source.store.mirror.config.budget) for source, _ in found if source.store.mirror)
+        budget_bytes = min(int(source.store.cache.config.budget) for source, _ in found if source.store.cache)
         if wanted_bytes > budget_bytes:
             parts = ", ".join(f"{shards} of {source.store.url} hook {source.hook}" for source, shards in found)
             fitting = budget_bytes // sum(source.shard_bytes for source, _ in found)
             fewer = f", or resident_shards to at most {fitting} (another order of tokens)" if fitting else ""
             raise TubeletError(
-                f"The mirror in {folder} may hold {budget_bytes} bytes, but the shards that are shuffled together have"
+                f"The cache in {folder} may hold {budget_bytes} bytes, but the shards that are shuffled together have"
                 f" {wanted_bytes}: {parts}",
-                f"Set the mirror's budget to at least {wanted_bytes} bytes, better twice that{fewer}",
+                f"Set the cache's budget to at least {wanted_bytes} bytes, better twice that{fewer}",
             )
 
 
 def fitting_shards(sources: Sequence[Source]) -> int | None:
-    """How many shards of each source may be shuffled together; None: all, because all fit or none is mirrored."""
-    remote = [source for source in sources if source.store.mirror is not None]
-    budget_bytes = min((int(source.store.mirror.config.budget) for source in remote if source.store.mirror), default=0)
+    """How many shards of each source may be shuffled together; None: all, because all fit or none is cached."""
+    remote = [source for source in sources if source.store.cache is not None]
+    budget_bytes = min((int(source.store.cache.config.budget) for source in remote if source.store.cache), default=0)
     if sum(source.shard_bytes * source.store.plan.shards for source in remote) <= budget_bytes:
         return None
     # Twice: while the last blocks of one group are read, the next one is fetched.

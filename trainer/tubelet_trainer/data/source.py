@@ -45,7 +45,7 @@ class Source:
     """Activations of one hook of one store, as blocks.
 
     Args:
-        store: An open store; shards of a remote one are read from its mirror.
+        store: An open store; shards of a remote one are read from its cache.
         hook: Name of the hook; None: the store's only one.
         block_patches: Patches per block, a divisor of the grid's patches. None: the whole grid for clips of at most 256
             tokens, else one row of the grid.
@@ -95,7 +95,7 @@ class Source:
             clips: [K] Clip of each block, ascending.
             groups: [K] Patch group of each block.
         """
-        if self.store.mirror is not None:
+        if self.store.cache is not None:
             return  # what was just fetched is in the page cache
         for shard, _, rows in self._by_shard(clips, groups):
             path = self.store.root.local_path(shard_key(ACTIVATIONS, self.hook, shard))
@@ -179,7 +179,7 @@ class Source:
 
     def _runs(self, shard: int) -> NDArray[np.signedinteger]:
         """Shard as [clip x time x group, block_patches x channels] of dtype `bits`: a view of the memory map."""
-        if self.store.mirror is not None:
+        if self.store.cache is not None:
             # Held only while it is read: who waits for a shard must not hold another that somebody waits for.
             return self._mapped(shard)
         with self._opening:

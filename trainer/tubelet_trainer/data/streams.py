@@ -164,13 +164,13 @@ def open_stores(config: TrainConfig) -> list[Store]:
     Raises:
         TubeletError: one cannot be opened.
     """
-    return [open_store(url, mirror=config.mirror) for url in (config.store, *config.mix)]
+    return [open_store(url, cache=config.cache) for url in (config.store, *config.mix)]
 
 
 def resident_shards(config: TrainConfig, stores: Sequence[Store]) -> int | None:
-    """How many shards a run shuffles together where that is not configured: what its mirror holds twice; None: all.
+    """How many shards a run shuffles together where that is not configured: what its cache holds twice; None: all.
 
-    A mirror holds the shards of all hooks of the run, and of all its remote stores.
+    A cache holds the shards of all hooks of the run, and of all its remote stores.
     """
     hooks = _hooks(specs(config), stores[0])
     return fitting_shards([Source(store, hook) for store in stores for hook in hooks])

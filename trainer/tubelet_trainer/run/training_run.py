@@ -64,6 +64,8 @@ _FREE_FIELDS = (
     "keep_checkpoints",
     "resume",
     "device",
+    "cache",
+    # What checkpoints written before called it.
     "mirror",
     "tracker",
     "parallel",

@@ -1,4 +1,4 @@
-"""A mirror gives the bytes that were written, within its budget, whoever shares it and whatever was cut off."""
+"""A cache gives the bytes that were written, within its budget, whoever shares it and whatever was cut off."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
-from tubelet_store.cache.config import MirrorConfig
-from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.reader import Store, open_store
 from tubelet_store.storage.client import Patience
 from tubelet_store.storage.client_choice import open_transport
@@ -68,9 +68,9 @@ def files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("transport", ["fsspec", "obstore"])
-def test_a_mirrored_shard_is_the_local_one(local, s3_url, tmp_path, transport):
-    store = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path / "m", transport=transport))
-    assert store.mirror.transport.name == transport
+def test_a_cached_shard_is_the_local_one(local, s3_url, tmp_path, transport):
+    store = open_store(s3_url, cache=CacheConfig(directory=tmp_path / "m", transport=transport))
+    assert store.cache.transport.name == transport
     for hook in ("h", "g"):
         for shard in range(PLAN.shards):
             mapped = store.shard_map(hook, shard)
@@ -82,9 +82,9 @@ def test_a_mirrored_shard_is_the_local_one(local, s3_url, tmp_path, transport):
 
 
 def test_what_was_fetched_is_not_fetched_again(url, tmp_path):
-    config = MirrorConfig(directory=tmp_path)
-    first = open_store(url, mirror=config).shard_map("h", 0)
-    store = open_store(url, mirror=config)
+    config = CacheConfig(directory=tmp_path)
+    first = open_store(url, cache=config).shard_map("h", 0)
+    store = open_store(url, cache=config)
     open_root(url)._fs.rm(open_root(url)._path("activations"), recursive=True)
     assert same(store.shard_map("h", 0), first)
     with pytest.raises(TubeletError, match="activations/h/c/1/0/0/0 is missing"):
@@ -92,10 +92,10 @@ def test_what_was_fetched_is_not_fetched_again(url, tmp_path):
 
 
 def test_the_budget_is_kept_and_the_longest_unused_goes(url, local, tmp_path):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=3 * SHARD))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path, budget=3 * SHARD))
     for shard in (0, 1, 2, 0, 3):
         assert same(store.shard_map("h", shard), local.shard_map("h", shard))
-        assert store.mirror.held_bytes() <= 3 * SHARD
+        assert store.cache.held_bytes() <= 3 * SHARD
         time.sleep(0.01)
     names = {store.shard_object("h", shard).stored.sha256 for shard in (0, 2, 3)}
     assert {path.name for path in files(tmp_path)} == names
@@ -103,7 +103,7 @@ def test_the_budget_is_kept_and_the_longest_unused_goes(url, local, tmp_path):
 
 def test_a_map_in_use_is_never_evicted(url, local, tmp_path, monkeypatch):
     monkeypatch.setattr("tubelet_store.cache.directory._PATIENCE_S", 0.2)
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=2 * SHARD))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path, budget=2 * SHARD))
     held = store.shard_map("h", 0)[1:]
     for shard in (1, 2, 3, 4):
         store.shard_map("h", shard)
@@ -118,7 +118,7 @@ def test_a_map_in_use_is_never_evicted(url, local, tmp_path, monkeypatch):
 
 
 def test_an_evicted_file_leaves_its_live_map_right(url, local, tmp_path):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path))
     mapped = store.shard_map("h", 0)
     for path in files(tmp_path):
         path.unlink()
@@ -127,7 +127,7 @@ def test_an_evicted_file_leaves_its_live_map_right(url, local, tmp_path):
 
 
 def test_a_budget_below_one_shard_says_what_is_needed(url, tmp_path):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=SHARD - 1))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path, budget=SHARD - 1))
     with pytest.raises(TubeletError, match=rf"{SHARD} bytes.*at least {SHARD} bytes"):
         store.shard_map("h", 0)
     assert files(tmp_path) == []
@@ -135,12 +135,12 @@ def test_a_budget_below_one_shard_says_what_is_needed(url, tmp_path):
 
 def test_versions_of_a_store_never_mix(local, tmp_path, tmp_path_factory):
     other = make_store(tmp_path_factory.mktemp("other") / "s.zarr", PLAN, seed=1)
-    config = MirrorConfig(directory=tmp_path)
+    config = CacheConfig(directory=tmp_path)
     url = upload(local, f"memory://{uuid.uuid4().hex}/s.zarr")
-    old = open_store(url, mirror=config)
+    old = open_store(url, cache=config)
     assert same(old.shard_map("h", 0), local.shard_map("h", 0))
     upload(other, url)
-    new = open_store(url, mirror=config)
+    new = open_store(url, cache=config)
     assert same(new.shard_map("h", 0), other.shard_map("h", 0))
     assert same(old.shard_map("h", 0), local.shard_map("h", 0))
     with pytest.raises(TubeletError, match="clip 4 arrives damaged"):
@@ -161,7 +161,7 @@ class TestDamageAtTheSource:
     )
     def test_of_a_shard(self, url, tmp_path, place, words):
         self.damage(url, "activations/h/c/1/0/0/0", place)
-        store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+        store = open_store(url, cache=CacheConfig(directory=tmp_path))
         with pytest.raises(TubeletError, match=f"activations/h/c/1/0/0/0: {words}.*8 attempts"):
             store.shard_map("h", 1)
         assert not list((tmp_path / "objects").iterdir())
@@ -169,33 +169,33 @@ class TestDamageAtTheSource:
     @pytest.mark.parametrize("key", ["clips.parquet", "moments/h/mean/c/0"])
     def test_of_a_small_object(self, url, tmp_path, key):
         self.damage(url, key, 4)
-        store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+        store = open_store(url, cache=CacheConfig(directory=tmp_path))
         with pytest.raises(TubeletError, match="damaged: its digest is not the manifest's"):
             store.clips() if key == "clips.parquet" else store.moments("h")
 
     def test_of_the_manifest(self, url, tmp_path):
         self.damage(url, "manifest.parquet", 500)
         with pytest.raises(TubeletError, match=r"manifest\.parquet"):
-            open_store(url, mirror=MirrorConfig(directory=tmp_path)).shard_map("h", 1)
+            open_store(url, cache=CacheConfig(directory=tmp_path)).shard_map("h", 1)
 
     def test_forged_checksums_are_found_by_the_digest(self, url, local, tmp_path):
-        store = open_store(url, mirror=MirrorConfig(directory=tmp_path, check="sha256"))
+        store = open_store(url, cache=CacheConfig(directory=tmp_path, check="sha256"))
         wanted = store.shard_object("h", 0)
         forged = wanted.stored.model_copy(update={"sha256": "0" * 64})
         with pytest.raises(TubeletError, match="changed on purpose"):
-            store.mirror.open(type(wanted)(forged, wanted.clip_bytes, wanted.first_clip, wanted.tail))
+            store.cache.open(type(wanted)(forged, wanted.clip_bytes, wanted.first_clip, wanted.tail))
         assert same(store.shard_map("h", 0), local.shard_map("h", 0))
 
 
 class TestWhatWasCutOff:
     """Parts that came are kept, and checked before they count."""
 
-    def partial(self, url: str, folder: Path, monkeypatch) -> tuple[Mirror, object]:
+    def partial(self, url: str, folder: Path, monkeypatch) -> tuple[LocalCache, object]:
         """A download that fails after its first two parts."""
         monkeypatch.setattr("tubelet_store.cache.shard_object._PART_BYTES", 1)
-        store = open_store(url, mirror=MirrorConfig(directory=folder, connections=1))
+        store = open_store(url, cache=CacheConfig(directory=folder, connections=1))
         wanted = store.shard_object("h", 0)
-        read_range, calls = store.mirror.transport.read_range, []
+        read_range, calls = store.cache.transport.read_range, []
 
         def fails_later(key: str, start: int, stop: int):
             calls.append(start)
@@ -203,12 +203,12 @@ class TestWhatWasCutOff:
                 raise OSError("cut")
             return read_range(key, start, stop)
 
-        monkeypatch.setattr(store.mirror.transport, "read_range", fails_later)
+        monkeypatch.setattr(store.cache.transport, "read_range", fails_later)
         with pytest.raises(OSError, match="cut"):
-            store.mirror.open(wanted)
+            store.cache.open(wanted)
         calls.clear()
         monkeypatch.setattr(
-            store.mirror.transport, "read_range", lambda *args: (calls.append(args[1]), read_range(*args))[1]
+            store.cache.transport, "read_range", lambda *args: (calls.append(args[1]), read_range(*args))[1]
         )
         return store, calls
 
@@ -228,13 +228,13 @@ class TestWhatWasCutOff:
 
     def test_it_makes_room_where_room_is_needed(self, url, local, tmp_path, monkeypatch):
         store, _ = self.partial(url, tmp_path, monkeypatch)
-        small = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=SHARD))
+        small = open_store(url, cache=CacheConfig(directory=tmp_path, budget=SHARD))
         assert same(small.shard_map("h", 1), local.shard_map("h", 1))
         assert [path.name for path in files(tmp_path)] == [store.shard_object("h", 1).stored.sha256]
 
 
 def test_a_truncated_file_in_the_directory_is_fetched_again(url, local, tmp_path):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path))
     store.shard_map("h", 0)
     gc.collect()
     os.truncate(files(tmp_path)[0], 10)
@@ -242,7 +242,7 @@ def test_a_truncated_file_in_the_directory_is_fetched_again(url, local, tmp_path
 
 
 def test_what_is_expected_is_there_ahead_and_evicted_last(url, local, tmp_path):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path, budget=4 * SHARD))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path, budget=4 * SHARD))
     store.shard_map("h", 9)
     store.expect("h", [3, 1, 4, 2, 5, 6])
     names = {store.shard_object("h", shard).stored.sha256 for shard in (3, 1, 4, 2)}
@@ -260,17 +260,17 @@ def threads() -> set[str]:
     return {thread.name.partition("_")[0] for thread in threading.enumerate() if thread.name.startswith("tubelet")}
 
 
-def test_a_mirror_that_is_not_used_any_more_leaves_no_thread(url, tmp_path):
+def test_a_cache_that_is_not_used_any_more_leaves_no_thread(url, tmp_path):
     before = threads()
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path))
     store.expect("h", [0, 1, 2])
     deadline = time.monotonic() + 20
-    while "tubelet-ahead" in threads() or not store.mirror._directory.has(store.shard_object("h", 2).stored):
+    while "tubelet-ahead" in threads() or not store.cache._directory.has(store.shard_object("h", 2).stored):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     # Asked again, it begins again.
     store.expect("h", [3])
-    while not store.mirror._directory.has(store.shard_object("h", 3).stored):
+    while not store.cache._directory.has(store.shard_object("h", 3).stored):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     del store
@@ -282,23 +282,23 @@ def test_a_mirror_that_is_not_used_any_more_leaves_no_thread(url, tmp_path):
 
 ENDS = """
 import sys, time
-from test_mirror import PLAN, make_store, upload
+from test_cache import PLAN, make_store, upload
 from tubelet_store.reader import open_store
 from tubelet_store.cache import shard_object
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from pathlib import Path
 
 shard_object._PART_BYTES = 1
 url = upload(make_store(Path(sys.argv[1]) / "s.zarr", PLAN), "memory://ends/s.zarr")
-store = open_store(url, mirror=MirrorConfig(directory=Path(sys.argv[1]) / "m", connections=1))
-read = store.mirror.transport.read_range
+store = open_store(url, cache=CacheConfig(directory=Path(sys.argv[1]) / "m", connections=1))
+read = store.cache.transport.read_range
 
 def slow(key, start, stop):
     print(key, flush=True)
     time.sleep(0.3)
     return read(key, start, stop)
 
-store.mirror.transport.read_range = slow
+store.cache.transport.read_range = slow
 # Nine shards of four parts each, two shards at once through one connection: one part is on its way, one waits.
 store.expect("h", range(9))
 time.sleep(0.1)
@@ -317,14 +317,14 @@ def test_a_full_disk_is_one_clear_line(url, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path))
     with pytest.raises(TubeletError, match="disk has no room"):
         store.shard_map("h", 0)
     assert files(tmp_path) == []
 
 
 def test_a_fuller_disk_than_the_budget_knows_is_met_by_eviction(url, local, tmp_path, monkeypatch):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path))
     store.shard_map("h", 0)
     store.shard_map("h", 1)
     real = os.posix_fallocate
@@ -343,9 +343,9 @@ import sys
 from pathlib import Path
 import numpy as np
 from tubelet_store.reader import open_store
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 remote, local, folder, budget, seed, rounds = sys.argv[1:]
-store = open_store(remote, mirror=MirrorConfig(directory=Path(folder), budget=int(budget)))
+store = open_store(remote, cache=CacheConfig(directory=Path(folder), budget=int(budget)))
 truth = open_store(local)
 rng = np.random.default_rng(int(seed))
 for shard in rng.integers(0, store.plan.shards, int(rounds)):
@@ -369,10 +369,10 @@ def read_in_processes(count: int, rounds: int, *arguments: str) -> list[subproce
     ]
 
 
-def test_eight_processes_share_a_mirror_that_is_too_small_for_them(local, s3_url, tmp_path):
+def test_eight_processes_share_a_cache_that_is_too_small_for_them(local, s3_url, tmp_path):
     budget = 9 * SHARD
     readers = read_in_processes(8, 8, s3_url, local.url, str(tmp_path), str(budget))
-    watch = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path, budget=budget)).mirror
+    watch = open_store(s3_url, cache=CacheConfig(directory=tmp_path, budget=budget)).cache
     most = 0
     while any(reader.poll() is None for reader in readers):
         most = max(most, watch.held_bytes())
@@ -390,10 +390,10 @@ def test_killed_processes_leave_nothing_that_hinders_others(local, s3_url, tmp_p
     for reader in readers:
         reader.send_signal(signal.SIGKILL)
         reader.communicate()
-    store = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path, budget=4 * SHARD))
+    store = open_store(s3_url, cache=CacheConfig(directory=tmp_path, budget=4 * SHARD))
     for shard in range(PLAN.shards):
         assert same(store.shard_map("h", shard), local.shard_map("h", shard))
-    assert store.mirror.held_bytes() <= 4 * SHARD
+    assert store.cache.held_bytes() <= 4 * SHARD
 
 
 class TestAfterAFork:
@@ -415,21 +415,21 @@ class TestAfterAFork:
 
     @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
     def test_fsspec_works(self, local, s3_url, tmp_path):
-        store = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path, transport="fsspec"))
+        store = open_store(s3_url, cache=CacheConfig(directory=tmp_path, transport="fsspec"))
         store.shard_map("h", 0)
         code = self.in_child(lambda: same(store.shard_map("h", 1), local.shard_map("h", 1)))
         assert code == 0
         assert same(store.shard_map("h", 2), local.shard_map("h", 2))
 
     def test_after_obstore_a_child_reads_through_fsspec(self, local, s3_url, tmp_path):
-        store = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path))
-        assert isinstance(store.mirror.transport, ObstoreTransport)
+        store = open_store(s3_url, cache=CacheConfig(directory=tmp_path))
+        assert isinstance(store.cache.transport, ObstoreTransport)
         store.shard_map("h", 0)
 
         def child() -> bool:
-            fresh = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path))
+            fresh = open_store(s3_url, cache=CacheConfig(directory=tmp_path))
             return (
-                type(fresh.mirror.transport) is FsspecTransport
+                type(fresh.cache.transport) is FsspecTransport
                 and same(fresh.shard_map("h", 1), local.shard_map("h", 1))
                 and same(store.shard_map("h", 2), local.shard_map("h", 2))
             )
@@ -451,14 +451,14 @@ class TestAfterAFork:
 
 
 def test_what_travels_holds_no_credentials(s3_url, tmp_path):
-    store = open_store(s3_url, mirror=MirrorConfig(directory=tmp_path))
+    store = open_store(s3_url, cache=CacheConfig(directory=tmp_path))
     store.shard_map("h", 0)
-    for each in (store.mirror, store.mirror.transport, FsspecTransport(s3_url), store.root):
+    for each in (store.cache, store.cache.transport, FsspecTransport(s3_url), store.root):
         traveled = pickle.dumps(each)
         assert b"a-secret" not in traveled
         assert b"AKIA" not in traveled
         assert b"a-secret" not in repr(each).encode()
-    arrived = pickle.loads(pickle.dumps(store.mirror))
+    arrived = pickle.loads(pickle.dumps(store.cache))
     assert arrived.open(store.shard_object("h", 1)).read(4)
 
 
@@ -472,7 +472,7 @@ def test_endpoint_and_credentials_come_from_fsspecs_settings_too(s3_url, endpoin
 
 
 def test_nobody_else_locks_a_kept_file(url, tmp_path):
-    store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+    store = open_store(url, cache=CacheConfig(directory=tmp_path))
     mapped = store.shard_map("h", 0)
     with files(tmp_path)[0].open("rb") as file:
         with pytest.raises(BlockingIOError):
@@ -483,17 +483,17 @@ def test_nobody_else_locks_a_kept_file(url, tmp_path):
 
 
 class TestTheVerb:
-    """`tubelet mirror` fills the directory ahead."""
+    """`tubelet cache` fills the directory ahead."""
 
     def test_it_fetches_the_hooks_asked_for(self, url, local, tmp_path, capsys):
-        assert main(["mirror", url, "--directory", str(tmp_path), "--hooks", "[g]"]) == 0
+        assert main(["cache", url, "--directory", str(tmp_path), "--hooks", "[g]"]) == 0
         assert "10 of 10 shard objects" in capsys.readouterr().out
-        store = open_store(url, mirror=MirrorConfig(directory=tmp_path))
+        store = open_store(url, cache=CacheConfig(directory=tmp_path))
         names = {store.shard_object("g", shard).stored.sha256 for shard in range(PLAN.shards)}
         assert {path.name for path in files(tmp_path)} == names
 
     def test_it_stops_at_the_budget_and_says_so(self, url, tmp_path, capsys):
-        assert main(["mirror", url, "--directory", str(tmp_path), "--budget", str(3 * SHARD), "--hooks", "[h]"]) == 0
+        assert main(["cache", url, "--directory", str(tmp_path), "--budget", str(3 * SHARD), "--hooks", "[h]"]) == 0
         out = capsys.readouterr().out
         assert "3 of 10 shard objects" in out
         assert "budget" in out
@@ -503,10 +503,10 @@ class TestTheVerb:
         for arguments, words in [
             ((local.url,), "is local"),
             ((url, "--hooks", "[q]"), "no hook 'q'"),
-            ((url, "--budget", "10"), "Set the mirror's budget to at least"),
+            ((url, "--budget", "10"), "Set the cache's budget to at least"),
             ((url, "--transport", "obstore"), "cannot be read with obstore"),
         ]:
-            assert main(["mirror", *arguments, "--directory", str(tmp_path)]) == 2
+            assert main(["cache", *arguments, "--directory", str(tmp_path)]) == 2
             error = capsys.readouterr().err
             assert words in error
             assert len(error.splitlines()) == 1

@@ -13,7 +13,7 @@ from faulty_proxy import KINDS, faulty_proxy
 from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
 from tubelet.errors import StoreUnreachable, TubeletError
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from tubelet_store.reader import Store, open_store
 from tubelet_store.storage.client import NoAccess, Patience
 from tubelet_store.storage.client_choice import open_transport
@@ -49,9 +49,9 @@ def _quiet(proxy):
     proxy.share = 0.0
 
 
-def mirrored(folder, transport: str = "auto", attempts: int = 8) -> Store:
-    config = MirrorConfig(directory=folder, transport=transport, attempts=attempts, timeout_s=0.7)
-    return open_store("s3://bucket/s.zarr", mirror=config)
+def cached(folder, transport: str = "auto", attempts: int = 8) -> Store:
+    config = CacheConfig(directory=folder, transport=transport, attempts=attempts, timeout_s=0.7)
+    return open_store("s3://bucket/s.zarr", cache=config)
 
 
 @pytest.mark.parametrize("transport", ["fsspec", "obstore"])
@@ -62,7 +62,7 @@ def test_whatever_fails_the_bytes_that_are_mapped_are_right(proxy, local, tmp_pa
     for number in range(20):
         if proxy.faults.total() >= 40 and set(proxy.faults) == set(KINDS):
             break
-        store = mirrored(tmp_path / str(number), transport)
+        store = cached(tmp_path / str(number), transport)
         for shard in range(PLAN.shards):
             try:
                 mapped = store.shard_map("h", shard)
@@ -82,7 +82,7 @@ def test_whatever_fails_the_bytes_that_are_mapped_are_right(proxy, local, tmp_pa
 @pytest.mark.parametrize("transport", ["fsspec", "obstore"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, transport):
-    store = mirrored(tmp_path, transport)
+    store = cached(tmp_path, transport)
     wanted = store.shard_object("h", 0)
     left = [1]
 
@@ -90,7 +90,7 @@ def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, transport):
         return "/activations/" in path and bool(left) and left.pop() == 1
 
     proxy.kinds, proxy.share, proxy.only = (kind,), 1.0, once
-    with store.mirror.open(wanted) as file:
+    with store.cache.open(wanted) as file:
         assert file.read(wanted.clip_bytes * 4) == local.shard_map("h", 0).tobytes()
     assert proxy.faults == {kind: 1}
 
@@ -107,12 +107,12 @@ def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, transport):
     ],
 )
 def test_a_fault_that_stays_is_named_with_its_object(proxy, tmp_path, kind, kind_of_error, words, transport):
-    store = mirrored(tmp_path, transport, attempts=4 if kind == "expired" else 2)
+    store = cached(tmp_path, transport, attempts=4 if kind == "expired" else 2)
     wanted = store.shard_object("h", 1)
     proxy.kinds, proxy.share, proxy.only = (kind,), 1.0, lambda path: "/activations/" in path
     start = time.monotonic()
     with pytest.raises(kind_of_error, match=f"s3://bucket/s.zarr/activations/h/c/1/0/0/0.*{words}"):
-        store.mirror.open(wanted)
+        store.cache.open(wanted)
     assert time.monotonic() - start < 20
     assert not list((tmp_path / "objects").iterdir())
 
@@ -122,7 +122,7 @@ def test_the_small_objects_are_checked_too(proxy, local, tmp_path):
     opened = 0
     for _ in range(12):
         try:
-            store = mirrored(tmp_path)
+            store = cached(tmp_path)
             table, mean = store.clips(), store.moments("h").mean
         except TubeletError:
             continue

@@ -1,11 +1,11 @@
 """At least a thousand faults between a store and its readers: does a wrong byte come through?
 
-    python benchmarks/mirror_faults.py [--out benchmarks/results/mirror_faults.txt] [--faults 1000]
+    python benchmarks/cache_faults.py [--out benchmarks/results/cache_faults.txt] [--faults 1000]
 
 An S3 server on loopback holds a store; a proxy in front of it spoils reads (tests/faulty_proxy.py). Eight processes
-share one mirror whose budget is twelve shards of eighty, map shards at random and compare every byte with the original.
+share one cache whose budget is twelve shards of eighty, map shards at random and compare every byte with the original.
 A read that fails must name its object; it is tried again later, as a user would. Then eight processes train through one
-such mirror, over the same proxy; each must end with the weights that the same training from the local store gives.
+such cache, over the same proxy; each must end with the weights that the same training from the local store gives.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from faulty_proxy import KINDS, FaultyProxy, faulty_proxy
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
-from tubelet_store.cache.config import MirrorConfig
-from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.reader import Store
 from tubelet_store.storage.local import LocalRoot
 from tubelet_store.storage.open_root import open_root
@@ -46,14 +46,14 @@ import tubelet_store.storage.client as transport_module
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
 from tubelet_store.reader import Store
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 transport_module._FIRST_WAIT_S = 0.01
 folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
-mirror = MirrorConfig(
+cache = CacheConfig(
     directory=Path(folder), budget=int(budget), timeout_s=float(timeout_s), transport=transport, attempts=8
 )
 truth, rng = open_store(local), np.random.default_rng(int(seed))
-store = open_store("s3://bucket/s.zarr", mirror=mirror)
+store = open_store("s3://bucket/s.zarr", cache=cache)
 while True:
     shard = int(rng.integers(store.plan.shards))
     store.expect("h", [shard, *rng.integers(0, store.plan.shards, 2)])
@@ -81,7 +81,7 @@ train(TrainConfig.model_validate_json(sys.argv[1]))
 TRAINING_SHARE = 0.25
 
 
-def training(store: str, out: Path, seed: int, mirror: dict[str, object] | None = None) -> subprocess.Popen[bytes]:
+def training(store: str, out: Path, seed: int, cache: dict[str, object] | None = None) -> subprocess.Popen[bytes]:
     """A process that trains a small SAE for one epoch of 80 steps."""
     settings = {
         "store": store,
@@ -95,7 +95,7 @@ def training(store: str, out: Path, seed: int, mirror: dict[str, object] | None 
         "holdout": {"fraction": 0.0},
         "eval_every": 1000,
         "device": "cpu",
-        **({"mirror": mirror} if mirror else {}),
+        **({"cache": cache} if cache else {}),
     }
     log = out.with_suffix(".log").open("w")
     return subprocess.Popen([sys.executable, "-c", TRAINER, json.dumps(settings)], stdout=log, stderr=log)
@@ -108,13 +108,13 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def train_through_faults(folder: Path, proxy: FaultyProxy, local: Store, budget: int) -> tuple[int, int, int]:
-    """Eight trainings at once through one mirror: how many ended, how many with the right weights, most bytes held."""
+    """Eight trainings at once through one cache: how many ended, how many with the right weights, most bytes held."""
     proxy.share = TRAINING_SHARE
     directory = folder / "trainers"
     # Longer than a stall: eight starting interpreters keep a server waiting, and waiting is no fault.
-    mirror: dict[str, object] = {"directory": str(directory), "budget": budget, "timeout_s": 25 * TIMEOUT_S}
-    running = [training("s3://bucket/s.zarr", folder / f"remote-{seed}", seed, mirror) for seed in range(PROCESSES)]
-    watch, most = Mirror("s3://bucket/s.zarr", MirrorConfig(directory=directory)), 0
+    cache: dict[str, object] = {"directory": str(directory), "budget": budget, "timeout_s": 25 * TIMEOUT_S}
+    running = [training("s3://bucket/s.zarr", folder / f"remote-{seed}", seed, cache) for seed in range(PROCESSES)]
+    watch, most = LocalCache("s3://bucket/s.zarr", CacheConfig(directory=directory)), 0
     while any(job.poll() is None for job in running):
         most = max(most, watch.held_bytes())
         time.sleep(0.05)
@@ -162,7 +162,7 @@ def run() -> int:
                 )
                 for seed, log in enumerate(logs)
             ]
-            watch, most = Mirror("s3://bucket/s.zarr", MirrorConfig(directory=folder / "m")), 0
+            watch, most = LocalCache("s3://bucket/s.zarr", CacheConfig(directory=folder / "m")), 0
             while proxy.faults.total() < given.faults and time.monotonic() - start < LONGEST_S:
                 most = max(most, watch.held_bytes())
                 time.sleep(0.05)
@@ -184,7 +184,7 @@ def run() -> int:
     text += "\n".join(
         [
             "",
-            f"{PROCESSES} trainings of 80 steps at once, one mirror of {SHARDS_IN_BUDGET} shards of 80,"
+            f"{PROCESSES} trainings of 80 steps at once, one cache of {SHARDS_IN_BUDGET} shards of 80,"
             f" {TRAINING_SHARE:.0%} of the reads spoilt",
             "",
             f"{'faults in all':<46}{training_faults:>8}",
@@ -218,7 +218,7 @@ def table(
 ) -> str:
     """The result as text."""
     lines = [
-        f"{PROCESSES} processes, one mirror of {SHARDS_IN_BUDGET} shards of 80, {SHARE:.0%} of the reads spoilt,"
+        f"{PROCESSES} processes, one cache of {SHARDS_IN_BUDGET} shards of 80, {SHARE:.0%} of the reads spoilt,"
         f" {wall_s:.0f} s",
         "",
         *(f"fault {kind:<40}{faults[kind]:>8}" for kind in KINDS),

@@ -1,4 +1,4 @@
-"""A mirror on a real disk: too small, full, without room for a file, started again after a power cut."""
+"""A cache on a real disk: too small, full, without room for a file, started again after a power cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from stores import make_plan, make_store, upload
 from tubelet.errors import TubeletError
 from tubelet.paths import cache_folder
-from tubelet_store.cache.config import MirrorConfig
+from tubelet_store.cache.config import CacheConfig
 from tubelet_store.reader import Store, open_store
 
 PLAN = make_plan(clips=8, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 512})
@@ -38,9 +38,9 @@ def shards(folder: Path) -> list[Path]:
 
 def test_a_budget_below_one_shard_is_refused_before_anything_is_read(url, tmp_path):
     with pytest.raises(TubeletError, match=rf"may hold {SHARD - 1} bytes, a shard .*at least {SHARD} bytes"):
-        open_store(url, mirror=MirrorConfig(directory=tmp_path / "m", budget=SHARD - 1))
+        open_store(url, cache=CacheConfig(directory=tmp_path / "m", budget=SHARD - 1))
     assert not (tmp_path / "m").exists()
-    assert open_store(url, mirror=MirrorConfig(directory=tmp_path / "m", budget=SHARD)).shard_map("h", 0).shape[0] == 4
+    assert open_store(url, cache=CacheConfig(directory=tmp_path / "m", budget=SHARD)).shard_map("h", 0).shape[0] == 4
 
 
 UNDER_A_LIMIT = """
@@ -48,18 +48,18 @@ import resource, sys
 from pathlib import Path
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
-from tubelet_store.cache.config import MirrorConfig
-from tubelet_store.cache.local_cache import Mirror
+from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.cache.partial_file import Partial
 local, folder, limit, allocates = sys.argv[1:]
 store = open_store(local)
-# A local store has no mirror: this one reads the files as a server would give them.
-mirror = Mirror("file://" + local, MirrorConfig(directory=Path(folder), transport="fsspec"))
+# A local store has no cache: this one reads the files as a server would give them.
+cache = LocalCache("file://" + local, CacheConfig(directory=Path(folder), transport="fsspec"))
 if allocates == "no":
     Partial.allocate = lambda self, size_bytes: True
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
-    mirror.open(store.shard_object("h", 0))
+    cache.open(store.shard_object("h", 0))
 except TubeletError as error:
     print(error)
 """
@@ -83,7 +83,7 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(local, url, tmp_pat
         pytest.skip("this container may not mount")
     try:
         (disk / "others").write_bytes(bytes((32 << 10) + SHARD // 2))
-        store = open_store(url, mirror=MirrorConfig(directory=disk / "m"))
+        store = open_store(url, cache=CacheConfig(directory=disk / "m"))
         with pytest.raises(TubeletError, match=rf"the disk has no room for {SHARD} bytes \(\d+ are free\)"):
             store.shard_map("h", 0)
         assert shards(disk / "m") == []
@@ -101,46 +101,46 @@ class TestAfterThePowerWasCut:
 
     def test_what_was_lost_is_fetched_again_and_nothing_else(self, url, local, tmp_path, monkeypatch):
         monkeypatch.setattr("tubelet_store.cache.shard_object._PART_BYTES", CLIP)
-        config = MirrorConfig(directory=tmp_path)
-        name = open_store(url, mirror=config).shard_object("h", 0).stored.sha256
-        open_store(url, mirror=config).shard_map("h", 0)
+        config = CacheConfig(directory=tmp_path)
+        name = open_store(url, cache=config).shard_object("h", 0).stored.sha256
+        open_store(url, cache=config).shard_map("h", 0)
         gc.collect()
         with (tmp_path / "objects" / name).open("r+b") as file:
             file.seek(2 * CLIP)
             file.write(bytes(CLIP))
         (tmp_path / "boots").write_text("an-earlier-start-of-the-machine\n")
-        store = open_store(url, mirror=config)
-        read_range, asked = store.mirror.transport.read_range, []
+        store = open_store(url, cache=config)
+        read_range, asked = store.cache.transport.read_range, []
         monkeypatch.setattr(
-            store.mirror.transport, "read_range", lambda *args: (asked.append(args[1]), read_range(*args))[1]
+            store.cache.transport, "read_range", lambda *args: (asked.append(args[1]), read_range(*args))[1]
         )
         assert store.shard_map("h", 0).tobytes() == local.shard_map("h", 0).tobytes()
         assert asked == [2 * CLIP]
         assert shards(tmp_path) == [tmp_path / "objects" / name]
 
     def test_within_one_start_nothing_is_checked_twice(self, url, tmp_path, monkeypatch):
-        config = MirrorConfig(directory=tmp_path)
-        open_store(url, mirror=config).shard_map("h", 0)
+        config = CacheConfig(directory=tmp_path)
+        open_store(url, cache=config).shard_map("h", 0)
         gc.collect()
-        store = open_store(url, mirror=config)
-        monkeypatch.setattr(store.mirror.transport, "read_range", None)
+        store = open_store(url, cache=config)
+        monkeypatch.setattr(store.cache.transport, "read_range", None)
         monkeypatch.setattr("tubelet_store.cache.shard_object.google_crc32c", None)
         store.shard_map("h", 0)
 
     def test_what_is_in_use_stays(self, url, local, tmp_path):
-        config = MirrorConfig(directory=tmp_path)
-        held = open_store(url, mirror=config).shard_map("h", 0)
+        config = CacheConfig(directory=tmp_path)
+        held = open_store(url, cache=config).shard_map("h", 0)
         (tmp_path / "boots").unlink()
-        open_store(url, mirror=config).shard_map("h", 1)
+        open_store(url, cache=config).shard_map("h", 1)
         assert len(list((tmp_path / "objects").iterdir())) == 2
         assert held.tobytes() == local.shard_map("h", 0).tobytes()
 
 
 def test_every_cache_is_in_one_place(monkeypatch, tmp_path):
     monkeypatch.setenv("TUBELET_CACHE", str(tmp_path / "ours"))
-    assert cache_folder("mirror") == MirrorConfig().folder == tmp_path / "ours" / "mirror"
+    assert cache_folder("shards") == CacheConfig().folder == tmp_path / "ours" / "shards"
     monkeypatch.delenv("TUBELET_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "everybodys"))
-    assert cache_folder("mirror") == MirrorConfig().folder == tmp_path / "everybodys" / "tubelet" / "mirror"
+    assert cache_folder("shards") == CacheConfig().folder == tmp_path / "everybodys" / "tubelet" / "shards"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder("spool") == Path.home() / ".cache" / "tubelet" / "spool"
