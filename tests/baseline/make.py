@@ -49,10 +49,10 @@ from recorded import (
     train_config,
     write_config,
 )
+from tubelet_store.cli import main
 
 from stores import make_plan, make_store, planned_table
 from tubelet_store import Grid, open_store
-from tubelet_store.cli import main
 from tubelet_store.plan import TokenSelection
 from tubelet_trainer import load_sae
 from tubelet_trainer.run import Run

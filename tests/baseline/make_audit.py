@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from tubelet_store.cli import main
 
 from tubelet_store import open_store
-from tubelet_store.cli import main
 from tubelet_trainer import load_sae
 
 AUDIT = Path(__file__).parent / "audit"

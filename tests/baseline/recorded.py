@@ -37,7 +37,7 @@ RUN: dict[str, Any] = {
     "window_tokens": 240,
     "holdout": {"fraction": 0.2},
     "sae": {"latents": 32, "k": 2, "dead_after_tokens": 48},
-    "optimiser": {"lr": 0.01},
+    "optimizer": {"lr": 0.01},
     "log_every": 1,
     "eval_every": 7,
     "eval_tokens": 1000,
@@ -52,8 +52,8 @@ def _sae(**fields: Any) -> dict[str, Any]:
     return {"sae": {**plain, **fields}}
 
 
-def _optimiser(**fields: Any) -> dict[str, Any]:
-    return {"optimiser": {**RUN["optimiser"], **fields}}
+def _optimizer(**fields: Any) -> dict[str, Any]:
+    return {"optimizer": {**RUN["optimizer"], **fields}}
 
 
 RELU = _sae(kind="relu", sparsity=0.01, sparsity_warmup_steps=3)
@@ -90,30 +90,30 @@ CASES: dict[str, dict[str, Any]] = {
     "no-auxk": _sae(auxk=0),
     "auxk-coefficient": _sae(auxk=2, auxk_coef=0.5),
     "sae-seed": _sae(seed=3),
-    "not-centred": _sae(normalisation={"centre": False}),
-    "not-scaled": _sae(normalisation={"scale": False}),
-    "zca": _sae(normalisation={"whitening": "zca"}),
-    "pca-shrunk": _sae(normalisation={"whitening": "pca", "shrinkage": 0.1}),
+    "not-centred": _sae(normalization={"center": False}),
+    "not-scaled": _sae(normalization={"scale": False}),
+    "zca": _sae(normalization={"whitening": "zca"}),
+    "pca-shrunk": _sae(normalization={"whitening": "pca", "shrinkage": 0.1}),
     "init-data": _sae(init={"directions": "data", "tokens": 64}),
     "init-subspace": _sae(init={"directions": "active_subspace", "subspace": 3}),
     "init-median": _sae(init={"bias": "geometric_median"}),
-    "adam-lr-default": {"optimiser": {}},
-    "adam-beta1": _optimiser(beta1=0.5),
-    "adam-beta2": _optimiser(beta2=0.99),
-    "adam-eps": _optimiser(eps=1e-3),
-    "adam-warmup": _optimiser(warmup_steps=0),
-    "adam-decay": _optimiser(decay_fraction=0.0),
-    "adam-clip": _optimiser(grad_clip=0.01),
-    "ema": _optimiser(ema=0.9),
-    "resampled": _optimiser(resample_every=3),
-    "resampled-jumprelu-ema": {**JUMPRELU, **_optimiser(resample_every=3, ema=0.9)},
+    "adam-lr-default": {"optimizer": {}},
+    "adam-beta1": _optimizer(beta1=0.5),
+    "adam-beta2": _optimizer(beta2=0.99),
+    "adam-eps": _optimizer(eps=1e-3),
+    "adam-warmup": _optimizer(warmup_steps=0),
+    "adam-decay": _optimizer(decay_fraction=0.0),
+    "adam-clip": _optimizer(grad_clip=0.01),
+    "ema": _optimizer(ema=0.9),
+    "resampled": _optimizer(resample_every=3),
+    "resampled-jumprelu-ema": {**JUMPRELU, **_optimizer(resample_every=3, ema=0.9)},
     "contrast": CONTRAST,
     "contrast-post": {"objective": {"lambda_t": 0.1, "codes": "post"}, "pairs": _CONTRAST_ANCHORS},
     "contrast-dot": {"objective": {"lambda_t": 0.01, "similarity": "dot"}, "pairs": _CONTRAST_ANCHORS},
     "contrast-temperature": {"objective": {"lambda_t": 0.1, "temperature": 0.5}, "pairs": _CONTRAST_ANCHORS},
     "contrast-far": {"objective": {"lambda_t": 0.1}, "pairs": {"anchors": 24, "max_delta": 2}},
-    "contrast-8-neighbours": {"objective": {"lambda_s": 0.1}, "pairs": {"anchors": 24, "neighbours": 8}},
-    "contrast-random-neighbours": {"objective": {"lambda_s": 0.1}, "pairs": {"anchors": 24, "neighbours": "random"}},
+    "contrast-8-neighbors": {"objective": {"lambda_s": 0.1}, "pairs": {"anchors": 24, "neighbors": 8}},
+    "contrast-random-neighbors": {"objective": {"lambda_s": 0.1}, "pairs": {"anchors": 24, "neighbors": "random"}},
     "contrast-gated": {**GATED, **CONTRAST},
     "t-sae": {
         **BATCHTOPK,
@@ -145,13 +145,13 @@ CASES: dict[str, dict[str, Any]] = {
 KINDS: list[dict[str, Any]] = [
     {"name": "topk", **_sae()},
     {"name": "batchtopk", **BATCHTOPK},
-    {"name": "abstopk-zca", **_sae(kind="abstopk", normalisation={"whitening": "zca"})},
+    {"name": "abstopk-zca", **_sae(kind="abstopk", normalization={"whitening": "zca"})},
     {"name": "relu-target-l0", **CASES["relu-target-l0"]},
     {"name": "gated", **GATED},
     {"name": "jumprelu", **JUMPRELU},
     {"name": "matryoshka", **MATRYOSHKA},
     {"name": "random-prefixes", **CASES["random-prefixes"]},
-    {"name": "ema-resampled", **_sae(), **_optimiser(ema=0.9, resample_every=3)},
+    {"name": "ema-resampled", **_sae(), **_optimizer(ema=0.9, resample_every=3)},
     {"name": "contrast", **_sae(), "objective": CONTRAST["objective"]},
     {"name": "other-hook", **_sae(), "hook": "blocks.3"},
 ]
