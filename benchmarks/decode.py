@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from barcode import ClipSpec, make_clip
 from tubelet_pipeline.datasets.dataset_root import VIDEO_SUFFIXES
-from tubelet_pipeline.decode import decoder_choice as policy
-from tubelet_pipeline.decode import decord_backend, pyav_backend, torchcodec_backend
+from tubelet_pipeline.decode import decoders, pyav_backend
 from tubelet_pipeline.decode.process_main import FrameMemory
 from tubelet_pipeline.decode.pyav_backend import Choose
 from tubelet_pipeline.decode.video_index import probe
@@ -97,13 +96,13 @@ def measure(path: str, choose: Choose, allocate: pyav_backend.Allocate) -> dict[
         pyav_backend._by_counting(path, 0, picture)
 
     def auto() -> None:
-        policy.decode(path, "auto", choose, allocate, lambda _: None)
+        decoders.decode(path, "auto", choose, allocate, lambda _: None)
 
     def decord() -> None:
-        decord_backend.decode(path, probe(path), choose, allocate)
+        decoders.decode_with_decord(path, probe(path), choose, allocate)
 
     def torchcodec() -> None:
-        torchcodec_backend.decode(path, probe(path), choose, allocate)
+        decoders.decode_with_torchcodec(path, probe(path), choose, allocate)
 
     index = probe(path)
     contenders: dict[str, Callable[[], None]] = {"PyAV seq": sequential, "auto": auto}
@@ -118,8 +117,8 @@ def measure(path: str, choose: Choose, allocate: pyav_backend.Allocate) -> dict[
 def main() -> None:
     """Print one line per file and sampling, then the ratios in sum."""
     torch.set_num_threads(1)
-    decoders = (pyav_backend.DECODER, decord_backend.DECODER, torchcodec_backend.DECODER)
-    print(f"{'; '.join(decoders)}; Python {platform.python_version()}; CPU ms per clip")
+    versions = (pyav_backend.DECODER, decoders.decord_version(), decoders.torchcodec_version())
+    print(f"{'; '.join(versions)}; Python {platform.python_version()}; CPU ms per clip")
     others = ("decord", "torchcodec")
     print(
         f"{'file':<34}{'sampling':<12}{'PyAV seq':>9}{'auto':>9}"

@@ -30,14 +30,14 @@ import zarr
 
 from tubelet_pipeline.backbones import load_backbone
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.decoded_clip import DecodedClip
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
-from tubelet_pipeline.driver import ExtractSummary, extract
+from tubelet_pipeline.driver import extract
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.extract_report import ExtractSummary
 from tubelet_pipeline.plan_extraction import make_plan
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.store_writer import StoreWriter
 

@@ -46,8 +46,7 @@ import psutil
 import yaml
 
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 from tubelet_store.reader import open_store
 from tubelet_store.storage.open_root import open_root
 from tubelet_store.verify import verify

@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.datasets.dataset_root import VIDEO_SUFFIXES
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.decode.pyav_backend import upright
 from tubelet_pipeline.sampling import UniformSampling
 from tubelet_store.reader import Store, open_store

@@ -31,12 +31,13 @@ import psutil
 
 from tubelet_pipeline import driver as extract_module
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.config import ExtractConfig
-from tubelet_pipeline.driver import ExtractSummary, extract
+from tubelet_pipeline.driver import extract
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.extract_report import ExtractSummary
 from tubelet_pipeline.plan_extraction import make_plan
 from tubelet_pipeline.scheduler import ShardScheduler
-from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport, report
+from tubelet_pipeline.worker_state import ShardJob
 from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.store_writer import StoreWriter
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from distributed import LocalCluster
 
-from tubelet_pipeline.config import ExtractConfig
-from tubelet_pipeline.driver import ExtractSummary, extract
+from tubelet_pipeline.driver import extract
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.extract_report import ExtractSummary
 
 
 def extract_here(config: ExtractConfig) -> ExtractSummary:

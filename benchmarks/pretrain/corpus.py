@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from tubelet.errors import TubeletError
 from tubelet_pipeline.preprocess import Preprocessing
 from tubelet_pipeline.synthetic.actions import OPPOSITES, TEMPLATES
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.encode import VP9_WEBM, encode
 from tubelet_pipeline.synthetic.render import render
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig
 from tubelet_pipeline.synthetic.scene import scene_at
+from tubelet_pipeline.synthetic.video_files import VP9_WEBM, encode
 
 SEED = 20_000
 """Of the generator; the demo's is 0. Scenes of different seeds have nothing in common but the generator."""

@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus import FRAMES, SEED, SIDE, indices
-from tubelet_pipeline.synthetic.palette import OBJECT_COLORS
+from tubelet_pipeline.synthetic.appearance import OBJECT_COLORS, SHAPES, TEXTURES
 from tubelet_pipeline.synthetic.render import render
 from tubelet_pipeline.synthetic.scene import Look, scene_at
-from tubelet_pipeline.synthetic.shapes import SHAPES
-from tubelet_pipeline.synthetic.textures import TEXTURES
 
 VOCABULARIES = {"shape": tuple(SHAPES), "color": tuple(OBJECT_COLORS), "texture": tuple(TEXTURES)}
 MOST_ACTORS = 2

@@ -27,14 +27,13 @@ from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
 from tubelet_pipeline.backbones.checkpoint import quiet_transformers
 from tubelet_pipeline.datasets import Ssv2, resolve_uri
 from tubelet_pipeline.datasets.ssv2 import list_videos
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
 from tubelet_pipeline.sampling import DenseSampling
 from tubelet_pipeline.synthetic.actions import OPPOSITES, TEMPLATES
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 
 SAMPLING = DenseSampling(frames=16, stride=3)
 """The demo's: the whole of a video."""

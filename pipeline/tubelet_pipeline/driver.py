@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from distributed import CancelledError, Client
@@ -18,13 +17,13 @@ from distributed.comm import CommClosedError
 
 from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import ClusterConfig, connect
-from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.extract_report import ExtractSummary, RunLog
 from tubelet_pipeline.plan_extraction import Planned, make_plan
 from tubelet_pipeline.preflight import check_workers
-from tubelet_pipeline.run_log import RunLog
 from tubelet_pipeline.scheduler import SchedulerLost, ShardScheduler
-from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport, report
+from tubelet_pipeline.worker_state import ShardJob
 from tubelet_store.format import array_kinds, shard_bytes
 from tubelet_store.spool import Spool, retry
 from tubelet_store.store_summary import human_bytes
@@ -33,31 +32,6 @@ from tubelet_store.store_writer import StoreWriter
 _RECONNECTS = 3
 _SHOWN = 5
 _VIDEOS_SHOWN = 3
-
-
-@dataclass
-class ExtractSummary:
-    """What an extraction did, this run and earlier ones of the same store."""
-
-    store: str
-    identity: str
-    shards: int
-    shards_done: int = 0
-    shards_this_run: int = 0
-    clips: Counter[str] = field(default_factory=Counter)
-    """Clips by `ok` or failure code, over the whole store."""
-    clips_this_run: int = 0
-    tokens_this_run: int = 0
-    size_bytes: int = 0
-    seconds: float = 0.0
-    dashboard: str | None = None
-    """Address of Dask's dashboard, where there is one."""
-
-    def add(self, shard: ShardReport) -> None:
-        """Count a committed shard."""
-        self.shards_done += 1
-        self.clips.update(shard.clips)
-        self.size_bytes += shard.size_bytes
 
 
 def extract(config: ExtractConfig, on_shard: Callable[[ExtractSummary], None] | None = None) -> ExtractSummary:

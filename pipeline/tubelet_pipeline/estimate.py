@@ -1,7 +1,7 @@
-"""What an extraction will cost, before it runs: bytes, objects, requests from its plan; time from a short calibration.
+"""The cost of an extraction before it runs: bytes, objects and requests from its plan, time from a short calibration.
 
 the job's configuration ─▶ plan ─▶ sizes and counts (exact)
-                               └─▶ a few clips decoded, a few batches computed, hashed and written here ─▶ time
+                           └─▶ a few clips decoded, computed, hashed and written on this machine ─▶ time
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -22,10 +22,10 @@ from pydantic import Field
 
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, load_backbone
-from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.decoded_clip import DecodedClip
 from tubelet_pipeline.decode.pool import DecodePool
+from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.plan_extraction import Planned, make_plan
 from tubelet_pipeline.token_selection import TokenSelector
 from tubelet_pipeline.views import clip_request, locate
@@ -36,6 +36,7 @@ from tubelet_store.plan import Plan
 from tubelet_store.shard_writer import ShardWriter
 from tubelet_store.storage.local import LocalRoot
 from tubelet_store.storage.upload import part_count
+from tubelet_store.store_summary import human_bytes
 
 T = TypeVar("T")
 
@@ -279,3 +280,32 @@ def _timed(call: Callable[[], T]) -> tuple[float, T]:
     began = time.perf_counter()
     result = call()
     return time.perf_counter() - began, result
+
+
+def estimate_lines(found: Estimate) -> Iterator[str]:
+    """Lines of text."""
+    timing = found.calibration
+    yield f"clips       {found.clips} in {found.shards} shards of {found.clips_per_shard}"
+    for hook, size in found.bytes_per_hook.items():
+        yield f"            {hook}: {human_bytes(size)}"
+    yield f"store       {human_bytes(found.total_bytes)} in {found.objects} objects"
+    yield f"requests    {found.requests['put']} PUT, {found.requests['get']} GET (on object storage, without faults)"
+    failed = f", {timing.failed} failed" if timing.failed else ""
+    yield f"measured    on {timing.clips} clips{failed}, seconds per clip, each stage by itself on this machine:"
+    yield f"            decode {timing.decode_s:.3f} (one process), write {timing.write_s:.3f} (one thread),"
+    yield f"            forward {timing.forward_s:.3f} (one worker, {timing.forward_on})"
+    workers = f"{found.workers} worker{'s' if found.workers > 1 else ''}"
+    limit = "the cores they share" if found.limited_by == "cores" else f"the {found.limited_by} stage"
+    yield f"time        {human_seconds(found.seconds)} with {workers} like this machine, limited by {limit}"
+    yield "instead"
+    for choice, size in found.alternatives.items():
+        change = 100 * (size / found.total_bytes - 1)
+        yield f"            {choice}: {human_bytes(size)} ({change:+.0f} %)"
+
+
+def human_seconds(seconds: float) -> str:
+    """`90 s`, `12 min`, `3.4 h`, `5.6 days`: the unit that keeps the figure short."""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 86_400:.1f} days"

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, load_backbone
-from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.datasets import build_clip_table
+from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.token_selection import AllTokens, TokenSelector
 from tubelet_pipeline.views import ShiftedViews, ThreeCrops, describe_clips
 from tubelet_store.clip_table import clip_table_digest

@@ -21,9 +21,9 @@ from distributed import CancelledError, Client, Future, KilledWorker, as_complet
 
 from tubelet.errors import StoreUnreachable, TubeletError
 from tubelet_pipeline.cluster import ClusterConfig
-from tubelet_pipeline.run_log import RunLog
-from tubelet_pipeline.shard_job import ShardJob
+from tubelet_pipeline.extract_report import RunLog
 from tubelet_pipeline.shard_task import ShardReport, run_shard
+from tubelet_pipeline.worker_state import ShardJob
 
 _IN_FLIGHT_PER_WORKER = 4
 _ATTEMPTS = 3

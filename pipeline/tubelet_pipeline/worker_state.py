@@ -1,9 +1,9 @@
-"""What a worker process keeps between shards, job by job.
+"""What every shard task is told, and what a worker process keeps between shards, per job.
 
     shard task ─▶ runtimes.using(job) ─▶ Runtime, shared by the job's shards here ─▶ idle: kept while it is the newest
 
-Several jobs may have shards under way in one process (a worker of two threads, two clients of one cluster). A runtime
-that is used is never closed. Of those that nobody uses only the newest is kept, until another job needs its memory.
+Several jobs may have shards in progress in one process (a worker with two threads, two clients of one cluster). A
+runtime in use is never closed. Of the idle ones only the newest is kept, until another job needs its memory.
 """
 
 from __future__ import annotations
@@ -11,23 +11,98 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
 
-from tubelet_pipeline.backbones import Backbone, load_backbone
-from tubelet_pipeline.batch_size import find_batch_size
+from tubelet.config import Config
+from tubelet.errors import TubeletError
+from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
 from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
-from tubelet_pipeline.shard_job import ShardJob
-from tubelet_pipeline.token_selection import TokenSelector
-from tubelet_pipeline.views import View, clip_request, locate
-from tubelet_store.spool import Spool, retry
+from tubelet_pipeline.decode.process import DecodeConfig
+from tubelet_pipeline.sampling import Sampling
+from tubelet_pipeline.token_selection import AllTokens, Tokens, TokenSelector
+from tubelet_pipeline.views import CenterView, View, Views, clip_request, locate
+from tubelet_store.spool import Spool, UploadConfig, retry
 from tubelet_store.store_writer import StoreWriter
+
+
+class ShardJob(Config):
+    """Travels through Dask as JSON, without secrets."""
+
+    store: str
+    plan_digest: str
+    dataset_root: str
+    sampling: Sampling
+    views: Views = CenterView()
+    tokens: Tokens = AllTokens()
+    backbone: BackboneConfig
+    hooks: tuple[str, ...]
+    decode: DecodeConfig
+    batch_size: int | Literal["auto"]
+    threads: int
+    upload: UploadConfig
+
+
+_CPU_MOST = 16
+_CPU_BYTES = 256 * 2**20
+
+# Beside a pass there are the pixels of the next batch, and blocks the allocator could not use.
+_CUDA_SHARE = 0.8
+
+
+def find_batch_size(backbone: Backbone, hooks: Iterable[str], most: int) -> int:
+    """The largest power of two, at most `most`, of clips that `backbone` takes at once.
+
+    Raises:
+        TubeletError: not even one clip fits into the device's memory.
+    """
+    names = tuple(hooks)
+    if backbone.device.type != "cuda":
+        clip_bytes = 4 * (_pixels(backbone) + len(names) * backbone.grid.tokens * max(map(backbone.channels, names)))
+        return largest_power(lambda clips: clips == 1 or clips * clip_bytes <= _CPU_BYTES, min(most, _CPU_MOST))
+    found = largest_power(lambda clips: _fits_cuda(backbone, names, clips), most)
+    if not found:
+        raise TubeletError(
+            f"One clip of '{backbone.checkpoint.name}' does not fit into {_CUDA_SHARE:.0%} of the memory of "
+            f"{torch.cuda.get_device_name(backbone.device)}",
+            "Set backbone.precision: float16 (or bfloat16), or batch_size: 1 to try anyway",
+        )
+    return found
+
+
+def largest_power(fits: Callable[[int], bool], most: int) -> int:
+    """The largest power of two up to `most` that fits, if all smaller ones do; 0: not even 1 fits."""
+    found, size = 0, 1
+    while size <= most and fits(size):
+        found, size = size, 2 * size
+    return found
+
+
+def _pixels(backbone: Backbone) -> int:
+    height, width = backbone.preprocessing.size
+    return backbone.frames * 3 * height * width
+
+
+def _fits_cuda(backbone: Backbone, hooks: tuple[str, ...], clips: int) -> bool:
+    device = backbone.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        backbone.activations(torch.zeros(clips, backbone.frames, 3, *backbone.preprocessing.size), hooks)
+        torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    return bool(torch.cuda.max_memory_reserved(device) <= _CUDA_SHARE * total)
+
 
 # Forward passes of a process take turns, whichever job they are of: each may fill the device's memory.
 _computing = threading.Lock()

@@ -51,14 +51,13 @@ from tubelet_lens.study.cells import cells
 from tubelet_lens.study.config import StudyConfig
 from tubelet_lens.study.run_study import run_cell, study
 from tubelet_pipeline.backbones import rewriting
-from tubelet_pipeline.backbones.base import Captured
+from tubelet_pipeline.backbones.backbone import Captured
 from tubelet_pipeline.backbones.hooks import capture
-from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.demo_backbones import demo_backbone
-from tubelet_pipeline.replay import backbone_of
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.masks import read_masks
-from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.redecode import backbone_of
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
+from tubelet_pipeline.synthetic.video_files import read_masks
 from tubelet_store.plan import Grid
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.config import TrainConfig

@@ -27,9 +27,8 @@ from tubelet_lens.inputs.shifted_pairs import Axis, shifted_pairs
 from tubelet_lens.metrics.scope_measure import Scope, measure_scope, otsu, strangers
 from tubelet_lens.stats.earth_mover import line_distance, plane_distance
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
-from tubelet_pipeline.config import ExtractConfig
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.reader import Store, open_store
 from tubelet_store.store_writer import StoreWriter

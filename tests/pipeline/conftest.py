@@ -14,8 +14,7 @@ from families import backbone_for
 from processes import run_tubelet
 from tubelet_pipeline.backbones import Backbone
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 
 VIDEOS = 26
 CLIPS_PER_SHARD = 3

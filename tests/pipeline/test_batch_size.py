@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tubelet_pipeline import batch_size
+from tubelet_pipeline import worker_state
 from tubelet_pipeline.backbones import BackboneConfig, load_backbone
-from tubelet_pipeline.batch_size import find_batch_size, largest_power
+from tubelet_pipeline.worker_state import find_batch_size, largest_power
 
 
 @given(room=st.integers(0, 5000), most=st.integers(1, 3000))
@@ -28,9 +28,9 @@ def test_on_a_cpu_it_is_bounded_by_memory_and_by_use(backbone: Path, monkeypatch
     assert find_batch_size(model, ["blocks.0"], most=1000) == 16
     assert find_batch_size(model, ["blocks.0"], most=5) == 4
     clip_bytes = 4 * (8 * 3 * 32 * 32 + 2 * 4 * 16 * 32)
-    monkeypatch.setattr(batch_size, "_CPU_BYTES", 3 * clip_bytes)
+    monkeypatch.setattr(worker_state, "_CPU_BYTES", 3 * clip_bytes)
     assert find_batch_size(model, ["blocks.0", "blocks.1"], most=1000) == 2
-    monkeypatch.setattr(batch_size, "_CPU_BYTES", 1)
+    monkeypatch.setattr(worker_state, "_CPU_BYTES", 1)
     assert find_batch_size(model, ["blocks.0"], most=1000) == 1
 
 

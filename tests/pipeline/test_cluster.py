@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 from tubelet.config import validate
 from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import CLUSTER_CLASSES, ClusterConfig, connect
-from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.preflight import check_workers
 
 

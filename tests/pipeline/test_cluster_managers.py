@@ -14,8 +14,8 @@ from distributed.cli.dask_worker import main as dask_worker
 from tubelet.config import validate
 from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import ClusterConfig, connect, start_cluster
-from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.driver import extract
+from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_store.reader import open_store
 
 PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"

@@ -10,10 +10,10 @@ import pytest
 
 import barcode
 from optional_decoders import NEEDS_TORCHCODEC, TORCHCODEC
-from tubelet_pipeline.decode import decord_backend, pyav_backend
+from tubelet_pipeline.decode import decoders, pyav_backend
 from tubelet_pipeline.decode.decoded_clip import DecodeFailure
-from tubelet_pipeline.decode.decoder_choice import decode
-from tubelet_pipeline.decode.local_path import local_path
+from tubelet_pipeline.decode.decoders import decode
+from tubelet_pipeline.decode.process_main import local_path
 from tubelet_pipeline.decode.video_index import probe
 from tubelet_pipeline.frame_indices import FrameChoice, dense_frames, uniform_frames
 
@@ -72,7 +72,8 @@ def test_timestamps_are_the_container_s(barcode_clips, name):
 def test_decord_and_pyav_agree_to_the_bit(barcode_clips, name):
     path = str(barcode_clips[name])
     ours, theirs = (
-        module.decode(path, probe(path), CHOICES["every"], allocate) for module in (pyav_backend, decord_backend)
+        decode_with(path, probe(path), CHOICES["every"], allocate)
+        for decode_with in (pyav_backend.decode, decoders.decode_with_decord)
     )
     assert np.array_equal(ours.frames, theirs.frames)
     assert np.array_equal(ours.timestamps_s, theirs.timestamps_s)
@@ -82,26 +83,27 @@ def test_decord_and_pyav_agree_to_the_bit(barcode_clips, name):
 def test_decord_refuses_what_it_may_get_wrong(barcode_clips, name):
     path = str(barcode_clips[name])
     with pytest.raises(DecodeFailure, match="inexact"):
-        decord_backend.decode(path, probe(path), CHOICES["uniform"], allocate)
+        decoders.decode_with_decord(path, probe(path), CHOICES["uniform"], allocate)
 
 
 @NEEDS_TORCHCODEC
 @pytest.mark.parametrize("name", barcode.CLIPS)
 def test_torchcodec_agrees_to_the_bit_or_refuses(barcode_clips, name):
-    from tubelet_pipeline.decode import torchcodec_backend
-
     path = str(barcode_clips[name])
     if name not in IS_EXACT["torchcodec"]:
         with pytest.raises(DecodeFailure, match="inexact"):
-            torchcodec_backend.decode(path, probe(path), CHOICES["uniform"], allocate)
+            decoders.decode_with_torchcodec(path, probe(path), CHOICES["uniform"], allocate)
         return
     ours, theirs = (
-        module.decode(path, probe(path), CHOICES["every"], allocate) for module in (pyav_backend, torchcodec_backend)
+        decode_with(path, probe(path), CHOICES["every"], allocate)
+        for decode_with in (pyav_backend.decode, decoders.decode_with_torchcodec)
     )
     assert np.array_equal(ours.frames, theirs.frames)
     np.testing.assert_allclose(ours.timestamps_s, theirs.timestamps_s)
     for number in (theirs.video_frames - 1, theirs.video_frames // 2, 0):
-        one = torchcodec_backend.decode(path, probe(path), lambda _, n=number: FrameChoice(np.array([n]), 0), allocate)
+        one = decoders.decode_with_torchcodec(
+            path, probe(path), lambda _, n=number: FrameChoice(np.array([n]), 0), allocate
+        )
         assert np.array_equal(one.frames[0], ours.frames[number])
 
 

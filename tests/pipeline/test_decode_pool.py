@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 import barcode
 from optional_decoders import TORCHCODEC
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
 
 EIGHT = UniformSampling(frames=8)
@@ -257,7 +257,7 @@ def test_closing_does_not_wait_for_a_stalled_process(slow_clip):
 def test_no_child_outlives_a_killed_parent(slow_clip, tmp_path):
     script = f"""
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
-from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.sampling import UniformSampling
 pool = DecodePool(DecodeConfig())
 requests = [DecodeRequest({str(slow_clip)!r}, UniformSampling(frames=100))] * 50

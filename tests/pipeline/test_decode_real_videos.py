@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from optional_decoders import TORCHCODEC
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import CODES, DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.sampling import UniformSampling
 
 pytestmark = pytest.mark.real_videos

@@ -12,9 +12,9 @@ import pytest
 import barcode
 from faulty_proxy import FaultyProxy, faulty_proxy
 from object_server import create_bucket, lead_to, s3_server
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.sampling import UniformSampling
 
 EIGHT = UniformSampling(frames=8)

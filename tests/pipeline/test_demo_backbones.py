@@ -18,13 +18,12 @@ from pretrain.motion import TARGETS, motion_targets
 from pretrain.probe import SAMPLING, Clips, pooled_activations, probe, untrained
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodedClip
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
-from tubelet_pipeline.synthetic.config import VideosConfig
 from tubelet_pipeline.synthetic.render import render
-from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 from tubelet_pipeline.synthetic.scene import scene_at
 
 GRIDS = {"videomae-tiny": (8, 8, 8), "dinov2-tiny": (16, 8, 8)}

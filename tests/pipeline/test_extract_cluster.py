@@ -25,8 +25,8 @@ from object_server import create_bucket, lead_to, s3_environment, s3_server
 from processes import run_tubelet, start_tubelet
 from tubelet.errors import TubeletError
 from tubelet_pipeline import driver as extract_module
-from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.driver import extract
+from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.scheduler import ShardScheduler
 from tubelet_pipeline.shard_task import ShardReport, run_shard
 from tubelet_store.reader import open_store

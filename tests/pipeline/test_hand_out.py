@@ -13,10 +13,10 @@ import dask
 from distributed import Client, LocalCluster
 
 from tubelet_pipeline.cluster import ClusterConfig
-from tubelet_pipeline.run_log import RunLog
+from tubelet_pipeline.extract_report import RunLog
 from tubelet_pipeline.scheduler import ShardScheduler
-from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport
+from tubelet_pipeline.worker_state import ShardJob
 
 # Workers cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -11,7 +11,7 @@ import pytest
 
 from in_process import extract_here
 from tubelet.config import validate
-from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.extract_config import ExtractConfig
 
 PARENTS = ("h264", "h264_open_gop", "hevc", "vp9", "mkv", "vfr", "mpeg4_b_avi", "long_gop")
 

@@ -12,14 +12,13 @@ from distributed import Client, LocalCluster
 
 from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import ClusterConfig
-from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.driver import shard_job
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.extract_report import RunLog
 from tubelet_pipeline.plan_extraction import make_plan
-from tubelet_pipeline.run_log import RunLog
 from tubelet_pipeline.scheduler import ShardScheduler
-from tubelet_pipeline.shard_job import ShardJob
 from tubelet_pipeline.shard_task import ShardReport
-from tubelet_pipeline.worker_state import Runtime, Runtimes
+from tubelet_pipeline.worker_state import Runtime, Runtimes, ShardJob
 from tubelet_store.reader import open_store
 from tubelet_store.store_writer import StoreWriter
 

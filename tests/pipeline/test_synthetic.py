@@ -21,13 +21,11 @@ from tubelet.config import validate
 from tubelet.errors import TubeletError
 from tubelet_pipeline.synthetic.actions import OPPOSITES, TEMPLATES, class_name
 from tubelet_pipeline.synthetic.annotations import SPLITS, split_of
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.encode import H264_MP4, VP9_WEBM, Encoding, encode
-from tubelet_pipeline.synthetic.masks import mask_path, read_masks
+from tubelet_pipeline.synthetic.appearance import REACH, SHAPES
 from tubelet_pipeline.synthetic.render import render
-from tubelet_pipeline.synthetic.render_dataset import SETTINGS_FILE, make_dataset
+from tubelet_pipeline.synthetic.render_dataset import SETTINGS_FILE, VideosConfig, make_dataset
 from tubelet_pipeline.synthetic.scene import scene_at
-from tubelet_pipeline.synthetic.shapes import REACH, SHAPES
+from tubelet_pipeline.synthetic.video_files import H264_MP4, VP9_WEBM, Encoding, encode, mask_path, read_masks
 
 Frames = NDArray[np.uint8]
 
@@ -361,7 +359,7 @@ def test_damaged_and_missing_masks_are_named(tmp_path: Path) -> None:
 
 def test_the_verb_renders_in_several_processes_the_same_files_as_in_one(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom tubelet.cli.main import _run\nfrom tubelet_pipeline.verbs_videos import VIDEOS\n"
+        "import sys\nfrom tubelet.cli.main import _run\nfrom tubelet_pipeline.verbs import VIDEOS\n"
         "if __name__ == '__main__': sys.exit(_run(VIDEOS, sys.argv[1:]))\n"
     )
     script = tmp_path / "videos.py"

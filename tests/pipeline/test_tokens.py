@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from in_process import extract_here
 from tubelet.config import validate
 from tubelet.errors import TubeletError
-from tubelet_pipeline.config import ExtractConfig
+from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.token_selection import AllTokens, PatchSubset, PooledGrid, TokenSelector
 from tubelet_store.moments import Moments
 from tubelet_store.plan import Grid

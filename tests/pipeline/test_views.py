@@ -14,9 +14,8 @@ from in_process import extract_here
 from tubelet.config import validate
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
-from tubelet_pipeline.config import ExtractConfig
-from tubelet_pipeline.datasets import build_clip_table
-from tubelet_pipeline.datasets.config import Folder
+from tubelet_pipeline.datasets import Folder, build_clip_table
+from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.frame_indices import chosen_frames
 from tubelet_pipeline.plan_extraction import make_plan
 from tubelet_pipeline.preprocess import Preprocessing

@@ -22,10 +22,9 @@ from tubelet.cli.main import main
 from tubelet.config import dump_yaml
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
-from tubelet_pipeline.config import ExtractConfig
 from tubelet_pipeline.driver import extract
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.render_dataset import make_dataset
+from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 from tubelet_store.cache.config import CacheConfig
 from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.reader import open_store

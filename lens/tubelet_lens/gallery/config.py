@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tubelet.config import Config
-from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.process import DecodeConfig
 
 
 class AllLatents(Config):

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tubelet_pipeline.datasets import resolve_uri
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
-from tubelet_pipeline.replay import sampling_of, views_of
+from tubelet_pipeline.decode.process import DecodeConfig
+from tubelet_pipeline.redecode import sampling_of, views_of
 from tubelet_pipeline.views import clip_request, locate
 from tubelet_store.reader import Store
 

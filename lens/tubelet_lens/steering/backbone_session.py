@@ -25,7 +25,7 @@ from tubelet_lens.steering.readout import Readout, fit_probe, in_batches, own_cl
 from tubelet_lens.steering.run_edit import last_tokens
 from tubelet_pipeline.backbones import Backbone, rewriting
 from tubelet_pipeline.backbones.rewrite import Rewrite
-from tubelet_pipeline.replay import backbone_of
+from tubelet_pipeline.redecode import backbone_of
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.sae_files import load_sae
 

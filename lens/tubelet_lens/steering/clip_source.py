@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone
 from tubelet_pipeline.datasets import resolve_uri
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodeFailure
 from tubelet_pipeline.decode.pool import DecodePool
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.preprocess import CropBox
-from tubelet_pipeline.replay import FrameRedecoder
+from tubelet_pipeline.redecode import FrameRedecoder
 from tubelet_store.reader import Store
 
 _AHEAD = 4

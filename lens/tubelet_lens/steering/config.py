@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from tubelet.config import Config
 from tubelet_lens.steering.operation import Operation, Suppress
 from tubelet_lens.steering.region import Region
-from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.process import DecodeConfig
 
 
 class ChangeConfig(Config):

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
 from tubelet_lens.steering.clip_source import Clip
-from tubelet_pipeline.synthetic.masks import mask_path, read_masks
-from tubelet_pipeline.synthetic.palette import OBJECT_COLORS
-from tubelet_pipeline.synthetic.shapes import SHAPES
+from tubelet_pipeline.synthetic.appearance import OBJECT_COLORS, SHAPES
+from tubelet_pipeline.synthetic.video_files import mask_path, read_masks
 from tubelet_store.plan import Grid
 
 Kind = Literal["color", "shape", "object"]

@@ -44,7 +44,7 @@ from tubelet_lens.steering.region import region_mask
 from tubelet_lens.steering.trial import Outcome, matched_edits, outcome, random_directions, relative_change
 from tubelet_pipeline.backbones import Backbone
 from tubelet_pipeline.backbones.rewrite import Rewrite
-from tubelet_pipeline.replay import backbone_of
+from tubelet_pipeline.redecode import backbone_of
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.data.split import HoldoutConfig
 from tubelet_trainer.run.environment import choose_device, software

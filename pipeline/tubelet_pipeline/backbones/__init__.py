@@ -6,8 +6,8 @@ load_backbone(BackboneConfig(id=...)) ──▶ Backbone
 with rewriting(backbone, hook, function):       ──▶ every pass goes on from function(tokens)
 """
 
-from tubelet_pipeline.backbones.base import Backbone, Captured
-from tubelet_pipeline.backbones.config import BackboneConfig
+from tubelet_pipeline.backbones.backbone import Backbone, Captured
+from tubelet_pipeline.backbones.checkpoint import BackboneConfig
 from tubelet_pipeline.backbones.registry import FAMILIES, load_backbone
 from tubelet_pipeline.backbones.rewrite import rewriting
 

@@ -1,9 +1,9 @@
-"""A checkpoint on disk or on the hub, found and loaded, or refused with a reason.
+"""A checkpoint: which one, and finding and loading it, or a refusal with the reason.
 
-    id ──local folder, or hub snapshot at one commit──▶ folder ──safetensors only──▶ model in eval mode
+    BackboneConfig.id ──local folder, or hub snapshot at one commit──▶ folder ──safetensors only──▶ model in eval mode
 
-Only safetensors are read: nothing is unpickled. Weights that the checkpoint lacks are never replaced by random ones in
-silence, which is what `from_pretrained` does.
+Only safetensors are read: nothing is unpickled. Missing weights are an error; `from_pretrained` would silently replace
+them with random ones.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from packaging.version import Version
 from torch import nn
 
+from tubelet.config import Config
 from tubelet.errors import TubeletError
 from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
+from tubelet_pipeline.preprocess import Preprocessing
 
 # 5.6 to 5.17 load VideoMAE without its query and value biases (transformers PR 48675).
 OLDEST_TRANSFORMERS = "5.18"
@@ -246,3 +248,23 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+class BackboneConfig(Config):
+    """A frozen vision backbone from the Hugging Face hub or from a local folder."""
+
+    id: str
+    """Hub id (`MCG-NJU/videomae-base`), local folder that holds config.json and model.safetensors, or a backbone that
+    comes with Tubelet (`videomae-tiny`, `dinov2-tiny`)."""
+    revision: str | None = None
+    """Commit of the hub repository. None: the newest; the commit that was loaded is recorded in the store."""
+    family: str | None = None
+    """Family of the architecture. None: by the checkpoint's `model_type`."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of weights and activations in the forward pass."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start of each worker, faster passes on a GPU."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one, else CPU), `cpu`, `cuda`, `cuda:1`, ..."""
+    preprocessing: Preprocessing | None = None
+    """How frames become pixels. None: as the checkpoint's own processor file says."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tubelet.errors import TubeletError
-from tubelet_pipeline.backbones.base import Backbone
+from tubelet_pipeline.backbones.backbone import Backbone
 from tubelet_pipeline.backbones.checkpoint import load_model
 
 _ENDINGS = ("ForVideoClassification", "ForImageClassification")

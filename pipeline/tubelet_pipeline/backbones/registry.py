@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from tubelet.errors import TubeletError, nearest
-from tubelet_pipeline.backbones.base import Backbone
-from tubelet_pipeline.backbones.checkpoint import find_checkpoint, require_transformers
-from tubelet_pipeline.backbones.clip import CLIP
-from tubelet_pipeline.backbones.config import BackboneConfig
-from tubelet_pipeline.backbones.dinov2 import DINOv2, DINOv2WithRegisters
-from tubelet_pipeline.backbones.dinov3 import DINOv3
-from tubelet_pipeline.backbones.siglip import SigLIP, SigLIP2
-from tubelet_pipeline.backbones.timesformer import TimeSformer
-from tubelet_pipeline.backbones.videomae import VideoMAE
-from tubelet_pipeline.backbones.vivit import ViViT
-from tubelet_pipeline.backbones.vjepa2 import VJEPA2
+from tubelet_pipeline.backbones.backbone import Backbone
+from tubelet_pipeline.backbones.checkpoint import BackboneConfig, find_checkpoint, require_transformers
+from tubelet_pipeline.backbones.image_models import CLIP, DINOv2, DINOv2WithRegisters, DINOv3, SigLIP, SigLIP2
+from tubelet_pipeline.backbones.video_models import VJEPA2, TimeSformer, VideoMAE, ViViT
 
 _CLASSES: tuple[type[Backbone], ...] = (
     VideoMAE,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tubelet.errors import TubeletError
-from tubelet_pipeline.backbones.base import Backbone
+from tubelet_pipeline.backbones.backbone import Backbone
 
 Rewrite = Callable[[torch.Tensor], torch.Tensor | None]
 """From tokens [B, T', S, D] to new ones of the same shape, or None to leave them as they are. Must not change its

@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from tubelet.errors import TubeletError
 from tubelet_pipeline.datasets import folder, kinetics, ssv2
-from tubelet_pipeline.datasets.config import Folder, Kinetics, Ssv2
+from tubelet_pipeline.datasets.folder import Folder
+from tubelet_pipeline.datasets.kinetics import Kinetics
+from tubelet_pipeline.datasets.ssv2 import Ssv2
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
 from tubelet_pipeline.views import CenterView, ShiftedViews, ThreeCrops, locate, views_per_window
 from tubelet_store.clip_table import PLANNED
+
+DatasetConfig = Annotated[Ssv2 | Kinetics | Folder, Field(discriminator="kind")]
 
 _MISSING = b"tubelet.missing_videos"
 _OF_VIDEO = ("video_id", "uri", "label", "label_name", "caption", "split")

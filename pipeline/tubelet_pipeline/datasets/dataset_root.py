@@ -1,20 +1,51 @@
-"""A data set's root, local or remote: its files in one listing, its annotation files as text.
+"""A data set's root, local or remote: one listing of its files, its annotation files as text, and its videos.
 
-Nothing asks about single files: on object storage each such question is a request.
+No call asks about a single file: on object storage each such call is a request.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 
 import fsspec
+from pydantic import Field
 
+from tubelet.config import Config
 from tubelet.errors import TubeletError
 
 VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
+
+
+class DatasetBase(Config):
+    """What every kind of data set is told."""
+
+    root: str
+    """Folder of the data set: a local path, or a URL such as s3://bucket/ssv2."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first so many videos, for trials."""
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video and what is known of it.
+
+    Attributes:
+        video_id: Name within the data set.
+        uri: Path relative to the data set's root, "/" between its parts; a whole path or URL where it lies outside.
+        label: Class number; None where there is none.
+        label_name, caption, split: None where there is none.
+    """
+
+    video_id: str
+    uri: str
+    label: int | None = None
+    label_name: str | None = None
+    caption: str | None = None
+    split: str | None = None
 
 
 class Root:

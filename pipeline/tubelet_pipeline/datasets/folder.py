@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
+from typing import Literal
 
 from tubelet.errors import TubeletError
-from tubelet_pipeline.datasets.config import Folder
-from tubelet_pipeline.datasets.dataset_root import Root, class_name
-from tubelet_pipeline.datasets.video import Video
+from tubelet_pipeline.datasets.dataset_root import DatasetBase, Root, Video, class_name
+
+
+class Folder(DatasetBase):
+    """Every video file below a folder, sorted by path."""
+
+    kind: Literal["folder"] = "folder"
+    labels: Literal["none", "from_directory"] = "none"
+    """from_directory: the name of the directory a video lies in is its class."""
 
 
 def list_videos(config: Folder) -> tuple[list[Video], Root]:

@@ -11,14 +11,23 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import PurePosixPath
+from typing import Literal
 
 from tubelet.errors import TubeletError, nearest
-from tubelet_pipeline.datasets.config import Kinetics
-from tubelet_pipeline.datasets.dataset_root import Root, class_name, relative_uri, stem
-from tubelet_pipeline.datasets.video import Video
+from tubelet_pipeline.datasets.dataset_root import DatasetBase, Root, Video, class_name, relative_uri, stem
 
 _ALIASES = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 _LIST_ROW = re.compile(r"(?P<path>.*[^\s,])[\s,]+(?P<label>-?\d+)")
+
+
+class Kinetics(DatasetBase):
+    """Kinetics-400, 600 or 700 in any of its usual forms: path lists, the official CSV, or class folders."""
+
+    kind: Literal["kinetics"] = "kinetics"
+    split: str = "val"
+    """train, val or test."""
+    annotations: str | None = None
+    """Annotation file, relative to the root; default: the one found there. With none, class folders label."""
 
 
 def list_videos(config: Kinetics) -> tuple[list[Video], Root]:

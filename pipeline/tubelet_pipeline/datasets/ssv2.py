@@ -6,15 +6,23 @@ Rows {id, label (caption), template, placeholders}; the class is labels[template
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from tubelet.errors import TubeletError, nearest
-from tubelet_pipeline.datasets.config import Ssv2
-from tubelet_pipeline.datasets.dataset_root import Root
-from tubelet_pipeline.datasets.video import Video
+from tubelet_pipeline.datasets.dataset_root import DatasetBase, Root, Video
 
 SPLITS = ("train", "validation", "test")
 _VIDEO_FOLDER = "20bn-something-something-v2/"
+
+
+class Ssv2(DatasetBase):
+    """Something-Something v2: {id}.webm or {id}.mp4 in 20bn-something-something-v2/ or in the root."""
+
+    kind: Literal["ssv2"] = "ssv2"
+    split: str = "validation"
+    """train, validation or test (which has no labels)."""
+    annotations: str | None = None
+    """Folder of the annotation files, relative to the root; default: found in the root, labels/ or annotations/."""
 
 
 def list_videos(config: Ssv2) -> tuple[list[Video], Root]:

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from tubelet.errors import TubeletError
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
-from tubelet_pipeline.decode.process import ChildProcess
+from tubelet_pipeline.decode.process import ChildProcess, DecodeConfig
 from tubelet_pipeline.sampling import DenseSampling, UniformSampling
 
 

@@ -1,7 +1,8 @@
-"""The parent's handle on one decode process: start, ask with a deadline, kill, start again.
+"""The parent's handle on one decode process: start it, send it requests with a deadline, kill it, start it again.
 
-Plain `subprocess`, because Dask's workers are daemonic and may not have multiprocessing children. The process asks the
-kernel to die with the *thread* that started it, so the thread that calls `decode` must be the one that stays.
+Uses plain `subprocess`, because Dask's workers are daemonic and may not have multiprocessing children. The process asks
+the kernel to be killed when the *thread* that started it ends, so the thread that calls `decode` must be the one that
+stays.
 """
 
 from __future__ import annotations
@@ -14,15 +15,32 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 import tubelet_pipeline
 import tubelet_store
+from tubelet.config import Config
 from tubelet.errors import TubeletError
-from tubelet_pipeline.decode.config import DecodeConfig
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
+
+
+class DecodeConfig(Config):
+    """Decoder, limits, and number of processes."""
+
+    backend: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
+    """All are exact. auto: by the project's measurements, which is PyAV. pyav: PyAV. decord, torchcodec: that one on
+    the files it numbers rightly, PyAV on the others and where it fails."""
+    processes: int = Field(default=2, ge=1)
+    """Decode processes per worker."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """A clip that takes longer is killed."""
+    memory_mb: int = Field(default=2048, ge=128)
+    """Limit of private memory per decode process (RLIMIT_DATA), of the frames of one clip, and of a remote video, in
+    MiB."""
+
 
 _START_TIMEOUT_S = 120.0  # 0.3 s on an idle machine; imports from a busy network disk take far longer
 

@@ -4,12 +4,14 @@
     stdout  JSON lines: {"status": "ready"}, then per clip {"status": "using", …} and one of "ok", "failed"
     memfd   the frames of the last "ok", from byte 0
 
-It dies with its parent, holds no more memory than it may, nor larger files, and writes libraries' noise to stderr.
+The process dies with its parent, stays below its memory and file-size limits, and sends the output of libraries to
+stderr.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import json
 import mmap
@@ -17,16 +19,51 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
-from tubelet_pipeline.decode.decoder_choice import decode
-from tubelet_pipeline.decode.local_path import local_path
+from tubelet_pipeline.decode.decoders import decode
 from tubelet_pipeline.frame_indices import FrameChoice, chosen_frames
+
+
+@contextmanager
+def local_path(uri: str) -> Iterator[str]:
+    """Path of `uri` (a local path, `file://…` or any fsspec URL), valid inside the context.
+
+    Raises:
+        DecodeFailure: `missing`, `fetch_failed`, `too_large`.
+    """
+    if "://" not in uri or uri.startswith("file://"):
+        path = uri.removeprefix("file://")
+        if not os.path.isfile(path):
+            raise DecodeFailure("missing", f"{path} is not a file")
+        yield path
+        return
+    import fsspec  # half a second that local files need not pay
+
+    fd = os.memfd_create("video")
+    path = f"/proc/self/fd/{fd}"
+    # s3fs would ask for the size first, and fetch large objects in many requests at once.
+    options = {"max_concurrency": 1} if uri.startswith(("s3://", "s3a://")) else {}
+    try:
+        try:
+            filesystem, key = fsspec.core.url_to_fs(uri, **options)
+            filesystem.get_file(key, path)
+        except FileNotFoundError as error:
+            raise DecodeFailure("missing", f"no object {uri}") from error
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EFBIG:
+                raise DecodeFailure("too_large", f"{uri} is larger than decode.memory_mb") from error
+            raise DecodeFailure("fetch_failed", f"{uri}: {type(error).__name__}: {error}") from error
+        yield path
+    finally:
+        os.close(fd)
+
 
 _PR_SET_PDEATHSIG = 1
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_pipeline.synthetic.shapes import REACH, SHAPES, TURNABLE
+from tubelet_pipeline.synthetic.appearance import REACH, SHAPES, TURNABLE
 
 Series = NDArray[np.float64]
 """One value per frame, [frames]."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_pipeline.synthetic.palette import OBJECT_COLORS
+from tubelet_pipeline.synthetic.appearance import OBJECT_COLORS, REACH, SHAPES, TEXTURES, Plane
 from tubelet_pipeline.synthetic.scene import Actor, Look, Scene
-from tubelet_pipeline.synthetic.shapes import REACH, SHAPES, Plane
-from tubelet_pipeline.synthetic.textures import TEXTURES
 
 NOISE_SIGMA = 2.0
 """Camera noise, standard deviation in gray levels: visible in the raw frames, gentle on the codec."""

@@ -1,7 +1,7 @@
-"""Making the data set: every video rendered and encoded by its own task, the annotation files last.
+"""The demo data set: its configuration, and rendering it video by video, the annotation files last.
 
-A video counts as done when its file has its final name, and masks are written before it. So a run that was killed is
-continued by running it again, and the annotation files say that everything they name is there.
+A video is done when its file has its final name; its masks are written before it. A run that was killed is continued by
+running it again, and every video that the annotation files name exists.
 """
 
 from __future__ import annotations
@@ -13,17 +13,56 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import yaml
+from pydantic import Field, model_validator
 
+from tubelet.config import Config
 from tubelet.errors import TubeletError
 from tubelet_pipeline.synthetic.actions import TEMPLATES
 from tubelet_pipeline.synthetic.annotations import LAYOUTS, Entry, Split, split_of, write_annotations
-from tubelet_pipeline.synthetic.config import VideosConfig
-from tubelet_pipeline.synthetic.encode import H264_MP4, VP9_WEBM, Encoding, encode
-from tubelet_pipeline.synthetic.masks import mask_path, write_masks
 from tubelet_pipeline.synthetic.render import render
 from tubelet_pipeline.synthetic.scene import scene_at
+from tubelet_pipeline.synthetic.video_files import H264_MP4, VP9_WEBM, Encoding, encode, mask_path, write_masks
+
+
+class VideosConfig(Config):
+    """The demo data set."""
+
+    out: Path
+    """Folder of the data set; made if it is missing. A run that was stopped continues where it was."""
+    videos: int = Field(240, ge=1)
+    """How many videos. Classes are balanced when it is a multiple of 16; a larger number only adds videos."""
+    seed: int = Field(0, ge=0)
+    """Seed of every random choice."""
+    layout: Literal["ssv2", "kinetics"] = "ssv2"
+    """ssv2: VP9 webm files, JSON labels. kinetics: H.264 mp4 files in class folders, CSV labels."""
+    frames: int = Field(48, ge=8, le=4096)
+    """Frames of each video."""
+    fps: int = Field(12, ge=1, le=120)
+    """Frames per second."""
+    height: int = Field(128, ge=32, le=2160, multiple_of=2)
+    """Pixels."""
+    width: int = Field(128, ge=32, le=3840, multiple_of=2)
+    """Pixels."""
+    validation_share: float = Field(0.3, ge=0, le=1)
+    """Share of each class that goes to the validation split."""
+    test_share: float = Field(0.0, ge=0, le=1)
+    """Share of each class that goes to the test split, which in SSv2's layout has no labels."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that render; null: one per core."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> VideosConfig:
+        if self.validation_share + self.test_share > 1:
+            raise ValueError("validation_share and test_share together are more than 1")
+        return self
+
+    def fixed(self) -> dict[str, object]:
+        """The fields that decide what a video of this data set is; they cannot change between runs into one folder."""
+        return self.model_dump(mode="json", exclude={"out", "videos", "workers"})
+
 
 SETTINGS_FILE = "tubelet-videos.yaml"
 """Settings of the data set in this folder, which a later run must share."""

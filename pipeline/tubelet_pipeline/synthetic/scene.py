@@ -12,10 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_pipeline.synthetic.actions import OPPOSITES, TEMPLATES, Stage, Track, fill, still
-from tubelet_pipeline.synthetic.backgrounds import PATTERNS, paint
-from tubelet_pipeline.synthetic.palette import BACKGROUND_COLORS, OBJECT_COLORS, backgrounds_for
-from tubelet_pipeline.synthetic.shapes import REACH, SHAPES
-from tubelet_pipeline.synthetic.textures import TEXTURES
+from tubelet_pipeline.synthetic.appearance import (
+    BACKGROUND_COLORS,
+    BACKGROUND_PATTERNS,
+    OBJECT_COLORS,
+    REACH,
+    SHAPES,
+    TEXTURES,
+    backgrounds_for,
+    paint,
+)
 
 BYSTANDER_SHARE = 0.4
 """Share of one-object scenes with a second object that rests: what is in the picture must not tell what moves."""
@@ -87,7 +93,7 @@ def scene_at(seed: int, index: int, frames: int, height: int, width: int) -> Sce
 
     fit = backgrounds_for([OBJECT_COLORS[actor.look.color] for actor in actors])
     color = BACKGROUND_COLORS[int(rng.choice(fit))]
-    background = paint(rng, str(rng.choice(list(PATTERNS))), color, height, width)
+    background = paint(rng, str(rng.choice(list(BACKGROUND_PATTERNS))), color, height, width)
     return Scene(
         template=pair.backward if backward else pair.forward,
         actors=tuple(actors),

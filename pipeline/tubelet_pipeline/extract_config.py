@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tubelet.config import Config, validate
-from tubelet_pipeline.backbones.config import BackboneConfig
+from tubelet_pipeline.backbones.checkpoint import BackboneConfig
 from tubelet_pipeline.cluster import ClusterConfig
 from tubelet_pipeline.datasets import DatasetConfig
-from tubelet_pipeline.decode.config import DecodeConfig
+from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.sampling import Sampling
 from tubelet_pipeline.token_selection import AllTokens, Tokens
 from tubelet_pipeline.views import CenterView, Views

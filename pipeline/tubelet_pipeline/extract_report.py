@@ -1,16 +1,92 @@
-"""What a person sees of an extraction: a bar in a terminal, a line now and then in a log, a summary at the end."""
+"""What an extraction reports: counts so far, a machine-readable log, progress for people, and a summary."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tubelet_pipeline.driver import ExtractSummary
+from tubelet.errors import TubeletError
+from tubelet_pipeline.shard_task import ShardReport
 from tubelet_store.reader import open_store
 from tubelet_store.store_summary import failed_clips, human_bytes
+
+
+@dataclass
+class ExtractSummary:
+    """What an extraction did, this run and earlier ones of the same store."""
+
+    store: str
+    identity: str
+    shards: int
+    shards_done: int = 0
+    shards_this_run: int = 0
+    clips: Counter[str] = field(default_factory=Counter)
+    """Clips by `ok` or failure code, over the whole store."""
+    clips_this_run: int = 0
+    tokens_this_run: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+    dashboard: str | None = None
+    """Address of Dask's dashboard, where there is one."""
+
+    def add(self, shard: ShardReport) -> None:
+        """Count a committed shard."""
+        self.shards_done += 1
+        self.clips.update(shard.clips)
+        self.size_bytes += shard.size_bytes
+
+
+class RunLog:
+    """Writes events to `path`; with None they go nowhere. Use as a context manager.
+
+    Every line has `time` (UNIX seconds) and `event`:
+
+        start   plan, store, shards, pending, clips, workers, dashboard, versions
+        shard   shard, clips (by `ok` or failure code), size_bytes, seconds (by stage)
+        spooled shard
+        retry   shard, reason
+        failed  shard, reason
+        lost    scheduler connection lost; reason
+        end     status (`complete` or the error), shards_this_run, seconds, identity
+
+    Raises:
+        TubeletError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: TextIO | None = None
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("a", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise TubeletError(
+                    f"The run log {path} cannot be written: {error.strerror}", "Set log to another path"
+                ) from error
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Append one event."""
+        if self._file is not None:
+            line = {"time": round(time.time(), 3), "event": event, **fields}
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
 
 _LOG_EVERY_S = 10.0
 _FAILURES_SHOWN = 20

@@ -24,8 +24,13 @@ import torch
 from torch import nn
 
 from tubelet.errors import TubeletError, nearest
-from tubelet_pipeline.backbones.checkpoint import Checkpoint, digest_of_weights, load_model, resolve_device
-from tubelet_pipeline.backbones.config import BackboneConfig
+from tubelet_pipeline.backbones.checkpoint import (
+    BackboneConfig,
+    Checkpoint,
+    digest_of_weights,
+    load_model,
+    resolve_device,
+)
 from tubelet_pipeline.backbones.hooks import CompiledCapture, capture, find_blocks
 from tubelet_pipeline.preprocess import CENTER, CropBox, Place, Preprocessing, read_preprocessing
 from tubelet_store.plan import Grid
