@@ -35,7 +35,7 @@ from torch import Tensor
 from tubelet.cli import main as cli
 from tubelet_lens.codes.series import Series, pairs_at_lags, shuffled_steps
 from tubelet_lens.codes.sparse_codes import SparseCodes
-from tubelet_lens.stats.autocorrelation import PooledAutocorrelation
+from tubelet_lens.stats.step_pairs import PooledAutocorrelation
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.config import ObjectiveConfig, TrainConfig
 from tubelet_trainer.data.loader import ActivationLoader

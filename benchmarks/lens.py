@@ -25,15 +25,14 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from tubelet_lens.codes.controls import controls
-from tubelet_lens.codes.pooled import Pooling
 from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.evaluate import CLIP_METRICS, METRICS, evaluate
 from tubelet_lens.inputs.clip_stream import read_clip, windows
+from tubelet_lens.inputs.control_encoders import controls
 from tubelet_lens.inputs.latent_time import latent_time
+from tubelet_lens.inputs.pooled_clips import Pooling
 from tubelet_lens.inputs.trained_sae import load_trained
-from tubelet_lens.metrics.clip_metric import ClipMetric, ClipResult, ClipSetting
-from tubelet_lens.metrics.metric import Metric, Setting
+from tubelet_lens.metrics.metric import ClipMetric, ClipResult, ClipSetting, Metric, Setting
 from tubelet_store.clip_table import PLANNED, ClipOutcome
 from tubelet_store.plan import Grid, Hook, Plan
 from tubelet_store.reader import Store, open_store

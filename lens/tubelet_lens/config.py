@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tubelet.config import Config
-from tubelet_lens.metrics.monosemanticity_config import MonosemanticityConfig
-from tubelet_lens.metrics.scope_config import ScopeConfig
 from tubelet_lens.steering.config import InBackboneConfig
 
 Topic = Literal[
@@ -97,6 +95,60 @@ class RetrievalConfig(Config):
         default=(1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0), min_length=1
     )
     """Ridge penalties per clip to choose from on the validation videos."""
+
+
+class _Reference(Config):
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """What figures and columns call it, such as `clip`."""
+    neutral: bool = False
+    """None of the SAEs that are compared reads this model: its figures are the headline."""
+
+
+class StoreReference(_Reference):
+    """A store of the same videos by another backbone; clips are matched by video and view."""
+
+    kind: Literal["store"] = "store"
+    store: str
+    """Path of the store."""
+    hook: str | None = None
+    """Its hook; none: the last of its plan."""
+    tokens: Literal["grid", "special"] = "grid"
+    """grid: the mean of all tokens of the grid. special: the first special token (CLS), its mean through time."""
+
+
+class ArrayReference(_Reference):
+    """Embeddings made elsewhere."""
+
+    kind: Literal["array"] = "array"
+    path: Path
+    """`.npy` [clips, E], a row for each clip of the evaluated store in the order of its clip table (NaN: none); or
+    `.parquet` with columns `video_id`, `embedding` (a list of numbers) and, for more than one view, `view`."""
+
+
+AnyReference = Annotated[StoreReference | ArrayReference, Field(discriminator="kind")]
+
+
+class MonosemanticityConfig(Config):
+    """Whether the clips on which a latent fires are alike."""
+
+    activation: Literal["max", "mean"] = "max"
+    """A clip's activation: the largest or the mean over its tokens."""
+    references: tuple[AnyReference, ...] = ()
+    """Whose embeddings judge, beside the backbone itself."""
+
+
+class ScopeConfig(Config):
+    """Whether a latent follows the content when the view shifts."""
+
+    store: str | None = None
+    """Store with shifted views (`views.kind: shifted` when extracting), same backbone and hook; none: the evaluated
+    store, if it has such views."""
+    clips: int = Field(default=32, ge=1)
+    """Strongest clips per latent, k_CDS."""
+    vanished: Literal["left_out", "one"] = "left_out"
+    """What a pair counts in which the latent fires in one view only: nothing, or the largest distance."""
+    limit_pairs: int | None = Field(default=None, ge=1)
+    """Look at no more than this many pairs of views, drawn at random; none: all of them."""
 
 
 class EvaluateConfig(Config):

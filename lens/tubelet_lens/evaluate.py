@@ -19,30 +19,28 @@ from pydantic import JsonValue
 from rich.progress import Progress
 
 from tubelet.errors import TubeletError
-from tubelet_lens.codes.controls import controls
-from tubelet_lens.codes.encoder import Encoder, SparseCoder
-from tubelet_lens.codes.pooled import Pooling
+from tubelet_lens.codes.sparse_codes import Encoder, SparseCoder
 from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.inputs.clip_selection import choose_clips
 from tubelet_lens.inputs.clip_stream import clip_bytes, windows
+from tubelet_lens.inputs.control_encoders import controls
 from tubelet_lens.inputs.latent_time import latent_time
+from tubelet_lens.inputs.pooled_clips import PooledSplit, Pooling, pooled_split
 from tubelet_lens.inputs.trained_sae import TrainedSae, check_store, load_trained
 from tubelet_lens.metrics.action_probe import action
-from tubelet_lens.metrics.clip_metric import ClipMetric, ClipResult, ClipSetting, PooledSplit, side
 from tubelet_lens.metrics.code_ablation import code_ablation
 from tubelet_lens.metrics.code_sparsity import Sparsity
 from tubelet_lens.metrics.collinearity import measure_collinearity
 from tubelet_lens.metrics.information_scope import measure_information_scope
 from tubelet_lens.metrics.label_purity import label_purity
-from tubelet_lens.metrics.metric import Metric, Setting
+from tubelet_lens.metrics.metric import ClipMetric, ClipResult, ClipSetting, Metric, Setting
 from tubelet_lens.metrics.monosemanticity import measure_monosemanticity
 from tubelet_lens.metrics.reconstruction import Reconstruction
 from tubelet_lens.metrics.retrieval import retrieval
 from tubelet_lens.metrics.temporal_coherence import Coherence
 from tubelet_lens.report.render import render_report
-from tubelet_lens.results.effect_table import LatentEffect, write_effects
 from tubelet_lens.results.evaluation import Coverage, Evaluation
-from tubelet_lens.results.latent_table import latent_table, write_latents
+from tubelet_lens.results.latent_table import LatentEffect, latent_table, write_effects, write_latents
 from tubelet_lens.results.section import Subject
 from tubelet_lens.results.training_curves import training_section
 from tubelet_lens.steering.backbone_ablation import backbone_ablation
@@ -147,7 +145,7 @@ def evaluate(config: EvaluateConfig) -> Result:
         sae=trained.coder,
         trained=trained,
         fit=_fit_side(config, trained, to_fit, standing_in) if to_fit is not None else None,
-        test=side(store, pooling),
+        test=pooled_split(store, pooling),
         encoders={"sae": (trained.coder,), **standing_in},
     )
     results = [measure(over_clips) for topic, measure in CLIP_METRICS.items() if topic not in config.skip]
@@ -210,7 +208,7 @@ def _fit_side(
     pooling = Pooling(standing_in)
     per_window = _clips_per_window(config, trained, setting.store)
     stream(setting, trained.coder, [pooling], clips_per_window=per_window)
-    return side(setting.store, pooling)
+    return pooled_split(setting.store, pooling)
 
 
 def _clips_per_window(config: EvaluateConfig, trained: TrainedSae, store: Store) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tubelet_lens.metrics.ablation_curve import ablate, gini, importance, m_50, matched_set, ranked, set_sizes
+from tubelet_lens.metrics.class_ranking import importance, ranked
+from tubelet_lens.stats.ablation_curve import ablate, gini, m_50, matched_set, set_sizes
 
 
 def test_importance_is_what_zeroing_takes_from_the_classs_logit() -> None:

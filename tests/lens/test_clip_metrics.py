@@ -12,15 +12,14 @@ import torch
 
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
-from tubelet_lens.codes.pooled import Pooled
-from tubelet_lens.codes.vectors import vectors
 from tubelet_lens.config import ActionConfig, EvaluateConfig
 from tubelet_lens.inputs.latent_time import latent_time
+from tubelet_lens.inputs.pooled_clips import Pooled, PooledSplit
 from tubelet_lens.metrics.action_probe import action
-from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
+from tubelet_lens.metrics.clip_vectors import vectors
 from tubelet_lens.metrics.code_ablation import code_ablation
 from tubelet_lens.metrics.label_purity import label_purity
-from tubelet_lens.metrics.metric import Setting
+from tubelet_lens.metrics.metric import ClipSetting, Setting
 from tubelet_lens.metrics.monosemanticity import measure_monosemanticity
 from tubelet_lens.metrics.retrieval import retrieval
 from tubelet_lens.results.section import Section, Subject

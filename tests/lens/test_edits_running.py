@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from in_process import extract_here
 from tubelet.config import validate
 from tubelet.errors import TubeletError
-from tubelet_lens.codes.pooled import Pooled
 from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.evaluate import Result, evaluate
 from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_lens.gallery.effects import read_effects
 from tubelet_lens.gallery.make_gallery import make_gallery
-from tubelet_lens.metrics.clip_metric import PooledSplit
-from tubelet_lens.results.effect_table import LatentEffect, write_effects
+from tubelet_lens.inputs.pooled_clips import Pooled, PooledSplit
+from tubelet_lens.results.latent_table import LatentEffect, write_effects
 from tubelet_lens.steering.backbone_ablation import accuracy_without
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes

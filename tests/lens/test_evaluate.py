@@ -16,7 +16,7 @@ import pytest
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
 from tubelet_lens.config import EvaluateConfig, Topic
-from tubelet_lens.evaluate import CLIP_METRICS, METRICS, Result, evaluate
+from tubelet_lens.evaluate import BACKBONE_METRICS, CLIP_METRICS, METRICS, Result, evaluate
 from tubelet_lens.inputs.clip_selection import some_of
 from tubelet_lens.report.render import show
 from tubelet_lens.results.evaluation import Evaluation, read_evaluation
@@ -122,7 +122,7 @@ def test_a_limit_is_kept(trained: Path) -> None:
 
 
 def test_every_topic_that_may_be_skipped_is_measured_and_none_other() -> None:
-    assert set(get_args(Topic)) == set(METRICS) | set(CLIP_METRICS)
+    assert set(get_args(Topic)) == set(METRICS) | set(CLIP_METRICS) | set(BACKBONE_METRICS)
 
 
 def test_a_topic_that_is_skipped_is_not_there(trained: Path) -> None:

@@ -8,13 +8,17 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from tubelet_lens.inputs.partition import partition
-from tubelet_lens.stats.basis import Basis
-from tubelet_lens.stats.bootstrap import interval
-from tubelet_lens.stats.logistic import fit_logistic, fit_path
-from tubelet_lens.stats.probe import choose_penalty, fit_probe
-from tubelet_lens.stats.retrieval_ranks import ranks
-from tubelet_lens.stats.ridge import fit_ridge
+from tubelet_lens.inputs.clip_selection import partition
+from tubelet_lens.metrics.retrieval import ranks
+from tubelet_lens.stats.linear_models import (
+    Basis,
+    choose_penalty,
+    fit_logistic,
+    fit_path,
+    fit_probe,
+    fit_ridge,
+    interval,
+)
 
 CPU = torch.device("cpu")
 

@@ -33,7 +33,7 @@ from tubelet_lens.gallery.make_gallery import Summary, make_gallery
 from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Survey, Surveyed, exemplars
 from tubelet_lens.gallery.verb import GALLERY
 from tubelet_lens.inputs.clip_stream import Window
-from tubelet_lens.stats.probe import fit_probe
+from tubelet_lens.stats.linear_models import fit_probe
 from tubelet_trainer.sae.sae_files import load_sae
 
 

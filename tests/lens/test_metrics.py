@@ -17,9 +17,8 @@ from tubelet_lens.evaluate import METRICS, stream
 from tubelet_lens.inputs.clip_stream import windows
 from tubelet_lens.inputs.latent_time import LatentTime, latent_time
 from tubelet_lens.metrics.metric import Setting
-from tubelet_lens.metrics.step_stability import StepCosine, SupportOverlap
 from tubelet_lens.results.section import Curve, Figure, Section
-from tubelet_lens.stats.autocorrelation import PooledAutocorrelation, WithinAutocorrelation
+from tubelet_lens.stats.step_pairs import PooledAutocorrelation, StepCosine, SupportOverlap, WithinAutocorrelation
 from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.reader import Store, open_store
 from tubelet_store.store_writer import StoreWriter

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
-from tubelet_lens.codes.pooled import Pooling
 from tubelet_lens.codes.sparse_codes import SparseCodes
+from tubelet_lens.config import ArrayReference, StoreReference
 from tubelet_lens.inputs.clip_stream import Window, windows
+from tubelet_lens.inputs.pooled_clips import PooledSplit, Pooling, pooled_split
 from tubelet_lens.inputs.references import own_reference, read_reference
-from tubelet_lens.metrics.clip_metric import PooledSplit, side
-from tubelet_lens.metrics.monosemanticity import _activations, _Units
-from tubelet_lens.metrics.monosemanticity_config import ArrayReference, StoreReference
-from tubelet_lens.metrics.monosemanticity_score import mean_cosine, monosemanticity
+from tubelet_lens.metrics.monosemanticity import _activations, _Units, mean_cosine, monosemanticity
 from tubelet_store.reader import Store
 
 HOOK = "blocks.1"
@@ -109,7 +107,7 @@ def side_of(store: Store) -> tuple[PooledSplit, list[Window]]:
     seen = list(windows(store, HOOK, Mirror(), clips, valid, clips_per_window=3, device=torch.device("cpu")))
     for window in seen:
         pooling.add(window)
-    return side(store, pooling), seen
+    return pooled_split(store, pooling), seen
 
 
 @pytest.mark.parametrize("kind", ["max", "mean"])

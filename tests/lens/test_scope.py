@@ -20,12 +20,18 @@ from in_process import extract_here
 from stores import make_plan, make_store, planned_table
 from tubelet.config import validate
 from tubelet.errors import TubeletError
-from tubelet_lens.codes.removal import remove_from_means, remove_latents
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.evaluate import evaluate
 from tubelet_lens.inputs.shifted_pairs import Axis, shifted_pairs
-from tubelet_lens.metrics.scope_measure import Scope, measure_scope, otsu, strangers
-from tubelet_lens.stats.earth_mover import line_distance, plane_distance
+from tubelet_lens.metrics.contextual_dependency import (
+    Scope,
+    line_distance,
+    measure_scope,
+    otsu,
+    plane_distance,
+    strangers,
+)
+from tubelet_lens.metrics.group_removal import remove_from_means, remove_latents
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset

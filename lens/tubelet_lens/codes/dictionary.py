@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.codes.encoder import SparseCoder
+from tubelet_lens.codes.sparse_codes import SparseCoder
 from tubelet_trainer.sae.model import SAE
 
 # Rows of cosines held at once: 2^24 float32 are 64 MiB.

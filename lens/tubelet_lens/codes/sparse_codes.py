@@ -14,9 +14,27 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tubelet_lens.codes.encoder import Encoder
 from tubelet_trainer.sae.model import Codes
 from tubelet_trainer.sae.sparse_ops import is_dense
+
+
+class Encoder(Protocol):
+    """From raw activations to codes. Normalization is its own business."""
+
+    def encode(self, x_ND: Tensor, /) -> Tensor:
+        """Dense codes [N, F] of raw activations [N, D]; a latent that does not fire is exactly 0."""
+
+
+@runtime_checkable
+class SparseCoder(Encoder, Protocol):
+    """An SAE from raw activations to codes and back."""
+
+    @property
+    def latents(self) -> int:
+        """Width F of the code."""
+
+    def decode(self, codes_NF: Tensor, /) -> Tensor:
+        """Reconstructions [N, D], in raw units, of codes [N, F]."""
 
 
 @runtime_checkable

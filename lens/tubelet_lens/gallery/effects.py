@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
 from tubelet_lens.config import ActionConfig
+from tubelet_lens.inputs.clip_selection import partition
 from tubelet_lens.inputs.clip_stream import Window
-from tubelet_lens.inputs.partition import partition
-from tubelet_lens.results.effect_table import SCHEMA
-from tubelet_lens.stats.probe import choose_penalty, fit_probe
+from tubelet_lens.results.latent_table import SCHEMA
+from tubelet_lens.stats.linear_models import choose_penalty, fit_probe
 
 # Those of the evaluation's probe, and its share of videos on which they are chosen.
 _PENALTIES = ActionConfig().penalties

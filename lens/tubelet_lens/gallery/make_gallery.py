@@ -27,9 +27,8 @@ from tubelet_lens.inputs.clip_selection import choose_clips, some_of
 from tubelet_lens.inputs.clip_stream import Window, clip_bytes, windows
 from tubelet_lens.inputs.latent_time import latent_time
 from tubelet_lens.inputs.trained_sae import TrainedSae, check_store, load_trained
-from tubelet_lens.results.effect_table import FILE
 from tubelet_lens.results.evaluation import read_evaluation
-from tubelet_lens.results.latent_table import read_latents
+from tubelet_lens.results.latent_table import FILE, read_latents
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.data.split import held_out
 from tubelet_trainer.run.environment import choose_device

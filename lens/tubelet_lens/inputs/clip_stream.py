@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet.errors import TubeletError
-from tubelet_lens.codes.encoder import SparseCoder
-from tubelet_lens.codes.sparse_codes import SparseCodes, listed
+from tubelet_lens.codes.sparse_codes import SparseCoder, SparseCodes, listed
 from tubelet_store.reader import Store
 from tubelet_trainer.sae.model import SAE
 

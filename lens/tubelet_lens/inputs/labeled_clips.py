@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet.errors import TubeletError
-from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
+from tubelet_lens.inputs.pooled_clips import PooledSplit
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,12 @@ class Labeled:
         return sums / torch.bincount(video_N, minlength=len(sums)).to(values_NC)[:, None]
 
 
-def labeled_clips(clips: ClipSetting) -> Labeled | None:
+def labeled_clips(fit: PooledSplit | None, test: PooledSplit) -> Labeled | None:
     """None where there is nothing to fit on, or fewer than two classes on the fit side, or no labels to test.
 
     Raises:
         TubeletError: the two sides give one label two names.
     """
-    fit, test = clips.fit, clips.test
     if fit is None:
         return None
     fit_rows, test_rows = np.flatnonzero(fit.labels >= 0), np.flatnonzero(test.labels >= 0)

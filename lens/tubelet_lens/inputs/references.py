@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError, nearest
-from tubelet_lens.metrics.clip_metric import PooledSplit
-from tubelet_lens.metrics.monosemanticity_config import ArrayReference, StoreReference
+from tubelet_lens.config import ArrayReference, StoreReference
+from tubelet_lens.inputs.pooled_clips import PooledSplit
 from tubelet_store.object_keys import ACTIVATIONS, SPECIAL
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.data.pairs import fresh_steps

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tubelet.errors import TubeletError
-from tubelet_lens.codes.encoder import SparseCoder
+from tubelet_lens.codes.sparse_codes import SparseCoder
 from tubelet_store.reader import Store
 from tubelet_trainer.data.split import HoldoutConfig
 from tubelet_trainer.sae.sae_files import load_record, load_sae

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.codes.vectors import SUBJECT_WORDS, PoolingKind, subjects, vector_words, vectors
-from tubelet_lens.inputs.labeled_clips import Labeled, labeled_clips
-from tubelet_lens.inputs.partition import Parts
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, PooledSplit
+from tubelet_lens.inputs.clip_selection import Parts
+from tubelet_lens.inputs.labeled_clips import Labeled
+from tubelet_lens.inputs.pooled_clips import PooledSplit
+from tubelet_lens.metrics.clip_vectors import SUBJECT_WORDS, PoolingKind, subjects, vector_words, vectors
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure, Section, Subject
-from tubelet_lens.stats.bootstrap import LEVEL, interval
-from tubelet_lens.stats.probe import choose_penalty, fit_probe
+from tubelet_lens.stats.linear_models import LEVEL, choose_penalty, fit_probe, interval
 
 _TITLES: dict[PoolingKind, str] = {
     "mean": "mean pooling",
@@ -43,7 +43,7 @@ class _Score:
 
 def action(clips: ClipSetting) -> ClipResult | None:
     """Top-1 and top-5 of the probe; None without labels on both sides."""
-    known, fit, parts = labeled_clips(clips), clips.fit, clips.parts
+    known, fit, parts = clips.labeled, clips.fit, clips.parts
     if known is None or fit is None or parts is None:
         return None
     probing = _Probing(clips, fit, parts, known)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_lens.inputs.labeled_clips import Labeled, labeled_clips
-from tubelet_lens.metrics.ablation_curve import importance
-from tubelet_lens.metrics.clip_metric import ClipSetting
-from tubelet_lens.stats.probe import Probe, choose_penalty, fit_probe
+from tubelet_lens.inputs.labeled_clips import Labeled
+from tubelet_lens.metrics.metric import ClipSetting
+from tubelet_lens.stats.linear_models import Probe, choose_penalty, fit_probe
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +25,7 @@ class Ranking:
         weights_CF: float64 [C, F] Its weights, in units of the pooled codes.
         codes_NF: float32 [N, F] Mean codes of the clips of the ranking part.
         class_N: int64 [N] Their classes.
-        importance_CF: float64 [C, F] See `ablation.importance`.
+        importance_CF: float64 [C, F] See `class_ranking.importance`.
         mean_F: float64 [F] Mean size of each latent's activation on the ranking part.
     """
 
@@ -52,7 +51,7 @@ class Ranking:
 
 def rank_latents(clips: ClipSetting) -> Ranking | None:
     """Fit the probe and rank; None without labels on both sides."""
-    known, fit, parts = labeled_clips(clips), clips.fit, clips.parts
+    known, fit, parts = clips.labeled, clips.fit, clips.parts
     if known is None or fit is None or parts is None:
         return None
     device, classes = clips.setting.device, known.classes
@@ -73,3 +72,26 @@ def rank_latents(clips: ClipSetting) -> Ranking | None:
         importance_CF=importance(weights_CF, ranking_NF, ranking_class),
         mean_F=np.abs(ranking_NF).mean(axis=0, dtype=np.float64),
     )
+
+
+def importance(
+    weights_CF: NDArray[np.float64], codes_NF: NDArray[np.float32], class_N: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """I_jc = |w_cj| |E[z_j | c]|, float64 [C, F]: how far logit c of class c's mean clip moves when latent j goes to 0.
+
+    Args:
+        weights_CF: Of a linear probe, in units of the pooled codes (not of standardized ones).
+        codes_NF: Pooled codes of the ranking part.
+        class_N: Their classes, 0 ... C - 1; a class without a clip has importance 0.
+    """
+    out = np.zeros(weights_CF.shape)
+    for number in np.unique(class_N):
+        mean_F = codes_NF[class_N == number].mean(axis=0, dtype=np.float64)
+        out[number] = np.abs(weights_CF[number] * mean_F)
+    return out
+
+
+def ranked(importance_F: NDArray[np.float64], alive_F: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """int64 [alive]: latents that are alive, the most important first; equal ones in the dictionary's order."""
+    latents = np.flatnonzero(alive_F)
+    return latents[np.argsort(-importance_F[latents], kind="stable")]

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet_lens.inputs.labeled_clips import Labeled
-from tubelet_lens.metrics.ablation_curve import Ablation, ablate, accuracy_lines, gini, ranked, set_sizes
-from tubelet_lens.metrics.class_ranking import rank_latents
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.metrics.class_ranking import rank_latents, ranked
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section
+from tubelet_lens.stats.ablation_curve import Ablation, ablate, accuracy_lines, gini, set_sizes
 
 _HOW = (
     "The probe reads the mean of a clip's codes over its tokens and was fitted without the ranking part; importance of "

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_lens.codes.dictionary import directions, effective_rank, nearest_latents, random_directions
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject
 

@@ -11,13 +11,57 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from tubelet_lens.codes.removal import remove_from_means
-from tubelet_lens.inputs.labeled_clips import Labeled, labeled_clips
-from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
+from tubelet_lens.codes.sparse_codes import SparseCoder
+from tubelet_lens.inputs.labeled_clips import Labeled
+from tubelet_lens.inputs.pooled_clips import PooledSplit
+from tubelet_lens.metrics.metric import ClipSetting
 from tubelet_lens.results.section import Figure
-from tubelet_lens.stats.probe import choose_penalty, fit_probe
+from tubelet_lens.stats.linear_models import choose_penalty, fit_probe
+
+_ROWS = 4096
+
+
+def remove_latents(sae: SparseCoder, x_ND: Tensor, codes_NF: Tensor, group: NDArray[np.int64]) -> Tensor:
+    """Raw activations [N, D], or their means over tokens, without what the latents `group` contribute.
+
+    Args:
+        sae: Made the codes.
+        x_ND: Raw activations, in their own units.
+        codes_NF: Their codes.
+        group: Numbers of the latents.
+    """
+    alone_NF = torch.zeros_like(codes_NF)
+    alone_NF[:, group] = codes_NF[:, group]
+    with torch.no_grad():
+        # The bias is in both, so it cancels.
+        return x_ND - (sae.decode(alone_NF) - sae.decode(torch.zeros_like(alone_NF[:1])))
+
+
+def remove_from_means(
+    sae: SparseCoder,
+    mean_ND: NDArray[np.float32],
+    codes_NF: NDArray[np.float32],
+    group: NDArray[np.int64],
+    device: torch.device,
+) -> NDArray[np.float32]:
+    """float32 [N, D] Mean raw activations of clips without the latents `group`.
+
+    Args:
+        sae: On `device`.
+        mean_ND: Means of the raw activations over each clip's tokens.
+        codes_NF: Means of their codes over the same tokens.
+        group: Numbers of the latents.
+        device: Where to decode.
+    """
+    edited = []
+    for start in range(0, len(mean_ND), _ROWS):
+        x_RD, z_RF = (torch.from_numpy(part[start : start + _ROWS]).to(device) for part in (mean_ND, codes_NF))
+        edited.append(remove_latents(sae, x_RD, z_RF, group).cpu().numpy())
+    return np.concatenate(edited)
 
 
 def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]], key: str) -> Iterator[Figure]:
@@ -28,7 +72,7 @@ def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]],
         groups: Latents by name; the name stands in the figure's.
         key: Of the figures, such as `scope.action`.
     """
-    known, fit, parts = labeled_clips(clips), clips.fit, clips.parts
+    known, fit, parts = clips.labeled, clips.fit, clips.parts
     if known is None or fit is None or parts is None:
         return
     validation = parts.validation[known.fit_rows]

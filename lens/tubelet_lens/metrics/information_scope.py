@@ -12,9 +12,9 @@ from tubelet.errors import TubeletError
 from tubelet_lens.inputs.clip_selection import choose_clips
 from tubelet_lens.inputs.shifted_pairs import Axis, ShiftedPairs, shifted_pairs
 from tubelet_lens.inputs.trained_sae import check_store
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.metrics.contextual_dependency import Scope, Split, measure_scope, otsu
 from tubelet_lens.metrics.group_removal import removal_figures
-from tubelet_lens.metrics.scope_measure import Scope, Split, measure_scope, otsu
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject, ratio
 from tubelet_store.reader import Store, open_store

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section
 

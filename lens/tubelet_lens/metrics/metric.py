@@ -5,22 +5,30 @@
     metric.section(), metric.latents()
 
 One file per metric. To add one, write the file and put its class into `evaluate.METRICS`, its name into
-`config.Topic`. What is fitted on clips (a probe, a map) is a `clip_metric.ClipMetric` instead.
+`config.Topic`. What is fitted on clips (a probe, a map) is a `ClipMetric` instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tubelet_lens.codes.sparse_codes import Encoder, SparseCoder
+from tubelet_lens.config import EvaluateConfig
+from tubelet_lens.inputs.clip_selection import Parts, partition
 from tubelet_lens.inputs.clip_stream import Window
+from tubelet_lens.inputs.labeled_clips import Labeled, labeled_clips
 from tubelet_lens.inputs.latent_time import LatentTime
-from tubelet_lens.results.latent_table import LatentColumn
-from tubelet_lens.results.section import Section
+from tubelet_lens.inputs.pooled_clips import PooledSplit
+from tubelet_lens.inputs.trained_sae import TrainedSae
+from tubelet_lens.results.latent_table import LatentColumn, LatentEffect
+from tubelet_lens.results.section import Section, Subject
 from tubelet_store.reader import Store
 
 
@@ -63,3 +71,54 @@ class Metric(Protocol):
 
     def latents(self) -> tuple[LatentColumn, ...]:
         """The same by latent; empty if the metric says nothing of single latents."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClipSetting:
+    """What a metric over clips may know."""
+
+    setting: Setting
+    config: EvaluateConfig
+    sae: SparseCoder
+    trained: TrainedSae
+    fit: PooledSplit | None
+    """None: no clips to fit on; then a metric that must fit something has nothing to say."""
+    test: PooledSplit
+    encoders: Mapping[Subject, Sequence[Encoder]] = field(default_factory=dict)
+    """What made the codes in the draws of both sides, in the order of these."""
+
+    @cached_property
+    def labeled(self) -> Labeled | None:
+        """Clips of known class on both sides; None where no classes can be fitted or tested.
+
+        Raises:
+            TubeletError: the two sides give one label two names.
+        """
+        return labeled_clips(self.fit, self.test)
+
+    @cached_property
+    def parts(self) -> Parts | None:
+        """The fit side's clips, shared out by video for what is chosen and for what is ranked."""
+        if self.fit is None:
+            return None
+        config = self.config
+        return partition(
+            list(self.fit.videos), validation=config.fit_validation, ranking=config.fit_ranking, seed=config.seed
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ClipResult:
+    """What a metric over clips found."""
+
+    section: Section
+    latents: tuple[LatentColumn, ...] = ()
+    effects: tuple[LatentEffect, ...] = ()
+    """What edits of single latents do."""
+
+
+class ClipMetric(Protocol):
+    """A statistic of pooled clips."""
+
+    def __call__(self, clips: ClipSetting, /) -> ClipResult | None:
+        """The figures; None where the store lacks what the metric needs (labels, captions, ...)."""

@@ -16,14 +16,52 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.codes.vectors import POOLING_WORDS, SUBJECT_WORDS, subjects, vectors
 from tubelet_lens.inputs.captions import described, embed
-from tubelet_lens.inputs.partition import Parts
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, PooledSplit
+from tubelet_lens.inputs.clip_selection import Parts
+from tubelet_lens.inputs.pooled_clips import PooledSplit
+from tubelet_lens.metrics.clip_vectors import POOLING_WORDS, SUBJECT_WORDS, subjects, vectors
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure, Section, Subject
-from tubelet_lens.stats.bootstrap import LEVEL, interval
-from tubelet_lens.stats.retrieval_ranks import Ranks, ranks
-from tubelet_lens.stats.ridge import Ridge, fit_ridge
+from tubelet_lens.stats.linear_models import LEVEL, Ridge, fit_ridge, interval
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Rank of the best right item of each of Q queries, from 1.
+
+    Attributes:
+        optimistic: [Q] Ties count for the right item.
+        pessimistic: [Q] Against it.
+        chance_r1: Probability that an item drawn at random is right, mean over the queries.
+    """
+
+    optimistic: NDArray[np.int64]
+    pessimistic: NDArray[np.int64]
+    chance_r1: float
+
+    @property
+    def rank(self) -> NDArray[np.float64]:
+        """[Q] Half-way between the two: 1 + #greater + #ties / 2."""
+        return (self.optimistic + self.pessimistic) / 2
+
+    def recall(self, top: int) -> NDArray[np.float64]:
+        """[Q] Whether the rank is at most `top`."""
+        return (self.rank <= top).astype(np.float64)
+
+
+def ranks(scores_QG: NDArray[np.float64], right_QG: NDArray[np.bool_]) -> Ranks:
+    """Ranks of the best right item in a gallery of G.
+
+    Args:
+        scores_QG: Higher is nearer.
+        right_QG: At least one per query. Right items never count against each other.
+    """
+    best_Q1 = np.where(right_QG, scores_QG, -np.inf).max(axis=1, keepdims=True)
+    wrong = ~right_QG
+    greater = (wrong & (scores_QG > best_Q1)).sum(axis=1)
+    equal = (wrong & (scores_QG == best_Q1)).sum(axis=1)
+    return Ranks(1 + greater, 1 + greater + equal, float(right_QG.mean()))
+
 
 _TOPS = (1, 5, 10)
 _DIRECTIONS = {"text_to_video": "Text to video", "video_to_text": "Video to text"}

@@ -18,10 +18,15 @@ from torch import Tensor
 from tubelet_lens.codes.series import FeatureProducts, Series, pairs_at_lags, patch_products, shuffled_steps
 from tubelet_lens.inputs.clip_stream import Window
 from tubelet_lens.metrics.metric import Setting
-from tubelet_lens.metrics.step_stability import StepCosine, SupportOverlap
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject
-from tubelet_lens.stats.autocorrelation import PooledAutocorrelation, PooledValue, WithinAutocorrelation
+from tubelet_lens.stats.step_pairs import (
+    PooledAutocorrelation,
+    PooledValue,
+    StepCosine,
+    SupportOverlap,
+    WithinAutocorrelation,
+)
 
 _PAIRS = "Pairs in which either step covers a repeated (padding) frame are left out."
 

@@ -6,7 +6,7 @@ The gallery's overview and its pages read this table; a column carries its defin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +60,33 @@ def read_latents(folder: Path) -> pa.Table:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise TubeletError(f"{path} cannot be read: {error}", "Run `tubelet evaluate` again") from error
+
+
+FILE = "effects.parquet"
+
+_MADE_BY = {b"made_by": b"tubelet evaluate"}
+
+SCHEMA = pa.schema(
+    [("latent", pa.int32()), ("target", pa.string()), ("effect", pa.float64()), ("definition", pa.string())],
+    metadata=_MADE_BY,
+)
+
+
+@dataclass(frozen=True)
+class LatentEffect:
+    """One row."""
+
+    latent: int
+    target: str
+    effect: float
+    definition: str
+
+
+def write_effects(effects: Sequence[LatentEffect], out: Path) -> None:
+    """Write the table into the folder `out`; without effects there is none, nor one of an earlier evaluation."""
+    path = out / FILE
+    if effects:
+        rows = [dict(zip(SCHEMA.names, astuple(effect), strict=True)) for effect in effects]
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+    elif path.is_file() and (pq.read_schema(path).metadata or {}).items() >= _MADE_BY.items():
+        path.unlink()

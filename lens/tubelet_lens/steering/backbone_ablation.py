@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_lens.metrics.ablation_curve import Ablation, ablate, accuracy_lines, ranked, set_sizes
-from tubelet_lens.metrics.class_ranking import rank_latents
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.metrics.class_ranking import rank_latents, ranked
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Curve, Figure, Section
+from tubelet_lens.stats.ablation_curve import Ablation, ablate, accuracy_lines, set_sizes
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
 from tubelet_lens.steering.operation import Suppress

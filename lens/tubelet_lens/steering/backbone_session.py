@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tubelet.errors import TubeletError
 from tubelet_lens.inputs.clip_selection import stratified_sample
-from tubelet_lens.inputs.labeled_clips import labeled_clips
-from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
+from tubelet_lens.inputs.pooled_clips import PooledSplit
+from tubelet_lens.metrics.metric import ClipSetting
 from tubelet_lens.steering.class_names import places
 from tubelet_lens.steering.clip_source import Clip, ClipSource
 from tubelet_lens.steering.config import InBackboneConfig
@@ -114,7 +114,7 @@ def start_session(clips: ClipSetting, config: InBackboneConfig) -> BackboneSessi
 
 
 def _probe(clips: ClipSetting, fit_source: ClipSource | None, config: InBackboneConfig) -> Readout | None:
-    known = labeled_clips(clips)
+    known = clips.labeled
     if known is None or fit_source is None or clips.fit is None:
         return None
     chosen = stratified_sample(known.fit_class, config.fit_clips)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tubelet_lens.inputs.labeled_clips import labeled_clips
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure, Section
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
@@ -52,7 +51,7 @@ def best_latents(codes_NF: NDArray[np.float32], class_N: NDArray[np.int64]) -> d
 
 def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
     """The rates; None without a readout or labels on the fit side."""
-    known = labeled_clips(clips)
+    known = clips.labeled
     if session.readout is None or known is None or clips.fit is None:
         return None
     pooled, readout = clips.fit.pooled["sae"], session.readout

@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.metrics.ablation_curve import ranked
-from tubelet_lens.metrics.class_ranking import rank_latents
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
-from tubelet_lens.results.effect_table import LatentEffect
+from tubelet_lens.metrics.class_ranking import rank_latents, ranked
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.latent_table import LatentEffect
 from tubelet_lens.results.section import Figure, Section
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tubelet_lens.codes.encoder import SparseCoder
+from tubelet_lens.codes.sparse_codes import SparseCoder
 from tubelet_lens.inputs.clip_stream import read_clip
 from tubelet_store.reader import Store
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet.errors import TubeletError
-from tubelet_lens.inputs.partition import partition
-from tubelet_lens.stats.probe import choose_penalty
-from tubelet_lens.stats.probe import fit_probe as fit_logistic_probe
+from tubelet_lens.inputs.clip_selection import partition
+from tubelet_lens.stats.linear_models import choose_penalty
+from tubelet_lens.stats.linear_models import fit_probe as fit_logistic_probe
 from tubelet_pipeline.backbones import Backbone
 from tubelet_pipeline.backbones.classifier import Classifier, has_classifier
 

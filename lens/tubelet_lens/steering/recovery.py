@@ -18,7 +18,7 @@ import torch.nn.functional as nnf
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure, Section, ratio
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_trainer.sae.model import SAE

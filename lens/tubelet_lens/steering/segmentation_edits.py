@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.inputs.partition import partition
-from tubelet_lens.metrics.clip_metric import ClipResult, ClipSetting, PooledSplit
+from tubelet_lens.inputs.clip_selection import partition
+from tubelet_lens.inputs.pooled_clips import PooledSplit
+from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure
-from tubelet_lens.stats.probe import Probe, choose_penalty, fit_probe
+from tubelet_lens.stats.linear_models import Probe, choose_penalty, fit_probe
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
 from tubelet_lens.steering.clip_source import ClipSource

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tubelet_lens.metrics.ablation_curve import matched_set
+from tubelet_lens.stats.ablation_curve import matched_set
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
 from tubelet_lens.steering.latent_usage import Usage
 from tubelet_lens.steering.readout import Readout

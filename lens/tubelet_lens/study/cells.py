@@ -17,8 +17,7 @@ from typing import Any
 
 from tubelet.config import validate
 from tubelet.errors import TubeletError
-from tubelet_lens.config import EvaluateConfig
-from tubelet_lens.metrics.monosemanticity_config import ArrayReference, StoreReference
+from tubelet_lens.config import ArrayReference, EvaluateConfig, StoreReference
 from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.study.config import SourceConfig, StudyConfig
 from tubelet_store.reader import open_store

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from tubelet_lens.codes.encoder import Encoder
+from tubelet_lens.codes.sparse_codes import Encoder
 from tubelet_lens.inputs.clip_stream import read_clip
 from tubelet_lens.inputs.trained_sae import TrainedSae
 from tubelet_lens.results.section import Subject

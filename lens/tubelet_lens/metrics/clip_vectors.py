@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tubelet_lens.codes.encoder import Encoder
-from tubelet_lens.codes.pooled import Pooled
-from tubelet_lens.metrics.clip_metric import ClipSetting, PooledSplit
+from tubelet_lens.codes.sparse_codes import Encoder
+from tubelet_lens.inputs.pooled_clips import Pooled, PooledSplit
+from tubelet_lens.metrics.metric import ClipSetting
 from tubelet_lens.results.section import Subject
 
 PoolingKind = Literal["mean", "max", "mean_max", "mean_then_encode"]

@@ -23,29 +23,6 @@ Measure = Callable[[NDArray[np.int64]], float]
 _NEAREST = 8
 
 
-def importance(
-    weights_CF: NDArray[np.float64], codes_NF: NDArray[np.float32], class_N: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """I_jc = |w_cj| |E[z_j | c]|, float64 [C, F]: how far logit c of class c's mean clip moves when latent j goes to 0.
-
-    Args:
-        weights_CF: Of a linear probe, in units of the pooled codes (not of standardized ones).
-        codes_NF: Pooled codes of the ranking part.
-        class_N: Their classes, 0 ... C - 1; a class without a clip has importance 0.
-    """
-    out = np.zeros(weights_CF.shape)
-    for number in np.unique(class_N):
-        mean_F = codes_NF[class_N == number].mean(axis=0, dtype=np.float64)
-        out[number] = np.abs(weights_CF[number] * mean_F)
-    return out
-
-
-def ranked(importance_F: NDArray[np.float64], alive_F: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """int64 [alive]: latents that are alive, the most important first; equal ones in the dictionary's order."""
-    latents = np.flatnonzero(alive_F)
-    return latents[np.argsort(-importance_F[latents], kind="stable")]
-
-
 def matched_set(
     targets: NDArray[np.int64],
     mean_F: NDArray[np.float64],

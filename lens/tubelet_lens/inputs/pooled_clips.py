@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from tubelet_lens.codes.encoder import Encoder
-from tubelet_lens.codes.sparse_codes import SparseCodes, encode_clip
+from tubelet_lens.codes.sparse_codes import Encoder, SparseCodes, encode_clip
 from tubelet_lens.inputs.clip_stream import Window
 from tubelet_lens.results.section import Subject
+from tubelet_store.reader import Store
 
 _Key = tuple[Subject, int]
 Rows: TypeAlias = "NDArray[np.float32] | csr_array"
@@ -154,3 +154,46 @@ def _rows(clips: Sequence[_PooledCodes], latents: int) -> tuple[csr_array, csr_a
         for values in ([clip.mean_M for clip in clips], [clip.largest_M for clip in clips])
     )
     return mean, largest
+
+
+@dataclass(frozen=True, eq=False)
+class PooledSplit:
+    """N clips with what is known of them.
+
+    Attributes:
+        store: Where they lie.
+        clips: int64 [N] Their numbers there.
+        videos: object [N] Video ids.
+        labels: int64 [N] Class, -1 where the store knows none.
+        label_names: object [N] Its name, None where unknown.
+        captions: object [N] Caption, None where unknown.
+        draws: Vectors by subject ("sae", "raw" and the controls), one entry per draw of what is random.
+    """
+
+    store: Store
+    clips: NDArray[np.int64]
+    videos: NDArray[np.object_]
+    labels: NDArray[np.int64]
+    label_names: NDArray[np.object_]
+    captions: NDArray[np.object_]
+    draws: Mapping[Subject, tuple[Pooled, ...]]
+
+    @property
+    def pooled(self) -> dict[Subject, Pooled]:
+        """Vectors by subject, the first draw of each."""
+        return {subject: draws[0] for subject, draws in self.draws.items()}
+
+
+def pooled_split(store: Store, pooling: Pooling) -> PooledSplit:
+    """The clips that `pooling` has seen, all of `store`."""
+    rows = store.clips().take(pooling.clips)
+    labels = rows["label"].to_pylist()
+    return PooledSplit(
+        store=store,
+        clips=pooling.clips,
+        videos=np.asarray(rows["video_id"].to_pylist(), dtype=object),
+        labels=np.asarray([-1 if label is None else label for label in labels], dtype=np.int64),
+        label_names=np.asarray(rows["label_name"].to_pylist(), dtype=object),
+        captions=np.asarray(rows["caption"].to_pylist(), dtype=object),
+        draws=pooling.draws(),
+    )
