@@ -47,7 +47,7 @@ from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
 from tubelet_store.reader import Store
 from tubelet_store.cache.config import CacheConfig
-transport_module._FIRST_WAIT_S = 0.01
+transport_module._FIRST_WAIT_S = 0.02
 folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
 cache = CacheConfig(
     directory=Path(folder), budget=int(budget), timeout_s=float(timeout_s), transport=transport, attempts=8
@@ -75,7 +75,7 @@ torch.set_num_threads(1)
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.run.loop import train
 import tubelet_store.storage.client as transport_module
-transport_module._FIRST_WAIT_S = 0.01
+transport_module._FIRST_WAIT_S = 0.02
 train(TrainConfig.model_validate_json(sys.argv[1]))
 """
 TRAINING_SHARE = 0.25

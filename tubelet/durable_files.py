@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, also after a power cut."""
+"""Files that are either whole or absent, also after a power cut; and locks between processes."""
 
 from __future__ import annotations
 
@@ -8,30 +8,26 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tubelet.errors import TubeletError
-
-_LOCK = ".lock"
-
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Have `folder`, made if need be, for this process alone.
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the exclusive lock of the file `path`, made if need be. The lock ends with its process.
+
+    Args:
+        path: A file for the lock alone.
+        wait: Wait while another process holds it.
 
     Raises:
-        TubeletError: another process has it.
+        BlockingIOError: another process holds it, and `wait` is off.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TubeletError(
-                f"Another process is training into {folder}", "Wait for it, or choose another --out"
-            ) from error
-        except OSError:
-            # A file system without locks: nobody can be told apart there.
-            pass
-        yield
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Its last holder may have removed the file: a lock on a file without a name excludes nobody.
+            if not os.fstat(file.fileno()).st_nlink:
+                continue
+            yield
+            return
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -42,7 +38,7 @@ def replace_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    synchronize(path.parent)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -62,9 +58,9 @@ def write_durably(path: Path, data: bytes) -> None:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def synchronize(path: Path) -> None:
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

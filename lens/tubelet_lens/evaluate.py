@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from rich.progress import Progress
 
+from tubelet.device import choose_device
 from tubelet.errors import TubeletError
 from tubelet_lens.codes.sparse_codes import Encoder, SparseCoder
 from tubelet_lens.config import EvaluateConfig, Topic
@@ -50,7 +51,7 @@ from tubelet_lens.steering.latent_effects import latent_effects
 from tubelet_lens.steering.recovery import recovery
 from tubelet_lens.steering.segmentation_edits import segmentation_edits
 from tubelet_store.reader import Store, open_store
-from tubelet_trainer.run.environment import choose_device, software
+from tubelet_trainer.run.environment import software
 
 METRICS: dict[Topic, Callable[[Setting], Metric]] = {
     "reconstruction": Reconstruction,

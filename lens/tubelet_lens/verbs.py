@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def _run(config: EvaluateConfig) -> int:
+    from tubelet.formats import styled
     from tubelet_lens.evaluate import evaluate
-    from tubelet_lens.results.section import readable
 
     result = evaluate(config)
     report = result.write(config.out if config.out is not None else config.run / "evaluation")
     for figure in result.evaluation.figures():
         if figure.headline:
-            print(f"{figure.title}: {readable(figure.value, figure.style)}")
+            print(f"{figure.title}: {styled(figure.value, figure.style)}")
     print(report)
     return 0
 

@@ -16,6 +16,8 @@ from distributed import CancelledError, Client
 from distributed.comm import CommClosedError
 
 from tubelet.errors import TubeletError
+from tubelet.formats import human_bytes
+from tubelet.retry import retry_while_unreachable
 from tubelet_pipeline.cluster import ClusterConfig, connect
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.extract_report import ExtractSummary, RunLog
@@ -25,8 +27,7 @@ from tubelet_pipeline.scheduler import SchedulerLost, ShardScheduler
 from tubelet_pipeline.shard_task import ShardReport, report
 from tubelet_pipeline.worker_state import ShardJob
 from tubelet_store.format import array_kinds, shard_bytes
-from tubelet_store.spool import Spool, retry
-from tubelet_store.store_summary import human_bytes
+from tubelet_store.spool import Spool
 from tubelet_store.store_writer import StoreWriter
 
 _RECONNECTS = 3
@@ -63,7 +64,7 @@ def extract(config: ExtractConfig, on_shard: Callable[[ExtractSummary], None] | 
             if pending:
                 _check_room(writer, pending)
                 _Run(config, cluster, planned, writer, summary, log, on_shard).until_done(client)
-            summary.identity = str(retry(writer.finish, config.upload.patience_s).identity)
+            summary.identity = str(retry_while_unreachable(writer.finish, config.upload.patience_s).identity)
         except BaseException as error:
             log("end", status=f"{type(error).__name__}: {error}", shards_this_run=summary.shards_this_run)
             raise
@@ -132,7 +133,7 @@ class _Run:
             raise self._not_extracted(lost, shard_scheduler.failures)
 
     def _pending(self) -> list[int]:
-        return retry(self.writer.pending, self.config.upload.patience_s)
+        return retry_while_unreachable(self.writer.pending, self.config.upload.patience_s)
 
     def _done(self, report: ShardReport) -> None:
         summary = self.summary

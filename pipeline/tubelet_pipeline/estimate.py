@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 
 from tubelet.errors import TubeletError
+from tubelet.formats import human_bytes, human_seconds
 from tubelet_pipeline.backbones import Backbone, load_backbone
 from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.decoded_clip import DecodedClip
@@ -36,7 +37,6 @@ from tubelet_store.plan import Plan
 from tubelet_store.shard_writer import ShardWriter
 from tubelet_store.storage.local import LocalRoot
 from tubelet_store.storage.upload import part_count
-from tubelet_store.store_summary import human_bytes
 
 T = TypeVar("T")
 
@@ -301,11 +301,3 @@ def estimate_lines(found: Estimate) -> Iterator[str]:
     for choice, size in found.alternatives.items():
         change = 100 * (size / found.total_bytes - 1)
         yield f"            {choice}: {human_bytes(size)} ({change:+.0f} %)"
-
-
-def human_seconds(seconds: float) -> str:
-    """`90 s`, `12 min`, `3.4 h`, `5.6 days`: the unit that keeps the figure short."""
-    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 86_400:.1f} days"

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tubelet.errors import TubeletError
+from tubelet.formats import human_bytes
 from tubelet_pipeline.shard_task import ShardReport
 from tubelet_store.reader import open_store
-from tubelet_store.store_summary import failed_clips, human_bytes
+from tubelet_store.store_summary import failed_clips
 
 
 @dataclass

@@ -25,10 +25,11 @@ from distributed import get_worker
 from distributed.comm import get_address_host
 from numpy.typing import NDArray
 
+from tubelet.concurrency import prefetched
 from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet.retry import retry_while_unreachable
 from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
-from tubelet_pipeline.overlap import ahead
 from tubelet_pipeline.plan_extraction import software_versions
 from tubelet_pipeline.views import place
 from tubelet_pipeline.worker_state import Runtime, runtimes
@@ -36,7 +37,6 @@ from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.commit import Commit
 from tubelet_store.finished_shard import FinishedShard
 from tubelet_store.shard_writer import ShardWriter
-from tubelet_store.spool import retry
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _extract(runtime: Runtime, shard: int) -> ShardReport:
     batches = (_prepare(runtime, list(itertools.islice(decoded, size))) for _ in range(0, len(clips), size))
     with store.shard(shard) as writer, ThreadPoolExecutor(1, thread_name_prefix="write") as executor:
         writing: Future[None] | None = None
-        prepared = ahead(batches, 1, "prepare")
+        prepared = prefetched(batches, 1, "prepare")
         for _ in range(0, len(clips), size):
             with _timed(seconds, "decode"):
                 batch = next(prepared)
@@ -126,7 +126,7 @@ def _publish(runtime: Runtime, finished: FinishedShard) -> Commit | None:
             raise
 
     try:
-        return retry(attempt, runtime.job.upload.patience_s)
+        return retry_while_unreachable(attempt, runtime.job.upload.patience_s)
     except StoreUnreachable as error:
         raise TubeletError(
             f"{runtime.store.url} has not answered for {runtime.job.upload.patience_s:g} s, and the spool "

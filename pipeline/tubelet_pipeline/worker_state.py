@@ -20,6 +20,7 @@ import torch
 
 from tubelet.config import Config
 from tubelet.errors import TubeletError
+from tubelet.retry import retry_while_unreachable
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
 from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
@@ -28,7 +29,7 @@ from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.sampling import Sampling
 from tubelet_pipeline.token_selection import AllTokens, Tokens, TokenSelector
 from tubelet_pipeline.views import CenterView, View, Views, clip_request, locate
-from tubelet_store.spool import Spool, UploadConfig, retry
+from tubelet_store.spool import Spool, UploadConfig
 from tubelet_store.store_writer import StoreWriter
 
 
@@ -114,7 +115,7 @@ class Runtime:
     def __init__(self, job: ShardJob) -> None:
         self.job = job
         self.backbone: Backbone = load_backbone(job.backbone, frames=job.sampling.frames)
-        self.store, table = retry(lambda: _attach(job), job.upload.patience_s)
+        self.store, table = retry_while_unreachable(lambda: _attach(job), job.upload.patience_s)
         self.spool = Spool(job.upload, job.store, self.store.plan)
         self.spool.discard_partial()
         self.clips = table.select(["uri", "video_id", "view"]).combine_chunks()

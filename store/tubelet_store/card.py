@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
+from tubelet.formats import human_bytes
 from tubelet_store.object_keys import CLIPS, MANIFEST
 from tubelet_store.reader import Store
-from tubelet_store.store_summary import failed_clips, human_bytes, summarize
+from tubelet_store.store_summary import failed_clips, summarize
 
 CARD, CROISSANT = "README.md", "croissant.json"
 

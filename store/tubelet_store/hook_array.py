@@ -166,7 +166,7 @@ class HookArray:
         )
 
     def _human(self) -> str:
-        from tubelet_store.store_summary import human_bytes
+        from tubelet.formats import human_bytes
 
         return human_bytes(self.nbytes)
 

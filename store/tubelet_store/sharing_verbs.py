@@ -170,8 +170,8 @@ def _pull(config: PullConfig) -> int:
 def _transport(source: str, destination: str, wanted: Wanted, threads: int, check: str) -> int:
     from rich.progress import Progress
 
+    from tubelet.formats import human_bytes
     from tubelet_store.reader import open_store
-    from tubelet_store.store_summary import human_bytes
     from tubelet_store.transfer import StoreCopy
 
     store = open_store(source)
@@ -236,9 +236,9 @@ def _compose(composition: Composition, threads: int) -> int:
 
 
 def _gc(config: GcConfig) -> int:
+    from tubelet.formats import human_bytes
     from tubelet_store.gc import find_orphans, remove
     from tubelet_store.reader import open_store
-    from tubelet_store.store_summary import human_bytes
 
     store = open_store(config.store, allow_unfinished=True)
     orphans = find_orphans(store, config.older_than_h * 3600)

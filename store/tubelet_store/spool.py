@@ -9,32 +9,24 @@ any time loses nothing; the next run on this machine, with the same plan, upload
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import random
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import Field
 
 from tubelet.config import Config
+from tubelet.durable_files import locked, synchronize
 from tubelet.errors import StoreUnreachable
 from tubelet.paths import cache_folder
 from tubelet_store.commit import Commit
 from tubelet_store.finished_shard import FinishedShard, publish
 from tubelet_store.plan import Plan
-from tubelet_store.storage.local import synchronize
 from tubelet_store.storage.object_root import ObjectRoot
 
-T = TypeVar("T")
-
 _COMMIT, _MOMENTS = "commit.json", "moments"
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 
 
 class UploadConfig(Config):
@@ -46,25 +38,6 @@ class UploadConfig(Config):
     """Room for waiting shards on each machine, in MiB, over all stores and workers."""
     patience_s: float = Field(default=900, ge=0)
     """How long a full spool, or the end of the job, waits for the storage before the job gives up."""
-
-
-def retry(call: Callable[[], T], patience_s: float) -> T:
-    """`call()`, again and again while the object storage does not answer, for `patience_s`.
-
-    Raises:
-        StoreUnreachable: it did not answer in that time.
-    """
-    deadline = time.monotonic() + patience_s
-    pause_s = _FIRST_PAUSE_S
-    while True:
-        try:
-            return call()
-        except StoreUnreachable:
-            if time.monotonic() > deadline:
-                raise
-        # Workers that were refused together must not come back together.
-        time.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class Spool:
@@ -91,7 +64,8 @@ class Spool:
     def keep(self, finished: FinishedShard) -> bool:
         """Move the files of `finished` here; False where there is no room."""
         shard = finished.commit.shard
-        with self._locked(self.directory / "room.lock"):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with locked(self.directory / "room.lock"):
             if (self._mine / str(shard)).exists():
                 return True
             used = sum(f.stat().st_size for f in self.directory.rglob("*") if f.is_file())
@@ -117,8 +91,12 @@ class Spool:
         done = []
         for shard in self.shards():
             entry = self._mine / str(shard)
-            with self._locked(self._mine / f"{shard}.lock", wait=False) as mine:
-                if not mine or not entry.exists():
+            with contextlib.ExitStack() as lock:
+                try:
+                    lock.enter_context(locked(self._mine / f"{shard}.lock", wait=False))
+                except BlockingIOError:
+                    continue
+                if not entry.exists():
                     continue
                 try:
                     publish(root, self._plan, self._read(entry))
@@ -136,7 +114,7 @@ class Spool:
     def discard_partial(self) -> None:
         """Remove what a process left that was killed while it moved a shard here."""
         if self._mine.exists():
-            with self._locked(self.directory / "room.lock"):
+            with locked(self.directory / "room.lock"):
                 for partial in self._mine.glob("partial-*"):
                     shutil.rmtree(partial, ignore_errors=True)
 
@@ -144,14 +122,3 @@ class Spool:
         commit = Commit.model_validate_json((entry / _COMMIT).read_text())
         files = {stored.key: entry / str(number) for number, stored in enumerate(commit.objects)}
         return FinishedShard(commit, (entry / _MOMENTS).read_bytes(), files)
-
-    @contextlib.contextmanager
-    def _locked(self, path: Path, wait: bool = True) -> Iterator[bool]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True

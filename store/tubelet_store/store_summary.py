@@ -51,15 +51,6 @@ def failed_clips(store: Store) -> list[dict[str, Any]]:
     return [{k: row[k] for k in names if k != "status"} for row in rows]
 
 
-def human_bytes(size_bytes: float) -> str:
-    """`size_bytes` with a binary unit: 1536 -> "1.5 KiB"."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size_bytes >= 1024 and len(units) > 1:
-        size_bytes /= 1024
-        units.pop(0)
-    return f"{size_bytes:.0f} B" if units[0] == "B" else f"{size_bytes:.1f} {units[0]}"
-
-
 def _tokens(store: Store) -> dict[str, Any]:
     """Which of the backbone's tokens are stored."""
     plan = store.plan

@@ -58,7 +58,7 @@ def _info(config: InfoConfig) -> int:
 
 
 def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    from tubelet_store.store_summary import human_bytes
+    from tubelet.formats import human_bytes
 
     clips, shards, grid = summary["clips"], summary["shards"], summary["grid"]
     backbone = summary["backbone"]
@@ -116,8 +116,8 @@ def _verify(config: VerifyConfig) -> int:
     from rich.progress import Progress as Bar
 
     from tubelet.errors import TubeletError
+    from tubelet.formats import human_bytes
     from tubelet_store.reader import open_store
-    from tubelet_store.store_summary import human_bytes
     from tubelet_store.verify import Progress, Repair, expected_objects, orphans, verify
 
     store = open_store(config.store, allow_unfinished=True)

@@ -15,13 +15,12 @@ import pytest
 
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
+from tubelet.formats import styled
 from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.evaluate import BACKBONE_METRICS, CLIP_METRICS, METRICS, Result, evaluate
 from tubelet_lens.inputs.clip_selection import some_of
-from tubelet_lens.report.render import show
 from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.results.latent_table import read_latents
-from tubelet_lens.results.section import Figure
 from tubelet_lens.verbs import EVALUATE
 from tubelet_store.reader import open_store
 from tubelet_trainer.config import TrainConfig
@@ -193,7 +192,7 @@ def test_the_report_shows_every_figure_and_its_definition(result: Evaluation, wr
     assert links <= set(ids)
     for figure in result.figures():
         assert f"def-{figure.name.replace('.', '-')}" in ids
-        assert show(figure) in page
+        assert styled(figure.value, figure.style) in page
     for name in (
         "Training",
         "FVU during training",
@@ -227,7 +226,10 @@ def test_names_from_a_store_cannot_break_the_page(found: Result, result: Evaluat
     ("value", "style", "text"),
     [
         (None, "number", "—"),
-        (0.0973, "number", "0.097"),
+        (0.0973, "number", "0.0973"),
+        (-5e-17, "number", "0"),
+        (-1e-9, "percent", "0.0 %"),
+        (float("nan"), "number", "—"),
         (-0.5, "number", "\N{MINUS SIGN}0.500"),
         (12.345, "number", "12.35"),
         (5.0, "number", "5"),
@@ -236,8 +238,7 @@ def test_names_from_a_store_cannot_break_the_page(found: Result, result: Evaluat
     ],
 )
 def test_figures_are_shown_with_the_digits_that_matter(value: float | None, style: str, text: str) -> None:
-    fields = {"name": "a.b", "title": "t", "n": 1, "n_of": "tokens", "definition": "d"}
-    assert show(Figure(value=value, style=style, **fields)) == text
+    assert styled(value, style) == text
 
 
 def test_a_store_without_the_saes_hook_is_refused(trained: Path, tmp_path: Path) -> None:

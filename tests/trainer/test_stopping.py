@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from stores import make_plan, make_store
 from tubelet.cli.main import main
-from tubelet.durable_files import held
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.run.checkpoint import load_latest
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.run.process_group import ALONE
+from tubelet_trainer.run.run_folder import exclusive
 from tubelet_trainer.run.stop_signal import StopRequest
 from tubelet_trainer.run.training_run import Run
 
@@ -130,7 +130,7 @@ def test_an_ignored_signal_stays_ignored_and_one_that_comes_twice_at_once_is_one
 
 def test_a_folder_is_one_runs_at_a_time(store, tmp_path, capsys):
     out = tmp_path / "run"
-    with held(out):
+    with exclusive(out):
         assert main(["train", store.url, "--out", str(out), "--steps", "2", "--device", "cpu"]) == 2
     assert f"Another process is training into {out}" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [".lock"]

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from tubelet_lens.config import DemoConfig
-from tubelet_lens.results.section import readable
 from tubelet.cli import main as cli
 from tubelet_store.reader import open_store
 from tubelet.errors import TubeletError
-from tubelet_store.store_summary import human_bytes, summarize
+from tubelet.formats import human_bytes, styled
+from tubelet_store.store_summary import summarize
 
 
 def demo(config: DemoConfig) -> None:
@@ -107,12 +107,12 @@ def _summary(out: Path) -> list[tuple[str, str]]:
 
 
 def _text(figure: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> str:
-    text = readable(figure["value"], figure["style"])
+    text = styled(figure["value"], figure["style"])
     if figure["name"] != "action.top1.sae":
         return text
     beside = {"raw": "raw", "untrained SAE": "untrained", "labels permuted": "permuted"}
     others = (
-        f"{words} {readable(by_name[f'action.top1.{subject}']['value'], 'percent')}"
+        f"{words} {styled(by_name[f'action.top1.{subject}']['value'], 'percent')}"
         for words, subject in beside.items()
     )
     return f"{text} ({', '.join(others)})"

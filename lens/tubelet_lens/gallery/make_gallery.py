@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from rich.progress import Progress
 
+from tubelet.device import choose_device
 from tubelet.errors import TubeletError
 from tubelet_lens.codes.dictionary import Nearest, directions, nearest_latents
 from tubelet_lens.gallery.config import GalleryConfig, LatentList, TopLatents
@@ -31,7 +32,6 @@ from tubelet_lens.results.evaluation import read_evaluation
 from tubelet_lens.results.latent_table import FILE, read_latents
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.data.split import held_out
-from tubelet_trainer.run.environment import choose_device
 
 _NEAREST = 6
 _PROBE_CLIPS = 4000

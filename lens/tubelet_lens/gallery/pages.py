@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from tubelet.formats import number
 from tubelet_lens.gallery.effects import Effects
 from tubelet_lens.gallery.frames import sheet_columns
 from tubelet_lens.gallery.heat import packed
@@ -30,7 +31,6 @@ DATA = "overview-data.js"
 _LABELS_SHOWN = 8
 _EFFECTS_SHOWN = 6
 _DIGITS = 4
-_MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -314,20 +314,6 @@ def peak_frame(levels_TS: NDArray[np.uint8], frames: int) -> int:
     """First frame of the latent step at which the map is highest."""
     steps = len(levels_TS)
     return int(levels_TS.max(1).argmax()) * frames // steps
-
-
-def number(value: float | None) -> str:
-    """A value as people read it: three digits that matter."""
-    if value is None:
-        return "—"
-    if value and not 1e-3 <= abs(value) < 1e5:
-        digits, power = f"{value:.2e}".split("e")
-        text = f"{digits}e{int(power)}"
-    elif abs(value) >= 100 or value == round(value):
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:.3g}"
-    return text.replace("-", _MINUS)
 
 
 def static_files() -> list[tuple[str, bytes]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tubelet.formats import styled
 from tubelet_lens.report.svg_plots import svg
 from tubelet_lens.results.evaluation import Evaluation
 from tubelet_lens.results.section import Figure, Section
@@ -27,8 +27,6 @@ SUBJECTS = {
 }
 """Columns of the tables, in order."""
 
-_MINUS = "\N{MINUS SIGN}"
-
 
 def render_report(evaluation: Evaluation) -> str:
     """The page, as HTML."""
@@ -39,7 +37,7 @@ def render_report(evaluation: Evaluation) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"show": show, "anchor": anchor, "range": _range}
+    environment.filters |= {"show": _show, "anchor": anchor, "range": _range}
     return environment.get_template("report.html").render(
         evaluation=evaluation,
         headlines=[figure for figure in evaluation.figures() if figure.headline],
@@ -62,36 +60,15 @@ def render_report(evaluation: Evaluation) -> str:
     )
 
 
-def show(figure: Figure) -> str:
-    """The figure's value as text; an em dash where it is undefined."""
-    if figure.value is None:
-        return "—"
-    if figure.style == "percent":
-        return f"{100 * figure.value:.1f} %".replace("-", _MINUS)
-    if figure.style == "count":
-        return f"{figure.value:,.0f}"
-    if figure.style == "seconds":
-        return f"{figure.value:.3g} s"
-    return _number(figure.value)
-
-
-def _number(value: float) -> str:
-    size = abs(value)
-    if value == round(value) and size < 1e6:
-        text = f"{value:,.0f}"
-    elif 1e-3 <= size < 1e4:
-        # Four digits, but never fewer than one after the point.
-        text = f"{value:.{max(1, 3 - max(0, math.floor(math.log10(size))))}f}"
-    else:
-        text = f"{value:.2e}"
-    return text.replace("-", _MINUS)
+def _show(figure: Figure) -> str:
+    return styled(figure.value, figure.style)
 
 
 def _range(figure: Figure) -> str:
     """The lower and upper end beside the value, if it has them."""
     if figure.low is None or figure.high is None:
         return ""
-    low, high = (show(figure.model_copy(update={"value": end})) for end in (figure.low, figure.high))
+    low, high = (styled(end, figure.style) for end in (figure.low, figure.high))
     return f" ({low.removesuffix(' %')} … {high})"
 
 

@@ -104,10 +104,3 @@ class Section(Config):
 def ratio(numerator: float, denominator: float) -> float | None:
     """`numerator / denominator`; None where the denominator is 0."""
     return numerator / denominator if denominator else None
-
-
-def readable(value: float | None, style: str) -> str:
-    """A figure's value as a person reads it in a terminal."""
-    if value is None:
-        return "undefined"
-    return f"{value:.1%}" if style == "percent" else f"{value:.4g}"

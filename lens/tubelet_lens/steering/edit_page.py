@@ -5,11 +5,11 @@ from __future__ import annotations
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tubelet.formats import MINUS, UNDEFINED, number
 from tubelet_lens.steering.edit_report import ClipEffect, Compared, EditReport
 from tubelet_lens.steering.operation import Amplify, SetTo, Suppress
 from tubelet_lens.steering.region import Region
 
-_MINUS = "\N{MINUS SIGN}"
 _WIDTH, _HEIGHT = 240, 22
 
 
@@ -33,16 +33,10 @@ def render_page(report: EditReport) -> str:
     return environment.get_template("edit.html").render(report=report, widest=widest)
 
 
-def number(value: float) -> str:
-    """With the digits that matter, and a true minus."""
-    text = f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
-    return text.replace("-", _MINUS)
-
-
 def mean(compared: Compared, kind: str) -> str:
     """Mean of a control."""
     found = compared.matched if kind == "matched" else compared.random
-    return "—" if found is None else number(found.mean)
+    return UNDEFINED if found is None else number(found.mean)
 
 
 def spread(compared: Compared, kind: str) -> str:
@@ -57,11 +51,11 @@ def operation(change: Suppress | Amplify | SetTo) -> str:
         case Suppress(strength=0.0):
             return "switched off"
         case Suppress(strength=strength):
-            return f"suppressed to {_MINUS}{strength:g} times its largest observed activation"
+            return f"suppressed to {MINUS}{strength:g} times its largest observed activation"
         case Amplify(factor=factor):
-            return f"multiplied by {factor:g}".replace("-", _MINUS)
+            return f"multiplied by {factor:g}".replace("-", MINUS)
         case SetTo(value=value):
-            return f"set to {value:g}".replace("-", _MINUS)
+            return f"set to {value:g}".replace("-", MINUS)
 
 
 def region(where: Region) -> str:

@@ -12,6 +12,7 @@ import torch.nn.functional as nnf
 from rich.progress import track
 from torch import Tensor
 
+from tubelet.device import choose_device
 from tubelet.errors import TubeletError
 from tubelet_lens.inputs.clip_selection import choose_clips, stratified_sample
 from tubelet_lens.inputs.clip_stream import read_clip
@@ -47,7 +48,7 @@ from tubelet_pipeline.backbones.rewrite import Rewrite
 from tubelet_pipeline.redecode import backbone_of
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.data.split import HoldoutConfig
-from tubelet_trainer.run.environment import choose_device, software
+from tubelet_trainer.run.environment import software
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.sae_files import load_record, load_sae
 

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from tubelet.device import choose_device
 from tubelet.errors import TubeletError, nearest
 from tubelet_pipeline.backbones.checkpoint import (
     BackboneConfig,
     Checkpoint,
     digest_of_weights,
     load_model,
-    resolve_device,
 )
 from tubelet_pipeline.backbones.hooks import CompiledCapture, capture, find_blocks
 from tubelet_pipeline.preprocess import CENTER, CropBox, Place, Preprocessing, read_preprocessing
@@ -89,7 +89,7 @@ class Backbone(ABC):
         self.compiled = config.compile
         self._compiled: CompiledCapture | None = None
         self.dtype: torch.dtype = getattr(torch, config.precision)
-        self.device = resolve_device(config.device)
+        self.device = choose_device(config.device)
         self.preprocessing: Preprocessing = config.preprocessing or read_preprocessing(
             checkpoint.folder, f"'{checkpoint.name}'", square=self.square
         )

@@ -217,23 +217,6 @@ def digest_of_weights(model: nn.Module, unneeded: tuple[str, ...]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def resolve_device(device: str) -> torch.device:
-    """`auto` becomes CUDA where there is one.
-
-    Raises:
-        TubeletError: the name is no device, or this machine does not have it.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise TubeletError(f"Device '{device}' cannot be used here: {reason}", "Set device: auto or cpu") from error
-    return resolved
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bar and load report off the terminal; what matters of them is raised instead."""

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from tubelet.durable_files import locked
 from tubelet.errors import TubeletError
 from tubelet_store.cache.partial_file import ARRIVED, Partial
 from tubelet_store.cache.shard_object import ShardObject
@@ -214,15 +215,9 @@ class Directory:
                         if not entry.name.endswith(ARRIVED):
                             yield Path(entry.path), entry.stat()
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
         """Alone in deciding what the folder holds."""
-        with (self.path / _LOCK).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)
+        return locked(self.path / _LOCK)
 
     def _make_folders(self) -> None:
         for name in (_OBJECTS, _PARTIAL):

@@ -19,10 +19,10 @@ def _config() -> type[FillConfig]:
 def _cache(config: FillConfig) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+    from tubelet.formats import human_bytes
     from tubelet_store.cache.config import CacheConfig
     from tubelet_store.cache.fill import fill, wanted_shards
     from tubelet_store.reader import open_store
-    from tubelet_store.store_summary import human_bytes
 
     settings = {name: getattr(config, name) for name in CacheConfig.model_fields}
     store = open_store(config.store, allow_unfinished=True, cache=CacheConfig.model_validate(settings))

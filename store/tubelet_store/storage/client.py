@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet.retry import retry
 from tubelet_store.storage.faults import Fault, ShortRead, detail, fault_of
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_FIRST_WAIT_S = 0.1
+_FIRST_WAIT_S = 0.2
 _LONGEST_WAIT_S = 10.0
 # New credentials are looked for this often per read before the user is asked.
 _RENEWALS = 2
@@ -67,7 +66,7 @@ class Transport(ABC):
 
     def read(self, key: str) -> bytes:
         """The whole object. Raises FileNotFoundError, or TubeletError where it cannot be had."""
-        return self._patiently(key, lambda: self._read(key))
+        return self._retried(key, lambda: self._read(key))
 
     def read_range(self, key: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop) of the object, read-only. Raises as `read` does."""
@@ -78,19 +77,19 @@ class Transport(ABC):
                 raise ShortRead(f"{len(data)} of {stop - start} bytes came")
             return data
 
-        return self._patiently(key, attempt)
+        return self._retried(key, attempt)
 
     def size(self, key: str) -> int | None:
         """Bytes of the object, None where there is none."""
         try:
-            return self._patiently(key, lambda: self._size(key))
+            return self._retried(key, lambda: self._size(key))
         except FileNotFoundError:
             return None
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """Keys below `prefix` (a folder), sorted."""
         try:
-            return sorted(self._patiently(prefix, lambda: self._list(prefix)))
+            return sorted(self._retried(prefix, lambda: self._list(prefix)))
         except FileNotFoundError:
             return []
 
@@ -110,28 +109,27 @@ class Transport(ABC):
     def _renew(self) -> None:
         """Build the client again, so that it looks for credentials again."""
 
-    def _patiently(self, key: str, attempt: Callable[[], T]) -> T:
+    def _retried(self, key: str, attempt: Callable[[], T]) -> T:
+        """`attempt()`, repeated after faults that pass, and with fresh credentials after they expired."""
         renewals = 0
-        for number in range(1, self.patience.requests + 1):
-            try:
-                return attempt()
-            except TubeletError:
-                raise
-            except Exception as error:
-                fault = fault_of(error)
-                if fault == "missing":
-                    raise FileNotFoundError(f"{self.url}/{key}") from error
-                if fault == "other":
-                    raise
-                renewals += fault == "expired"
-                last = number == self.patience.requests
-                if fault == "denied" or last or renewals > _RENEWALS:
-                    raise self._explained(key, fault, error, number) from error
-                if fault == "expired":
-                    self._renew()
-            # Full jitter: processes that were refused together must not come back together.
-            time.sleep(random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**number)))
-        raise AssertionError("the last attempt returns or raises")
+
+        def may_retry(error: Exception, attempts: int) -> bool:
+            nonlocal renewals
+            if isinstance(error, TubeletError):
+                return False
+            fault = fault_of(error)
+            if fault == "missing":
+                raise FileNotFoundError(f"{self.url}/{key}") from error
+            if fault == "other":
+                return False
+            renewals += fault == "expired"
+            if fault == "denied" or attempts == self.patience.requests or renewals > _RENEWALS:
+                raise self._explained(key, fault, error, attempts) from error
+            if fault == "expired":
+                self._renew()
+            return True
+
+        return retry(attempt, may_retry, _FIRST_WAIT_S, _LONGEST_WAIT_S)
 
     def _explained(self, key: str, fault: Fault, error: Exception, attempts: int) -> TubeletError:
         name, said = f"{self.url}/{key}".rstrip("/"), detail(error)

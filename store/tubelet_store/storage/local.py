@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -16,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from tubelet.durable_files import locked, synchronize, write_durably
 from tubelet_store.storage.object_root import CHUNK_BYTES, ObjectRoot
 
 SCRATCH = ".tmp"
@@ -121,7 +121,7 @@ class LocalRoot(ObjectRoot):
         """See ObjectRoot."""
         folder = self.directory / SCRATCH
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock"):
+        with locked(folder / f"{name}.lock"):
             yield
 
     @contextlib.contextmanager
@@ -140,14 +140,14 @@ class LocalRoot(ObjectRoot):
             # Until its lock is held, `discard_scratch` may take it for a dead writer's.
             with contextlib.suppress(FileNotFoundError):
                 folder.mkdir(parents=True)
-                lock.enter_context(_locked(folder / _OWNER))
+                lock.enter_context(locked(folder / _OWNER))
                 return folder
 
     def discard_scratch(self) -> None:
         """See ObjectRoot."""
         scratch = self.directory / SCRATCH
         for lock in [*scratch.glob(f"*/{_OWNER}"), *scratch.glob("*.lock")]:
-            with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(lock, wait=False):
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), locked(lock, wait=False):
                 if lock.name == _OWNER:
                     shutil.rmtree(lock.parent, ignore_errors=True)
                 else:
@@ -172,10 +172,7 @@ class LocalRoot(ObjectRoot):
     def _temporary(self, data: bytes) -> Iterator[Path]:
         with self.scratch() as folder:
             path = folder / "object"
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_durably(path, data)
             yield path
 
     def _rename(self, finished: Path, key: str) -> None:
@@ -183,28 +180,6 @@ class LocalRoot(ObjectRoot):
         target.parent.mkdir(parents=True, exist_ok=True)
         finished.replace(target)
         synchronize(target.parent)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    # The kernel frees the lock when its holder dies, by kill -9 too.
-    while True:
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Whoever held it may have removed the file: a lock on what has no name any more excludes nobody.
-            if not os.fstat(file.fileno()).st_nlink:
-                continue
-            yield
-            return
-
-
-def synchronize(path: Path) -> None:
-    """Make the file's bytes, or the directory's names, outlast a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -55,7 +55,7 @@ class Uploader(FsspecTransport):
 
     def replace(self, key: str, data: bytes) -> None:
         """Write the object whole, over an older one if there is one."""
-        self._patiently(key, lambda: self._files().pipe_file(self._path(key), data))
+        self._retried(key, lambda: self._files().pipe_file(self._path(key), data))
 
     def create(self, key: str, data: bytes) -> bool:
         """Write the object unless it exists; False where it did."""
@@ -91,7 +91,7 @@ class Uploader(FsspecTransport):
             return there
         for _ in range(self.patience.requests):
             if over:
-                self._patiently(key, lambda: put({}))
+                self._retried(key, lambda: put({}))
             else:
                 mine = self._create(key, put)
                 if not mine:
@@ -116,7 +116,7 @@ class Uploader(FsspecTransport):
             with self._files().open(self._path(key), "rb") as file:
                 return digest_of(iter(lambda: file.read(_READ_BYTES), b"")).sha256
 
-        return self._patiently(key, look)
+        return self._retried(key, look)
 
     def probe_create(self) -> bool:
         """Whether the server refuses to create what exists; found by trying. A server that does not is warned about."""
@@ -124,7 +124,7 @@ class Uploader(FsspecTransport):
         honored = not self.create(_PROBE, b"") and self._conditional
         # Who may write but not delete leaves an empty object behind.
         with contextlib.suppress(PermissionError, TubeletError):
-            self._patiently(_PROBE, lambda: self._files().rm_file(self._path(_PROBE)))
+            self._retried(_PROBE, lambda: self._files().rm_file(self._path(_PROBE)))
         if not honored:
             _log.warning(
                 "%s ignores conditional writes (If-None-Match): two jobs that write one store at once are not kept "
@@ -146,13 +146,13 @@ class Uploader(FsspecTransport):
             return True
 
         if self._conditional:
-            created = self._patiently(key, attempt)
+            created = self._retried(key, attempt)
             if created is not None:
                 return created
             self._conditional = False
         if self.size(key) is not None:
             return False
-        self._patiently(key, lambda: put({}))
+        self._retried(key, lambda: put({}))
         return True
 
 

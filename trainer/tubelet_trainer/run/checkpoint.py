@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tubelet.durable_files import replace_file, sync_folder, write_durably
+from tubelet.durable_files import replace_file, synchronize, write_durably
 from tubelet.errors import TubeletError
 
 _TENSORS = "state.safetensors"
@@ -52,13 +52,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         write_durably(temporary / _TENSORS, save(tensors))
         record = {**checkpoint.record, "step": checkpoint.step}
         write_durably(temporary / _RECORD, json.dumps(record, indent=2).encode())
-        sync_folder(temporary)
+        synchronize(temporary)
         # Left by a run that was killed between the rename and `latest`.
         _remove(folder / name)
         os.rename(temporary, folder / name)
     finally:
         _remove(temporary)
-    sync_folder(folder)
+    synchronize(folder)
     replace_file(folder / _LATEST, name.encode())
     for stale in sorted(path for path in folder.glob(f"{_PREFIX}*") if path.name < name)[: -(keep - 1) or None]:
         _remove(stale)

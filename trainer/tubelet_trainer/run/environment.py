@@ -1,4 +1,4 @@
-"""The machine a run uses: its device, and the versions that bitwise repetition depends on."""
+"""The machine a run uses: its memory settings, and the versions that bitwise repetition depends on."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ from importlib.metadata import version
 
 import torch
 from pydantic import JsonValue
-
-from tubelet.errors import TubeletError
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA if there is one.
-
-    Raises:
-        TubeletError: CUDA is asked for and not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise TubeletError(
-            "device is 'cuda', but torch finds no GPU here", "Use --device cpu, or install torch for CUDA"
-        )
-    return torch.device(name)
-
 
 # Numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

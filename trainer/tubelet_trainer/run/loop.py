@@ -27,13 +27,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tubelet.device import choose_device
 from tubelet.errors import TubeletError
 from tubelet_store.reader import Store
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.data.streams import open_stores, resident_shards
 from tubelet_trainer.run.checkpoint import Checkpoint, latest_name, load_latest, save_checkpoint
 from tubelet_trainer.run.divergence import find_divergence, raise_diverged
-from tubelet_trainer.run.environment import choose_device, keep_memory, software
+from tubelet_trainer.run.environment import keep_memory, software
 from tubelet_trainer.run.l0_controller import L0ControllerWatch
 from tubelet_trainer.run.process_group import ProcessGroup, join_process_group
 from tubelet_trainer.run.run_folder import Logs, claimed, exported

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tubelet.config import dump_yaml
-from tubelet.durable_files import held, replace_file
+from tubelet.durable_files import locked, replace_file
 from tubelet.errors import TubeletError
 from tubelet_trainer.run.checkpoint import latest_name
 from tubelet_trainer.run.metrics_log import MetricsLog
@@ -15,6 +16,8 @@ from tubelet_trainer.run.specs import flat
 from tubelet_trainer.run.trackers import Prefixed, Tracker, open_tracker
 from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.sae_files import RECORD, load_record
+
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -30,13 +33,35 @@ def claimed(run: Run, looked_at: str | None) -> Iterator[Logs]:
     """
     with ExitStack() as stack:
         if run.ranks.first:
-            stack.enter_context(held(run.config.out))
+            stack.enter_context(exclusive(run.config.out))
             if latest_name(run.config.out / "checkpoints") != looked_at:
                 raise TubeletError(f"Another process has trained into {run.config.out} meanwhile", "Run it again")
             _write_configs(run)
         logs = Logs(run, run.windows.step)
         stack.callback(logs.close)
         yield logs
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the run folder, made if need be, for this process alone.
+
+    Raises:
+        TubeletError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / _LOCK, wait=False))
+        except BlockingIOError as error:
+            raise TubeletError(
+                f"Another process is training into {folder}", "Wait for it, or choose another --out"
+            ) from error
+        except OSError as error:
+            # A file system without locks cannot tell processes apart.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+        yield
 
 
 def _write_configs(run: Run) -> None:
