@@ -50,7 +50,7 @@ def test_long_tables_say_how_many_rows_are_left_out() -> None:
 def test_sorting_puts_undefined_values_last_in_both_directions() -> None:
     assert list(TABLE.sort_by("value")["name"]) == ["c", "a", "b<i>"]
     assert list(TABLE.sort_by("value", descending=True)["name"]) == ["a", "c", "b<i>"]
-    with pytest.raises(TubeletError, match="no column 'vlue'.*'value'"):
+    with pytest.raises(TubeletError, match=r"no column 'vlue'.*'value'"):
         TABLE.sort_by("vlue")
 
 
