@@ -9,12 +9,16 @@ where the kind keeps many latents (K = F).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tubelet.errors import TubeletError
@@ -116,26 +120,60 @@ class SAE(nn.Module):
         if x.ndim != 2 or x.shape[1] != self.channels:
             raise TubeletError(
                 f"Tokens of shape {list(x.shape)} were given, the SAE takes [tokens, {self.channels}]",
-                "Flatten clips, times and patches first: tokens.flatten(0, -2)",
+                "Flatten clips, times and patches first, tokens.flatten(0, -2), or use `encode`",
             )
         x_ND = self.normalization(x)
         return self.activate(x_ND, self.pre_activations(x_ND))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Dense codes [N, F] of raw tokens [N, D]."""
-        return self.encode_sparse(x).dense(self.latents)
+    def encode(self, x: Tensor | NDArray[Any]) -> Tensor:
+        """Dense codes [..., F] of raw tokens [..., D], float32.
+
+        Args:
+            x: Any leading dimensions ([clip, time, space, channel] of a store, say), torch or numpy, any dtype of a
+                store; moved to the SAE's device.
+
+        Raises:
+            TubeletError: the last dimension is not the SAE's channels.
+        """
+        tokens = self._on_device(x)
+        codes = self.encode_sparse(self._flat(tokens))
+        return codes.dense(self.latents).reshape(*tokens.shape[:-1], self.latents)
 
     def decode_sparse(self, codes: Codes) -> Tensor:
         """Raw tokens [N, D] from sparse codes."""
         return self.normalization.inverse(self.reconstruct(codes))
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Raw tokens [N, D] from dense codes [N, F]."""
+    def decode(self, codes: Tensor | NDArray[Any]) -> Tensor:
+        """Raw tokens [..., D] from dense codes [..., F]; leading dimensions and types as for `encode`."""
+        codes = self._on_device(codes).to(self.W_dec.dtype)
+        if codes.shape[-1:] != (self.latents,):
+            raise TubeletError(
+                f"Codes of shape {list(codes.shape)} were given, the SAE has {self.latents} latents",
+                "Give dense codes [..., latents], as `encode` returns them",
+            )
         return self.normalization.inverse(codes @ self.W_dec + self.b_dec)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction [N, D] of raw tokens [N, D]."""
-        return self.decode_sparse(self.encode_sparse(x))
+    def forward(self, x: Tensor | NDArray[Any]) -> Tensor:
+        """Reconstruction [..., D] of raw tokens [..., D]; leading dimensions and types as for `encode`."""
+        tokens = self._on_device(x)
+        return self.decode_sparse(self.encode_sparse(self._flat(tokens))).reshape(tokens.shape)
+
+    def _on_device(self, x: Tensor | NDArray[Any]) -> Tensor:
+        if isinstance(x, np.ndarray):
+            # NumPy has no bfloat16 of its own; torch takes the bits.
+            is_bfloat16 = x.dtype.name == "bfloat16"
+            x = np.require(x.view(np.int16) if is_bfloat16 else x, requirements="W")
+            tensor = torch.from_numpy(x)
+            x = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+        return x.to(self.W_enc.device)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.channels,):
+            raise TubeletError(
+                f"Tokens of shape {list(x.shape)} were given, the SAE takes [..., {self.channels}]",
+                "Give tokens of the hook that it was trained on, channels last",
+            )
+        return x.reshape(math.prod(x.shape[:-1]), self.channels)
 
     def pre_activations(self, x_ND: Tensor) -> Tensor:
         """W_enc (x - b_dec) + b_enc, [N, F], of normalized tokens. Without gradient: `choose` supplies it.
