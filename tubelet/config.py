@@ -7,6 +7,7 @@ A field that does not exist is an error that names the nearest one that does.
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
-_COMMAND_LINE = "the command line"
+_COMMAND_LINE, _ARGUMENTS = "the command line", "the arguments"
 
 
 def misfit(field: str, message: str) -> PydanticCustomError:
@@ -62,6 +63,60 @@ def load_config(model: type[C], path: Path | None, overrides: Mapping[str, str])
     return validate(model, tree, str(path) if path is not None else _COMMAND_LINE, typed=overrides.keys())
 
 
+def configure(model: type[C], source: Any, fields: Mapping[str, Any]) -> C:
+    """The configuration that a caller in Python gives: `source`, overridden by the keywords `fields`.
+
+    Args:
+        model: What is configured.
+        source: An instance of `model`, a mapping of fields, the path of a YAML file, or None.
+        fields: Values by field name, dotted or nested; mappings are merged into those of `source`. A run or a store
+            may be given as the object that stands for it.
+
+    Raises:
+        TubeletError: a field is unknown, missing or of the wrong type; one line, as on the command line.
+    """
+    origin = _ARGUMENTS
+    if isinstance(source, model):
+        if not fields:
+            return source
+        tree = source.model_dump(by_alias=True, exclude_unset=True)
+    elif source is None:
+        tree = {}
+    elif isinstance(source, Mapping):
+        tree = _merged({}, source)
+    elif isinstance(source, (str, os.PathLike)):
+        origin = os.fspath(source)
+        tree = read_yaml_mapping(Path(origin))
+    else:
+        raise TubeletError(
+            f"A configuration cannot be made of a {type(source).__name__}",
+            f"Give keywords, the path of a YAML file, or a {model.__name__}",
+        )
+    for name, value in fields.items():
+        value = _reference(value)
+        before = _inside(tree, name.split("."))
+        both = isinstance(value, Mapping) and isinstance(before, Mapping)
+        set_dotted(tree, name, _merged(before, value) if both else value)
+    return validate(model, tree, origin, typed=fields.keys(), typed_in=_ARGUMENTS)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A new mapping in which `above` overrides `below`, level by level."""
+    merged = dict(below)
+    for name, value in above.items():
+        before = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(before, Mapping)
+        merged[name] = _merged(before, value) if both else _merged({}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def _reference(value: Any) -> Any:
+    """The path or URL of an object that stands for one: a run, an open store."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.url if isinstance(getattr(value, "url", None), str) else value
+
+
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """A YAML file's top-level mapping, parsed by `yaml.safe_load`."""
     if not path.is_file():
@@ -70,7 +125,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         where = str(error).replace("\n", " ")
-        raise TubeletError(f"{path} is not valid YAML: {where}", "Mend the line it names") from error
+        raise TubeletError(f"{path} is not valid YAML: {where}", "Fix the line named in the error") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -89,8 +144,14 @@ def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def validate(model: type[C], tree: dict[str, Any], origin: str, typed: Collection[str] = ()) -> C:
-    """Validate `tree`, read from `origin` but for the fields `typed` on the command line, as `model`.
+def validate(
+    model: type[C],
+    tree: dict[str, Any],
+    origin: str,
+    typed: Collection[str] = (),
+    typed_in: str = _COMMAND_LINE,
+) -> C:
+    """Validate `tree`, read from `origin` but for the fields `typed` in `typed_in`, as `model`.
 
     Raises:
         TubeletError: it does not fit; one line that names the first field at fault, and the remedy.
@@ -109,19 +170,25 @@ def validate(model: type[C], tree: dict[str, Any], origin: str, typed: Collectio
         field = ".".join(path)
         # A default that does not fit was not given.
         said = "" if given is None else f" (given: {given!r})"
-        origin = _COMMAND_LINE if field in typed else origin
+        # `sae={"kk": 1}` types all fields below `sae`.
+        is_typed = any(f"{field}.".startswith(f"{name}.") for name in typed)
+        origin = typed_in if is_typed else origin
+        in_python = typed_in == _ARGUMENTS
         if fault["type"] == "extra_forbidden":
             known = [name for cls in owner for name in _field_names(cls)]
             raise TubeletError(f"Unknown field '{field}' in {origin}", nearest(path[-1], known)) from error
         if fault["type"] == "missing":
-            raise TubeletError(f"Field '{field}' is missing", f"Set it in the YAML file or with --{field}") from error
+            raise TubeletError(
+                f"Field '{field}' is missing",
+                f"Give {field}=..." if in_python else f"Set it in the YAML file or with --{field}",
+            ) from error
         message = fault["msg"].removeprefix("Value error, ")
         raise TubeletError(
             # A fault between fields has no path of its own.
             f"Field '{field}' in {origin} does not fit: {message}{said}"
             if field
             else f"The fields in {origin} do not fit together: {message}",
-            "See --print-config for every field",
+            f"help({model.__name__}) lists every field" if in_python else "See --print-config for every field",
         ) from error
 
 

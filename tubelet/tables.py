@@ -61,6 +61,7 @@ class Table(Tabular):
         title: Stands above the table.
         notes: Lines below it.
         definitions: What a column means, by name; shown in a notebook when its head is pointed at.
+        texts: How to show the values of some columns; without, numbers get about four digits.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Table(Tabular):
         title: str = "",
         notes: Sequence[str] = (),
         definitions: Mapping[str, str] | None = None,
+        texts: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._columns = dict(columns)
         lengths = {len(values) for values in self._columns.values()}
         if len(lengths) > 1:
             raise ValueError(f"columns of different lengths: {sorted(lengths)}")
         self._rows = lengths.pop() if lengths else 0
+        self._texts = dict(texts or {})
         self.title, self.notes, self.definitions = title, tuple(notes), dict(definitions or {})
 
     @classmethod
@@ -127,7 +130,8 @@ class Table(Tabular):
 
     def _taken(self, rows: Sequence[int]) -> Table:
         columns = {name: [values[row] for row in rows] for name, values in self._columns.items()}
-        return Table(columns, title=self.title, notes=self.notes, definitions=self.definitions)
+        texts = {name: [values[row] for row in rows] for name, values in self._texts.items()}
+        return Table(columns, title=self.title, notes=self.notes, definitions=self.definitions, texts=texts)
 
     def text(self, rows: int = _ROWS_SHOWN) -> str:
         """As plain text, at most `rows` of it."""
@@ -165,7 +169,14 @@ class Table(Tabular):
         return f"<table>{caption}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>{below}"
 
     def _shown(self, rows: int) -> list[list[str]]:
-        return [[_cell(self._columns[name][row]) for name in self.columns] for row in range(min(rows, self._rows))]
+        columns = [
+            [
+                self._texts[name][row] if name in self._texts else _cell(values[row])
+                for row in range(min(rows, len(self)))
+            ]
+            for name, values in self._columns.items()
+        ]
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def _more(self, rows: int) -> list[str]:
         return [f"... {self._rows - rows:,} more rows"] if self._rows > rows else []

@@ -206,6 +206,11 @@ class EvaluateConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: CUDA if there is one."""
 
+    @property
+    def report_folder(self) -> Path:
+        """Where the report goes."""
+        return self.out if self.out is not None else self.run / "evaluation"
+
 
 class DemoConfig(Config):
     """Size of the demo."""

@@ -20,6 +20,8 @@ from rich.progress import Progress
 
 from tubelet.device import choose_device
 from tubelet.errors import TubeletError
+from tubelet.formats import styled
+from tubelet.tables import Table, Tabular
 from tubelet_lens.codes.sparse_codes import Encoder, SparseCoder
 from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.inputs.clip_selection import choose_clips
@@ -39,7 +41,7 @@ from tubelet_lens.metrics.monosemanticity import measure_monosemanticity
 from tubelet_lens.metrics.reconstruction import Reconstruction
 from tubelet_lens.metrics.retrieval import retrieval
 from tubelet_lens.metrics.temporal_coherence import Coherence
-from tubelet_lens.report.render import render_report
+from tubelet_lens.report.render import SUBJECTS, render_report
 from tubelet_lens.results.evaluation import Coverage, Evaluation
 from tubelet_lens.results.latent_table import LatentEffect, latent_table, write_effects, write_latents
 from tubelet_lens.results.section import Subject
@@ -81,22 +83,53 @@ BACKBONE_METRICS: dict[Topic, Callable[[ClipSetting, BackboneSession], ClipResul
 """What is measured in the backbone itself, in the report's order; each gives None where it lacks what it needs."""
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What an evaluation found."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(Tabular):
+    """What an evaluation found; shown as the table of its headline figures."""
 
     evaluation: Evaluation
-    latents: pa.Table
-    """One row per latent, see `latents.latent_table`."""
+    latent_columns: pa.Table
+    """One row per latent, see `latent_table`."""
     effects: tuple[LatentEffect, ...] = ()
     """What edits of single latents do, where the backbone ran."""
+
+    @property
+    def latents(self) -> Table:
+        """What each metric says of every single latent; undefined values are NaN."""
+        columns = {name: self.latent_columns[name].to_numpy() for name in self.latent_columns.column_names}
+        definitions = {
+            field.name: (field.metadata or {}).get(b"definition", b"").decode() for field in self.latent_columns.schema
+        }
+        return Table(columns, title=f"{len(self.latent_columns):,} latents", definitions=definitions)
+
+    def table(self) -> Table:
+        """A row per headline figure: its value, interval, the same figure of controls, and what it counts."""
+        rows, texts = [], []
+        for section in self.evaluation.sections:
+            for figure in section.figures:
+                if not figure.headline:
+                    continue
+                same = [each for each in section.figures if each.title == figure.title and each is not figure]
+                controls = ", ".join(f"{SUBJECTS[each.subject]} {styled(each.value, each.style)}" for each in same)
+                rows.append(
+                    (figure.title, figure.value, figure.low, figure.high, controls, figure.n, figure.n_of, figure.name)
+                )
+                texts.append([styled(value, figure.style) for value in (figure.value, figure.low, figure.high)])
+        covered = self.evaluation.coverage
+        return Table.of_rows(
+            ("figure", "value", "low", "high", "controls", "n", "of", "name"),
+            rows,
+            title=f"{self.evaluation.sae['run']} on {self.evaluation.store['name']}: {covered.clips:,} clips of "
+            f"{covered.videos:,} videos ({covered.split.replace('_', ' ')})",
+            texts={name: [row[place] for row in texts] for place, name in enumerate(("value", "low", "high"))},
+        )
 
     def write(self, out: Path) -> Path:
         """Write `evaluation.json`, `report.html`, `latents.parquet` and, where the backbone ran, `effects.parquet` into
         `out`; the report's path."""
         out.mkdir(parents=True, exist_ok=True)
         self.evaluation.write(out / "evaluation.json")
-        write_latents(self.latents, out)
+        write_latents(self.latent_columns, out)
         write_effects(self.effects, out)
         report = out / "report.html"
         report.write_text(render_report(self.evaluation))

@@ -16,7 +16,7 @@ def _run(config: EvaluateConfig) -> int:
     from tubelet_lens.evaluate import evaluate
 
     result = evaluate(config)
-    report = result.write(config.out if config.out is not None else config.run / "evaluation")
+    report = result.write(config.report_folder)
     for figure in result.evaluation.figures():
         if figure.headline:
             print(f"{figure.title}: {styled(figure.value, figure.style)}")

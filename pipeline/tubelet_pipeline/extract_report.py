@@ -15,13 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tubelet.errors import TubeletError
 from tubelet.formats import human_bytes
+from tubelet.tables import Table, Tabular
 from tubelet_pipeline.shard_task import ShardReport
 from tubelet_store.reader import open_store
 from tubelet_store.store_summary import failed_clips
 
 
-@dataclass
-class ExtractSummary:
+@dataclass(repr=False)
+class ExtractSummary(Tabular):
     """What an extraction did, this run and earlier ones of the same store."""
 
     store: str
@@ -43,6 +44,24 @@ class ExtractSummary:
         self.shards_done += 1
         self.clips.update(shard.clips)
         self.size_bytes += shard.size_bytes
+
+    def __fspath__(self) -> str:
+        return self.store
+
+    def table(self) -> Table:
+        """Clips stored and failed, size, rate, and where the store is."""
+        total = sum(self.clips.values())
+        rows = [
+            ("store", self.store),
+            ("clips", f"{self.clips['ok']:,} of {total:,} stored"),
+            *((f"failed: {code}", f"{count:,}") for code, count in self.clips.items() if code != "ok"),
+            ("size", human_bytes(self.size_bytes)),
+            ("shards", f"{self.shards_done:,} of {self.shards:,}, {self.shards_this_run:,} in this run"),
+            ("identity", self.identity),
+        ]
+        if self.shards_this_run:
+            rows.append(("rate", f"{self.clips_this_run / self.seconds:.1f} clips/s"))
+        return Table.of_rows(("extraction", "value"), rows)
 
 
 class RunLog:

@@ -218,7 +218,7 @@ def test_names_from_a_store_cannot_break_the_page(found: Result, result: Evaluat
     plotless = tuple(section.model_copy(update={"curves": ()}) for section in result.sections)
     store = {**result.store, "name": "<script>alert(1)</script>"}
     hostile = result.model_copy(update={"store": store, "sections": plotless})
-    page = Result(hostile, found.latents).write(tmp_path).read_text()
+    page = Result(hostile, found.latent_columns).write(tmp_path).read_text()
     assert "<script" not in page
 
 

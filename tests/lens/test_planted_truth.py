@@ -59,7 +59,7 @@ class Planted:
 
     def column(self, name: str) -> np.ndarray:
         """[FEATURES] A statistic of the latents that match the features."""
-        return self.result.latents[name].to_numpy(zero_copy_only=False)[self.latent_of]
+        return self.result.latent_columns[name].to_numpy(zero_copy_only=False)[self.latent_of]
 
 
 def views(rng: np.random.Generator, shown: int) -> list[np.ndarray]:

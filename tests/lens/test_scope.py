@@ -322,13 +322,13 @@ def test_temporal_scope_of_a_framewise_backbone_is_exactly_zero(framewise: Path)
     assert result.figure("scope.temporal_vanished").value == 0.0
     assert result.figure("scope.temporal_threshold").value is None
     assert result.figure("scope.temporal.permuted").value > 0.01
-    column = found.latents["scope_temporal"].drop_null().to_numpy()
+    column = found.latent_columns["scope_temporal"].drop_null().to_numpy()
     assert (column == 0).all()
     spatial = result.figure("scope.spatial.sae")
     assert 0 < spatial.value < 1
-    assert found.latents["scope_spatial"].drop_null().to_numpy().mean() == pytest.approx(spatial.value)
+    assert found.latent_columns["scope_spatial"].drop_null().to_numpy().mean() == pytest.approx(spatial.value)
     for name in ("monosemanticity", "monosemanticity_own", "nearest_latent", "nearest_cosine"):
-        assert found.latents[name].drop_null().to_numpy().size > 20
+        assert found.latent_columns[name].drop_null().to_numpy().size > 20
     for name in ("scope.action.raw", "scope.action_without_high.raw", "scope.action_without_low.random"):
         assert 0 <= result.figure(name).value <= 1
     assert "only the backbone" in " ".join(

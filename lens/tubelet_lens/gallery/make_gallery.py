@@ -15,6 +15,8 @@ from rich.progress import Progress
 
 from tubelet.device import choose_device
 from tubelet.errors import TubeletError
+from tubelet.formats import human_bytes
+from tubelet.tables import Table, Tabular
 from tubelet_lens.codes.dictionary import Nearest, directions, nearest_latents
 from tubelet_lens.gallery.config import GalleryConfig, LatentList, TopLatents
 from tubelet_lens.gallery.effects import Effects, MeanCodes, probe_effects, read_effects
@@ -37,8 +39,8 @@ _NEAREST = 6
 _PROBE_CLIPS = 4000
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclass(frozen=True, repr=False)
+class Summary(Tabular):
     """What was written.
 
     Attributes:
@@ -58,6 +60,17 @@ class Summary:
     no_picture: int
     reason: str | None
     size_bytes: int
+
+    def table(self) -> Table:
+        """What was written."""
+        rows = [
+            ("address", self.address),
+            ("latents", f"{self.pages:,} with a page, {self.silent:,} fire on none of the clips"),
+            ("clips", f"{self.clips:,}"),
+            ("without pictures", f"{self.no_picture:,}{f' ({self.reason})' if self.reason else ''}"),
+            ("written", human_bytes(self.size_bytes)),
+        ]
+        return Table.of_rows(("gallery", "value"), rows)
 
 
 class _Taker(Protocol):

@@ -65,6 +65,11 @@ class EditConfig(ChangeConfig):
         return self
 
     @property
+    def report_folder(self) -> Path:
+        """Where the page goes."""
+        return self.out if self.out is not None else self.run / "edits" / f"latent-{self.latent}"
+
+    @property
     def changes(self) -> tuple[ChangeConfig, ...]:
         """All changes, the first one first."""
         return (ChangeConfig(latent=self.latent, operation=self.operation, where=self.where), *self.also)

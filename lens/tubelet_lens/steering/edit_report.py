@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from tubelet.config import Config
+from tubelet.tables import Table, Tabular
 from tubelet_lens.steering.config import ChangeConfig
 
 
@@ -108,7 +109,7 @@ class ClipEffect(Config):
     later: tuple[LaterSae, ...]
 
 
-class EditReport(Config):
+class EditReport(Tabular, Config):
     """All clips."""
 
     format: Literal["tubelet-edit"] = "tubelet-edit"
@@ -124,6 +125,29 @@ class EditReport(Config):
     clips: tuple[ClipEffect, ...]
     config: dict[str, JsonValue]
     software: dict[str, JsonValue]
+
+    def table(self) -> Table:
+        """A row per clip: how much was changed, and what changed after it beside the controls."""
+        rows: list[tuple[object, ...]] = []
+        for clip in self.clips:
+            kl = clip.kl
+            matched = kl.matched.mean if kl is not None and kl.matched is not None else None
+            random = kl.random.mean if kl is not None and kl.random is not None else None
+            effect = (kl.edit if kl is not None else None, matched, random)
+            rows.append(
+                (clip.name, clip.changed_tokens, clip.tokens, clip.step, clip.top_before, clip.top_after, *effect)
+            )
+        return Table.of_rows(
+            ("clip", "changed_tokens", "tokens", "step", "top_before", "top_after", "kl", "kl_matched", "kl_random"),
+            rows,
+            title=f"Edit of {self.run} at {self.hook} of {self.backbone}",
+            definitions={
+                "step": "Mean over the changed tokens of ||x' - x|| / ||x||",
+                "kl": "KL(classes before || classes after), in nats",
+                "kl_matched": "The same operations on random latents that are about as active, mean",
+                "kl_random": "Steps of the same length along random directions, mean",
+            },
+        )
 
     def write(self, out: Path) -> Path:
         """Write `edit.json` and `edit.html` into the folder `out`; the page's path."""

@@ -19,7 +19,7 @@ def _run(config: EditConfig) -> int:
     report = edit(config)
     for clip in report.clips:
         print("\n".join(_lines(clip)))
-    print(report.write(config.out if config.out is not None else config.run / "edits" / f"latent-{config.latent}"))
+    print(report.write(config.report_folder))
     return 0
 
 

@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from tubelet.config import validate
 from tubelet.errors import TubeletError
+from tubelet.tables import Table, Tabular
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.study.cells import Cell, cells
 from tubelet_lens.study.config import StudyConfig
@@ -33,8 +34,8 @@ from tubelet_trainer.config import TrainConfig
 _ONE_AT_A_TIME = threading.Lock()
 
 
-@dataclass(frozen=True)
-class StudySummary:
+@dataclass(frozen=True, repr=False)
+class StudySummary(Tabular):
     """What became of the grid."""
 
     cells: int
@@ -43,6 +44,13 @@ class StudySummary:
     """Reason by name of the cell."""
     page: Path | None
     """The page of tables and plots; None where no cell is done."""
+
+    def table(self) -> Table:
+        """Cells done and failed, and where the page is."""
+        rows = [("cells", f"{self.cells - len(self.failures):,} of {self.cells:,} done ({self.done_before:,} before)")]
+        rows += [(f"failed: {name}", reason) for name, reason in self.failures.items()]
+        rows += [("page", str(self.page))] if self.page is not None else []
+        return Table.of_rows(("study", "value"), rows)
 
 
 def study(config: StudyConfig) -> StudySummary:
