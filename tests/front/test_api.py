@@ -74,7 +74,6 @@ def test_a_fault_of_the_file_is_not_laid_on_the_arguments(tmp_path) -> None:
 
 def test_objects_stand_for_their_paths(tmp_path) -> None:
     from stores import make_store
-
     from tubelet_trainer.run.train_result import TrainResult
 
     store = make_store(tmp_path / "s.zarr")
