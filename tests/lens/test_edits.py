@@ -16,13 +16,11 @@ from tubelet.errors import TubeletError
 from tubelet_lens.inputs.clip_selection import stratified_sample
 from tubelet_lens.steering.class_edits import change_rates, edit_classes
 from tubelet_lens.steering.classification_edits import best_latents
-from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
-from tubelet_lens.steering.latent_usage import Usage
-from tubelet_lens.steering.operation import Amplify, SetTo, Suppress
+from tubelet_lens.steering.edit_controls import LatentUsage, RandomDirection, matched_edits
+from tubelet_lens.steering.latent_edits import Edit, LatentEdits
+from tubelet_lens.steering.operations import Amplify, Region, SetTo, Suppress, region_mask
 from tubelet_lens.steering.readout import LastTokenProbe, fit_probe, later_hooks
-from tubelet_lens.steering.region import Region, region_mask
 from tubelet_lens.steering.segmentation_edits import Marks
-from tubelet_lens.steering.trial import matched_edits
 from tubelet_pipeline.backbones import Backbone, rewriting
 from tubelet_store.plan import Grid
 from tubelet_trainer.sae.config import NormalizationConfig, ReLUConfig, TopKConfig
@@ -120,7 +118,7 @@ def test_an_identity_edit_changes_no_bit(sae: SAE, identity: object) -> None:
     else:
         edits = [Edit(latent, identity)]
     rewrite = LatentEdits(sae, edits)
-    assert torch.equal(rewrite.delta(x), torch.zeros_like(x))
+    assert torch.equal(rewrite.step(x).delta, torch.zeros_like(x))
     assert torch.equal(rewrite(x), x)
 
 
@@ -129,7 +127,7 @@ def test_outside_the_region_nothing_is_added(sae: SAE) -> None:
     region = Region(steps=(1, 3), rows=(0, 1))
     mask = region_mask(region, Grid(time=3, height=2, width=2), None)
     assert mask is not None
-    delta = LatentEdits(sae, [Edit(4, SetTo(value=9.0), torch.from_numpy(mask))]).delta(x)
+    delta = LatentEdits(sae, [Edit(4, SetTo(value=9.0), torch.from_numpy(mask))]).step(x).delta
     inside = torch.from_numpy(mask).expand(2, 3, 4)
     assert torch.equal(delta[~inside], torch.zeros_like(delta[~inside]))
     assert (delta[inside] != 0).any(-1).all()
@@ -139,18 +137,20 @@ def test_outside_the_region_nothing_is_added(sae: SAE) -> None:
 def test_edits_of_several_latents_add_up_and_edits_of_one_follow_each_other(sae: SAE) -> None:
     x = tokens_of(sae.normalization)
     first, second = Edit(2, SetTo(value=1.0)), Edit(7, Amplify(factor=-2.0))
-    both = LatentEdits(sae, [first, second]).delta(x)
-    apart = LatentEdits(sae, [first]).delta(x) + LatentEdits(sae, [second]).delta(x)
+    both = LatentEdits(sae, [first, second]).step(x).delta
+    apart = LatentEdits(sae, [first]).step(x).delta + LatentEdits(sae, [second]).step(x).delta
     torch.testing.assert_close(both, apart, rtol=1e-4, atol=1e-4)
-    chained = LatentEdits(sae, [first, Edit(2, Amplify(factor=3.0))]).delta(x)
-    torch.testing.assert_close(chained, LatentEdits(sae, [Edit(2, SetTo(value=3.0))]).delta(x), rtol=1e-4, atol=1e-4)
+    chained = LatentEdits(sae, [first, Edit(2, Amplify(factor=3.0))]).step(x).delta
+    torch.testing.assert_close(
+        chained, LatentEdits(sae, [Edit(2, SetTo(value=3.0))]).step(x).delta, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_control_steps_as_far_as_the_edit_on_every_token(sae: SAE) -> None:
     x = tokens_of(sae.normalization)
     edits = LatentEdits(sae, [Edit(active_latent(sae, x), Suppress())])
     control = RandomDirection(edits, seed=1)
-    steps, wanted = (control(x) - x).norm(dim=-1), edits.delta(x).norm(dim=-1)
+    steps, wanted = (control(x) - x).norm(dim=-1), edits.step(x).delta.norm(dim=-1)
     torch.testing.assert_close(steps, wanted, rtol=1e-3, atol=1e-3)
     assert torch.equal(control(x), control(x))
     assert not torch.allclose(control(x), RandomDirection(edits, seed=2)(x))
@@ -160,7 +160,7 @@ def test_stand_ins_are_other_latents_that_are_about_as_active(sae: SAE) -> None:
     x = tokens_of(sae.normalization)[0]
     latent = active_latent(sae, x[None])
     mean = sae.encode(x.flatten(0, 1)).abs().mean(0).double().numpy()
-    usage = Usage(mean + 1, mean, (mean > 0).astype(float), 12)
+    usage = LatentUsage(mean + 1, mean, (mean > 0).astype(float), 12)
     drawn = matched_edits(sae, [Edit(latent, Suppress())], x, usage, draws=5, seed=0)
     assert len(drawn) == 5
     for control in drawn:
@@ -174,13 +174,13 @@ def test_what_cannot_be_done_is_refused(sae: SAE) -> None:
     with pytest.raises(TubeletError, match="not known"):
         LatentEdits(sae, [Edit(3, Suppress(strength=2.0))])
     grid = Grid(time=3, height=2, width=2)
-    with pytest.raises(TubeletError, match=r"columns \[1, 5\] reach past the grid, which has 2"):
+    with pytest.raises(TubeletError, match=r"columns \[1, 5\] exceeds the grid, which has 2"):
         region_mask(Region(columns=(1, 5)), grid, None)
-    with pytest.raises(TubeletError, match="does not say when"):
+    with pytest.raises(TubeletError, match="no frame times"):
         region_mask(Region(seconds=(0.0, 1.0)), grid, None)
-    with pytest.raises(ValidationError, match="exclude"):
+    with pytest.raises(ValidationError, match="not both"):
         Region(steps=(0, 1), seconds=(0.0, 1.0))
-    with pytest.raises(ValidationError, match="hold nothing"):
+    with pytest.raises(ValidationError, match="is empty"):
         Region(rows=(2, 2))
 
 
@@ -269,7 +269,7 @@ def test_the_probe_reads_what_its_weights_say(backbone_of: Callable[[str], Backb
     pixels = pixels_for(backbone)
     pooled = backbone.activations(pixels, [probe.hook])[probe.hook].tokens.flatten(1, 2).mean(1)
     torch.testing.assert_close(probe.logits(pixels), pooled @ probe.weights_CD.T + probe.bias_C)
-    with pytest.raises(TubeletError, match="all of one class"):
+    with pytest.raises(TubeletError, match="fewer than two classes"):
         fit_probe(backbone, rows, np.zeros(40, dtype=np.int64), ("a",), [str(i) for i in range(40)])
 
 

@@ -28,22 +28,23 @@ from tubelet_lens.evaluate import Result, evaluate
 from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_lens.gallery.effects import read_effects
 from tubelet_lens.gallery.make_gallery import make_gallery
+from tubelet_lens.inputs.labeled_clips import labeled_clips
 from tubelet_lens.inputs.pooled_clips import Pooled, PooledSplit
 from tubelet_lens.results.latent_table import LatentEffect, write_effects
 from tubelet_lens.steering.backbone_ablation import accuracy_without
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
-from tubelet_lens.steering.class_names import places, unknown_names
 from tubelet_lens.steering.classification_edits import classification_edits
 from tubelet_lens.steering.clip_source import Clip, ClipSource
 from tubelet_lens.steering.config import EditConfig, InBackboneConfig
+from tubelet_lens.steering.edit import edit
 from tubelet_lens.steering.edit_report import EditReport
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
 from tubelet_lens.steering.latent_effects import changes
-from tubelet_lens.steering.operation import Amplify, Suppress
+from tubelet_lens.steering.operations import Amplify, Suppress
 from tubelet_lens.steering.patch_labels import NONE, Described, patch_labels, phrases
+from tubelet_lens.steering.readout import match_class_names, unknown_names
 from tubelet_lens.steering.recovery import recover
-from tubelet_lens.steering.run_edit import edit
 from tubelet_lens.steering.segmentation_edits import validation_rows
 from tubelet_lens.steering.verb import EDIT
 from tubelet_lens.study.cells import cells
@@ -102,7 +103,7 @@ class LinearBackbone:
 class MeanReadout:
     """Logits: weights on the mean last token."""
 
-    what = "planted weights"
+    description = "planted weights"
     classes = tuple("abcd")
 
     def __init__(self, backbone: LinearBackbone, weights_CD: Tensor) -> None:
@@ -261,7 +262,8 @@ def known_classes(planted: BackboneSession) -> Callable[[tuple[str, ...]], tuple
             draws={"sae": (Pooled(codes_NF, codes_NF),)},
         )
         quick = replace(planted, config=InBackboneConfig(strengths=(2.0,), control_draws=1))
-        return SimpleNamespace(fit=one_side, test=one_side, config=SimpleNamespace(seed=0)), quick
+        given = SimpleNamespace(fit=one_side, test=one_side, config=SimpleNamespace(seed=0))
+        return SimpleNamespace(**vars(given), labeled=labeled_clips(one_side, one_side)), quick
 
     return make
 
@@ -269,7 +271,7 @@ def known_classes(planted: BackboneSession) -> Callable[[tuple[str, ...]], tuple
 def test_a_class_is_found_by_its_name_but_never_guessed() -> None:
     classes = ("Pushing something", "pulling_something", "Dropping  Something", "a_b", "a b")
     names = ("pushing_something", "pulling_something", "dropping something", "Puling something", "A B", "a b")
-    assert places(names, classes) == {names[0]: 0, names[1]: 1, names[2]: 2, "a b": 4}
+    assert match_class_names(names, classes) == {names[0]: 0, names[1]: 1, names[2]: 2, "a b": 4}
     said = unknown_names(names, classes)
     assert said is not None
     assert "'Puling something' (nearest: 'pulling_something')" in said
@@ -349,7 +351,7 @@ def busiest(made: Path, store: Store, clip: int) -> int:
 @pytest.fixture(scope="module")
 def report(made: Path, store: Store) -> EditReport:
     changed = {"latent": busiest(made, store, 1), "operation": {"kind": "suppress", "strength": 2.0}}
-    return edit(edit_config(made, **changed, where={"steps": (2, 5)}, later=()))
+    return edit(edit_config(made, **changed, where={"steps": (2, 5)}))
 
 
 def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Store) -> None:
@@ -413,9 +415,9 @@ def test_the_verb_prints_and_writes(made: Path, tmp_path: Path, capsys: pytest.C
     assert (tree["format"], tree["schema_version"], tree["readout"]) == ("tubelet-edit", 1, None)
 
 
-def test_an_sae_of_a_later_hook_may_watch_and_one_of_an_earlier_may_not(made: Path) -> None:
-    with pytest.raises(TubeletError, match=r"reads 'blocks\.2', which does not come after"):
-        edit(edit_config(made, later=(made / "run",), probe_clips=0))
+def test_a_downstream_sae_reads_a_later_hook(made: Path) -> None:
+    with pytest.raises(TubeletError, match=r"trained on 'blocks\.2', which does not come after"):
+        edit(edit_config(made, downstream=(made / "run",), probe_clips=0))
 
 
 @pytest.mark.parametrize(
@@ -424,7 +426,7 @@ def test_an_sae_of_a_later_hook_may_watch_and_one_of_an_earlier_may_not(made: Pa
         ({"latent": 999}, r"no latent 999: this SAE has 192"),
         ({"clips": (99,)}, r"has no clip 99.*0 to 31"),
         ({"clips": (), "videos": ("nowhere.mp4",)}, r"nowhere\.mp4 cannot be read: missing"),
-        ({"where": {"rows": (0, 9)}}, r"rows \[0, 9\] reach past the grid, which has 8"),
+        ({"where": {"rows": (0, 9)}}, r"rows \[0, 9\] exceeds the grid, which has 8"),
         ({"checkpoint": str(demo_backbone("dinov2-tiny"))}, "pictures|frames|other weights"),
         ({"root": "/nowhere"}, "cannot be read"),
     ],

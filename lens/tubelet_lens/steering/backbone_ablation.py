@@ -16,7 +16,7 @@ from tubelet_lens.results.section import Curve, Figure, Section
 from tubelet_lens.stats.ablation_curve import Ablation, ablate, accuracy_lines, set_sizes
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
-from tubelet_lens.steering.operation import Suppress
+from tubelet_lens.steering.operations import Suppress
 
 
 def accuracy_without(session: BackboneSession, latents: NDArray[np.int64]) -> float:
@@ -47,7 +47,7 @@ def backbone_ablation(clips: ClipSetting, session: BackboneSession) -> ClipResul
         chance=1 / len(session.readout.classes),
         rng=np.random.default_rng(clips.config.seed),
     )
-    return ClipResult(_section(found, session, session.readout.what, int(alive_F.sum())))
+    return ClipResult(_section(found, session, session.readout.description, int(alive_F.sum())))
 
 
 def _section(found: Ablation, session: BackboneSession, what: str, alive: int) -> Section:

@@ -18,11 +18,16 @@ from tubelet.errors import TubeletError
 from tubelet_lens.inputs.clip_selection import stratified_sample
 from tubelet_lens.inputs.pooled_clips import PooledSplit
 from tubelet_lens.metrics.metric import ClipSetting
-from tubelet_lens.steering.class_names import places
 from tubelet_lens.steering.clip_source import Clip, ClipSource
 from tubelet_lens.steering.config import InBackboneConfig
-from tubelet_lens.steering.readout import Readout, fit_probe, in_batches, own_classifier
-from tubelet_lens.steering.run_edit import last_tokens
+from tubelet_lens.steering.readout import (
+    Readout,
+    fit_probe,
+    in_batches,
+    last_tokens,
+    match_class_names,
+    own_classifier,
+)
 from tubelet_pipeline.backbones import Backbone, rewriting
 from tubelet_pipeline.backbones.rewrite import Rewrite
 from tubelet_pipeline.redecode import backbone_of
@@ -129,5 +134,5 @@ def _classes(readout: Readout | None, side: PooledSplit, rows: NDArray[np.int64]
         str(name if name is not None else label)
         for name, label in zip(side.label_names[rows], side.labels[rows], strict=True)
     ]
-    known = {} if readout is None else places(names, readout.classes)
+    known = {} if readout is None else match_class_names(names, readout.classes)
     return np.array([known.get(name, -1) for name in names], dtype=np.int64)

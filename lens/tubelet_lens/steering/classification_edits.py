@@ -16,7 +16,7 @@ from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.section import Figure, Section
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
-from tubelet_lens.steering.class_names import places, unknown_names
+from tubelet_lens.steering.readout import match_class_names, unknown_names
 from tubelet_pipeline.backbones.rewrite import Rewrite
 
 QUANTILES = (0.5, 0.75, 0.9, 0.95)
@@ -55,7 +55,7 @@ def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipRe
     if session.readout is None or known is None or clips.fit is None:
         return None
     pooled, readout = clips.fit.pooled["sae"], session.readout
-    place, unknown = places(known.names, readout.classes), unknown_names(known.names, readout.classes)
+    place, unknown = match_class_names(known.names, readout.classes), unknown_names(known.names, readout.classes)
     if not place:
         nothing = f"Nothing could be edited, and no section can say how often the running backbone is right. {unknown}"
         return ClipResult(Section(name=_NAME, title=_TITLE, lead=_LEAD, notes=(nothing,)))
@@ -84,8 +84,8 @@ def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipRe
     chosen = ", ".join(f"{readout.classes[number]}: {latent}" for number, (latent, _) in best.items())
     levels = ", ".join(f"{level:.0%}" for level in QUANTILES)
     how = (
-        f"Clips are classed by {readout.what}. A class's latent has the largest F1 on the fit side of a threshold on "
-        f"its mean activation in a clip, thresholds at its {levels} quantiles ({chosen})."
+        f"Clips are classified by {readout.description}. The latent of a class has the largest F1 on the fit side of a "
+        f"threshold on its mean activation in a clip, thresholds at its {levels} quantiles ({chosen})."
     )
     scores = [f1 for _, f1 in best.values()]
     extra = Figure(

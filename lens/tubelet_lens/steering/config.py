@@ -8,60 +8,59 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tubelet.config import Config
-from tubelet_lens.steering.operation import Operation, Suppress
-from tubelet_lens.steering.region import Region
+from tubelet_lens.steering.operations import Operation, Region, Suppress
 from tubelet_pipeline.decode.process import DecodeConfig
 
 
 class ChangeConfig(Config):
-    """One latent, what is done to it, and where."""
+    """One latent, the operation on it, and where."""
 
     latent: int = Field(ge=0)
-    """Its number."""
+    """Number of the latent to edit."""
     operation: Operation = Suppress()
-    """What is done to its activation f."""
+    """Operation on its activation f."""
     where: Region = Region()
-    """Part of the clip in which it is done."""
+    """Part of the clip to edit."""
 
 
 class EditConfig(ChangeConfig):
-    """Latents changed in the running backbone on some clips, and what changes after them."""
+    """Edits of SAE latents in the running backbone, on some clips."""
 
     run: Path
     """Folder of a training run, with `sae.json`."""
     store: str
-    """Store of the same backbone: says how videos are read, how strongly latents fire, and what classes there are."""
+    """Store of the same backbone. It defines how videos are sampled, how strongly latents fire, and the classes."""
     videos: tuple[str, ...] = ()
     """Video files (paths or URLs)."""
     clips: tuple[int, ...] = ()
-    """Clips of the store, whose videos are read again."""
+    """Clips of the store, by number; their videos are decoded again."""
     also: tuple[ChangeConfig, ...] = ()
-    """Further changes, made together with the first."""
+    """Further edits, made together with the first."""
     root: str | None = None
-    """Folder of the store's data set; none: where the store says it was."""
+    """Folder of the store's data set; none: the folder recorded in the store."""
     checkpoint: str | None = None
-    """Hub id or folder of the backbone; none: what the store calls it."""
-    later: tuple[Path, ...] = ()
-    """Runs of SAEs on later hooks of the same backbone, whose latents are watched."""
+    """Hub id or folder of the backbone; none: the one recorded in the store."""
+    downstream: tuple[Path, ...] = ()
+    """Runs of SAEs on later hooks of the same backbone, to report which of their latents change."""
     probe_clips: int = Field(default=256, ge=0)
-    """Fit a probe on at most this many labeled clips, where the checkpoint has no classifier; 0: no probe."""
+    """If the checkpoint has no classifier, fit a probe on at most this many labeled clips; 0: no probe."""
     usage_clips: int = Field(default=64, ge=1)
-    """Clips of the store on which each latent's largest activation is taken."""
+    """Clips of the store on which each latent's largest activation is measured."""
     controls: int = Field(default=16, ge=1)
-    """Random latents, and as many random directions, to compare with."""
+    """Number of matched latents, and of random directions, to compare with."""
     seed: int = 0
-    """Draws them."""
+    """Seed of the controls."""
     out: Path | None = None
     """Folder for edit.json and edit.html; none: `edits/latent-N` inside the run."""
     decode: DecodeConfig = DecodeConfig(processes=1)
-    """Decoder and its limits."""
+    """Video decoding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: CUDA if there is one."""
+    """Where to compute; auto: CUDA if there is a GPU."""
 
     @model_validator(mode="after")
-    def _some_clip(self) -> EditConfig:
+    def _check_clips(self) -> EditConfig:
         if not self.videos and not self.clips:
-            raise ValueError("neither videos nor clips say what to edit")
+            raise ValueError("give videos or clips to edit")
         return self
 
     @property
@@ -71,7 +70,7 @@ class EditConfig(ChangeConfig):
 
     @property
     def changes(self) -> tuple[ChangeConfig, ...]:
-        """All changes, the first one first."""
+        """All edits, in order."""
         return (ChangeConfig(latent=self.latent, operation=self.operation, where=self.where), *self.also)
 
 

@@ -20,8 +20,9 @@ from tubelet_lens.metrics.metric import ClipResult, ClipSetting
 from tubelet_lens.results.latent_table import LatentEffect
 from tubelet_lens.results.section import Figure, Section
 from tubelet_lens.steering.backbone_session import BackboneSession
-from tubelet_lens.steering.latent_edits import Edit, LatentEdits, RandomDirection
-from tubelet_lens.steering.operation import Suppress
+from tubelet_lens.steering.edit_controls import RandomDirection
+from tubelet_lens.steering.latent_edits import Edit, LatentEdits
+from tubelet_lens.steering.operations import Suppress
 from tubelet_pipeline.backbones.rewrite import Rewrite
 
 
@@ -87,8 +88,10 @@ def latent_effects(clips: ClipSetting, session: BackboneSession) -> ClipResult |
     found = changes(session, codes_NF[:, latents] != 0, latents, clips.config.seed)
     if not found:
         return None
-    rows = [row for change in found for row in _rows(change, session, session.readout.what, session.readout.classes)]
-    return ClipResult(_section(found, session, session.readout.what, which), effects=tuple(rows))
+    rows = [
+        row for change in found for row in _rows(change, session, session.readout.description, session.readout.classes)
+    ]
+    return ClipResult(_section(found, session, session.readout.description, which), effects=tuple(rows))
 
 
 def _rows(change: Change, session: BackboneSession, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:

@@ -1,14 +1,15 @@
-"""What a running backbone says of a clip: logits of its own classifier, or of a linear probe of its last tokens.
+"""Classes of a clip as the backbone gives them: logits of its own classifier, or of a linear probe of its last tokens.
 
-    classifier   the head that a fine-tuned checkpoint brings along
+    classifier   the head of a fine-tuned checkpoint
     probe        logistic regression on the mean over tokens of the last hidden state, fitted on labeled clips
 
-Paper B (Stevens et al., science note 2.5) reads a probe of the next layer's CLS; here the mean over patches, which
-every family has [RECON].
+[RECON] Stevens et al. (arXiv 2502.06755) probe the CLS token of the next layer; here the mean over patches is probed,
+because not every family has a CLS token.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,48 +17,58 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import track
 from torch import Tensor
 
 from tubelet.errors import TubeletError
 from tubelet_lens.inputs.clip_selection import partition
+from tubelet_lens.inputs.clip_stream import read_clip
 from tubelet_lens.stats.linear_models import choose_penalty
 from tubelet_lens.stats.linear_models import fit_probe as fit_logistic_probe
+from tubelet_lens.steering.clip_source import ClipSource
 from tubelet_pipeline.backbones import Backbone
 from tubelet_pipeline.backbones.classifier import Classifier, has_classifier
+from tubelet_store.reader import Store
 
 BATCH = 8
-"""Clips in one pass."""
+"""Clips per forward pass."""
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-"""L2 penalties that a probe chooses from, on a fifth of its videos; the range of the action probe."""
+"""L2 penalties to choose from on a fifth of the videos; the same as for the action probe."""
 
 _VALIDATION = 0.2
 
+_UNKNOWN_LISTED = 8
+"""Unknown names listed in an error."""
+
+_LISTED = 20
+"""Classes of the readout listed in an error."""
+
 
 class Readout(Protocol):
-    """Logits of clips, from passes that rewritings act on."""
+    """Logits of clips, from forward passes in which rewrites take effect."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names, in the order of the logits."""
 
     @property
-    def what(self) -> str:
-        """What it is, for people."""
+    def description(self) -> str:
+        """What it is, for reports."""
 
     def logits(self, pixels: Tensor) -> Tensor:
         """float32 [B, C] from pixels [B, T, 3, h, w]."""
 
 
 def final_hook(backbone: Backbone) -> str:
-    """The last place of `backbone`: after its final norm where it has one, else its last block."""
+    """The last hook of `backbone`: its final norm where it has one, else its last block."""
     return "final_norm" if "final_norm" in backbone.hook_names else backbone.resolve_hook("blocks.-1")
 
 
 def later_hooks(backbone: Backbone, hook: str) -> tuple[str, ...]:
-    """Residual streams after `hook`, then the final norm: where an edit at `hook` may be felt."""
+    """Hooks that an edit at `hook` can change: residual streams after it, then the final norm."""
     block = len(backbone.blocks) if hook == "final_norm" else int(hook.split(".")[1])
-    # What a part of a block adds is felt in that block's own output.
+    # What a part of a block adds changes that block's own output.
     first = block if hook.count(".") > 1 else block + 1
     later = tuple(f"blocks.{i}" for i in range(first, len(backbone.blocks)))
     return later + (("final_norm",) if hook != "final_norm" and "final_norm" in backbone.hook_names else ())
@@ -75,8 +86,8 @@ class OwnClassifier:
         return self.head.classes
 
     @property
-    def what(self) -> str:
-        """What it is."""
+    def description(self) -> str:
+        """What it is, for reports."""
         return "the backbone's own classifier"
 
     def logits(self, pixels: Tensor) -> Tensor:
@@ -91,8 +102,8 @@ class LastTokenProbe:
     Attributes:
         weights_CD: float32, of raw activations.
         bias_C: float32
-        clips: Clips it was fitted on.
-        accuracy: Of the same probe fitted without the videos on which its penalty was chosen, on these.
+        clips: Number of clips it was fitted on.
+        accuracy: On the validation videos (a fifth), of a probe fitted on the other videos with the same penalty.
     """
 
     backbone: Backbone
@@ -104,21 +115,28 @@ class LastTokenProbe:
     accuracy: float | None
 
     @property
-    def what(self) -> str:
-        """What it is."""
+    def description(self) -> str:
+        """What it is, for reports."""
         return f"a linear probe of the mean token at {self.hook}, fitted on {self.clips} clips"
 
     def logits(self, pixels: Tensor) -> Tensor:
         """float32 [B, C]"""
-        tokens = self.backbone.activations(pixels, [self.hook])[self.hook].tokens
+        return self.read(self.backbone.activations(pixels, [self.hook])[self.hook].tokens)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """float32 [B, C] from tokens [B, T', S, D] at `hook`."""
         return tokens.float().flatten(1, 2).mean(1) @ self.weights_CD.T + self.bias_C
 
 
-def pooled_tokens(backbone: Backbone, hook: str, pixels: Iterable[Tensor]) -> Tensor:
-    """float32 [N, D] Mean token at `hook` of each clip; `pixels` [T, 3, h, w] each."""
-    means = [
-        backbone.activations(batch, [hook])[hook].tokens.float().flatten(1, 2).mean(1) for batch in in_batches(pixels)
-    ]
+def last_tokens(store: Store, source: ClipSource, clips: Sequence[int]) -> Tensor:
+    """float32 [N, D] Mean token of each clip at the last hook: from the store where it has that hook, else from the
+    videos."""
+    backbone, hook = source.backbone, final_hook(source.backbone)
+    if store.plan.tokens is None and any(stored.name == hook for stored in store.plan.hooks):
+        return torch.stack([read_clip(store, hook, clip).flatten(0, 1).mean(0) for clip in clips])
+    decoded = track(source.clips(clips), "Reading clips for the probe", total=len(clips), transient=True)
+    batches = in_batches(clip.pixels for clip in decoded)
+    means = [backbone.activations(batch, [hook])[hook].tokens.float().flatten(1, 2).mean(1) for batch in batches]
     return torch.cat(means)
 
 
@@ -135,7 +153,7 @@ def fit_probe(
     The penalty is chosen on a fifth of the videos, then the probe is fitted on all.
 
     Args:
-        backbone: What will be read.
+        backbone: The backbone to probe.
         rows_ND: Mean token of each clip at `final_hook`.
         class_N: Classes 0 ... C - 1.
         classes: Their names.
@@ -147,7 +165,7 @@ def fit_probe(
     """
     if len(np.unique(class_N)) < 2:
         raise TubeletError(
-            f"The {len(class_N)} labeled clips are all of one class or none, so no probe can be fitted",
+            f"The {len(class_N)} labeled clips are of fewer than two classes, so no probe can be fitted",
             "Give a store with labels of two classes or more, or a checkpoint with a classifier",
         )
     rows, device = rows_ND.cpu().numpy(), backbone.device
@@ -174,7 +192,7 @@ def own_classifier(backbone: Backbone) -> OwnClassifier | None:
 
 
 def in_batches(pixels: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Clips [T, 3, h, w] stacked, `BATCH` at a time; what is left comes last."""
+    """Clips [T, 3, h, w] in stacks of `BATCH`; the last may be smaller."""
     waiting: list[Tensor] = []
     for clip in pixels:
         waiting.append(clip)
@@ -183,3 +201,47 @@ def in_batches(pixels: Iterable[Tensor]) -> Iterator[Tensor]:
             waiting = []
     if waiting:
         yield torch.stack(waiting)
+
+
+def match_class_names(names: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
+    """Index in `classes` of each of `names` that is there; names without a match are left out.
+
+    Classes are matched by name, because numbers differ between checkpoint and data set. An exact match comes first,
+    then one that ignores case, underscores and spaces; a name that matches two classes that way is left out.
+    """
+    exact = {name: number for number, name in enumerate(classes)}
+    alike: dict[str, list[int]] = {}
+    for number, name in enumerate(classes):
+        alike.setdefault(_plain(name), []).append(number)
+    matched = {}
+    for name in names:
+        candidates = [exact[name]] if name in exact else alike.get(_plain(name), [])
+        if len(candidates) == 1:
+            matched[name] = candidates[0]
+    return matched
+
+
+def unknown_names(names: Iterable[str], classes: Sequence[str]) -> str | None:
+    """Says which of `names` are not in `classes`, and the nearest class of each; None: all are there."""
+    wanted = list(dict.fromkeys(names))
+    known = match_class_names(wanted, classes)
+    unknown = [name for name in wanted if name not in known]
+    if not unknown:
+        return None
+    plain = {_plain(name): name for name in classes}
+    listed = []
+    for name in unknown[:_UNKNOWN_LISTED]:
+        close = difflib.get_close_matches(_plain(name), plain, n=1)
+        listed.append(f"'{name}'" + (f" (nearest: '{plain[close[0]]}')" if close else ""))
+    listed += [f"{len(unknown) - _UNKNOWN_LISTED:,} more"] if len(unknown) > _UNKNOWN_LISTED else []
+    there = [f"'{name}'" for name in classes[:_LISTED]]
+    there += [f"{len(classes) - _LISTED:,} more"] if len(classes) > _LISTED else []
+    return (
+        f"{len(unknown):,} of the data set's {len(wanted):,} classes are not among those of the readout: "
+        f"{', '.join(listed)}. The readout has {len(classes):,} classes: {', '.join(there)}. Classes are matched by "
+        "name, ignoring case, underscores and spaces."
+    )
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").lower().split())

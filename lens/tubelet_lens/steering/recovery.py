@@ -105,7 +105,7 @@ def recovery(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
     if session.readout is None:
         return None
     found = recover(session, torch.from_numpy(clips.setting.store.moments(clips.setting.hook).mean).float())
-    return ClipResult(_section(found, session, session.readout.what))
+    return ClipResult(_section(found, session, session.readout.description))
 
 
 _MEASURES = (

@@ -14,7 +14,7 @@ _CLASSES_PRINTED = 3
 
 
 def _run(config: EditConfig) -> int:
-    from tubelet_lens.steering.run_edit import edit
+    from tubelet_lens.steering.edit import edit
 
     report = edit(config)
     for clip in report.clips:
