@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from tubelet_lens.results.section import Curve, Figure, Line, Section
+from tubelet_lens.stats.ablation_curve import matched_set
 from tubelet_lens.steering.edit_controls import RandomDirection
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
 from tubelet_lens.steering.operations import Suppress
