@@ -104,7 +104,7 @@ def edit(config: Source | EditConfig = None, /, **fields: Any) -> EditReport:
     """
     require_extra("all", "tubelet.edit")
     from tubelet_lens.steering.config import EditConfig
-    from tubelet_lens.steering.run_edit import edit
+    from tubelet_lens.steering.edit import edit
 
     settings = configure(EditConfig, config, fields)
     report = edit(settings)

@@ -236,7 +236,11 @@ class Backbone(ABC):
                 "Make them with this backbone's preprocess",
             )
         pixels = pixels.to(device=self.device, dtype=self.dtype, non_blocking=True)
-        raw = self._capture(tuple(dict.fromkeys(names.values())), pixels)
+        modules = {hook: self._modules[hook] for hook in names.values()}
+        if self.compiled:
+            raw = self._compiled_capture(modules)(pixels)
+        else:
+            raw = capture(modules, lambda: self.forward(pixels))
         clips = len(pixels)
         sequences, tokens = self.sequence
         for hook, hidden in raw.items():
@@ -250,15 +254,12 @@ class Backbone(ABC):
         arranged = {hook: self.arrange(hidden) for hook, hidden in raw.items()}
         return {asked: arranged[hook] for asked, hook in names.items()}
 
-    def _capture(self, hooks: tuple[str, ...], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        modules = {hook: self._modules[hook] for hook in hooks}
-        if not self.compiled:
-            return capture(modules, lambda: self.forward(pixels))
-        if self._compiled is None or self._compiled.hooks != hooks:
+    def _compiled_capture(self, modules: dict[str, nn.Module]) -> CompiledCapture:
+        if self._compiled is None or self._compiled.hooks != tuple(modules):
             if self._compiled is not None:
                 self._compiled.close()
             self._compiled = CompiledCapture(modules, self.forward)
-        return self._compiled(pixels)
+        return self._compiled
 
     @cached_property
     def weights_digest(self) -> str:

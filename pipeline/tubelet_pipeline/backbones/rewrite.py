@@ -47,31 +47,23 @@ def rewriting(backbone: Backbone, hook: str, rewrite: Rewrite) -> Iterator[None]
         )
 
     def write(_module: nn.Module, _inputs: object, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        written = _written(backbone, hidden, rewrite)
-        if written is None:
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        tokens = backbone.arrange(hidden).tokens
+        new = rewrite(tokens)
+        if new is None:
             return None  # torch keeps the module's own output
-        return (written, *output[1:]) if isinstance(output, tuple) else written
+        if new.shape != tokens.shape:
+            raise ValueError(f"a rewrite gave {list(new.shape)} for tokens {list(tokens.shape)}")
+        changed_BTS = (new != tokens).any(-1)
+        if not bool(changed_BTS.any()):
+            return None
+        copy = hidden.clone(memory_format=torch.contiguous_format)
+        view = backbone.arrange(copy).tokens
+        view[changed_BTS] = new[changed_BTS].to(view.dtype)
+        return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
     handle = module.register_forward_hook(write)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _written(backbone: Backbone, hidden: torch.Tensor, rewrite: Rewrite) -> torch.Tensor | None:
-    """A copy of `hidden` with the new tokens in it; None where no token changes."""
-    tokens = backbone.arrange(hidden).tokens
-    new = rewrite(tokens)
-    if new is None:
-        return None
-    if new.shape != tokens.shape:
-        raise ValueError(f"a rewrite gave {list(new.shape)} for tokens {list(tokens.shape)}")
-    changed_BTS = (new != tokens).any(-1)
-    if not bool(changed_BTS.any()):
-        return None
-    copy = hidden.clone(memory_format=torch.contiguous_format)
-    view = backbone.arrange(copy).tokens
-    view[changed_BTS] = new[changed_BTS].to(view.dtype)
-    return copy
