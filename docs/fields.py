@@ -7,21 +7,13 @@ A table stands between `<!-- fields:VERB -->` and `<!-- /fields -->` and is made
 from __future__ import annotations
 
 import re
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 from tubelet.cli.fields import REQUIRED, Field, fields_of
-from tubelet.cli.main import Verb
+from tubelet.cli.verb import load_verb
 
 PAGES = Path(__file__).parent / "verbs"
 _TABLE = re.compile(r"(<!-- fields:(\w+) -->\n).*?(<!-- /fields -->)", re.DOTALL)
-
-
-def load_verb(name: str) -> Verb[Any]:
-    """The verb called `name`."""
-    verb: Verb[Any] = entry_points(group="tubelet.verbs")[name].load()
-    return verb
 
 
 def table(name: str) -> str:

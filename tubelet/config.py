@@ -11,7 +11,7 @@ import os
 import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,6 +22,9 @@ from tubelet.errors import TubeletError, nearest
 
 class Config(BaseModel):
     """Base of every configuration: immutable, closed to unknown fields, documented by attribute docstrings."""
+
+    COMMON: ClassVar[tuple[str, ...]] = ()
+    """Dotted names of the dozen fields that `tubelet VERB --help` shows first; none: all of them."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, populate_by_name=True
@@ -51,6 +54,11 @@ def load_config(model: type[C], path: Path | None, overrides: Mapping[str, str])
         set_dotted(tree, dotted, value)
     # `--hooks blocks.6` is a list of one.
     for dotted in _wanted(model, tree, ("tuple_type", "list_type")) & overrides.keys():
+        if "," in overrides[dotted]:
+            items = ", ".join(part.strip() for part in overrides[dotted].split(","))
+            raise TubeletError(
+                f"--{dotted} takes a list, '{overrides[dotted]}' is a text", f"Write --{dotted} '[{items}]'"
+            )
         values[dotted], letters[dotted] = [values[dotted]], [overrides[dotted]]
         set_dotted(tree, dotted, values[dotted])
     # `--name 007` and `--hooks 7` are numbers in YAML, `--name no` a truth value; a text field means the letters.

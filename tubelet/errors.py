@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class TubeletError(Exception):
-    """A failure that the user can mend.
+    """An error that the user can fix.
 
     Verbs print it as one line and exit with status 2; no traceback is shown.
 
@@ -22,12 +22,15 @@ class TubeletError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        stop = "" if self.remedy.endswith(("?", "!", ".")) else "."
-        return f"{self.problem.rstrip('.')}. {self.remedy}{stop}"
+        return f"{_sentence(self.problem)} {_sentence(self.remedy)}"
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(("?", "!", ".")) else f"{text}."
 
 
 class StoreUnreachable(TubeletError):
-    """The object storage does not answer, or not well. It may later: nothing is wrong with what was asked."""
+    """Object storage is unreachable; the operation may be retried."""
 
 
 def nearest(wrong: str, right: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -153,6 +153,20 @@ class ScopeConfig(Config):
 
 class EvaluateConfig(Config):
     """One evaluation: a trained SAE, a store, a folder for what comes out."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "run",
+        "store",
+        "out",
+        "split",
+        "other_store",
+        "fit_store",
+        "skip",
+        "controls",
+        "limit_clips",
+        "in_backbone",
+        "device",
+    )
 
     run: Path
     """Folder of a training run, with `sae.json`."""

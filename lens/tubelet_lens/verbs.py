@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tubelet.cli.main import Verb
-from tubelet_lens.config import DemoConfig, EvaluateConfig
+from tubelet.cli.verb import Verb
 
 if TYPE_CHECKING:
+    from tubelet_lens.config import DemoConfig, EvaluateConfig
     from tubelet_lens.study.config import StudyConfig
+
+
+def _evaluate_config() -> type[EvaluateConfig]:
+    from tubelet_lens.config import EvaluateConfig
+
+    return EvaluateConfig
 
 
 def _run(config: EvaluateConfig) -> int:
@@ -27,10 +33,16 @@ def _run(config: EvaluateConfig) -> int:
 EVALUATE = Verb(
     "evaluate",
     "Measure a trained SAE on a store: one JSON file, one HTML report.",
-    lambda: EvaluateConfig,
+    _evaluate_config,
     _run,
     positionals=("run", "store"),
 )
+
+
+def _demo_config() -> type[DemoConfig]:
+    from tubelet_lens.config import DemoConfig
+
+    return DemoConfig
 
 
 def _demo(config: DemoConfig) -> int:
@@ -43,7 +55,7 @@ def _demo(config: DemoConfig) -> int:
 DEMO = Verb(
     "demo",
     "Render videos, extract, train, evaluate: the whole path in minutes.",
-    lambda: DemoConfig,
+    _demo_config,
     _demo,
 )
 

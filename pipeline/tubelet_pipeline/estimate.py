@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +48,23 @@ _BATCH = 8
 
 class EstimateConfig(ExtractConfig):
     """The job to estimate, and how closely to look."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "dataset.kind",
+        "dataset.root",
+        "dataset.split",
+        "sampling.kind",
+        "sampling.frames",
+        "sampling.stride",
+        "backbone.id",
+        "hooks",
+        "store",
+        "dtype",
+        "tokens.kind",
+        "batch_size",
+        "calibration_clips",
+        "format",
+    )
 
     calibration_clips: int = Field(default=8, ge=1)
     """Clips decoded and computed on this machine to measure time."""

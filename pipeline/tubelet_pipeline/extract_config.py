@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,23 @@ from tubelet_store.spool import UploadConfig
 
 class ExtractConfig(Config):
     """One extraction: which videos, which frames, which activations, where to."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "dataset.kind",
+        "dataset.root",
+        "dataset.split",
+        "sampling.kind",
+        "sampling.frames",
+        "sampling.stride",
+        "backbone.id",
+        "hooks",
+        "store",
+        "dtype",
+        "tokens.kind",
+        "batch_size",
+        "cluster.workers",
+        "cluster.scheduler",
+    )
 
     dataset: DatasetConfig
     """Videos and labels."""

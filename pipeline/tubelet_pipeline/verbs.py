@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from tubelet.cli.main import Verb
+from tubelet.cli.verb import Verb
 
 if TYPE_CHECKING:
     from tubelet_pipeline.estimate import EstimateConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from tubelet.cli.main import Verb
+from tubelet.cli.verb import Verb
 from tubelet.config import Config
 from tubelet.errors import TubeletError
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tubelet.cli.main import Verb
+from tubelet.cli.verb import Verb
 from tubelet.config import Config
 
 # The formula's text is for `--format json`.

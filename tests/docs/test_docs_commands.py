@@ -10,8 +10,9 @@ import pages
 import pytest
 import yaml
 
+from tubelet.cli.arguments import parse_arguments
 from tubelet.cli.fields import fields_of
-from tubelet.cli.main import parse_arguments
+from tubelet.cli.verb import load_verb
 from tubelet.config import validate
 
 NAMES = entry_points(group="tubelet.verbs").names
@@ -25,7 +26,7 @@ REQUIRED = {
     }
 }
 """What a part of a configuration is completed with."""
-_SWITCHES = {"--help", "--print-config", "--version"}
+_SWITCHES = {"--help", "--help-all", "--example", "--print-config", "--version", "help"}
 
 
 def _commands() -> list[tuple[str, str]]:
@@ -43,8 +44,6 @@ def _commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "command"), _commands(), ids=lambda text: text.replace("/", "_"))
 def test_the_verb_exists_and_its_options_are_fields(where, command):
-    from fields import load_verb
-
     _, name, *arguments = shlex.split(command)
     if name in _SWITCHES:
         return
@@ -61,8 +60,6 @@ def test_there_are_commands_for_every_verb():
 @pytest.mark.parametrize("snippet", pages.snippets("yaml"), ids=lambda snippet: snippet.where)
 def test_a_configuration_on_a_page_is_valid(snippet):
     """Its first line names the file, `# VERB....yaml` or `# part of VERB.yaml`, and so the verb."""
-    from fields import load_verb
-
     named = re.match(r"# (part of )?(\w+)[\w-]*\.yaml", snippet.text)
     assert named is not None, "say which file it is: # extract-something.yaml"
     rest = REQUIRED[named[2]] if named[1] else {}

@@ -23,9 +23,8 @@ def test_the_table_of_a_verb_is_what_its_model_says(verb):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_field_has_a_meaning(verb):
-    from fields import load_verb
-
     from tubelet.cli.fields import fields_of
+    from tubelet.cli.verb import load_verb
 
     assert [field.path for field in fields_of(load_verb(verb).config()) if not field.meaning] == []
 
@@ -33,9 +32,8 @@ def test_every_field_has_a_meaning(verb):
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_page_names_only_fields_that_exist(verb):
     """`decode.backend` in running text is a field, if its first part is a section of any verb."""
-    from fields import load_verb
-
     from tubelet.cli.fields import fields_of
+    from tubelet.cli.verb import load_verb
 
     known = {field.path for name in VERBS for field in fields_of(load_verb(name).config())}
     sections = {path.partition(".")[0] for path in known if "." in path}

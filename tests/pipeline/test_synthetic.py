@@ -359,8 +359,8 @@ def test_damaged_and_missing_masks_are_named(tmp_path: Path) -> None:
 
 def test_the_verb_renders_in_several_processes_the_same_files_as_in_one(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom tubelet.cli.main import _run\nfrom tubelet_pipeline.verbs import VIDEOS\n"
-        "if __name__ == '__main__': sys.exit(_run(VIDEOS, sys.argv[1:]))\n"
+        "import sys\nfrom tubelet.cli.main import run_verb\nfrom tubelet_pipeline.verbs import VIDEOS\n"
+        "if __name__ == '__main__': sys.exit(run_verb(VIDEOS, sys.argv[1:]))\n"
     )
     script = tmp_path / "videos.py"
     script.write_text(code)

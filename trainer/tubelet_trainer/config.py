@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -100,6 +100,22 @@ class ObjectiveConfig(Config):
 
 class TrainConfig(Config):
     """One training run: a store, an SAE, a folder for what comes out."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "store",
+        "out",
+        "hook",
+        "epochs",
+        "sae.kind",
+        "sae.expansion",
+        "sae.k",
+        "objective.lambda_t",
+        "objective.lambda_s",
+        "optimizer.lr",
+        "batch_tokens",
+        "sweep",
+        "device",
+    )
 
     store: str
     """Path or URL of the activation store; a remote one is read through a cache on a local disk."""

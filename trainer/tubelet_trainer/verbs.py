@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tubelet.cli.main import Verb
+from tubelet.cli.verb import Verb
 
 if TYPE_CHECKING:
     from tubelet_trainer.config import TrainConfig

@@ -31,6 +31,7 @@ class Field:
     kinds: tuple[str, ...] = ()
     """Kinds of its section that have it; empty where all have it."""
     is_section: bool = False
+    is_required: bool = False
     is_switch: bool = False
     """It is true or false, so that its name alone says true."""
 
@@ -51,9 +52,10 @@ def _fields(model: type[Config], instance: Any, prefix: str) -> list[Field]:
         sections = [m for m in models_in(info.annotation) if issubclass(m, Config)]
         if not sections:
             is_switch = bool in (info.annotation, *get_args(info.annotation))
-            found.append(Field(path, text, meaning, _literals(info.annotation), is_switch=is_switch))
+            values = _literals(info.annotation)
+            found.append(Field(path, text, meaning, values, is_required=required, is_switch=is_switch))
             continue
-        found.append(Field(path, text, meaning, is_section=True))
+        found.append(Field(path, text, meaning, is_section=True, is_required=required))
         found += _merged(
             [(section, _fields(section, default, f"{path}.")) for section in sections], default, f"{path}.kind"
         )
@@ -73,8 +75,9 @@ def _merged(variants: list[tuple[type[Config], list[Field]]], default: Any, tag_
     first = variants[0][1]
     tag = next(field for field in first if field.path == tag_path)
     text = kinds.get(type(default), REQUIRED)
-    meaning = tag.meaning or "Which of the kinds; they have fields of their own."
-    merged = [replace(tag, default=text, values=tuple(kinds.values()), meaning=meaning)]
+    meaning = tag.meaning or "Which variant; each has fields of its own."
+    values, required = tuple(kinds.values()), text == REQUIRED
+    merged = [replace(tag, default=text, values=values, meaning=meaning, is_required=required)]
     common = [field for field, having in holders.items() if len(having) == len(variants)]
     special = [replace(f, kinds=tuple(h)) for f, h in holders.items() if len(h) < len(variants)]
     return merged + common + special

@@ -1,60 +1,30 @@
 """The command `tubelet VERB`.
 
-Each room registers its verbs under the entry-point group `tubelet.verbs`. An entry point names the extra it needs, so a
-machine with only the trainer installed shows only the verbs it can run.
-
-    tubelet VERB [POSITIONAL ...] [CONFIG.yaml] [--field value] [--section.field=value] [--print-config]
+tubelet VERB [POSITIONAL ...] [CONFIG.yaml] [--field value] [--section.field=value]
+tubelet VERB --help | --help-all | --example | --print-config
+tubelet help [VERB]
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
 
-from packaging.requirements import Requirement
+from tubelet.cli.verb import C, Verb, example_of, load_verb, registered
+from tubelet.errors import TubeletError
 
-from tubelet.cli.fields import REQUIRED, fields_of
-from tubelet.config import Config, dump_yaml, load_config
-from tubelet.errors import TubeletError, nearest
-
-C = TypeVar("C", bound=Config)
-
-
-# What a path or a disk may be at fault for; other errors of the system are ours.
+# Errors of the system that a path or a disk may be the cause of; others are bugs.
 _USERS_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 
 
-@dataclass(frozen=True)
-class Verb(Generic[C]):
-    """One verb of the command line."""
-
-    name: str
-    summary: str
-    """One line for the list of verbs."""
-    config: Callable[[], type[C]]
-    """Gives the model of its settings (a call, so that listing the verbs imports no heavy library). Every field can be
-    set from YAML and overridden with `--field value`."""
-    run: Callable[[C], int]
-    """Does the work; returns the exit status. Imports heavy libraries inside."""
-    positionals: tuple[str, ...] = ()
-    """Fields that may be given without their name, in order; the last takes all that is left if it ends with `...`."""
-    settings_file: bool = True
-    """A YAML (or JSON) file among the arguments holds settings; False: it is an argument like any other."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit status 0: done; 1: done, with findings; 2: a mistake to mend; 130: interrupted."""
+    """Run one verb. Exit status 0: done; 1: done, with findings; 2: user error; 130: interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = run(arguments)
@@ -75,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno == errno.EEXIST:
             remedy = "Choose another path"
         if error.errno == errno.ENOSPC:
-            problem, remedy = "No space left on the device", "Work done is kept: free some space, run again"
+            problem, remedy = "No space left on the device", "Finished work is kept: free some space and run it again"
         print(f"tubelet: error: {where}{problem}. {remedy}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -84,132 +54,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one verb and return its exit status; a mistake is raised, not printed."""
-    available = {entry.name: entry for entry in entry_points(group="tubelet.verbs")}
+    """Run one verb and return its exit status; a user error is raised, not printed."""
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview(available))
+        from tubelet.cli.help import overview
+
+        print(overview(registered()))
         return 0
     if arguments[0] in ("-V", "--version"):
-        print(f"tubelet {version('tubelet')}")
+        import tubelet
+
+        print(f"tubelet {tubelet.__version__}")
         return 0
-    name = arguments[0]
-    if name not in available:
-        raise TubeletError(f"Unknown verb '{name}'", nearest(name, available))
-    entry = available[name]
-    if missing := _missing_packages(entry):
-        extra = entry.extras[0]
-        raise TubeletError(
-            f"`tubelet {name}` needs {', '.join(missing)}, not installed here", f"Run: pip install 'tubelet[{extra}]'"
-        )
-    verb: Verb[Any] = entry.load()
-    return _run(verb, arguments[1:])
+    return run_verb(load_verb(arguments[0]), arguments[1:])
 
 
-def _run(verb: Verb[C], arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(_usage(verb))
+def run_verb(verb: Verb[C], arguments: list[str]) -> int:
+    """Run `verb`, or print what is asked about it."""
+    from tubelet.cli.arguments import parse_arguments
+    from tubelet.config import dump_yaml, load_config
+
+    if {"-h", "--help", "--help-all"} & set(arguments):
+        from tubelet.cli.help import usage
+
+        print(usage(verb, "--help-all" in arguments))
+        return 0
+    if "--example" in arguments:
+        print(example_of(verb.name), end="")
         return 0
     print_config = "--print-config" in arguments
-    path, overrides = parse_arguments(verb, [a for a in arguments if a != "--print-config"])
+    path, overrides = parse_arguments(verb, [word for word in arguments if word != "--print-config"])
     config = load_config(verb.config(), path, overrides)
     if print_config:
         print(dump_yaml(config), end="")
         return 0
     return verb.run(config)
-
-
-def parse_arguments(verb: Verb[Any], arguments: list[str]) -> tuple[Path | None, dict[str, str]]:
-    """Split `arguments` into the YAML file (if any) and the overriding texts by dotted field name.
-
-    Raises:
-        TubeletError: too many positionals, or an option without a value.
-    """
-    path: Path | None = None
-    overrides: dict[str, str] = {}
-    free = list(verb.positionals)
-    queue = list(arguments)
-    rest: list[str] = []
-    while queue:
-        word = queue.pop(0)
-        if word.startswith("--"):
-            field, equals, text = word[2:].partition("=")
-            field = field.replace("-", "_")
-            if not equals and queue and not queue[0].startswith("--"):
-                text = queue.pop(0)
-            elif not equals:
-                if any(each.path == field and not each.is_switch for each in fields_of(verb.config())):
-                    raise TubeletError(f"--{field} needs a value", f"Write --{field} VALUE")
-                # A bare option is a switch: `--json` means `--json true`.
-                text = "true"
-            overrides[field] = text
-        elif verb.settings_file and word.endswith((".yaml", ".yml", ".json")) and path is None and "#" not in word:
-            path = Path(word)
-        elif free and free[0].endswith("..."):
-            rest.append(word)
-        elif free:
-            overrides[free.pop(0)] = word
-        else:
-            raise TubeletError(f"`tubelet {verb.name}` does not take '{word}'", f"See `tubelet {verb.name} --help`")
-    if rest:
-        overrides[free[0].removesuffix("...")] = json.dumps(rest, ensure_ascii=False)
-    return path, overrides
-
-
-def _missing_packages(entry: EntryPoint) -> list[str]:
-    """Distributions that the entry point's extra asks for and that are not installed."""
-    missing: dict[str, None] = {}
-    requirements = [Requirement(line) for line in requires("tubelet") or []]
-    extras = list(entry.extras)
-    # The list grows while it is walked: `all` asks for tubelet's other extras.
-    for extra in extras:
-        for requirement in requirements:
-            marker = requirement.marker
-            if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
-                continue
-            if requirement.name == "tubelet":
-                extras += sorted(requirement.extras - set(extras))
-                continue
-            try:
-                version(requirement.name)
-            except PackageNotFoundError:
-                missing[requirement.name] = None
-    return list(missing)
-
-
-def _overview(available: dict[str, EntryPoint]) -> str:
-    lines = ["tubelet: cache what a frozen video backbone thinks, train sparse autoencoders on it.", "", "Verbs:"]
-    hidden = []
-    for name, entry in sorted(available.items()):
-        if _missing_packages(entry):
-            hidden.append(f"{name} (pip install 'tubelet[{entry.extras[0]}]')")
-            continue
-        verb: Verb[Any] = entry.load()
-        lines.append(f"  {name:<10} {verb.summary}")
-    if hidden:
-        lines += ["", "Not installed here: " + ", ".join(hidden)]
-    lines += ["", "`tubelet VERB --help` lists a verb's fields; `tubelet VERB --print-config` shows what would run."]
-    return "\n".join(lines)
-
-
-def _usage(verb: Verb[Any]) -> str:
-    words = " ".join(name.upper() for name in verb.positionals)
-    lines = [
-        f"usage: tubelet {verb.name} {words} [CONFIG.yaml] [--field value ...] [--print-config]".replace("  ", " "),
-        "",
-        verb.summary,
-        "",
-        "Fields:",
-    ]
-    lines += list(describe_fields(verb.config()))
-    return "\n".join(lines)
-
-
-def describe_fields(model: type[Config]) -> list[str]:
-    """One line per field of `model`, sections unfolded: name, default, the kinds that have it, meaning."""
-    lines = []
-    for field in fields_of(model):
-        default = f"default {field.default}" if field.default and field.default != REQUIRED else field.default
-        notes = [default, " | ".join(field.values), f"{' or '.join(field.kinds)} only" if field.kinds else ""]
-        shown = f"  ({'; '.join(note for note in notes if note)})" if any(notes) else ""
-        lines.append(f"  --{field.path}{'.…' if field.is_section else ''}{shown}  {field.meaning}".rstrip())
-    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,20 @@ class LatentList(Config):
 
 class GalleryConfig(Config):
     """One gallery: a trained SAE, a store, a place for the site."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "run",
+        "store",
+        "out",
+        "evaluation",
+        "videos",
+        "latents",
+        "top_clips",
+        "split",
+        "other_store",
+        "limit_clips",
+        "device",
+    )
 
     run: Path
     """Folder of a training run, with `sae.json`."""

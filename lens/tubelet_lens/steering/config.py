@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,20 @@ class ChangeConfig(Config):
 
 class EditConfig(ChangeConfig):
     """Edits of SAE latents in the running backbone, on some clips."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "run",
+        "store",
+        "latent",
+        "operation.kind",
+        "operation.strength",
+        "videos",
+        "clips",
+        "root",
+        "controls",
+        "out",
+        "device",
+    )
 
     run: Path
     """Folder of a training run, with `sae.json`."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tubelet.cli.main import Verb
-from tubelet_lens.steering.config import EditConfig
+from tubelet.cli.verb import Verb
 
 if TYPE_CHECKING:
+    from tubelet_lens.steering.config import EditConfig
     from tubelet_lens.steering.edit_report import ClipEffect
 
 _CLASSES_PRINTED = 3
+
+
+def _config() -> type[EditConfig]:
+    from tubelet_lens.steering.config import EditConfig
+
+    return EditConfig
 
 
 def _run(config: EditConfig) -> int:
@@ -43,7 +49,7 @@ def _lines(clip: ClipEffect) -> list[str]:
 EDIT = Verb(
     "edit",
     "Change latents in the running backbone on some clips; see what changes after them.",
-    lambda: EditConfig,
+    _config,
     _run,
     positionals=("run", "store", "videos..."),
 )

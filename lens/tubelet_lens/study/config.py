@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -38,6 +39,18 @@ class VariantConfig(Config):
 
 class StudyConfig(Config):
     """A grid: every source x every variant x its weights x every seed."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "out",
+        "sources",
+        "variants",
+        "seeds",
+        "train",
+        "evaluate",
+        "cluster.workers",
+        "cluster.scheduler",
+        "retries",
+    )
 
     out: Path
     """Folder of the study; cells found there are not done again."""

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from tubelet.cli.main import Verb
+from tubelet.cli.verb import Verb
 from tubelet.config import Config
 from tubelet.errors import TubeletError
 
