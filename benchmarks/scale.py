@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib
 import json
 import os
@@ -29,14 +28,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from tubelet_pipeline import driver as extract_module
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.driver import extract
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.extract_report import ExtractSummary
 from tubelet_pipeline.plan_extraction import make_plan
-from tubelet_pipeline.scheduler import ShardScheduler
-from tubelet_pipeline.shard_task import ShardReport, report
+from tubelet_pipeline.shard_task import ShardReport, report_of
 from tubelet_pipeline.worker_state import ShardJob
 from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.store_writer import StoreWriter
@@ -61,7 +58,7 @@ def null_shard(job_json: str, shard: int) -> ShardReport:
     with writer.shard(shard) as shard_writer:
         for _ in plan.shard_range(shard):
             shard_writer.append(outcome, tokens)
-        return report(shard_writer.commit())
+        return report_of(shard_writer.commit())
 
 
 class Meter:
@@ -127,8 +124,7 @@ def one_size(clips: int, clips_per_shard: int, folder: Path) -> dict[str, float]
             marks.append(meter.cpu_s())
             memory.append(meter.memory_mb())
 
-        extract_module.ShardScheduler = functools.partial(ShardScheduler, task=null_shard)  # type: ignore[assignment,misc]
-        summary = extract(config, mark)
+        summary = extract(config, mark, task=null_shard)
         marks.append(meter.cpu_s())
         peak_mb = [_peak_mb(process.pid) for process in (meter.client, meter.scheduler)]
     shards = summary.shards

@@ -109,13 +109,18 @@ class ClusterConfig(Config):
         return os.environ.get("DASK_SCHEDULER_ADDRESS")
 
     @property
+    def is_local(self) -> bool:
+        """Whether the workers run on this machine and end with the job."""
+        return not self.lasting and self.class_ is None
+
+    @property
     def is_runner(self) -> bool:
         """Whether every process of an allocation runs this command (see RUNNERS)."""
         return self.class_ in RUNNERS
 
     @property
     def lasting(self) -> bool:
-        """Whether the scheduler outlives this job, so that a lost connection can be made again."""
+        """Whether the scheduler outlives this job, so that a lost connection can be restored."""
         return self.address is not None or self.scheduler_file is not None
 
     @property
@@ -139,13 +144,13 @@ def connect(config: ClusterConfig, tasks_per_worker: int = 2) -> Iterator[Client
         TubeletError: no scheduler answers, or the cluster does not start.
     """
     with _quiet_dask(), contextlib.ExitStack() as stack:
-        if config.lasting:
-            yield stack.enter_context(_client(config))
+        if config.is_local:
+            yield stack.enter_context(Client(stack.enter_context(_local(config, tasks_per_worker))))
         elif config.class_ is not None:
             cluster = stack.enter_context(start_cluster(config))
             yield stack.enter_context(Client(cluster, timeout=config.start_timeout_s))
         else:
-            yield stack.enter_context(Client(stack.enter_context(_local(config, tasks_per_worker))))
+            yield stack.enter_context(_client(config))
 
 
 @contextlib.contextmanager

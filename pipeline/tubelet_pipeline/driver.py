@@ -1,7 +1,8 @@
-"""The extraction's driver: plan, begin or continue the store, hand out shards, finish.
+"""The extraction's driver: make the plan, begin or continue the store, run its shards on the cluster, finish the store.
 
-A bounded number of shard tasks is in flight, and each leaves a durable record, so the driver itself may die at any
-time: the same command again does what is missing. Whether a job is complete is read from the store, not from memory.
+The number of shard tasks in flight is bounded, and each leaves a durable record, so the driver itself may be killed at
+any time: the same command run again extracts what is missing. Whether a job is complete is read from the store, not
+from memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from distributed import CancelledError, Client
 from distributed.comm import CommClosedError
 
@@ -24,32 +26,39 @@ from tubelet_pipeline.extract_report import ExtractSummary, RunLog
 from tubelet_pipeline.plan_extraction import Planned, make_plan
 from tubelet_pipeline.preflight import check_workers
 from tubelet_pipeline.scheduler import SchedulerLost, ShardScheduler
-from tubelet_pipeline.shard_task import ShardReport, report
+from tubelet_pipeline.shard_task import ShardReport, report_of, run_shard
 from tubelet_pipeline.worker_state import ShardJob
 from tubelet_store.format import array_kinds, shard_bytes
 from tubelet_store.spool import Spool
 from tubelet_store.store_writer import StoreWriter
 
 _RECONNECTS = 3
-_SHOWN = 5
-_VIDEOS_SHOWN = 3
+_SHARDS_NAMED = 5
+_VIDEOS_NAMED = 3
 
 
-def extract(config: ExtractConfig, on_shard: Callable[[ExtractSummary], None] | None = None) -> ExtractSummary:
-    """Run the extraction that `config` describes, to its end.
+def extract(
+    config: ExtractConfig,
+    on_shard: Callable[[ExtractSummary], None] | None = None,
+    task: Callable[[str, int], ShardReport] = run_shard,
+) -> ExtractSummary:
+    """Run the extraction that `config` describes until its store is complete.
 
     Args:
         config: What to extract.
-        on_shard: Called with the counts so far when the workers are there, and after each committed shard.
+        on_shard: Called with the counts so far when the workers are ready, and after each committed shard.
+        task: What runs on the workers.
 
     Raises:
-        TubeletError: a mistake in the configuration, no room for the store, or shards that fail again and again (the
-            others are committed and stay so).
+        TubeletError: the configuration does not fit, there is no space for the store, or shards fail repeatedly (the
+            others are committed and stay committed).
     """
     with contextlib.ExitStack() as stack:
         cluster = config.workers_from
-        # Every process of an allocation comes here; only one of them comes out of this as the client.
-        client = stack.enter_context(connect(cluster)) if cluster.is_runner else None
+        if cluster.is_local:
+            _check_local_device(config.backbone.device)
+        # Every process of an allocation comes here; only one of them continues as the client.
+        runner = stack.enter_context(connect(cluster)) if cluster.is_runner else None
         planned = make_plan(config)
         writer = StoreWriter.begin(config.store, planned.plan, planned.clips, planned.provenance)
         writer.discard_scratch()
@@ -57,13 +66,25 @@ def extract(config: ExtractConfig, on_shard: Callable[[ExtractSummary], None] | 
         pending = writer.pending()
         summary = ExtractSummary(config.store, "", planned.plan.shards)
         for commit in writer.commits(sorted(set(range(planned.plan.shards)) - set(pending))):
-            summary.add(report(commit))
+            summary.add(report_of(commit))
         log = stack.enter_context(RunLog(config.log_path))
+        job = _Job(config, cluster, planned, writer, summary, log, on_shard, task)
         began = time.perf_counter()
         try:
             if pending:
                 _check_room(writer, pending)
-                _Run(config, cluster, planned, writer, summary, log, on_shard).until_done(client)
+            lost_connections = 0
+            while pending:
+                try:
+                    with contextlib.nullcontext(runner) if runner is not None else connect(cluster) as client:
+                        scheduler = job.start(client, len(pending))
+                        scheduler.run(pending)
+                    if pending := job.pending():
+                        raise job.not_extracted(pending, scheduler.failures)
+                except (SchedulerLost, CancelledError, CommClosedError) as error:
+                    job.connection_lost(error, lost_connections)
+                    lost_connections += 1
+                    pending = job.pending()
             summary.identity = str(retry_while_unreachable(writer.finish, config.upload.patience_s).identity)
         except BaseException as error:
             log("end", status=f"{type(error).__name__}: {error}", shards_this_run=summary.shards_this_run)
@@ -80,8 +101,8 @@ def extract(config: ExtractConfig, on_shard: Callable[[ExtractSummary], None] | 
 
 
 @dataclass
-class _Run:
-    """Shards of one job on the cluster, however often the scheduler is lost."""
+class _Job:
+    """One extraction in progress; it survives lost connections to the scheduler."""
 
     config: ExtractConfig
     cluster: ClusterConfig
@@ -90,36 +111,19 @@ class _Run:
     summary: ExtractSummary
     log: RunLog
     on_shard: Callable[[ExtractSummary], None] | None
+    task: Callable[[str, int], ShardReport]
 
-    def until_done(self, client: Client | None) -> None:
-        for lost in range(_RECONNECTS + 1):
-            try:
-                if client is not None:
-                    self._once(client)
-                else:
-                    with connect(self.cluster) as fresh:
-                        self._once(fresh)
-                return
-            except (SchedulerLost, CancelledError, CommClosedError) as error:
-                self.log("lost", reason=str(error))
-                if lost == _RECONNECTS or not self.cluster.lasting:
-                    raise TubeletError(
-                        f"The connection to the Dask scheduler was lost, {self.summary.shards_done} of "
-                        f"{self.summary.shards} shards are committed",
-                        "Run the same command again: it does what is missing",
-                    ) from error
-
-    def _once(self, client: Client) -> None:
-        plan, config = self.planned.plan, self.config
-        pending = self._pending()
+    def start(self, client: Client, pending: int) -> ShardScheduler:
+        """Check the workers, log the start, and return the scheduler of the job's shards."""
+        plan = self.planned.plan
         versions = check_workers(client, self.cluster, f"preflight-{plan.digest[-12:]}")
         self.summary.dashboard = dashboard_of(client)
         self.log(
             "start",
             plan=plan.digest,
-            store=config.store,
+            store=self.config.store,
             shards=plan.shards,
-            pending=len(pending),
+            pending=pending,
             clips=plan.clips,
             workers=len(client.scheduler_info(n_workers=-1)["workers"]),
             dashboard=self.summary.dashboard,
@@ -127,15 +131,34 @@ class _Run:
         )
         if self.on_shard is not None:
             self.on_shard(self.summary)
-        shard_scheduler = ShardScheduler(client, shard_job(config, self.planned), self.cluster, self.log, self._done)
-        shard_scheduler.run(pending)
-        if lost := self._pending():
-            raise self._not_extracted(lost, shard_scheduler.failures)
+        job = shard_job(self.config, self.planned)
+        return ShardScheduler(client, job, self.cluster, self.log, self._committed, self.task)
 
-    def _pending(self) -> list[int]:
+    def pending(self) -> list[int]:
+        """Shards without a record."""
         return retry_while_unreachable(self.writer.pending, self.config.upload.patience_s)
 
-    def _done(self, report: ShardReport) -> None:
+    def connection_lost(self, error: Exception, earlier: int) -> None:
+        """Log it; give up after `_RECONNECTS` times, or where the scheduler ended with the connection."""
+        self.log("lost", reason=str(error))
+        if earlier == _RECONNECTS or not self.cluster.lasting:
+            raise TubeletError(
+                f"The connection to the Dask scheduler was lost, {self.summary.shards_done} of "
+                f"{self.summary.shards} shards are committed",
+                "Run the same command again: it extracts what is missing",
+            ) from error
+
+    def not_extracted(self, shards: list[int], failures: dict[int, list[str]]) -> TubeletError:
+        """The error that names the first of `shards`, their videos and their last failures."""
+        reasons = [f"shard {shard} ({self._videos(shard)}): {failures.get(shard, ['lost'])[-1]}" for shard in shards]
+        more = f"; and {len(shards) - _SHARDS_NAMED} more" if len(shards) > _SHARDS_NAMED else ""
+        return TubeletError(
+            f"{len(shards)} of {self.planned.plan.shards} shards could not be extracted: "
+            f"{'; '.join(reasons[:_SHARDS_NAMED])}{more}",
+            "The others are committed. Fix the cause and run the same command again",
+        )
+
+    def _committed(self, report: ShardReport) -> None:
         summary = self.summary
         summary.add(report)
         summary.shards_this_run += 1
@@ -144,31 +167,22 @@ class _Run:
         if self.on_shard is not None:
             self.on_shard(summary)
 
-    def _not_extracted(self, lost: list[int], failures: dict[int, list[str]]) -> TubeletError:
-        reasons = [f"shard {shard} ({self._videos(shard)}): {failures.get(shard, ['lost'])[-1]}" for shard in lost]
-        more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-        return TubeletError(
-            f"{len(lost)} of {self.planned.plan.shards} shards could not be extracted: "
-            f"{'; '.join(reasons[:_SHOWN])}{more}",
-            "The others are committed. Mend the cause and run the same command again",
-        )
-
     def _videos(self, shard: int) -> str:
         clips = self.planned.plan.shard_range(shard)
         uris = list(dict.fromkeys(self.planned.clips["uri"].slice(clips.start, len(clips)).to_pylist()))
-        shown = ", ".join(uris[:_VIDEOS_SHOWN])
-        return f"{shown} and {len(uris) - _VIDEOS_SHOWN} more videos" if len(uris) > _VIDEOS_SHOWN else shown
+        named = ", ".join(uris[:_VIDEOS_NAMED])
+        return f"{named} and {len(uris) - _VIDEOS_NAMED} more videos" if len(uris) > _VIDEOS_NAMED else named
 
 
 def shard_job(config: ExtractConfig, planned: Planned) -> ShardJob:
-    """What the tasks of the extraction are told."""
+    """What every task of the extraction is told; paths are absolute, because workers may run in another directory."""
     backbone = config.backbone
     if Path(backbone.id).is_dir():
-        backbone = backbone.model_copy(update={"id": _seen_from_anywhere(backbone.id)})
+        backbone = backbone.model_copy(update={"id": _absolute(backbone.id)})
     return ShardJob(
-        store=_seen_from_anywhere(config.store),
+        store=_absolute(config.store),
         plan_digest=planned.plan.digest,
-        dataset_root=_seen_from_anywhere(str(config.dataset.root)),
+        dataset_root=_absolute(str(config.dataset.root)),
         sampling=config.sampling,
         views=config.views,
         tokens=config.tokens,
@@ -182,13 +196,29 @@ def shard_job(config: ExtractConfig, planned: Planned) -> ShardJob:
 
 
 def dashboard_of(client: Client) -> str | None:
-    """Address of the cluster's dashboard; None where Dask runs without (bokeh is not installed there)."""
+    """Address of the cluster's dashboard; None where the scheduler serves none (bokeh is not installed there)."""
     services = client.scheduler_info(n_workers=0).get("services", {})
     return str(client.dashboard_link) if services.get("dashboard") else None
 
 
-def _seen_from_anywhere(url: str) -> str:
-    # Workers may run in another directory.
+def _check_local_device(name: str) -> None:
+    """Refuse a device that this machine does not have, before a cluster is started and without initializing CUDA."""
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TubeletError(
+            f"backbone.device '{name}' is no device of torch", "Set backbone.device: auto, cpu or cuda"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise TubeletError(
+            f"backbone.device is '{name}', and torch finds {torch.cuda.device_count() or 'no'} GPU(s) on this machine",
+            "Set backbone.device: auto or cpu, or give the scheduler of a cluster whose workers have GPUs",
+        )
+
+
+def _absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).expanduser().absolute())
 
 
@@ -200,6 +230,6 @@ def _check_room(writer: StoreWriter, pending: list[int]) -> None:
     )
     if free is not None and free < needed:
         raise TubeletError(
-            f"The store needs {human_bytes(needed)} more, {human_bytes(free)} are free at {writer.url}",
+            f"The store needs another {human_bytes(needed)}, but only {human_bytes(free)} are free at {writer.url}",
             "Free some space, store fewer hooks, or choose another disk or an s3:// URL",
         )

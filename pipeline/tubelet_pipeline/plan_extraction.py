@@ -1,4 +1,4 @@
-"""From a configuration to a plan: looks at the data set and the backbone, decides every byte the store will hold."""
+"""From a configuration to a plan, which decides every byte of the store, by reading data set and backbone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,15 +16,16 @@ from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, load_backbone
 from tubelet_pipeline.datasets import build_clip_table
 from tubelet_pipeline.extract_config import ExtractConfig
+from tubelet_pipeline.redecode import BACKBONE_FOLDER
 from tubelet_pipeline.token_selection import AllTokens, TokenSelector
 from tubelet_pipeline.views import ShiftedViews, ThreeCrops, describe_clips
 from tubelet_store.clip_table import clip_table_digest
 from tubelet_store.dtypes import NUMPY_DTYPES
 from tubelet_store.plan import Hook, Plan
 
-# One S3 object of a few hundred MiB reads and writes at full speed and is cheap to redo.
+# An S3 object of a few hundred MiB is transferred at full speed and cheap to extract again.
 _SHARD_TARGET_BYTES = 256 * 2**20
-# Enough shards for workers to share and for a crash to cost little, unless that makes them tiny.
+# Enough shards to share among workers and to lose little in a crash, unless that makes them tiny.
 _SHARDS_WANTED = 64
 _CLIPS_WANTED = 8
 
@@ -40,7 +42,7 @@ class Planned:
 
 
 def make_plan(config: ExtractConfig) -> Planned:
-    """Decide what `config` would store.
+    """Plan the store of `config`; nothing is written.
 
     Raises:
         TubeletError: no videos, no such checkpoint or hook, or a number of frames that the backbone does not take.
@@ -51,7 +53,7 @@ def make_plan(config: ExtractConfig) -> Planned:
     selector = TokenSelector(config.tokens, backbone.grid)
     hooks = tuple(dict.fromkeys(backbone.resolve_hook(name) for name in config.hooks))
     plan = Plan(
-        # Which videos and where they lie is told by the clip table and the provenance.
+        # The clip table says which videos, the provenance where they are.
         dataset=config.dataset.model_dump(mode="json", exclude={"root", "annotations"}),
         clip_table=clip_table_digest(clips),
         clips=clips.num_rows,
@@ -66,16 +68,19 @@ def make_plan(config: ExtractConfig) -> Planned:
         special_time=backbone.special_time,
         dtype=config.dtype,
     )
-    provenance = {
+    provenance: dict[str, Any] = {
         "dataset_root": str(config.dataset.root),
         "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "software": software_versions(),
     }
+    folder = Path(config.backbone.id).expanduser()
+    if folder.is_dir():
+        provenance[BACKBONE_FOLDER] = str(folder.resolve())
     return Planned(plan, clips, provenance)
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of what decides or could disturb the activations."""
+    """Versions of the libraries that can change the activations."""
     versions = {"python": platform.python_version()}
     for name in _SOFTWARE:
         try:
@@ -89,13 +94,14 @@ def check_views(config: ExtractConfig, backbone: Backbone) -> None:
     """Refuse views that the backbone's grid or the preprocessing does not allow.
 
     Raises:
-        TubeletError: crops that would be all the same, a shift as large as the grid, or shifted views of which only
-            some tokens are stored.
+        TubeletError: all crops would be equal, a shift is as large as the grid, or shifted views are to be stored with
+            only some of their tokens.
     """
     views, grid = config.views, backbone.grid
     if isinstance(views, ThreeCrops) and backbone.preprocessing.resize_to is not None:
         raise TubeletError(
-            f"'{backbone.checkpoint.name}' squeezes every picture into one size: there is no longer side to crop along",
+            f"'{backbone.checkpoint.name}' resizes every frame to a fixed size, so there is no longer side to crop "
+            "along",
             "Set views.kind: center, or backbone.preprocessing with shortest_edge and crop",
         )
     if not isinstance(views, ShiftedViews):
@@ -106,7 +112,8 @@ def check_views(config: ExtractConfig, backbone: Backbone) -> None:
     ):
         if shift >= most:
             raise TubeletError(
-                f"Views shifted by {shift} {field} share nothing: the grid is {grid.time}x{grid.height}x{grid.width}",
+                f"Views shifted by {shift} {field} have no token in common: the grid is "
+                f"{grid.time}x{grid.height}x{grid.width}",
                 f"Set views.{field} to less than {most}",
             )
     if not isinstance(config.tokens, AllTokens):

@@ -1,9 +1,9 @@
-"""A store's plan carried out again, on its own videos or on others: same backbone, frames, crop and pixels.
+"""Decoding videos again as a store's plan recorded it: the same backbone, frames, crop and pixels, on any videos.
 
-    plan ─▶ backbone_of ─▶ Backbone, whose weights have the plan's digest
-    plan ─▶ Replay ─▶ of each video what to decode, and its pixels
+    store ─▶ backbone_of ─▶ Backbone, whose weights have the recorded digest
+    plan ─▶ FrameRedecoder ─▶ the decode request of each video, and its pixels
 
-Needed wherever the running backbone, or a picture of what it saw, stands beside stored activations.
+For running the backbone, or showing frames, beside stored activations.
 """
 
 from __future__ import annotations
@@ -23,75 +23,96 @@ from tubelet_pipeline.preprocess import CropBox, Preprocessing
 from tubelet_pipeline.sampling import DenseSampling, Sampling, UniformSampling
 from tubelet_pipeline.views import CenterView, ShiftedViews, ThreeCrops, Views, clip_request, locate, place
 from tubelet_store.plan import Plan
+from tubelet_store.reader import Store
+
+BACKBONE_FOLDER = "backbone_folder"
+"""Entry of a store's provenance: absolute path of a backbone given as a local folder."""
 
 
 def sampling_of(plan: Plan) -> DenseSampling | UniformSampling:
-    """Which frames the plan took.
+    """The plan's frame sampling.
 
     Raises:
-        TubeletError: a rule that is not known here.
+        TubeletError: this version does not know the rule.
     """
-    said = {name: value for name, value in plan.sampling.items() if name != "views"}
-    return _parsed(Sampling, said, "sampling")
+    recorded = {name: value for name, value in plan.sampling.items() if name != "views"}
+    return _parsed(Sampling, recorded, "sampling")
 
 
 def views_of(plan: Plan) -> CenterView | ThreeCrops | ShiftedViews:
-    """Which views of each video the plan took.
+    """The plan's views of each video.
 
     Raises:
-        TubeletError: a rule that is not known here.
+        TubeletError: this version does not know the rule.
     """
-    said: Any = plan.sampling.get("views")
-    return CenterView() if said is None else _parsed(Views, said, "views")
+    recorded: Any = plan.sampling.get("views")
+    return CenterView() if recorded is None else _parsed(Views, recorded, "views")
 
 
-def backbone_of(plan: Plan, checkpoint: str | None = None, device: str = "auto") -> Backbone:
-    """The backbone that made a store, loaded and compared by the digest of its weights; never compiled.
+def backbone_of(store: Store, checkpoint: str | None = None, device: str = "auto") -> Backbone:
+    """The backbone that made `store`, loaded and compared by the digest of its weights; never compiled.
 
     Args:
-        plan: The store's.
-        checkpoint: Hub id or folder; None: the plan's id, or the demo backbone of that name.
+        store: It records the backbone's id, revision, digest and, if it was a local folder, that folder.
+        checkpoint: Hub id or folder. None: a shipped backbone of the recorded name, the recorded folder, or the
+            recorded hub id, in this order.
         device: As in `BackboneConfig`.
 
     Raises:
-        TubeletError: the plan names no checkpoint, it cannot be loaded, or it has other weights.
+        TubeletError: the store records no checkpoint, the folder has moved, it cannot be loaded, or its weights differ.
     """
-    said = plan.backbone
-    if "weights_digest" not in said:
+    recorded = store.plan.backbone
+    if "weights_digest" not in recorded:
         raise TubeletError(
-            f"The store's backbone ({said.get('id')}) has no digest of its weights",
+            f"The store's backbone ({recorded.get('id')}) has no digest of its weights",
             "Use a store that `tubelet extract` made",
         )
-    named = str(said["id"])
-    source = checkpoint or (str(demo_backbone(named)) if named in NAMES and not Path(named).is_dir() else named)
+    name = str(recorded["id"])
+    source = checkpoint or _recorded_source(store, name)
     config = BackboneConfig.model_validate(
         {
             "id": source,
-            "revision": said.get("revision") if source == named else None,
-            "precision": said["precision"],
+            "revision": recorded.get("revision") if source == name else None,
+            "precision": recorded["precision"],
             "device": device,
-            "preprocessing": Preprocessing.model_validate(plan.preprocessing),
+            "preprocessing": Preprocessing.model_validate(store.plan.preprocessing),
         }
     )
     try:
-        backbone = load_backbone(config, frames=sampling_of(plan).frames)
+        backbone = load_backbone(config, frames=sampling_of(store.plan).frames)
     except TubeletError as error:
         if checkpoint is not None:
             raise
         raise TubeletError(
-            f"The backbone '{named}' of the store cannot be loaded: {error.problem}",
-            "Give its folder or hub id with --checkpoint",
+            f"The backbone '{name}' of the store cannot be loaded: {error.problem}",
+            "Give its folder or hub id as checkpoint",
         ) from error
-    if backbone.weights_digest != said["weights_digest"]:
+    if backbone.weights_digest != recorded["weights_digest"]:
         raise TubeletError(
-            f"'{backbone.checkpoint.name}' has other weights than the backbone '{named}' that made the store",
+            f"The weights of '{backbone.checkpoint.name}' differ from those of the backbone '{name}' that made the "
+            "store",
             "Give the checkpoint that the store was extracted with",
         )
     return backbone
 
 
+def _recorded_source(store: Store, name: str) -> str:
+    """Where the backbone `name` of `store` should be, by what the store records."""
+    folder = store.state.provenance.get(BACKBONE_FOLDER)
+    if folder is not None and Path(str(folder)).is_dir():
+        return str(folder)
+    if name in NAMES and not Path(name).is_dir():
+        return str(demo_backbone(name))
+    if folder is not None:
+        raise TubeletError(
+            f"The backbone '{name}' of the store was in the folder {folder}, which no longer exists",
+            "Give its present folder as checkpoint",
+        )
+    return name
+
+
 class FrameRedecoder:
-    """What a plan does with a video.
+    """Decodes and preprocesses videos again as a plan recorded it.
 
     Args:
         plan: The store's.
@@ -109,19 +130,21 @@ class FrameRedecoder:
 
     def pixels(self, clip: DecodedClip, view: int) -> tuple[torch.Tensor, CropBox]:
         """float32 [T, 3, h, w], and the box of the source frame that they show."""
-        at = place(self.views, locate(self.views, view), self.backbone.patch_size)
-        return self.backbone.preprocess(clip.frames, at)
+        crop_place = place(self.views, locate(self.views, view), self.backbone.patch_size)
+        return self.backbone.preprocess(clip.frames, crop_place)
 
 
-def _parsed(union: Any, said: dict[str, Any], what: str) -> Any:
-    """The member of `union` that a record describes; what a record says beyond its fields are formulas."""
+def _parsed(union: Any, recorded: dict[str, Any], what: str) -> Any:
+    """The member of `union` that a record describes; further entries of a record are formulas."""
     members: tuple[type[BaseModel], ...] = get_args(get_args(union)[0])
     kinds = {model.model_fields["kind"].default: model for model in members}
     try:
-        model = kinds[said["kind"]]
-        return TypeAdapter(model).validate_python({name: said[name] for name in model.model_fields if name in said})
+        model = kinds[recorded["kind"]]
+        return TypeAdapter(model).validate_python(
+            {name: recorded[name] for name in model.model_fields if name in recorded}
+        )
     except (KeyError, ValidationError) as error:
         raise TubeletError(
-            f"The store's {what} is not known here: {said.get('kind')!r}",
+            f"This version of Tubelet does not know the store's {what}: {recorded.get('kind')!r}",
             "Use the version of Tubelet that made the store",
         ) from error

@@ -26,8 +26,7 @@ from distributed.comm import get_address_host
 from numpy.typing import NDArray
 
 from tubelet.concurrency import prefetched
-from tubelet.errors import StoreUnreachable, TubeletError
-from tubelet.retry import retry_while_unreachable
+from tubelet.errors import StoreUnreachable
 from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 from tubelet_pipeline.plan_extraction import software_versions
@@ -35,63 +34,66 @@ from tubelet_pipeline.views import place
 from tubelet_pipeline.worker_state import Runtime, runtimes
 from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.commit import Commit
-from tubelet_store.finished_shard import FinishedShard
 from tubelet_store.shard_writer import ShardWriter
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What became of a shard: small enough for a scheduler to keep."""
+    """The outcome of a shard task: small enough for a scheduler to keep."""
 
     shard: int
     clips: dict[str, int]
-    """Clips by `ok` or failure code."""
+    """Number of clips by `ok` or failure code."""
     size_bytes: int
     seconds: dict[str, float]
     """Seconds this thread waited for pixels (`decode`), computed (`forward`), in `total`, and then published."""
     spooled: bool = False
-    """Finished, but kept on the worker's machine, because the object storage did not answer."""
+    """Finished, but kept on the worker's machine, because object storage was unreachable."""
     host: str = ""
-    """Where it is kept, as Dask calls that machine."""
+    """The machine that keeps it, by Dask's name for it."""
 
 
 def run_shard(job_json: str, shard: int) -> ShardReport:
-    """Extract one shard. Idempotent: a shard that is already committed is reported, not redone.
+    """Extract one shard. Idempotent: a shard that is already committed is reported, not extracted again.
 
-    While the object storage does not answer, the finished shard is kept on this machine and reported as `spooled`;
-    every later task here tries to upload what waits.
+    While object storage is unreachable, the finished shard is kept on this machine and reported as `spooled`; every
+    later task on this machine tries to upload the waiting shards.
     """
     with runtimes.using(job_json) as runtime:
-        # The store may stop to answer at any time: what is not known to be committed is not.
+        store, spool = runtime.store, runtime.spool
+        # If storage is unreachable here, the shard counts as not committed.
         with contextlib.suppress(StoreUnreachable):
-            runtime.store.drain(runtime.spool)
-            if (commit := runtime.store.committed(shard)) is not None:
-                return report(commit)
-        if shard in runtime.spool.shards():
+            store.drain(spool)
+            if (commit := store.committed(shard)) is not None:
+                return report_of(commit)
+        if shard in spool.shards():
             return ShardReport(shard, {}, 0, {}, spooled=True, host=_host())
-        return _extract(runtime, shard)
+        with store.shard(shard) as writer:
+            seconds = _write_clips(writer, runtime, shard)
+            software = {**software_versions(), "batch_size": str(runtime.batch_size)}
+            finished = writer.finish(software, _rounded(seconds))
+            with _timed(seconds, "publish"):
+                commit = store.publish(finished, spool)
+        report = report_of(commit or finished.commit)
+        return dataclasses.replace(report, seconds=_rounded(seconds), spooled=commit is None, host=_host())
 
 
-def _host() -> str:
-    return get_address_host(get_worker().address)
-
-
-def report(commit: Commit) -> ShardReport:
+def report_of(commit: Commit) -> ShardReport:
     """The report that a commit record amounts to."""
     counts = Counter("ok" if o.status == "ok" else str(o.error).partition(":")[0] for o in commit.clips)
     return ShardReport(commit.shard, dict(counts), sum(o.size_bytes for o in commit.objects), commit.seconds)
 
 
-def _extract(runtime: Runtime, shard: int) -> ShardReport:
+def _write_clips(writer: ShardWriter, runtime: Runtime, shard: int) -> dict[str, float]:
+    """Decode, compute and append every clip of `shard`; seconds by stage."""
     began = time.perf_counter()
-    store = runtime.store
-    clips = store.plan.shard_range(shard)
+    clips = runtime.store.plan.shard_range(shard)
     seconds = {"decode": 0.0, "forward": 0.0}
     size = runtime.batch_size
-    # Decoding runs two batches ahead: one being decoded while one is prepared or waits for the forward pass.
+    # Decoding runs two batches ahead: one is being decoded while one is preprocessed or waits for the forward pass.
     decoded = runtime.decoded(clips, prefetch=2 * size)
     batches = (_prepare(runtime, list(itertools.islice(decoded, size))) for _ in range(0, len(clips), size))
-    with store.shard(shard) as writer, ThreadPoolExecutor(1, thread_name_prefix="write") as executor:
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as executor:
         writing: Future[None] | None = None
         prepared = prefetched(batches, 1, "prepare")
         for _ in range(0, len(clips), size):
@@ -104,40 +106,13 @@ def _extract(runtime: Runtime, shard: int) -> ShardReport:
             writing = executor.submit(_append, writer, rows)
         if writing is not None:
             writing.result()
-        seconds["total"] = time.perf_counter() - began
-        software = {**software_versions(), "batch_size": str(size)}
-        finished = writer.finish(software, {name: round(s, 4) for name, s in seconds.items()})
-        with _timed(seconds, "publish"):
-            commit = _publish(runtime, finished)
-    done = report(commit or finished.commit)
-    rounded = {name: round(s, 4) for name, s in seconds.items()}
-    return dataclasses.replace(done, seconds=rounded, spooled=commit is None, host=_host())
-
-
-def _publish(runtime: Runtime, finished: FinishedShard) -> Commit | None:
-    """The record that counts; None where the storage does not answer and the shard waits in the spool."""
-
-    def attempt() -> Commit | None:
-        try:
-            return runtime.store.publish(finished)
-        except StoreUnreachable:
-            if runtime.spool.keep(finished):
-                return None
-            raise
-
-    try:
-        return retry_while_unreachable(attempt, runtime.job.upload.patience_s)
-    except StoreUnreachable as error:
-        raise TubeletError(
-            f"{runtime.store.url} has not answered for {runtime.job.upload.patience_s:g} s, and the spool "
-            f"{runtime.spool.directory} is full: {error.problem}",
-            "Mend the connection and run the same command again; upload.spool_mb makes more room",
-        ) from error
+    seconds["total"] = time.perf_counter() - began
+    return seconds
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One clip on its way to the shard."""
+    """One clip, ready to be appended."""
 
     outcome: ClipOutcome
     activations: dict[str, NDArray[Any]] | None = None
@@ -166,7 +141,7 @@ def _prepare(runtime: Runtime, batch: list[tuple[int, DecodedClip | DecodeFailur
     backbone, views = runtime.backbone, runtime.job.views
     for number, clip in batch:
         if isinstance(clip, DecodeFailure):
-            # The clip table is the same wherever the data set lies.
+            # Without the root, so that the clip table does not depend on where the data set lies.
             message = clip.message.replace(resolve_uri(runtime.job.dataset_root, ""), "")
             outcomes.append(ClipOutcome.failure(clip.code, message))
             continue
@@ -226,6 +201,14 @@ def _outcome(
 def _to_numpy(values: torch.Tensor) -> NDArray[Any]:
     # As float32: the shard writer checks the range before it rounds to the store's dtype.
     return values.float().cpu().numpy()
+
+
+def _host() -> str:
+    return get_address_host(get_worker().address)
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {stage: round(value, 4) for stage, value in seconds.items()}
 
 
 @contextlib.contextmanager

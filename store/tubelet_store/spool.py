@@ -52,6 +52,7 @@ class Spool:
     def __init__(self, config: UploadConfig, url: str, plan: Plan) -> None:
         self.directory = config.spool_dir or cache_folder("spool")
         self.limit_bytes = config.spool_mb << 20
+        self.patience_s = config.patience_s
         self._plan = plan
         self._mine = self.directory / hashlib.sha256(f"{url} {plan.digest}".encode()).hexdigest()[:24]
 

@@ -8,6 +8,8 @@ Resuming is the same call: the shards that have a record are done, the others ar
 from __future__ import annotations
 
 import contextlib
+import random
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from tubelet.concurrency import in_parallel
-from tubelet.errors import TubeletError
+from tubelet.errors import StoreUnreachable, TubeletError
 from tubelet_store.clip_table import (
     PLANNED,
     ClipOutcome,
@@ -48,6 +50,7 @@ from tubelet_store.store_state import StoreState, read_state, state_document
 _READERS = 16
 # A shard's moments may be 100 MB, and a few of them a reader lie ready.
 _MOMENTS_READERS = 2
+_SPOOL_FULL_PAUSE_S = 5.0
 
 
 class StoreWriter:
@@ -141,9 +144,37 @@ class StoreWriter:
         """A writer for the whole of shard `shard`."""
         return ShardWriter(self._root, self.plan, shard)
 
-    def publish(self, finished: FinishedShard) -> Commit:
-        """Publish a shard that a writer finished; see `finished_shard.publish`."""
-        return publish(self._root, self.plan, finished)
+    def publish(self, finished: FinishedShard, spool: Spool | None = None) -> Commit | None:
+        """Publish a shard that a writer finished; see `finished_shard.publish`.
+
+        Args:
+            finished: The shard.
+            spool: Keeps the shard on this machine while object storage is unreachable. A full spool is waited for.
+
+        Returns:
+            The record that counts; None if the shard waits in `spool`.
+
+        Raises:
+            StoreUnreachable: object storage does not answer and there is no spool.
+            TubeletError: the same, and the spool stayed full for `upload.patience_s`.
+        """
+        deadline = time.monotonic() + (spool.patience_s if spool is not None else 0.0)
+        while True:
+            try:
+                return publish(self._root, self.plan, finished)
+            except StoreUnreachable as error:
+                if spool is None:
+                    raise
+                if spool.keep(finished):
+                    return None
+                if time.monotonic() > deadline:
+                    raise TubeletError(
+                        f"{self.url} has not answered for {spool.patience_s:g} s, and the spool {spool.directory} is "
+                        f"full: {error.problem}",
+                        "Fix the connection and run the same command again; upload.spool_mb makes more room",
+                    ) from error
+            # Workers that failed together must not come back together.
+            time.sleep(_SPOOL_FULL_PAUSE_S * random.uniform(0.5, 1.0))
 
     def drain(self, spool: Spool) -> list[int]:
         """Upload what waits in `spool`, as far as the storage answers; the shards that are committed now."""

@@ -357,7 +357,7 @@ def report(made: Path, store: Store) -> EditReport:
 def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Store) -> None:
     from tubelet_lens.inputs.clip_stream import read_clip
 
-    backbone = backbone_of(store.plan, device="cpu")
+    backbone = backbone_of(store, device="cpu")
     (clip,) = ClipSource(store, backbone).clips([3])
     got = backbone.activations(clip.pixels[None], ["blocks.2"])["blocks.2"].tokens[0]
     torch.testing.assert_close(got, read_clip(store, "blocks.2", 3), rtol=2e-3, atol=2e-3)
@@ -427,7 +427,7 @@ def test_a_downstream_sae_reads_a_later_hook(made: Path) -> None:
         ({"clips": (99,)}, r"has no clip 99.*0 to 31"),
         ({"clips": (), "videos": ("nowhere.mp4",)}, r"nowhere\.mp4 cannot be read: missing"),
         ({"where": {"rows": (0, 9)}}, r"rows \[0, 9\] exceeds the grid, which has 8"),
-        ({"checkpoint": str(demo_backbone("dinov2-tiny"))}, "pictures|frames|other weights"),
+        ({"checkpoint": str(demo_backbone("dinov2-tiny"))}, "pictures|frames|weights"),
         ({"root": "/nowhere"}, "cannot be read"),
     ],
 )
@@ -455,7 +455,7 @@ def test_captions_tell_what_fills_the_placeholders() -> None:
 
 def test_patch_labels_are_those_of_the_masks(made: Path, store: Store) -> None:
     """Pixels counted one by one, on 64 x 64 frames that the backbone sees whole, in patches of 8 and steps of 2."""
-    backbone = backbone_of(store.plan, device="cpu")
+    backbone = backbone_of(store, device="cpu")
     seen = set()
     for clip in ClipSource(store, backbone).clips(range(0, 32, 5)):
         row = store.clips().take([clip.clip]).to_pylist()[0]

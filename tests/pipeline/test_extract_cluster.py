@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pickle
@@ -24,10 +23,8 @@ from faulty_proxy import FaultyProxy, faulty_proxy
 from object_server import create_bucket, lead_to, s3_environment, s3_server
 from processes import run_tubelet, start_tubelet
 from tubelet.errors import TubeletError
-from tubelet_pipeline import driver as extract_module
 from tubelet_pipeline.driver import extract
 from tubelet_pipeline.extract_config import ExtractConfig
-from tubelet_pipeline.scheduler import ShardScheduler
 from tubelet_pipeline.shard_task import ShardReport, run_shard
 from tubelet_store.reader import open_store
 from tubelet_store.storage.open_root import open_root
@@ -112,12 +109,11 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_complete(
 ) -> None:
     config = settings(job_settings, str(tmp_path / "s.zarr"), tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(extract_module, "HandOut", functools.partial(ShardScheduler, task=deadly))
         patched.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "1")
         import dask
 
         with dask.config.set({"distributed.scheduler.allowed-failures": 1}), pytest.raises(TubeletError) as caught:
-            extract(config)
+            extract(config, task=deadly)
     message = str(caught.value)
     assert f"1 of 9 shards could not be extracted: shard {DEADLY} (" in message
     assert message.count(".webm") == 3

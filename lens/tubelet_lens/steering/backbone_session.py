@@ -93,7 +93,7 @@ def start_session(clips: ClipSetting, config: InBackboneConfig) -> BackboneSessi
             f"{store.url} is pooled: it holds averages of tokens, which the backbone itself does not produce",
             "Leave out `in_backbone`, or use a store of single tokens",
         )
-    backbone = backbone_of(store.plan, config.checkpoint, str(device))
+    backbone = backbone_of(store, config.checkpoint, str(device))
     rows = stratified_sample(clips.test.labels, config.test_clips)
     test_source = ClipSource(store, backbone, config.root, config.decode)
     fit_source, fit_rows = None, np.empty(0, dtype=np.int64)

@@ -85,7 +85,7 @@ def edit(config: EditConfig) -> EditReport:
     sae = load_sae(config.run, str(device))
     # Latents are checked before anything slow.
     LatentEdits(sae, [Edit(change.latent, change.operation) for change in config.changes], torch.zeros(sae.latents))
-    backbone = backbone_of(store.plan, config.checkpoint, str(device))
+    backbone = backbone_of(store, config.checkpoint, str(device))
     hook = backbone.resolve_hook(trained.hook)
     downstream = tuple(_downstream_sae(run, backbone, trained.hook, str(device)) for run in config.downstream)
     source = ClipSource(store, backbone, config.root, config.decode)
