@@ -47,10 +47,14 @@ class Progress:
         self._is_silent = is_silent
         self._line_every_s = line_every_s
         self._bar: Any = None
-        self.restart_clock()
+        self._restart_clock()
 
-    def restart_clock(self) -> None:
-        """Measure the rate from now on: what came before (starting workers) says nothing about it."""
+    def restart(self, done: int) -> None:
+        """Measure the rate from now on, with `done` units done: starting workers says nothing about it."""
+        self.done = self._done_before = done
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
         self._start_s = time.monotonic()
         self._next_line_s = self._start_s + self._line_every_s / 5
 

@@ -8,6 +8,7 @@ from memory.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -196,9 +197,14 @@ def shard_job(config: ExtractConfig, planned: Planned) -> ShardJob:
 
 
 def dashboard_of(client: Client) -> str | None:
-    """Address of the cluster's dashboard; None where the scheduler serves none (bokeh is not installed there)."""
+    """Address of the cluster's dashboard; None where its pages would be dead.
+
+    Without bokeh Dask still serves the address. The scheduler is taken to have the same packages as this process.
+    """
     services = client.scheduler_info(n_workers=0).get("services", {})
-    return str(client.dashboard_link) if services.get("dashboard") else None
+    if not services.get("dashboard") or importlib.util.find_spec("bokeh") is None:
+        return None
+    return str(client.dashboard_link)
 
 
 def _check_local_device(name: str) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from tubelet.errors import TubeletError
 from tubelet.formats import human_bytes
+from tubelet.progress import Progress
 from tubelet.tables import Table, Tabular
 from tubelet_pipeline.shard_task import ShardReport
 from tubelet_store.reader import open_store
@@ -108,73 +107,62 @@ class RunLog:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-_LOG_EVERY_S = 10.0
-_FAILURES_SHOWN = 20
+_VIDEOS_LISTED = 20
 
 
 class ExtractProgress:
-    """Shows shards as they are committed. Pass it to `extract` as `on_shard`."""
+    """Shows shards as they are committed, on stderr. Pass it to `extract` as `on_shard`."""
 
     def __init__(self) -> None:
-        console = Console()
-        self._log = None if console.is_terminal else console
-        self._bar = Progress(
-            TextColumn("extracting"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("shards, {task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("extracting", total=None, rate="starting")
-        self._began = time.perf_counter()
-        self._logged = self._began
+        self._progress = Progress("extracting", unit="shards")
+        self._start_s = time.perf_counter()
 
     def __enter__(self) -> ExtractProgress:
-        self._bar.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._progress.__exit__(kind, error, trace)
 
     def __call__(self, summary: ExtractSummary) -> None:
         """Show the counts so far."""
-        now = time.perf_counter()
         if not summary.shards_this_run:
-            # Workers are there: what they took to come says nothing about the rate.
-            self._began = now
+            # The workers are ready: the time they took to start says nothing about the rate.
+            self._start_s = time.perf_counter()
+            self._progress.restart(summary.shards_done)
             if summary.dashboard is not None:
-                self._bar.console.print(f"dashboard: {summary.dashboard}", highlight=False, soft_wrap=True)
+                self._progress.note(f"dashboard: {summary.dashboard}")
             return
-        seconds = now - self._began
-        done = sum(summary.clips.values())
-        failed = done - summary.clips["ok"]
-        rate = f"{summary.clips_this_run / seconds:.1f} clips/s, {summary.tokens_this_run / seconds:.0f} tokens/s"
-        rate += f", {failed} clip{'s' * (failed > 1)} failed" if failed else ""
-        self._bar.update(self._task, total=summary.shards, completed=summary.shards_done, rate=rate)
-        if self._log is not None and (now - self._logged > _LOG_EVERY_S or summary.shards_done == summary.shards):
-            self._logged = now
-            left = seconds / summary.shards_this_run * (summary.shards - summary.shards_done)
-            self._log.print(
-                f"extracting: {summary.shards_done} of {summary.shards} shards, {rate}, {left:.0f} s left",
-                highlight=False,
-                soft_wrap=True,
-            )
+        seconds = time.perf_counter() - self._start_s
+        failed = summary.clips.total() - summary.clips["ok"]
+        text = f"{summary.clips_this_run / seconds:.1f} clips/s, {summary.tokens_this_run / seconds:.0f} tokens/s"
+        text += f", {failed} clip{'s' * (failed > 1)} failed" if failed else ""
+        self._progress.update(summary.shards_done, total=summary.shards, text=text)
+
+
+def failed_videos(clips: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One line per video and error, however many of its views failed.
+
+    Args:
+        clips: Failed clips with `uri` and `error`, as `failed_clips` gives them.
+    """
+    counts = Counter((clip["uri"], clip["error"]) for clip in clips)
+    return [f"{uri}: {error}" + (f" ({count} clips)" if count > 1 else "") for (uri, error), count in counts.items()]
 
 
 def print_summary(summary: ExtractSummary) -> None:
-    """Clips stored and failed, with reasons; size, rate, and where the store lies."""
-    total = sum(summary.clips.values())
+    """Print clips stored and failed, each failed video once with its reason; size, rate, and where the store is."""
+    total = summary.clips.total()
     failed = total - summary.clips["ok"]
     print(f"stored      {summary.clips['ok']} of {total} clips, {human_bytes(summary.size_bytes)}")
     if failed:
         print(f"failed      {failed}: " + ", ".join(f"{n} {code}" for code, n in summary.clips.items() if code != "ok"))
-        for clip in failed_clips(open_store(summary.store))[:_FAILURES_SHOWN]:
-            print(f"            {clip['uri']}: {clip['error']}")
-        if failed > _FAILURES_SHOWN:
+        videos = failed_videos(failed_clips(open_store(summary.store)))
+        for line in videos[:_VIDEOS_LISTED]:
+            print(f"            {line}")
+        if len(videos) > _VIDEOS_LISTED:
             print(f"            ... `tubelet info {summary.store} --format json` lists them all")
     if summary.shards_this_run:
         print(

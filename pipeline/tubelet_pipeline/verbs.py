@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -20,13 +21,19 @@ if TYPE_CHECKING:
     from tubelet_pipeline.synthetic.render_dataset import VideosConfig
 
 
+_SHARE_TOLERANCE = 0.02
+
+
 class Preempted(BaseException):
-    """SIGTERM came. Not an Exception: nothing on the way may take it for a failure of its own."""
+    """SIGTERM was received, as SLURM and Kubernetes send it before they take a machine away.
+
+    Not an Exception: no handler on the way may take it for a failure of its own.
+    """
 
 
 @contextlib.contextmanager
 def preemptible() -> Iterator[None]:
-    """Raise `Preempted` in the main thread when SIGTERM comes; a second one ends the process."""
+    """Raise `Preempted` in the main thread on SIGTERM; a second one ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -56,7 +63,7 @@ def _extract(config: ExtractConfig) -> int:
         with ExtractProgress() as progress, preemptible():
             summary = extract(config, progress)
     except Preempted:
-        print("tubelet: told to stop (SIGTERM); run the same command again to continue.", file=sys.stderr)
+        print("tubelet: stopped by SIGTERM; run the same command again to continue.", file=sys.stderr)
         return 128 + signal.SIGTERM
     print_summary(summary)
     return 0 if summary.clips["ok"] else 1
@@ -71,12 +78,12 @@ def _estimate_config() -> type[EstimateConfig]:
 def _estimate(config: EstimateConfig) -> int:
     from tubelet_pipeline.estimate import estimate, estimate_lines
 
-    found = estimate(config)
-    print(json.dumps(found.as_dict(), indent=2) if config.format == "json" else "\n".join(estimate_lines(found)))
+    costs = estimate(config)
+    print(json.dumps(costs.as_dict(), indent=2) if config.format == "json" else "\n".join(estimate_lines(costs)))
     return 0
 
 
-ESTIMATE = Verb("estimate", "Tell what an extraction will cost, before it runs.", _estimate_config, _estimate)
+ESTIMATE = Verb("estimate", "Estimate the cost of an extraction before it runs.", _estimate_config, _estimate)
 EXTRACT = Verb("extract", "Decode videos, run a frozen backbone, store its activations.", _extract_config, _extract)
 
 
@@ -87,30 +94,35 @@ def _videos_config() -> type[VideosConfig]:
 
 
 def _videos(config: VideosConfig) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from tubelet.formats import percent
+    from tubelet.progress import Progress
+    from tubelet_pipeline.synthetic.annotations import SPLITS
     from tubelet_pipeline.synthetic.render_dataset import dataset_bytes, make_dataset
 
-    console = Console(stderr=True)
     begin_s = time.monotonic()
     rendered = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("rendering videos", total=config.videos)
+    with Progress("rendering", config.videos, "videos") as progress:
 
         def on_video(is_new: bool) -> None:
             nonlocal rendered
             rendered += is_new
-            progress.advance(bar)
+            progress.advance()
 
         entries = make_dataset(config, on_video)
-    splits = {split: sum(e.split == split for e in entries) for split in ("train", "validation", "test")}
+    splits = Counter(entry.split for entry in entries)
+    shares = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split])
     print(
-        f"{config.out}: {len(entries)} videos ({', '.join(f'{n} {split}' for split, n in splits.items() if n)}), "
-        f"{len({e.template for e in entries})} classes, {dataset_bytes(config.out) / 1e6:.1f} MB; "
-        f"{rendered} rendered in {time.monotonic() - begin_s:.1f} s, {len(entries) - rendered} were there"
+        f"{config.out}: {len(entries)} videos ({shares}), {len({e.template for e in entries})} classes, "
+        f"{dataset_bytes(config.out) / 1e6:.1f} MB; {rendered} rendered in {time.monotonic() - begin_s:.1f} s, "
+        f"{len(entries) - rendered} existed"
     )
+    for split, asked in (("validation", config.validation_share), ("test", config.test_share)):
+        share = splits[split] / len(entries)
+        if abs(share - asked) > _SHARE_TOLERANCE:
+            print(
+                f"{split} share {percent(share)} instead of {percent(asked)}: every class is split at the nearest "
+                "whole video; more --videos come closer"
+            )
     return 0
 
 

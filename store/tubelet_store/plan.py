@@ -19,6 +19,8 @@ from tubelet.errors import TubeletError
 if TYPE_CHECKING:
     import numpy as np
 
+_LONGEST_VALUE = 80
+
 DTypeName = Literal["float16", "bfloat16", "float32"]
 
 
@@ -155,13 +157,17 @@ class Plan(Config):
 
     def differences(self, other: Plan) -> list[str]:
         """Fields in which `other` departs from this plan, as `field: here -> there` lines."""
-        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        absent = "(absent)"
-        return [
-            f"{field}: {mine.get(field, absent)} -> {theirs.get(field, absent)}"
-            for field in sorted(mine.keys() | theirs.keys())
-            if mine.get(field, absent) != theirs.get(field, absent)
-        ]
+        return differences(self.model_dump(mode="json"), other.model_dump(mode="json"))
+
+
+def differences(before: JsonValue, after: JsonValue) -> list[str]:
+    """Entries of two JSON values that differ, as short lines: `backbone.family: videomae -> dinov2`."""
+    left, right = _flatten(before), _flatten(after)
+    return [
+        f"{field}: {_short(left.get(field))} -> {_short(right.get(field))}"
+        for field in sorted(left.keys() | right.keys())
+        if left.get(field) != right.get(field)
+    ]
 
 
 def canonical_json(value: Any) -> bytes:
@@ -172,6 +178,13 @@ def canonical_json(value: Any) -> bytes:
 def sha256_of_json(value: Any) -> str:
     """`sha256:<hex>` of the canonical JSON of `value`."""
     return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _short(value: JsonValue) -> str:
+    if isinstance(value, list):
+        value = ", ".join(str(item.get("name", item)) if isinstance(item, dict) else _short(item) for item in value)
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _flatten(value: JsonValue, prefix: str = "") -> dict[str, JsonValue]:

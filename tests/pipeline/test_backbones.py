@@ -397,6 +397,9 @@ def offline(config: str, hub_home: Path) -> list[str]:
 def test_a_hub_model_that_cannot_be_reached_is_one_clear_line(tmp_path: Path) -> None:
     (said,) = offline("id='some-owner/some-model'", tmp_path)
     assert said.startswith("There is no folder 'some-owner/some-model', and the hub cannot be reached")
+    for wrong in ("models/videomae-tiny", "/data/videomae-tiny", "videomae_tiny"):
+        (said,) = offline(f"id={wrong!r}", tmp_path)
+        assert "Did you mean 'videomae-tiny', which comes with Tubelet?" in said
 
 
 def test_the_commit_that_was_loaded_is_recorded(folders: dict[str, Path], tmp_path: Path) -> None:

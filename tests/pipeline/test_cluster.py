@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import types
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distributed import Client, LocalCluster
 from tubelet.config import validate
 from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import CLUSTER_CLASSES, ClusterConfig, connect
+from tubelet_pipeline.driver import dashboard_of
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.preflight import check_workers
 
@@ -36,6 +38,14 @@ def cluster(**fields: Any) -> ClusterConfig:
         ({"class": "dask_jobqueue.SLURMCluster", "adapt": {"minimum": 4, "maximum": 3}}, ["minimum 4 is above"]),
     ],
 )
+def test_the_dashboard_that_is_announced_answers() -> None:
+    with connect(ClusterConfig(workers=1)) as client:
+        address = dashboard_of(client)
+        assert address is not None
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert b"Bokeh" in page.read()
+
+
 def test_a_cluster_that_makes_no_sense_is_refused_before_anything_starts(
     fields: dict[str, Any], words: list[str]
 ) -> None:

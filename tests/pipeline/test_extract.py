@@ -19,6 +19,7 @@ from processes import run_tubelet, start_tubelet
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import BackboneConfig, load_backbone
+from tubelet_pipeline.extract_report import failed_videos
 from tubelet_store.reader import open_store
 
 # Seconds pass on an idle machine; workers import for minutes where others compute.
@@ -95,7 +96,9 @@ def test_killed_jobs_and_workers_leave_the_store_an_undisturbed_run_writes(
     process.communicate()
 
     assert main(["extract", str(job)]) == 0
-    assert "stored      25 of 26 clips" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert shown.out.startswith("stored      25 of 26 clips"), "results on stdout"
+    assert "extracting: 9 of 9 shards" in shown.err, "progress on stderr"
     assert content(store) == content(undisturbed)
     assert open_store(str(store)).identity == open_store(str(undisturbed)).identity
     assert not (store / ".tmp").exists()
@@ -148,6 +151,7 @@ def test_a_broken_video_is_a_row_of_nan_with_its_reason(undisturbed: Path, video
         (["--backbone.id", "/nowhere"], ["/nowhere"]),
         (["--dtype", "float12"], ["dtype", "bfloat16"]),
         (["--cluster.scheduler", "tcp://127.0.0.1:9"], ["No Dask scheduler answers at tcp://127.0.0.1:9"]),
+        (["--backbone.device", "gpu"], ["'gpu' is no device"]),
     ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(
@@ -162,6 +166,24 @@ def test_a_mistake_is_one_line_with_the_remedy(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tubelet: error:")]
     for word in words:
         assert word in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_a_local_cluster_starts(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["extract", str(job), "--backbone.device", "cuda:0"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "store.zarr").exists()
+    # Workers elsewhere may have one.
+    monkeypatch.setattr("tubelet_pipeline.cluster._CONNECT_TIMEOUT_S", 1)
+    assert main(["extract", str(job), "--backbone.device", "cuda:0", "--scheduler", "tcp://127.0.0.1:9"]) == 2
+    assert "No Dask scheduler" in capsys.readouterr().err
+
+
+def test_views_of_a_broken_video_are_one_line() -> None:
+    clips = [{"uri": "a.mp4", "error": "open_failed: x"}] * 3 + [{"uri": "b.mp4", "error": "timeout: y"}]
+    assert failed_videos(clips) == ["a.mp4: open_failed: x (3 clips)", "b.mp4: timeout: y"]
 
 
 def test_another_plan_for_the_same_store_is_refused_with_the_difference(

@@ -130,7 +130,7 @@ def test_preemption_is_one_line_and_a_rerun_completes(job: Path, undisturbed: Pa
     process.terminate()
     _, err = process.communicate(timeout=PATIENT_S)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "told to stop (SIGTERM); run the same command again" in err
+    assert "stopped by SIGTERM; run the same command again" in err
     assert "Traceback" not in err
     status, _, err = run_tubelet("extract", str(job))
     assert status == 0, err

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter
 
+from tubelet.cli.main import main
 from tubelet.config import validate
 from tubelet.errors import TubeletError
 from tubelet_pipeline.synthetic.actions import OPPOSITES, TEMPLATES, class_name
@@ -307,6 +308,26 @@ def test_every_prefix_keeps_the_shares_of_the_splits(count: int, validation: flo
     splits = [split_of(nth, shares) for nth in range(count)]
     for split in SPLITS:
         assert abs(splits.count(split) - shares[split] * count) < 2
+
+
+@given(st.integers(1, 60), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_of_two_splits_each_gets_the_nearest_whole_number_of_videos(count: int, validation: float) -> None:
+    shares = {"train": 1 - validation, "validation": validation, "test": 0.0}
+    in_validation = [split_of(nth, shares) for nth in range(count)].count("validation")
+    assert abs(in_validation - validation * count) <= 0.5 + 1e-6
+
+
+def test_shares_that_few_videos_cannot_give_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--videos", "32", "--frames", "8", "--height", "32", "--width", "32", "--workers", "1"]
+    assert main(["videos", str(tmp_path / "few"), *few, "--validation_share", "0.3"]) == 0
+    shown = capsys.readouterr()
+    assert "16 train, 16 validation" in shown.out
+    assert "validation share 50.0 % instead of 30.0 %" in shown.out
+    assert "rendering" not in shown.out
+    assert "rendering" in shown.err
+    assert main(["videos", str(tmp_path / "half"), *few, "--validation_share", "0.5"]) == 0
+    assert "instead of" not in capsys.readouterr().out
 
 
 def test_a_restart_keeps_what_is_done_and_makes_what_is_missing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tubelet.errors import TubeletError
 from tubelet_lens.codes.sparse_codes import SparseCoder
+from tubelet_store.plan import differences
 from tubelet_store.reader import Store
 from tubelet_trainer.data.split import HoldoutConfig
 from tubelet_trainer.sae.sae_files import load_record, load_sae
@@ -79,14 +80,14 @@ def check_store(sae: TrainedSae, store: Store, other_store: bool) -> None:
                 f"If {store.url} holds the same backbone's activations, say --other_store true, and --split all",
             )
         return
-    differ = [
-        f"{name} {sae.provenance.get(name)} -> {here}"
-        for name, here in (("backbone", store.plan.backbone), ("dataset", store.plan.dataset))
-        if sae.provenance.get(name) != here
-    ]
+    differ = differences(
+        {name: sae.provenance.get(name) for name in ("backbone", "dataset")},
+        {"backbone": store.plan.backbone, "dataset": store.plan.dataset},
+    )
     if sae.provenance["backbone"] != store.plan.backbone:
+        telling = [line for line in differ if line.startswith(("backbone.family:", "backbone.id:"))] or differ
         raise TubeletError(
-            f"The SAE in {sae.folder} was trained on another backbone than {store.url} holds: {differ[0]}",
+            f"The SAE in {sae.folder} was trained on another backbone than {store.url} holds: {'; '.join(telling)}",
             "Give a store of the same backbone",
         )
     if not other_store:

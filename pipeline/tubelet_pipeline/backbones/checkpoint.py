@@ -8,6 +8,7 @@ them with random ones.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from torch import nn
 
 from tubelet.config import Config
 from tubelet.errors import TubeletError
+from tubelet_pipeline.backbones.reference import REFERENCE_CHECKPOINTS
 from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
 from tubelet_pipeline.preprocess import Preprocessing
 
@@ -107,7 +109,9 @@ def find_checkpoint(id: str, revision: str | None) -> Checkpoint:
     if id in NAMES and revision is None:
         return _read_checkpoint(id, demo_backbone(id), None)
     if not HUB_ID.fullmatch(id):
-        raise TubeletError(f"There is no folder '{id}'", "Check the path; a hub id has the form 'owner/model'")
+        raise TubeletError(
+            f"There is no folder '{id}'", f"{_suggestion(id)}Check the path; a hub id has the form 'owner/model'"
+        )
     folder = _fetch(id, revision)
     # The hub's cache names a snapshot's folder by its commit.
     return _read_checkpoint(id, folder, folder.name if COMMIT.fullmatch(folder.name) else revision)
@@ -136,13 +140,24 @@ def _fetch(id: str, revision: str | None) -> Path:
     except RepositoryNotFoundError as error:
         raise TubeletError(
             f"There is neither a folder nor a public hub model {what}",
-            "Check the spelling; for a private model run `hf auth login`",
+            f"{_suggestion(id)}Check the spelling; for a private model run `hf auth login`",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise TubeletError(
             f"There is no folder {what}, and the hub cannot be reached for a model of that name",
-            f"Check the spelling and the network, or fetch it where there is one (`hf download {id}`) and copy it here",
+            f"{_suggestion(id)}Check the spelling and the network, or fetch it on a machine that has one "
+            f"(`hf download {id}`) and copy it here",
         ) from error
+
+
+def _suggestion(id: str) -> str:
+    """A sentence that names the shipped or published checkpoint most like `id`, or like its last part; else empty."""
+    published = [reference.checkpoint for reference in REFERENCE_CHECKPOINTS.values()]
+    for wrong in (id, id.rpartition("/")[2]):
+        if hint := difflib.get_close_matches(wrong, [*NAMES, *published], n=1, cutoff=0.75):
+            shipped = ", which comes with Tubelet" if hint[0] in NAMES else ""
+            return f"Did you mean '{hint[0]}'{shipped}? "
+    return ""
 
 
 def _read_checkpoint(name: str, folder: Path, revision: str | None) -> Checkpoint:
