@@ -1,1 +1,6 @@
-"""How the demo backbones were made; run once by the authors, and by whoever doubts the result."""
+"""How the backbones that come with Tubelet were trained. Not part of the wheel; run in a clone:
+
+PYTHONPATH=benchmarks python -m pretrain.videomae --out DIR     13 minutes on one core
+PYTHONPATH=benchmarks python -m pretrain.dinov2 --out DIR       6 minutes on one core
+PYTHONPATH=benchmarks python -m pretrain.probe_backbones        what the backbones know, by linear probes
+"""

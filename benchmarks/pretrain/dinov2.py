@@ -6,7 +6,7 @@
 Labels come from the generator (`frame_labels`), one frame at a time: nothing in it knows of motion. One thread: with
 the same versions of torch and FFmpeg the weights are the same on every run.
 
-    python -m pretrain.dinov2 --out DIR
+    PYTHONPATH=benchmarks python -m pretrain.dinov2 --out DIR
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from pretrain.arguments import parse_arguments
-from pretrain.checkpoint_folder import Clock, write_checkpoint
-from pretrain.corpus import FRAMES, SIDE
-from pretrain.frame_labels import VOCABULARIES, FrameLabels, frame_labels
-from pretrain.optimization import Curve, adamw, descend, learning_rate
+from pretrain.corpus import FRAMES, SIDE, VOCABULARIES, FrameLabels, frame_labels
+from pretrain.training import Clock, Curve, adamw, descend, learning_rate, parse_arguments, write_checkpoint
 from tubelet_pipeline.backbones.tiny import IMAGENET_MEAN, IMAGENET_STD
 
 PATCH, HIDDEN, LAYERS, HEADS = 8, 96, 4, 4

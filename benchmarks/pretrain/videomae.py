@@ -7,7 +7,7 @@
 Only the encoder is kept. No label is read. One thread: with the same versions of torch and FFmpeg the weights are the
 same on every run.
 
-    python -m pretrain.videomae --out DIR
+    PYTHONPATH=benchmarks python -m pretrain.videomae --out DIR
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from pretrain.arguments import parse_arguments
-from pretrain.augment import draw_clips
-from pretrain.checkpoint_folder import Clock, write_checkpoint
-from pretrain.corpus import SIDE
+from pretrain.corpus import SIDE, draw_clips
 from pretrain.motion import TARGETS, motion_targets
-from pretrain.optimization import Curve, adamw, descend, learning_rate
+from pretrain.training import Clock, Curve, adamw, descend, learning_rate, parse_arguments, write_checkpoint
 from tubelet_pipeline.backbones.tiny import IMAGENET_MEAN, IMAGENET_STD
 
 FRAMES, PATCH, TUBELET, HIDDEN, LAYERS, HEADS = 16, 8, 2, 96, 4, 4

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain import corpus, dinov2, videomae
-from pretrain.frame_labels import frame_labels
+from pretrain.corpus import frame_labels
 from pretrain.motion import TARGETS, motion_targets
-from pretrain.probe import SAMPLING, Clips, pooled_activations, probe, untrained
+from pretrain.probe_backbones import SAMPLING, Clips, pooled_activations, probe, untrained
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
 from tubelet_pipeline.decode.decoded_clip import DecodedClip
@@ -167,7 +167,7 @@ def test_frame_labels_lie_on_their_objects(few_videos: NDArray[np.uint8]) -> Non
 
 
 def test_directions_are_linear_in_its_tokens_and_not_in_random_ones() -> None:
-    """On raw pictures of a seed of its own; `pretrain.probe` measures on encoded videos."""
+    """On raw pictures of a seed of its own; `pretrain.probe_backbones` measures on encoded videos."""
     numbers = [16 * round_ + action for round_ in range(14) for action in range(4)]
     frames = np.stack([render(scene_at(7, i, 48, 64, 64))[0][::3] for i in numbers])
     index = np.array(numbers)

@@ -1,9 +1,9 @@
-"""Backbones that come with the package, so that the demo needs no network: each folder has its model card.
+"""Backbones that come with the package, so that the demo needs no network; each folder has a model card.
 
-`backbone.id` takes their names, whatever the machine; the store records name and digest of the weights.
+`backbone.id` takes their names on every machine; the store records name and digest of the weights.
 
-They were trained on videos of the demo's own generator (of another seed) by `pretrain`, and know
-nothing of the world.
+They were trained by the scripts in `benchmarks/pretrain/` on videos of the demo's generator, with another seed, and
+know nothing about real videos.
 """
 
 from __future__ import annotations

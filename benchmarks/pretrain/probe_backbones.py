@@ -6,7 +6,7 @@ Two poolings per block: `mean` over all tokens (so motion must be in the tokens)
 may compare time steps). Two accuracies: `class` among all 16, `twins` among the two opposed actions, which consist of
 the same frames (shaking and holding still left out, for their frames differ): one half for whoever has seen no motion.
 
-    python -m pretrain.probe [--videos 640] [--data DIR] [--out FILE]
+    PYTHONPATH=benchmarks python -m pretrain.probe_backbones [--videos 640] [--data DIR] [--out FILE]
 """
 
 from __future__ import annotations
