@@ -1,11 +1,10 @@
 """Where shard tasks run: a Dask cluster of any kind, described by the job's `cluster:` section.
 
     nothing                       a local cluster, which ends with the job
-    scheduler | scheduler_file    one that is already up ($DASK_SCHEDULER_ADDRESS does the same)
-    class + kwargs                one that a cluster manager starts for this job (SLURM, Kubernetes, one worker a GPU)
+    scheduler | scheduler_file    a running cluster ($DASK_SCHEDULER_ADDRESS does the same)
+    class + kwargs                a cluster started for this job by a manager (SLURM, Kubernetes, one worker per GPU)
 
-A job file names code to import only from a fixed list of cluster managers: whoever may write a job file may not thereby
-run anything they like.
+A job file can name only classes from a fixed list of cluster managers, so that it cannot run arbitrary code.
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ CLUSTER_CLASSES: dict[str, str] = {
     "dask_cuda.LocalCUDACluster": "dask-cuda",
     "dask_gateway.GatewayCluster": "dask-gateway",
 }
-"""Classes a job file may name, and the package each comes in."""
+"""Classes that a job file may name, and the package of each."""
 
 RUNNERS = ("dask_jobqueue.slurm.SLURMRunner",)
-"""Classes that live inside an allocation: every process of it runs the same command, one of them goes on as client."""
+"""Classes that run inside an allocation: all its processes run the same command, one of them becomes the client."""
 
 
 class Adapt(Config):
-    """Let the cluster grow with the work that waits, and shrink with it."""
+    """Let the number of workers follow the number of waiting shards."""
 
     minimum: int = Field(default=0, ge=0)
-    """Workers kept however little there is to do."""
+    """Smallest number of workers."""
     maximum: int = Field(ge=1)
-    """Workers at most."""
+    """Largest number of workers."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Adapt:
@@ -69,19 +68,19 @@ class ClusterConfig(Config):
     scheduler_file: Path | None = None
     """File in which a running scheduler wrote its address (`dask scheduler --scheduler-file`, `dask-mpi`)."""
     class_: str | None = Field(default=None, alias="class")
-    """Cluster manager to start for this job, such as `dask_jobqueue.SLURMCluster`."""
+    """Cluster manager started for this job, such as `dask_jobqueue.SLURMCluster`."""
     kwargs: dict[str, JsonValue] = Field(default_factory=dict)
-    """Arguments of that class, as its own documentation names them."""
+    """Arguments of that class, as in its own documentation."""
     workers: int | None = Field(default=None, ge=1)
-    """Worker processes. None: half the cores of this machine, or what the class starts."""
+    """Worker processes. None: half the cores of this machine, or as many as the class starts."""
     adapt: Adapt | None = None
-    """Number of workers by need, instead of `workers`."""
+    """Number of workers by the number of waiting shards, instead of `workers`."""
     threads: int = Field(default=2, ge=1)
-    """Threads of the forward pass per worker, on CPU (Dask would leave one)."""
+    """Threads of the forward pass per worker, on CPU (Dask sets one)."""
     resources: dict[str, float] = Field(default_factory=dict)
-    """Dask resources one shard task asks for, such as {GPU: 1}, where workers were started with such."""
+    """Dask resources that one shard task asks for, such as {GPU: 1}; workers must be started with them."""
     start_timeout_s: float = Field(default=600, gt=0)
-    """How long to wait for the first worker that can take a shard (a job may stand in a queue)."""
+    """Time to wait for the first worker that can take a shard; a job may wait in a queue."""
 
     @model_validator(mode="after")
     def _one_way(self) -> ClusterConfig:
@@ -103,7 +102,7 @@ class ClusterConfig(Config):
 
     @property
     def address(self) -> str | None:
-        """Address of the running scheduler to use, None where a cluster is to be started."""
+        """Address of the running scheduler; None if a cluster is to be started."""
         if self.scheduler is not None or self.scheduler_file is not None or self.class_ is not None:
             return self.scheduler
         return os.environ.get("DASK_SCHEDULER_ADDRESS")
@@ -125,7 +124,7 @@ class ClusterConfig(Config):
 
     @property
     def expected_workers(self) -> int:
-        """Workers that were asked for; 0 where others decide."""
+        """Number of workers asked for; 0 if unknown."""
         if self.adapt is not None:
             return self.adapt.maximum
         return self.workers or 0
@@ -133,12 +132,12 @@ class ClusterConfig(Config):
 
 @contextlib.contextmanager
 def connect(config: ClusterConfig, tasks_per_worker: int = 2) -> Iterator[Client]:
-    """A client of the cluster that `config` describes; a cluster started here ends with the context.
+    """A client of the cluster of `config`; a cluster started here ends with the context.
 
     Args:
         config: The cluster.
-        tasks_per_worker: Tasks a worker of a local cluster takes at once. Two for shards: the next one is decoded while
-            this one is computed to its end.
+        tasks_per_worker: Tasks that a worker of a local cluster runs at once. Two for shards: one is decoded while the
+            other is computed.
 
     Raises:
         TubeletError: no scheduler answers, or the cluster does not start.
@@ -155,7 +154,7 @@ def connect(config: ClusterConfig, tasks_per_worker: int = 2) -> Iterator[Client
 
 @contextlib.contextmanager
 def _quiet_dask() -> Iterator[None]:
-    """Keep Dask's tracebacks of lost connections and workers off the terminal: we report them, in one line each."""
+    """Silence Dask's log of lost connections and workers; the driver reports each in one line."""
     with silence_logging_cmgr(logging.CRITICAL), silence_logging_cmgr(logging.CRITICAL, root="distributed.client"):
         yield
 
@@ -166,7 +165,7 @@ def _client(config: ClusterConfig) -> Client:
     try:
         deadline = time.monotonic() + _CONNECT_TIMEOUT_S
         while file is not None and not file.is_file():
-            # A scheduler that was just submitted writes it soon.
+            # A scheduler that was just submitted has yet to write it.
             if time.monotonic() > deadline:
                 raise FileNotFoundError(file)
             time.sleep(_FILE_POLL_S)
@@ -192,7 +191,7 @@ def _local(config: ClusterConfig, tasks_per_worker: int) -> LocalCluster:
 
 @contextlib.contextmanager
 def start_cluster(config: ClusterConfig) -> Iterator[Any]:
-    """Start the cluster that `config.class_` names, at the size it asks for, and end it on leaving.
+    """Start the cluster of `config.class_` at the configured size; it ends with the context.
 
     Raises:
         TubeletError: the package is not installed, the arguments do not fit, or the manager refuses.
@@ -209,13 +208,13 @@ def start_cluster(config: ClusterConfig) -> Iterator[Any]:
     _check_queue(config.class_, cluster_class)
     try:
         cluster = cluster_class(**config.kwargs)
-    except Exception as error:  # each manager has its own; all mean that there is no cluster
+    except Exception as error:  # every manager raises its own exceptions
         raise TubeletError(
             f"{config.class_} does not start: {_causes(error)}",
             "Compare cluster.kwargs with the documentation of that class",
         ) from error
     with cluster:
-        # Runners find their size in the allocation, LocalCUDACluster in the machine.
+        # The size of a runner is given by its allocation, that of LocalCUDACluster by the machine.
         if config.adapt is not None:
             cluster.adapt(minimum=config.adapt.minimum, maximum=config.adapt.maximum)
         elif config.workers is not None and not config.is_runner:
@@ -224,7 +223,7 @@ def start_cluster(config: ClusterConfig) -> Iterator[Any]:
 
 
 def _check_queue(name: str, cluster_class: type) -> None:
-    """Refuse a job queue whose command to submit is not here: dask-jobqueue would log that, and wait for workers."""
+    """Refuse a job queue without its submit command: dask-jobqueue would only log that, and wait for workers."""
     command = getattr(getattr(cluster_class, "job_cls", None), "submit_command", None)
     program = shlex.split(command)[0] if command else None
     if program is not None and shutil.which(program) is None:

@@ -1,4 +1,4 @@
-"""What `tubelet extract` is told."""
+"""Configuration of `tubelet extract`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tubelet_store.spool import UploadConfig
 
 
 class ExtractConfig(Config):
-    """One extraction: which videos, which frames, which activations, where to."""
+    """One extraction: videos, frames, activations and the store."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "dataset.kind",
@@ -41,25 +41,25 @@ class ExtractConfig(Config):
     dataset: DatasetConfig
     """Videos and labels."""
     sampling: Sampling
-    """Frames that make a clip."""
+    """Which frames of a video form a clip."""
     backbone: BackboneConfig
     """The frozen model."""
     hooks: tuple[str, ...] = Field(min_length=1)
-    """Places whose activations are stored, all from one forward pass: `blocks.3`, `blocks.-1`, `final_norm`, ..."""
+    """Hooks whose activations are stored, from one forward pass: `blocks.3`, `blocks.-1`, `final_norm`, ..."""
     store: str
-    """Where the store goes: a path or an fsspec URL. An unfinished one with the same plan is continued."""
+    """Path or fsspec URL of the store. An unfinished store with the same plan is continued."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of the stored activations. float16 is finer, bfloat16 takes larger values; both take two bytes."""
+    """Number format of the stored activations: float16 is more precise, bfloat16 has a larger range."""
     clips_per_shard: int | None = Field(default=None, ge=1)
-    """Clips in one shard, the unit of work and of loss. None: 256 MiB a hook, less where that makes few shards."""
+    """Clips per shard, the unit of work. None: 256 MiB per hook, or less if that makes few shards."""
     views: Views = CenterView()
     """Crops and shifted windows of each clip."""
     tokens: Tokens = AllTokens()
     """Which tokens are stored."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
-    """Clips in one forward pass. auto: as many as the device holds, a power of two, found before the first shard."""
+    """Clips per forward pass. auto: the largest power of two that fits the device, measured before the first shard."""
     decode: DecodeConfig = DecodeConfig()
-    """Decoder and its limits."""
+    """Decoder, its processes and limits."""
     cluster: ClusterConfig = ClusterConfig()
     """Workers."""
     scheduler: str | None = None
@@ -67,30 +67,30 @@ class ExtractConfig(Config):
     scheduler_file: Path | None = None
     """Short for cluster.scheduler_file."""
     upload: UploadConfig = UploadConfig()
-    """What happens while object storage does not answer."""
+    """Behavior while object storage is unreachable."""
     log: Path | None = None
-    """Machine-readable log, one JSON object a line. None: `STORE.log.jsonl` beside a local store, else none."""
+    """Machine-readable log, one JSON object per line. None: `STORE.log.jsonl` beside a local store, else none."""
 
     @property
     def workers_from(self) -> ClusterConfig:
-        """The `cluster` section, with the short fields where they are given.
+        """The `cluster` section, with the short fields merged in.
 
         Raises:
-            TubeletError: they do not go together.
+            TubeletError: they exclude each other.
         """
         short = {"scheduler": self.scheduler, "scheduler_file": self.scheduler_file}
         given = {name: value for name, value in short.items() if value is not None}
         if not given:
             return self.cluster
         tree = self.cluster.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        # The command line wins over the file: one way to a scheduler replaces the other, and a cluster to start.
+        # The command line overrides the file: one way to a scheduler replaces the other, and a cluster to start.
         for name in ("scheduler", "scheduler_file", "class", "kwargs", "workers", "adapt"):
             tree.pop(name, None)
         return validate(ClusterConfig, {**tree, **given}, "the command line")
 
     @property
     def log_path(self) -> Path | None:
-        """Where the machine-readable log goes."""
+        """Path of the machine-readable log."""
         if self.log is not None or "://" in self.store:
             return self.log
         return Path(f"{self.store.rstrip('/')}.log.jsonl").expanduser()

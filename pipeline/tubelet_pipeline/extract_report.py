@@ -22,7 +22,7 @@ from tubelet_store.store_summary import failed_clips
 
 @dataclass(repr=False)
 class ExtractSummary(Tabular):
-    """What an extraction did, this run and earlier ones of the same store."""
+    """Counts of an extraction: of this run, and of earlier runs into the same store."""
 
     store: str
     identity: str
@@ -36,7 +36,7 @@ class ExtractSummary(Tabular):
     size_bytes: int = 0
     seconds: float = 0.0
     dashboard: str | None = None
-    """Address of Dask's dashboard, where there is one."""
+    """Address of Dask's dashboard; None without one."""
 
     def add(self, shard: ShardReport) -> None:
         """Count a committed shard."""
@@ -64,7 +64,7 @@ class ExtractSummary(Tabular):
 
 
 class RunLog:
-    """Writes events to `path`; with None they go nowhere. Use as a context manager.
+    """Writes events to `path`, if one is given. Use as a context manager.
 
     Every line has `time` (UNIX seconds) and `event`:
 

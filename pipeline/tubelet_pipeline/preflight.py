@@ -1,7 +1,7 @@
-"""Before the first shard: is there a worker that can take one, and does it run what we run?
+"""Checks before the first shard: a worker can take it, and runs the same versions as this process.
 
-A task that asks for a resource no worker has waits for ever without an error, so one small task goes ahead of the
-others, asking for the same.
+A task that asks for a resource that no worker has waits for ever without an error, so one small task with the same
+resources is submitted first.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from distributed import Client, TimeoutError
 from tubelet.errors import TubeletError
 from tubelet_pipeline.cluster import ClusterConfig
 
-# A difference in any of these changes bytes, or keeps tasks from being understood.
+# A difference in any of these changes bytes, or tasks cannot be unpickled.
 _MUST_AGREE = ("tubelet", "torch", "transformers", "av")
 _POLL_S = 2.0
 
 
 def worker_versions() -> dict[str, str]:
-    """Versions on the machine that runs this, and its name."""
-    found = {"host": socket.gethostname()}
+    """Versions on the machine that runs this, and its host name."""
+    versions = {"host": socket.gethostname()}
     for name in _MUST_AGREE:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def check_workers(client: Client, config: ClusterConfig, key: str) -> dict[str, str]:
-    """Versions of the first worker that takes a task, which are the ones here.
+    """Versions on the first worker that takes a task; they equal those of this process.
 
     Args:
         client: Of the cluster.
-        config: What a shard task will ask for, and how long to wait.
+        config: The resources of a shard task, and how long to wait.
         key: Of the probing task; the same for the same job.
 
     Raises:
-        TubeletError: no worker comes, none has the resources, Tubelet is missing there, or versions differ.
+        TubeletError: no worker comes, none has the resources, Tubelet is not installed there, or versions differ.
     """
     probe = client.submit(worker_versions, key=key, pure=False, resources=config.resources or None)
     deadline = time.monotonic() + config.start_timeout_s
@@ -59,11 +59,11 @@ def check_workers(client: Client, config: ClusterConfig, key: str) -> dict[str, 
                 raise TubeletError(
                     f"No worker took a task within {config.start_timeout_s:g} s ({len(workers)} are known to the "
                     "scheduler)",
-                    "Look at the queue or the pods of the workers; cluster.start_timeout_s waits longer",
+                    "Check the queue or the pods of the workers, or raise cluster.start_timeout_s",
                 ) from None
         except ModuleNotFoundError as error:
             raise TubeletError(
-                f"The workers lack {error.name}", "Install tubelet[pipeline] in the environment the workers run in"
+                f"The workers cannot import {error.name}", "Install tubelet[pipeline] in their environment"
             ) from error
     probe.release()
     here = worker_versions()
@@ -73,13 +73,13 @@ def check_workers(client: Client, config: ClusterConfig, key: str) -> dict[str, 
             "Use the same environment (container, or pip install -c constraints.txt) on all machines",
         )
     with warnings.catch_warnings():
-        # Lesser differences (numpy, tornado, ...) are recorded with each shard; Dask's table of them would flood a log.
+        # Other differences (numpy, tornado, ...) are recorded with each shard; Dask's table of them would fill the log.
         warnings.simplefilter("ignore")
         try:
             client.get_versions(check=True)
         except ValueError as error:
             raise TubeletError(
-                f"Dask on the scheduler or the workers is another: {' '.join(str(error).split())}",
+                f"Dask versions differ between client, scheduler and workers: {' '.join(str(error).split())}",
                 "Use the same environment on all machines",
             ) from error
     return there
@@ -93,6 +93,6 @@ def _fits(worker: dict[str, dict[str, float]], config: ClusterConfig) -> bool:
 def _no_resources(workers: int, config: ClusterConfig) -> TubeletError:
     asked = ", ".join(f"{name}={amount:g}" for name, amount in config.resources.items())
     return TubeletError(
-        f"None of the {workers} workers has the resources a shard asks for ({asked}): the job would wait for ever",
+        f"None of the {workers} workers has the resources that a shard asks for ({asked}), so the job would not start",
         f"Start workers with `--resources {asked.replace(', ', ' ')}`, or leave out cluster.resources",
     )

@@ -34,7 +34,7 @@ from tubelet_store.store_writer import StoreWriter
 
 
 class ShardJob(Config):
-    """Travels through Dask as JSON, without secrets."""
+    """What every shard task is told. Sent through Dask as JSON, without secrets."""
 
     store: str
     plan_digest: str

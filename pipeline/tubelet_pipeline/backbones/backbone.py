@@ -1,7 +1,7 @@
 """A frozen backbone: clips in, token activations at named hooks out, always as [clip, time, space, channel].
 
-A family states what its architecture does (where the blocks are, which tokens come first, in which order) and nothing
-else; all the rest is here. Two kinds: a `VideoBackbone` sees the whole clip at once, an `ImageBackbone` one frame.
+A family (`video_models`, `image_models`) states only its architecture: where the blocks are, which tokens come first
+and in which order. A `VideoBackbone` runs on the whole clip at once, an `ImageBackbone` frame by frame.
 
 Hook names:
     blocks.I        residual stream after block I (0-based; `blocks.-1` is the last)
@@ -52,20 +52,20 @@ class Captured:
 
 
 class Backbone(ABC):
-    """A loaded model of one family. Not for several threads at once.
+    """A loaded model of one family. Not thread-safe.
 
     Args:
         checkpoint: The files.
         config: Precision, device and preprocessing.
-        frames: Frames per clip; None for the family's own number.
+        frames: Frames per clip; None: the number of the checkpoint or family.
 
     Raises:
-        TubeletError: the checkpoint does not load in full, or `frames` is not what it takes.
+        TubeletError: the checkpoint is incomplete, or does not take `frames`.
     """
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
-    """Values of `model_type` in config.json that belong to the family."""
+    """Values of `model_type` in config.json."""
     architecture: ClassVar[str]
     """Class in transformers."""
     trunk: ClassVar[str] = ""
@@ -77,11 +77,11 @@ class Backbone(ABC):
     mlp: ClassVar[str | None] = None
     """Submodule of a block whose output is what the MLP adds to the residual stream."""
     unneeded: ClassVar[tuple[str, ...]] = ()
-    """Beginnings of names of parameters that no hook depends on."""
+    """Prefixes of the parameters that no hook depends on."""
     square: ClassVar[bool] = False
     """Whether a bare `size` in the processor file means a square (else the shortest edge)."""
     fixed_size: ClassVar[bool] = True
-    """Whether the model takes pictures of `config.image_size` only."""
+    """Whether the model accepts only frames of `config.image_size`."""
 
     def __init__(self, checkpoint: Checkpoint, config: BackboneConfig, frames: int | None = None) -> None:
         self.checkpoint = checkpoint
@@ -97,15 +97,15 @@ class Backbone(ABC):
         self.model_config: Any = self.model.config
         if self.fixed_size and (wanted := _pair(self.model_config.image_size)) != self.preprocessing.size:
             raise TubeletError(
-                f"'{checkpoint.name}' takes pictures of {wanted[0]}x{wanted[1]} pixels (height x width), but its "
+                f"'{checkpoint.name}' takes frames of {wanted[0]}x{wanted[1]} pixels (height x width), but its "
                 f"preprocessing gives {self.preprocessing.size[0]}x{self.preprocessing.size[1]}",
-                "Mend its preprocessor_config.json or set backbone.preprocessing",
+                "Fix its preprocessor_config.json or set backbone.preprocessing",
             )
         self.frames = self._choose_frames(frames)
         height, width = (side // patch for side, patch in zip(self.preprocessing.size, self.patch_size, strict=True))
         if not height or not width:
             raise TubeletError(
-                f"Pictures of {self.preprocessing.size} pixels hold no patch of {self.patch_size}",
+                f"Frames of {self.preprocessing.size} pixels are smaller than one patch of {self.patch_size}",
                 "Set backbone.preprocessing to a larger size",
             )
         self.grid = Grid(time=self.latent_time, height=height, width=width)
@@ -114,7 +114,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def _choose_frames(self, asked: int | None) -> int:
-        """Frames per clip, or a TubeletError that names the right number."""
+        """Frames per clip; a TubeletError names the right number."""
 
     @property
     @abstractmethod
@@ -128,16 +128,16 @@ class Backbone(ABC):
 
     @abstractmethod
     def forward(self, pixels: torch.Tensor) -> object:
-        """Run the model on `pixels` [B, T, 3, h, w]; what it returns is ignored, the hooks listen."""
+        """Run the model on `pixels` [B, T, 3, h, w]. Its result is ignored: hooks record the activations."""
 
     @abstractmethod
     def arrange(self, hidden: torch.Tensor) -> Captured:
-        """Bring a block's output into the common layout; the number of tokens was checked before."""
+        """A block's output in the common layout; the number of tokens was checked before."""
 
     @property
     @abstractmethod
     def sequence(self) -> tuple[int, int]:
-        """Sequences per clip, and tokens per sequence (special ones included), that a block must give."""
+        """Sequences per clip, and tokens per sequence (special ones included), in a block's output."""
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -151,14 +151,14 @@ class Backbone(ABC):
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Every hook, canonical names."""
+        """Canonical names of all hooks."""
         return tuple(self._modules)
 
     def resolve_hook(self, name: str) -> str:
         """Canonical name of hook `name`: `blocks.-1` becomes `blocks.11`.
 
         Raises:
-            TubeletError: there is no such hook; names the nearest and lists the right ones.
+            TubeletError: there is no such hook; the remedy lists them.
         """
         canonical = name
         if match := _BLOCK_HOOK.fullmatch(name):
@@ -175,7 +175,7 @@ class Backbone(ABC):
         raise TubeletError(f"'{self.checkpoint.name}' has no hook '{name}'", f"{hint}It has {', '.join(forms)}")
 
     def module(self, hook: str) -> nn.Module:
-        """The module whose output is `hook`, which in some families is the first entry of a tuple.
+        """The module whose output (in some families the first entry of a tuple) is `hook`.
 
         Raises:
             TubeletError: there is no such hook.
@@ -203,28 +203,28 @@ class Backbone(ABC):
             float32 [T, 3, h, w] on the CPU; top, left, height, width in pixels of the source frame.
 
         Raises:
-            ValueError: the number of frames, the dtype or the shape is another.
+            ValueError: wrong number of frames, dtype or shape.
         """
         if len(frames_u8) != self.frames:
             raise ValueError(f"a clip has {self.frames} frames here, not {len(frames_u8)}")
         pixels, box = self.preprocessing(frames_u8, place)
-        # Where the picture is no whole number of patches (SigLIP 384 / 14), its right and lower rim becomes no token.
+        # If the frame is no whole number of patches (SigLIP 384 / 14), its right and lower edge is in no token.
         rows = self.grid.height * self.patch_size[0] / self.preprocessing.size[0]
         columns = self.grid.width * self.patch_size[1] / self.preprocessing.size[1]
         return pixels, CropBox(box.top, box.left, box.height * rows, box.width * columns)
 
     def activations(self, pixels: torch.Tensor, hooks: Iterable[str]) -> dict[str, Captured]:
-        """Activations of a batch of clips at `hooks`, from one pass that stops after the last hook wanted.
+        """Activations of a batch of clips at `hooks`, from one pass that stops after the last of them.
 
         Args:
             pixels: float32 [B, T, 3, h, w] as `preprocess` gives them, on any device.
             hooks: Names that `resolve_hook` knows.
 
         Returns:
-            One `Captured` per hook, keyed by the name that was asked for.
+            One `Captured` per hook, keyed by the given name.
 
         Raises:
-            TubeletError: unknown hook, pixels of another shape, or a number of tokens that is not the grid's.
+            TubeletError: unknown hook, wrong shape of `pixels`, or a number of tokens that is not that of the grid.
         """
         names = {asked: self.resolve_hook(asked) for asked in hooks}
         if not names:
@@ -233,7 +233,7 @@ class Backbone(ABC):
         if tuple(pixels.shape[1:]) != expected:
             raise TubeletError(
                 f"'{self.checkpoint.name}' takes pixels [B, {', '.join(map(str, expected))}], not {list(pixels.shape)}",
-                "Make them with this backbone's preprocess",
+                "Use the pixels of this backbone's preprocess",
             )
         pixels = pixels.to(device=self.device, dtype=self.dtype, non_blocking=True)
         modules = {hook: self._modules[hook] for hook in names.values()}
@@ -263,11 +263,11 @@ class Backbone(ABC):
 
     @cached_property
     def weights_digest(self) -> str:
-        """Identity of the weights that the hooks depend on, in the precision they run in."""
+        """Digest of the weights that the hooks depend on, in the precision they run in."""
         return digest_of_weights(self.model, self.unneeded)
 
     def describe(self) -> dict[str, Any]:
-        """What decides the activations, as JSON: the same on every machine."""
+        """What determines the activations, as JSON: the same on every machine."""
         # Compiled arithmetic differs in its last bits.
         compiled = {"compiled": True} if self.compiled else {}
         return {
@@ -309,7 +309,7 @@ class VideoBackbone(Backbone):
 
     @property
     def trained_frames(self) -> int:
-        """Frames per clip that the checkpoint was made for."""
+        """Frames per clip that the checkpoint was trained with."""
         return int(self.model_config.num_frames)
 
     @property
@@ -319,7 +319,7 @@ class VideoBackbone(Backbone):
 
     @property
     def special_time(self) -> int:
-        """Special tokens stand for the whole clip."""
+        """Special tokens represent the whole clip."""
         return 1
 
     @property
@@ -347,10 +347,10 @@ class VideoBackbone(Backbone):
 
 
 class ImageBackbone(Backbone):
-    """Sees one frame at a time: a sequence per frame, so latent time is frames."""
+    """Sees one frame at a time: one sequence per frame, so latent time counts frames."""
 
     default_frames: ClassVar[int] = 16
-    """As many as VideoMAE takes, so that stores compare clip by clip."""
+    """The number of VideoMAE, so that stores can be compared clip by clip."""
 
     @property
     def latent_time(self) -> int:
