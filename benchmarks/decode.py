@@ -92,7 +92,7 @@ def measure(path: str, choose: Choose, allocate: pyav_backend.Allocate) -> dict[
     """CPU milliseconds of sequential PyAV, of `auto`, and of the other decoders where they are exact."""
 
     def sequential() -> None:
-        picture = pyav_backend._Picture(choose(probe(path).frames), allocate)
+        picture = pyav_backend._FrameBuffer(choose(probe(path).frames), allocate)
         pyav_backend._by_counting(path, 0, picture)
 
     def auto() -> None:

@@ -40,14 +40,14 @@ from tubelet_store.storage.upload import part_count
 
 T = TypeVar("T")
 
-# Group, arrays and one chunk each of six statistics, as `layout.moments_documents` writes them.
+# Group, arrays and one chunk each of six statistics, as `format.moments_documents` writes them.
 _MOMENTS_DOCUMENTS = 15
-# Where the job finds its batch size out by itself.
+# For `batch_size: auto`.
 _BATCH = 8
 
 
 class EstimateConfig(ExtractConfig):
-    """The job to estimate, and how closely to look."""
+    """The job to estimate, and the effort of measuring."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "dataset.kind",
@@ -67,21 +67,21 @@ class EstimateConfig(ExtractConfig):
     )
 
     calibration_clips: int = Field(default=8, ge=1)
-    """Clips decoded and computed on this machine to measure time."""
+    """Clips decoded and computed on this machine to measure the time."""
     patch_fraction: float = Field(default=0.25, gt=0, le=1)
-    """Share of the patches (each with its whole time series) in the answer to `what would a subset save`."""
+    """Share of the patches in the estimate of what a subset of patches would save."""
     format: Literal["text", "json"] = "text"
-    """`json` prints everything, machine-readable."""
+    """`json`: machine-readable, with all figures."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Seconds per clip of each stage on this machine, by itself."""
+    """Seconds per clip of each stage on this machine, measured one at a time."""
 
     clips: int
-    """Clips that were decoded."""
+    """Number of clips decoded."""
     failed: int
-    """Clips of the sample that could not be."""
+    """Number of sampled clips that could not be decoded."""
     decode_s: float
     """One decode process."""
     forward_s: float
@@ -102,17 +102,17 @@ class Estimate:
     bytes_per_hook: dict[str, int]
     total_bytes: int
     objects: int
-    """Of the finished store, records and metadata included."""
+    """Number of objects of the finished store, including records and metadata."""
     requests: dict[str, int]
     """Requests to object storage for the whole job without faults: `put` (and parts), `get` (and HEAD, listings)."""
     workers: int
     calibration: Calibration
     seconds: float
-    """Of the whole job with `workers` workers like this machine."""
+    """Time of the whole job with `workers` workers like this machine."""
     limited_by: str
-    """What takes the longest: `decode`, `forward`, `write`, or `cores`, which the workers of one machine share."""
+    """The slowest stage: `decode`, `forward`, `write`, or `cores`, which the workers of one machine share."""
     alternatives: dict[str, int] = field(default_factory=dict)
-    """Total bytes if one thing were chosen differently."""
+    """Total bytes with one setting changed."""
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -120,10 +120,10 @@ class Estimate:
 
 
 def estimate(config: EstimateConfig) -> Estimate:
-    """Plan the job and time a little of it; nothing is written to its store.
+    """Plan the job and measure a small part of it; nothing is written to its store.
 
     Raises:
-        TubeletError: a mistake in the configuration, or none of the sampled clips can be decoded.
+        TubeletError: the configuration does not fit, or none of the sampled clips can be decoded.
     """
     planned = make_plan(config)
     plan = planned.plan
@@ -159,7 +159,7 @@ def estimate(config: EstimateConfig) -> Estimate:
 
 
 def calibrate(config: EstimateConfig, planned: Planned) -> Calibration:
-    """Time each stage by itself on clips spread over the data set."""
+    """Measure the time of each stage on clips spread over the data set."""
     backbone = load_backbone(config.backbone, frames=config.sampling.frames)
     rows = np.unique(
         np.linspace(0, planned.plan.clips - 1, min(config.calibration_clips, planned.plan.clips)).astype(int)
@@ -177,14 +177,14 @@ def calibrate(config: EstimateConfig, planned: Planned) -> Calibration:
         for i in rows
     ]
     with DecodePool(config.decode.model_copy(update={"processes": 1})) as pool:
-        # The first clip pays for the start of the process.
+        # The first clip includes the start of the process.
         list(pool.map_ordered(requests[:1], prefetch=1))
         decode_s, results = _timed(lambda: list(pool.map_ordered(requests, prefetch=1)))
     clips = [result for result in results if isinstance(result, DecodedClip)]
     if not clips:
         raise TubeletError(
             f"None of {len(results)} clips spread over the data set can be decoded; the first: {results[0]}",
-            "Look at the videos, or at dataset.root",
+            "Check the videos and dataset.root",
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(config.workers_from.threads)
@@ -232,10 +232,10 @@ def count_requests(plan: Plan) -> dict[str, int]:
     for kind in array_kinds(plan):
         for hook in plan.hooks:
             put += plan.shards * part_count(shard_bytes(plan, kind, hook, 0))
-            # Is it there? Did it arrive, whole? And once more when the store is finished.
+            # Existence, arrival and size, and once more when the store is finished.
             get += plan.shards * 4
-    # Record and moments: written once; at the end the record is read twice, the moments once; whether the record is
-    # there, asked twice.
+    # Record and moments are written once; the record is read twice and its existence checked twice, the moments are
+    # read once.
     put += plan.shards * 2
     get += plan.shards * 5
     documents = count_objects(plan) - plan.shards * (len(plan.hooks) * len(array_kinds(plan)) + 2)
@@ -248,19 +248,19 @@ def alternatives(plan: Plan, patch_fraction: float) -> dict[str, int]:
     tails = plan.shards * index_bytes(plan) * len(plan.hooks) * len(array_kinds(plan))
     payload = total - tails
     size = plan.numpy_dtype.itemsize
-    found = {
+    totals = {
         f"dtype {name}": payload * dtype.itemsize // size + tails
         for name, dtype in NUMPY_DTYPES.items()
         if name != plan.dtype
     }
     grid = plan.clips * sum(clip_bytes(plan, array_kinds(plan)[0], hook) for hook in plan.hooks)
     kept = math.ceil(plan.grid.space * patch_fraction) / plan.grid.space
-    found[f"{math.ceil(plan.grid.space * patch_fraction)} of {plan.grid.space} patches"] = int(
+    totals[f"{math.ceil(plan.grid.space * patch_fraction)} of {plan.grid.space} patches"] = int(
         total - grid * (1 - kept)
     )
     for hook, hook_bytes in bytes_per_hook(plan).items() if len(plan.hooks) > 1 else ():
-        found[f"without {hook}"] = total - hook_bytes
-    return found
+        totals[f"without {hook}"] = total - hook_bytes
+    return totals
 
 
 def _forward(
@@ -269,7 +269,7 @@ def _forward(
     patches = [selector.patches("", 0)] * len(clips)
     pixels = torch.stack([backbone.preprocess(clip.frames)[0] for clip in clips])
     captured = backbone.activations(pixels, hooks)
-    # Fetching the values waits for the device.
+    # Copying to the CPU waits for the device.
     return {
         hook: [t.float().cpu().numpy() for t in (selector(c.tokens, patches), c.special) if t is not None]
         for hook, c in captured.items()
@@ -278,7 +278,7 @@ def _forward(
 
 def _time_writing(plan: Plan, activations: dict[str, list[np.ndarray]], clips: int) -> float:
     small = plan.model_copy(update={"clips": clips, "clips_per_shard": clips})
-    # Any places do: only the time it takes is wanted.
+    # Any patches will do: only the time is measured.
     ok = ClipOutcome(status="ok", patches=tuple(range(plan.grid.space)) if plan.position_grid != plan.grid else None)
     with tempfile.TemporaryDirectory(prefix="tubelet-estimate-") as folder:
 
@@ -299,22 +299,22 @@ def _timed(call: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - began, result
 
 
-def estimate_lines(found: Estimate) -> Iterator[str]:
+def estimate_lines(costs: Estimate) -> Iterator[str]:
     """Lines of text."""
-    timing = found.calibration
-    yield f"clips       {found.clips} in {found.shards} shards of {found.clips_per_shard}"
-    for hook, size in found.bytes_per_hook.items():
+    timing = costs.calibration
+    yield f"clips       {costs.clips} in {costs.shards} shards of {costs.clips_per_shard}"
+    for hook, size in costs.bytes_per_hook.items():
         yield f"            {hook}: {human_bytes(size)}"
-    yield f"store       {human_bytes(found.total_bytes)} in {found.objects} objects"
-    yield f"requests    {found.requests['put']} PUT, {found.requests['get']} GET (on object storage, without faults)"
+    yield f"store       {human_bytes(costs.total_bytes)} in {costs.objects} objects"
+    yield f"requests    {costs.requests['put']} PUT, {costs.requests['get']} GET (on object storage, without faults)"
     failed = f", {timing.failed} failed" if timing.failed else ""
     yield f"measured    on {timing.clips} clips{failed}, seconds per clip, each stage by itself on this machine:"
     yield f"            decode {timing.decode_s:.3f} (one process), write {timing.write_s:.3f} (one thread),"
     yield f"            forward {timing.forward_s:.3f} (one worker, {timing.forward_on})"
-    workers = f"{found.workers} worker{'s' if found.workers > 1 else ''}"
-    limit = "the cores they share" if found.limited_by == "cores" else f"the {found.limited_by} stage"
-    yield f"time        {human_seconds(found.seconds)} with {workers} like this machine, limited by {limit}"
+    workers = f"{costs.workers} worker{'s' if costs.workers > 1 else ''}"
+    limit = "the cores they share" if costs.limited_by == "cores" else f"the {costs.limited_by} stage"
+    yield f"time        {human_seconds(costs.seconds)} with {workers} like this machine, limited by {limit}"
     yield "instead"
-    for choice, size in found.alternatives.items():
-        change = 100 * (size / found.total_bytes - 1)
+    for choice, size in costs.alternatives.items():
+        change = 100 * (size / costs.total_bytes - 1)
         yield f"            {choice}: {human_bytes(size)} ({change:+.0f} %)"

@@ -1,6 +1,7 @@
-"""Which frames a clip takes from a video: two formulas in integer arithmetic, alone in a file that imports only numpy.
+"""Which frames a clip takes from a video: two formulas in integer arithmetic.
 
-Decode children choose frames themselves (only they know how many a video holds), and must start fast.
+This file imports only numpy: decode processes, which must start fast, choose the frames, because only they know how
+many a video has.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class FrameChoice:
 
     Attributes:
         indices: int64 [frames], display order, in range(video_frames), never decreasing.
-        padded: How many of them are there only because the video is too short.
+        padded: How many of them repeat a frame, because the video is too short.
     """
 
     indices: NDArray[np.int64]
@@ -30,11 +31,11 @@ def dense_frames(
 ) -> FrameChoice:
     """`frames` frames, `stride` apart: `min(start + i * stride, n - 1)`.
 
-    The span is `frames * stride`. One view stands in the middle, `start = max(0, (n - span) // 2)`; of several, view v
+    The span is `frames * stride`. One view is centered, `start = max(0, (n - span) // 2)`; of several, view v
     starts at `v * max(0, n - span) // (clips - 1)`. Indices past the end repeat the last frame; `padded` counts them.
 
-    With `more` the formula is that of `frames + more` frames, of which those from `first` on are taken: windows that
-    differ in `first` alone share frames.
+    With `more`, the formula is applied to `frames + more` frames, and `frames` of them are taken from `first` on:
+    windows that differ only in `first` share frames.
     """
     _check(video_frames, clips, view, first, more)
     slack = max(0, video_frames - (frames + more) * stride)
@@ -59,7 +60,7 @@ _FORMULAS: dict[str, Callable[..., FrameChoice]] = {"dense": dense_frames, "unif
 
 
 def chosen_frames(rule: Mapping[str, str | int], video_frames: int, view: int, first: int, more: int) -> FrameChoice:
-    """Frames by the formula of `rule`'s kind, with its other fields: a sampling as JSON has them."""
+    """Frames by the formula of `rule`, a sampling as JSON."""
     fields = {name: value for name, value in rule.items() if name != "kind"}
     return _FORMULAS[str(rule["kind"])](video_frames, **fields, view=view, first=first, more=more)
 

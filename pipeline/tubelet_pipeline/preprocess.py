@@ -2,10 +2,10 @@
 
     uint8 [T, H, W, 3] ──resize──▶ uint8 ──center crop──▶ uint8 ──(x / scale - mean) / std──▶ float32 [T, 3, h, w]
 
-The numbers come from the checkpoint's own processor file, never from a class's defaults: the VideoMAE class says mean
-0.5, its published checkpoints say ImageNet's. The arithmetic is the one of the tensor backend of transformers
-(antialiased resizing that stays uint8, sizes and offsets by `int()`, rescaling folded into mean and deviation), so
-torchvision is not needed.
+The numbers come from the checkpoint's processor file, never from the defaults of a class: the VideoMAE class has mean
+0.5, its published checkpoints have ImageNet's. The arithmetic equals that of transformers' tensor backend (antialiased
+resizing in uint8, sizes and offsets truncated by `int()`, rescaling folded into mean and deviation), without
+torchvision.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tubelet.errors import TubeletError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
-# Codes of PIL.Image.Resampling, which processor files hold.
+# Codes of PIL.Image.Resampling, as in processor files.
 INTERPOLATIONS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 
 
 class CropBox(NamedTuple):
-    """What the backbone saw of a frame, in pixels of the source frame (fractions, because the frame was resized)."""
+    """The part of a frame that the backbone sees, in pixels of the source frame (fractions, because it was resized)."""
 
     top: float
     left: float
@@ -38,12 +38,12 @@ class CropBox(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a crop lies in the resized picture; by default in its middle."""
+    """Where a crop lies in the resized frame; by default in its center."""
 
     along: float | None = None
-    """Share of what is left over along the longer side that lies before the crop: 0, 1/2 or 1. None: as across it."""
+    """Position along the longer side: 0 (start), 1/2 or 1 (end). None: centered."""
     room: tuple[int, int] = (0, 0)
-    """Pixels (down, right) by which the picture is drawn larger, for crops to be shifted in."""
+    """Pixels (down, right) by which the frame is resized larger, to make space for shifted crops."""
     offset: tuple[int, int] = (0, 0)
     """Pixels (down, right) by which this crop is shifted, up to `room`."""
 
@@ -61,7 +61,7 @@ class Preprocessing(Config):
     crop: tuple[int, int] | None = None
     """Center crop (height, width) after resizing."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Resizing filter, always antialiased."""
+    """Resizing filter; always antialiased."""
     rescale: float = Field(default=1 / 255, gt=0)
     """Factor on the uint8 value."""
     offset: float = 0.0
@@ -72,11 +72,11 @@ class Preprocessing(Config):
     """Standard deviation per color, red first, after rescaling."""
 
     @model_validator(mode="after")
-    def _pictures_have_one_size(self) -> Preprocessing:
+    def _check_output_size(self) -> Preprocessing:
         if self.shortest_edge is not None and self.resize_to is not None:
             raise ValueError("shortest_edge and resize_to exclude each other")
         if self.crop is None and self.resize_to is None:
-            raise ValueError("pictures would differ in size from video to video; set crop or resize_to")
+            raise ValueError("frames would differ in size from video to video; set crop or resize_to")
         resized = self.resize_to or (self.shortest_edge, self.shortest_edge)
         for side, cropped in zip(resized, self.crop or (), strict=False):
             if side is not None and cropped > side:
@@ -85,10 +85,10 @@ class Preprocessing(Config):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the pixels that come out."""
+        """Height and width of the output."""
         size = self.crop or self.resize_to
         if size is None:
-            raise ValueError("validated away: a preprocessing has crop or resize_to")
+            raise ValueError("unreachable: validation requires crop or resize_to")
         return size
 
     def resized(self, height: int, width: int, room: tuple[int, int] = (0, 0)) -> tuple[int, int]:
@@ -97,7 +97,7 @@ class Preprocessing(Config):
         Args:
             height: Of the frame.
             width: Of the frame.
-            room: Pixels by which what a crop shows is drawn larger, in the ratio (crop + room) / crop.
+            room: Additional pixels around a crop: the frame is resized larger by the factor (crop + room) / crop.
         """
         (crop_height, more_height), (crop_width, more_width) = zip(self.size, room, strict=True)
         if self.resize_to is not None:
@@ -133,7 +133,7 @@ class Preprocessing(Config):
         """
         if frames_u8.dtype != np.uint8 or frames_u8.ndim != 4 or frames_u8.shape[-1] != 3:
             raise ValueError(f"frames must be uint8 [T, H, W, 3], not {frames_u8.dtype} {list(frames_u8.shape)}")
-        # torch has no read-only tensors and warns about a frame buffer that is one.
+        # torch has no read-only tensors and warns about a read-only buffer.
         frames = torch.from_numpy(frames_u8 if frames_u8.flags.writeable else frames_u8.copy()).permute(0, 3, 1, 2)
         height, width = frames_u8.shape[1:3]
         resized = self.resized(height, width, place.room)
@@ -167,11 +167,11 @@ def read_preprocessing(folder: Path, origin: str, *, square: bool = False) -> Pr
 
     Args:
         folder: Local folder of the checkpoint.
-        origin: Name of the checkpoint in errors.
+        origin: Name of the checkpoint, for error messages.
         square: What a bare `"size": 224` means for this family: 224x224 (True) or shortest edge 224 (False).
 
     Raises:
-        TubeletError: there is no processor file, or it asks for something that is not done here.
+        TubeletError: there is no processor file, or it asks for an unsupported operation.
     """
     for name in PROCESSOR_FILES:
         path = folder / name
@@ -187,7 +187,7 @@ def read_preprocessing(folder: Path, origin: str, *, square: bool = False) -> Pr
             raise TubeletError(f"{name} of {origin} holds no mapping", "Fetch the file again")
         return parse_processor(fields, f"{name} of {origin}", square=square)
     raise TubeletError(
-        f"{origin} has no {PROCESSOR_FILES[0]}, so how its pictures were prepared is unknown",
+        f"{origin} has no {PROCESSOR_FILES[0]}, so its preprocessing is unknown",
         "Copy that file from the model's page into the folder, or set backbone.preprocessing yourself",
     )
 
@@ -202,7 +202,7 @@ def parse_processor(fields: dict[str, Any], origin: str, *, square: bool = False
         return fields[name]
 
     if fields.get("do_pad"):
-        raise TubeletError(f"{origin} asks for padding (do_pad), which would make tokens of nothing", remedy)
+        raise TubeletError(f"{origin} asks for padding (do_pad), which would make tokens without content", remedy)
     parsed: dict[str, Any] = {}
     if fields.get("do_resize", True):
         size = need("size")
@@ -213,7 +213,7 @@ def parse_processor(fields: dict[str, Any], origin: str, *, square: bool = False
         elif set(size) == {"height", "width"}:
             parsed["resize_to"] = (size["height"], size["width"])
         else:
-            raise TubeletError(f"{origin} has a size of {sorted(size)}, which is not known here", remedy)
+            raise TubeletError(f"{origin} has a size of {sorted(size)}, which is not supported", remedy)
         code = need("resample")
         if code not in INTERPOLATIONS:
             raise TubeletError(f"{origin} has resample {code}; known are 2 (bilinear) and 3 (bicubic)", remedy)

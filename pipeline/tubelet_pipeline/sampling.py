@@ -1,9 +1,9 @@
-"""Frame sampling as configuration: a rule plus a video's length gives the same frames on every machine, for ever.
+"""Frame sampling as configuration: the rule and a video's length determine the frames, the same on every machine.
 
     DenseSampling    frames `stride` apart, as VideoMAE on Kinetics (16 x 4)
     UniformSampling  one frame from each of T equal parts, as TSN on SSv2
 
-The formulas stand in `tubelet_pipeline.frame_indices`.
+The formulas are in `tubelet_pipeline.frame_indices`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DenseSampling(Config):
     stride: int = Field(default=1, ge=1)
     """Distance between two sampled frames, in frames of the video."""
     clips: int = Field(default=1, ge=1)
-    """Temporal views per video: one stands in the middle, several are spread from the first frame to the last."""
+    """Temporal views per video: one is centered, several are spread from the first frame to the last."""
 
 
 class UniformSampling(Config):
@@ -32,7 +32,7 @@ class UniformSampling(Config):
 
     kind: Literal["uniform"] = "uniform"
     frames: int = Field(ge=1)
-    """Frames per clip = parts the video is cut into."""
+    """Frames per clip, and parts the video is divided into."""
     clips: int = Field(default=1, ge=1)
     """Temporal views per video: view v of V takes the frame at (v + 1/2) / V of each part."""
 
@@ -56,5 +56,5 @@ _FORMULAS = {
 
 
 def describe(sampling: DenseSampling | UniformSampling) -> dict[str, Any]:
-    """What a store records: the fields of `sampling` and the named formula (n = frames of the video)."""
+    """What a store records: the fields of `sampling` and its formula (n = frames of the video)."""
     return {**sampling.model_dump(mode="json"), **_FORMULAS[sampling.kind]}

@@ -1,7 +1,7 @@
 """Which of the backbone's tokens are stored: all, some patches of each clip, or averages over boxes.
 
-Whatever is kept is kept at every time step: the objectives and metrics of the trainer live from pairs of neighboring
-tokens, which a random choice of single tokens would break.
+A patch is kept at every time step: losses and metrics use pairs of neighboring tokens, which a random choice of single
+tokens would destroy.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class AllTokens(Config):
 
 
 class PatchSubset(Config):
-    """Some patches of each clip, each through all its time steps; other ones in each clip."""
+    """Some patches of each clip, at all time steps; different patches in each clip."""
 
     kind: Literal["patches"] = "patches"
     keep: int = Field(ge=1)
-    """Patches kept of each clip."""
+    """Patches kept per clip."""
     seed: int = 0
-    """Chooses them."""
+    """Seed of the choice."""
 
 
 class PooledGrid(Config):
@@ -39,18 +39,18 @@ class PooledGrid(Config):
 
     kind: Literal["pooled"] = "pooled"
     height: int = Field(ge=1)
-    """Rows that are left; a divisor of the backbone's."""
+    """Rows after pooling; divides those of the backbone."""
     width: int = Field(ge=1)
-    """Columns that are left; a divisor of the backbone's."""
+    """Columns after pooling; divides those of the backbone."""
     time: int | None = Field(default=None, ge=1)
-    """Time steps that are left; a divisor of the backbone's. None: all."""
+    """Time steps after pooling; divides those of the backbone. None: all."""
 
 
 Tokens = Annotated[AllTokens | PatchSubset | PooledGrid, Field(discriminator="kind")]
 
 
 class TokenSelector:
-    """What `config` makes of a backbone's `grid`.
+    """Applies `config` to tokens of a backbone's `grid`.
 
     Raises:
         TubeletError: the grid has fewer patches, or does not divide into such boxes.
@@ -61,7 +61,7 @@ class TokenSelector:
         self.grid = grid
         """Grid of the tokens that are stored."""
         self.selection: TokenSelection | None = None
-        """What a plan says of it; None: all tokens are stored."""
+        """As recorded in a plan; None: all tokens are stored."""
         if isinstance(config, PatchSubset):
             if config.keep > grid.space:
                 raise TubeletError(
@@ -78,7 +78,7 @@ class TokenSelector:
                 if whole % left:
                     divisors = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
                     raise TubeletError(
-                        f"{whole} of axis {axis} do not divide into {left} boxes of one size",
+                        f"{whole} tokens along {axis} cannot be divided into {left} boxes of equal size",
                         f"Set tokens.{axis} to one of {divisors}",
                     )
             self.selection = TokenSelection(kind="pooled", grid=grid)
@@ -88,7 +88,7 @@ class TokenSelector:
     def patches(self, video_id: str, view: int) -> tuple[int, ...] | None:
         """Patches kept of a clip, ascending; None where no patch is left out.
 
-        Those with the smallest BLAKE2b digests of seed, video, view and patch: the same on every machine, for ever.
+        Those with the smallest BLAKE2b digests of seed, video, view and patch: the same on every machine.
         """
         if self.selection is None or self.selection.kind != "patches":
             return None
@@ -104,7 +104,7 @@ class TokenSelector:
 
         Args:
             tokens: All tokens of a batch.
-            patches: Of each clip what `self.patches` gave.
+            patches: `self.patches` of each clip.
         """
         if self.selection is None:
             return tokens

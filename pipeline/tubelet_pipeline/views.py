@@ -1,13 +1,13 @@
-"""Views of a video: which windows in time, and of each which crops.
+"""Views of a video: its windows in time, and the crops of each window.
 
     video ─▶ sampling.clips windows ─▶ of each: one crop | three crops | an unshifted view and shifted ones
 
-Rows of the clip table are neighbors in this order: video, window, crop or shift. `view` counts them through.
+Rows of the clip table are ordered by video, window, crop or shift; `view` numbers the rows of a video.
 
-Shifted views are for measuring how local a feature is: the same pixels, seen at other places of the grid. In space the
-picture is drawn s patches larger than the grid, and the shifted crop lies s patches further down and right (Ro, Choi &
-Kim 2026, arXiv 2604.05724: (p + s) n pixels, offset by s n); in time the shifted window begins s tubelets later in a
-window s tubelets longer. So what two views share is the same to the bit.
+Shifted views measure how local a feature is: the same pixels at other positions of the grid. In space the frame is
+resized s patches larger than the grid, and the shifted crop lies s patches further down and right (Ro, Choi & Kim 2026,
+arXiv 2604.05724: (p + s) n pixels, offset by s n); in time the shifted window begins s tubelets later in a window that
+is s tubelets longer. Pixels that two views share are bit-identical.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tubelet_pipeline.sampling import DenseSampling, UniformSampling, describe
 
 
 class CenterView(Config):
-    """The crop of the checkpoint's own preprocessing."""
+    """The crop of the checkpoint's preprocessing."""
 
     kind: Literal["center"] = "center"
 
 
 class ThreeCrops(Config):
-    """Three crops along the longer side: its beginning, its middle, its end. A square picture gives one thrice."""
+    """Three crops along the longer side: start, center, end. For a square frame all three are equal."""
 
     kind: Literal["three_crops"] = "three_crops"
 
@@ -40,9 +40,9 @@ class ShiftedViews(Config):
 
     kind: Literal["shifted"] = "shifted"
     patches: int = Field(default=1, ge=0)
-    """Patches by which one view lies further down and right."""
+    """Patches by which one view is shifted down and right."""
     tubelets: int = Field(default=0, ge=0)
-    """Steps of latent time by which one view begins later."""
+    """Tubelets (steps of latent time) by which one view begins later."""
 
     @model_validator(mode="after")
     def _something_is_shifted(self) -> ShiftedViews:
@@ -71,14 +71,14 @@ class View:
 
 
 def views_per_window(views: CenterView | ThreeCrops | ShiftedViews) -> int:
-    """Clips that one window in time gives."""
+    """Clips per window in time."""
     if isinstance(views, ShiftedViews):
         return len(views.shifts)
     return 3 if isinstance(views, ThreeCrops) else 1
 
 
 def locate(views: CenterView | ThreeCrops | ShiftedViews, number: int) -> View:
-    """View `number` of a video, counted through all its windows."""
+    """View `number` of a video, counted over all its windows."""
     window, within = divmod(number, views_per_window(views))
     if isinstance(views, ShiftedViews):
         return View(window, None, *views.shifts[within])
@@ -131,7 +131,7 @@ _FORMULAS = {
 def describe_clips(
     sampling: DenseSampling | UniformSampling, views: CenterView | ThreeCrops | ShiftedViews, tubelet_frames: int
 ) -> dict[str, Any]:
-    """What a store records: the sampling, and the views with their formulas where there are others than the center."""
+    """What a store records: the sampling, and the views with their formulas unless there is only the center view."""
     if isinstance(views, CenterView):
         return describe(sampling)
     described = {**views.model_dump(mode="json"), **_FORMULAS[views.kind]}

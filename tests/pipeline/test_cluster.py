@@ -38,14 +38,6 @@ def cluster(**fields: Any) -> ClusterConfig:
         ({"class": "dask_jobqueue.SLURMCluster", "adapt": {"minimum": 4, "maximum": 3}}, ["minimum 4 is above"]),
     ],
 )
-def test_the_dashboard_that_is_announced_answers() -> None:
-    with connect(ClusterConfig(workers=1)) as client:
-        address = dashboard_of(client)
-        assert address is not None
-        with urllib.request.urlopen(address, timeout=60) as page:
-            assert b"Bokeh" in page.read()
-
-
 def test_a_cluster_that_makes_no_sense_is_refused_before_anything_starts(
     fields: dict[str, Any], words: list[str]
 ) -> None:
@@ -164,3 +156,11 @@ def test_dask_s_own_tracebacks_stay_off_the_terminal(capfd: pytest.CaptureFixtur
     ):
         own.error("Failed to reconnect to scheduler")
         assert "Failed to reconnect" not in capfd.readouterr().err
+
+
+def test_the_dashboard_that_is_announced_answers() -> None:
+    with connect(ClusterConfig(workers=1)) as client:
+        address = dashboard_of(client)
+        assert address is not None
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert b"Bokeh" in page.read()

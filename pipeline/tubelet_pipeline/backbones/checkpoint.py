@@ -45,16 +45,16 @@ HUB_PATTERNS = (
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# Says nothing about the numbers a model computes, or says it elsewhere (precision).
+# Entries without influence on the computed numbers, or covered elsewhere (precision).
 _VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in the layout of transformers.
+    """A checkpoint folder in the layout of transformers.
 
     Args:
-        name: Hub id, or the local folder's own name: never a path, so that it may be hashed and published.
+        name: Hub id, or the name of the local folder: never a path, because it is hashed and published.
         folder: Where the files are on this machine.
         revision: Commit of the hub repository; None for a local folder.
         fields: Content of config.json.
@@ -67,18 +67,18 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """What config.json calls the architecture."""
+        """`model_type` in config.json."""
         return str(self.fields.get("model_type"))
 
     @property
     def config_digest(self) -> str:
-        """Digest of config.json without what does not bear on the numbers."""
+        """Digest of the entries of config.json that influence the computed numbers."""
         kept = {name: value for name, value in self.fields.items() if name not in _VOLATILE_FIELDS}
         return "sha256:" + hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def require_transformers() -> None:
-    """Refuse versions of transformers that load wrong weights.
+    """Refuse versions of transformers that lose weights in loading.
 
     Raises:
         TubeletError: the installed transformers is older than 5.18.
@@ -86,18 +86,18 @@ def require_transformers() -> None:
     installed = version("transformers")
     if Version(installed) < Version(OLDEST_TRANSFORMERS):
         raise TubeletError(
-            f"transformers {installed} is too old: 5.6 to 5.17 lose VideoMAE's query and value biases in loading",
+            f"transformers {installed} is too old: 5.6 to 5.17 lose the query and value biases of VideoMAE in loading",
             f"pip install 'transformers>={OLDEST_TRANSFORMERS}'",
         )
 
 
 def find_checkpoint(id: str, revision: str | None) -> Checkpoint:
-    """The checkpoint `id`: a local folder where there is one, a backbone of the demo, else a hub repository.
+    """The checkpoint `id`: a local folder if it exists, else a shipped backbone of that name, else a hub repository.
 
-    The hub's repositories are fetched into its cache.
+    Hub repositories are downloaded into the hub's cache.
 
     Raises:
-        TubeletError: neither exists, the hub cannot be reached, or the files are not a checkpoint in safetensors.
+        TubeletError: none exists, the hub cannot be reached, or the files are not a checkpoint in safetensors.
     """
     local = Path(id).expanduser()
     if local.is_dir():
@@ -113,7 +113,7 @@ def find_checkpoint(id: str, revision: str | None) -> Checkpoint:
             f"There is no folder '{id}'", f"{_suggestion(id)}Check the path; a hub id has the form 'owner/model'"
         )
     folder = _fetch(id, revision)
-    # The hub's cache names a snapshot's folder by its commit.
+    # In the hub's cache a snapshot's folder is named after its commit.
     return _read_checkpoint(id, folder, folder.name if COMMIT.fullmatch(folder.name) else revision)
 
 
@@ -132,7 +132,7 @@ def _fetch(id: str, revision: str | None) -> Path:
         return Path(snapshot_download(id, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except GatedRepoError as error:
         raise TubeletError(
-            f"The hub gives {what} only to those who accepted its terms",
+            f"{what} is gated: the hub requires accepting its terms",
             f"Accept them on https://huggingface.co/{id}, then run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
@@ -187,10 +187,10 @@ def load_model(
 
     Args:
         checkpoint: Found by `find_checkpoint`.
-        architecture: Class name in transformers. Heads and decoders that it lacks are left behind.
-        dtype: Number format of the weights, whatever the file holds.
+        architecture: Class name in transformers. Heads and decoders outside of it are not loaded.
+        dtype: Number format of the weights, whatever the format of the file.
         device: Where to put it.
-        unneeded: Beginnings of parameter names that no hook depends on; only these may be missing.
+        unneeded: Prefixes of parameters that no hook depends on; only these may be missing.
 
     Raises:
         TubeletError: weights are missing or do not fit the configuration, or a file is damaged.
@@ -213,15 +213,15 @@ def load_model(
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise TubeletError(
             f"'{checkpoint.name}' lacks {len(missing)} of the weights of {architecture}: {shown}",
-            "Random numbers would stand in for them. Use a complete checkpoint; if query and value biases are named, "
-            f"transformers 5.6 to 5.17 lost them in saving or loading: use >={OLDEST_TRANSFORMERS}",
+            "transformers would use random numbers for them. Use a complete checkpoint; if query and value biases are "
+            f"named, transformers 5.6 to 5.17 lost them in saving or loading: use >={OLDEST_TRANSFORMERS}",
         )
     model.requires_grad_(False)
     return model.eval().to(device)
 
 
 def digest_of_weights(model: nn.Module, unneeded: tuple[str, ...]) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor the hooks depend on, in the order of names."""
+    """sha256 over name, dtype, shape and bytes of every tensor that the hooks depend on, ordered by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(unneeded):
@@ -234,7 +234,7 @@ def digest_of_weights(model: nn.Module, unneeded: tuple[str, ...]) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bar and load report off the terminal; what matters of them is raised instead."""
+    """Silence transformers' progress bar and load report; their faults are raised as errors instead."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

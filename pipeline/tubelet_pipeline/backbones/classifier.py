@@ -1,8 +1,8 @@
-"""The classifier that a fine-tuned checkpoint brings along, on top of the backbone that was loaded from it.
+"""The classification head of a fine-tuned checkpoint, on top of the backbone loaded from it.
 
-    pixels ──Backbone.forward──▶ what the encoder returns ──head of ...For(Video|Image)Classification──▶ logits [B, C]
+    pixels ──Backbone.forward──▶ encoder output ──head of ...For(Video|Image)Classification──▶ logits [B, C]
 
-The encoder runs as the backbone runs it, so hooks and rewritings act on it; only the head comes from the other class.
+The encoder runs as part of the backbone, so hooks and rewriting act on it; only the head comes from the other class.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tubelet_pipeline.backbones.checkpoint import load_model
 _ENDINGS = ("ForVideoClassification", "ForImageClassification")
 
 
-class _Given(nn.Module):
-    """Stands where the head expects the encoder, and returns what the encoder has already given."""
+class _PrecomputedEncoder(nn.Module):
+    """Takes the encoder's place in the classifier, and returns the encoder output that was already computed."""
 
     output: object = None
 
@@ -35,7 +35,7 @@ class Classifier:
         backbone: Loaded from a checkpoint for which `has_classifier` holds.
 
     Raises:
-        TubeletError: the checkpoint has no classifier that is known here, or lacks weights of it.
+        TubeletError: the checkpoint has no supported classifier, or lacks weights of it.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -47,20 +47,23 @@ class Classifier:
                 f"'{backbone.checkpoint.name}' has no classifier", "Use a fine-tuned checkpoint, or read a linear probe"
             )
         prefix = getattr(transformers, architecture).base_model_prefix
-        # The encoder's weights are the backbone's, which were checked when it was loaded.
+        # The encoder's weights were checked when the backbone was loaded.
         replaced = (f"{prefix}.", "vision_model.")
         self._model: Any = load_model(
             backbone.checkpoint, architecture, backbone.dtype, backbone.device, replaced + backbone.unneeded
         )
         self._backbone = backbone
-        self._encoder = _Given()
+        self._encoder = _PrecomputedEncoder()
         setattr(self._model, _encoder_name(self._model, backbone), self._encoder)
         names = self._model.config.id2label
         self.classes: tuple[str, ...] = tuple(str(names[i]) for i in range(self._model.config.num_labels))
         """Names of the classes, in the order of the logits."""
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [B, C] from pixels [B, T, 3, h, w]; of an image model the mean over the frames' logits [RECON]."""
+        """float32 [B, C] from pixels [B, T, 3, h, w]; for an image model the mean of the frames' logits.
+
+        [RECON] The mean over frames: the papers classify single images.
+        """
         pixels = pixels.to(device=self._backbone.device, dtype=self._backbone.dtype)
         with torch.no_grad():
             self._encoder.output = self._backbone.forward(pixels)
@@ -72,7 +75,7 @@ class Classifier:
 
 
 def has_classifier(backbone: Backbone) -> bool:
-    """Whether the checkpoint of `backbone` says that it holds a classification head."""
+    """Whether the checkpoint of `backbone` declares a classification head."""
     return _architecture(backbone) is not None
 
 
@@ -85,11 +88,11 @@ def _architecture(backbone: Backbone) -> str | None:
 
 
 def _encoder_name(model: nn.Module, backbone: Backbone) -> str:
-    """Attribute of `model` that holds what `backbone` is a second copy of."""
+    """Attribute of `model` that holds the encoder."""
     names = [name for name, child in model.named_children() if type(child) is type(backbone.model)]
     if len(names) != 1:
         raise TubeletError(
-            f"{type(model).__name__} does not have one {type(backbone.model).__name__} inside",
-            "This version of transformers arranges the model in another way; install one that is supported",
+            f"{type(model).__name__} does not contain exactly one {type(backbone.model).__name__}",
+            "This version of transformers structures the model differently; install a supported one",
         )
     return names[0]

@@ -1,7 +1,7 @@
-"""Reading a model's inside: which modules to listen to, and listening.
+"""Recording the outputs of a model's modules with forward hooks.
 
-Activations are taken from forward hooks on the blocks. `output_hidden_states` is not used: its last entry is before the
-final norm in some versions of transformers and after it in others.
+`output_hidden_states` is not used: its last entry is before the final norm in some versions of transformers and after
+it in others.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ def find_blocks(trunk: nn.Module, layers: int) -> nn.ModuleList:
     """
     lists = {name: m for name, m in trunk.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers}
     if len(lists) != 1:
-        found = ", ".join(lists) or "none"
+        names = ", ".join(lists) or "none"
         raise TubeletError(
-            f"{type(trunk).__name__} should have one list of {layers} blocks; found {found}",
-            "This version of transformers arranges the model in another way; install one that is supported",
+            f"{type(trunk).__name__} should have one list of {layers} blocks; it has {names}",
+            "This version of transformers structures the model differently; install a supported one",
         )
     return next(iter(lists.values()))
 
 
 class _AllCaptured(Exception):
-    """Not an error: ends a forward pass that has nothing more to give."""
+    """Not an error: ends a forward pass after the last module of interest."""
 
 
 class CompiledCapture:
     """`capture` as a compiled function of the pixels, for one set of modules, whose hooks stay until `close`.
 
-    It compiles on its first call, and once more when the batch size changes; then sizes are free. The outputs of
-    `modules` are all it returns, so what the model computes after the last of them is left out as dead code.
+    It compiles on its first call, and once more, for any batch size, when the batch size changes. It returns only the
+    outputs of `modules`, so the compiler drops what the model computes after the last of them.
 
     Args:
         modules: Modules by hook name, each called once per pass.
@@ -58,34 +58,34 @@ class CompiledCapture:
         def run(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
             captured.clear()
             forward(pixels)
-            found = dict(captured)
+            outputs = dict(captured)
             captured.clear()
-            return found
+            return outputs
 
         self.hooks = tuple(modules)
-        # Registered once: hooks that come and go would be compiled anew at each call.
+        # Registered once: new hooks would be compiled again at each call.
         self._handles = [module.register_forward_hook(listener(name)) for name, module in modules.items()]
-        # torch counts what it compiles of one function, for earlier models of this process too, and stops at eight.
+        # torch counts compilations of one function over all models of this process, and stops at eight.
         torch.compiler.reset()
         self._run = torch.compile(run, fullgraph=True)
 
     def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The output tensor of each module, by hook name."""
         with torch.no_grad():
-            found: dict[str, torch.Tensor] = self._run(pixels)
-        return found
+            outputs: dict[str, torch.Tensor] = self._run(pixels)
+        return outputs
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 def capture(modules: Mapping[str, nn.Module], forward: Callable[[], object]) -> dict[str, torch.Tensor]:
-    """Outputs of `modules` during `forward()`, which is abandoned as soon as all of them have spoken.
+    """Outputs of `modules` during `forward()`, which ends as soon as all of them have been called.
 
-    What comes before the last wanted module is computed exactly as in a full pass. Of a module that returns a tuple the
-    first element is taken. Not for several threads on one model.
+    Everything before the last of them is computed exactly as in a full pass. If a module returns a tuple, its first
+    element is taken. Not thread-safe on one model.
 
     Args:
         modules: Modules by hook name, each called at most once per pass.
@@ -119,4 +119,4 @@ def capture(modules: Mapping[str, nn.Module], forward: Callable[[], object]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    raise RuntimeError(f"never called in the forward pass: {sorted(set(modules) - set(captured))}")
+    raise RuntimeError(f"not called in the forward pass: {sorted(set(modules) - set(captured))}")

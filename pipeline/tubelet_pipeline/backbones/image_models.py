@@ -13,7 +13,7 @@ from tubelet_pipeline.backbones.backbone import ImageBackbone
 
 
 class CLIP(ImageBackbone):
-    """Radford et al. 2021 (arXiv 2103.00020). Its last norm sees the pooled CLS only, so there is no `final_norm`."""
+    """Radford et al. 2021 (arXiv 2103.00020). Its last norm is applied to the pooled CLS only: no `final_norm`."""
 
     family: ClassVar[str] = "clip"
     model_types: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model")
@@ -29,7 +29,7 @@ class CLIP(ImageBackbone):
 
 
 class DINOv2(ImageBackbone):
-    """Oquab et al. 2023 (arXiv 2304.07193). Interpolates its positions, so the picture's size is the processor's."""
+    """Oquab et al. 2023 (arXiv 2304.07193). Position embeddings are interpolated to the processor's image size."""
 
     family: ClassVar[str] = "dinov2"
     model_types: ClassVar[tuple[str, ...]] = ("dinov2",)
@@ -60,7 +60,7 @@ class DINOv2WithRegisters(DINOv2):
 
 
 class DINOv3(DINOv2WithRegisters):
-    """Siméoni et al. 2025 (arXiv 2508.10104), the ViT checkpoints. Blocks and tokens are arranged as in DINOv2."""
+    """Siméoni et al. 2025 (arXiv 2508.10104), the ViT checkpoints. Blocks and tokens are as in DINOv2."""
 
     family: ClassVar[str] = "dinov3"
     model_types: ClassVar[tuple[str, ...]] = ("dinov3_vit",)
@@ -69,7 +69,7 @@ class DINOv3(DINOv2WithRegisters):
 
 
 class SigLIP(ImageBackbone):
-    """Zhai et al. 2023 (arXiv 2303.15343); also the SigLIP 2 checkpoints of one fixed size, which say `siglip`."""
+    """Zhai et al. 2023 (arXiv 2303.15343); also SigLIP 2 checkpoints of one fixed size (model type `siglip`)."""
 
     family: ClassVar[str] = "siglip"
     model_types: ClassVar[tuple[str, ...]] = ("siglip", "siglip_vision_model")
@@ -82,9 +82,9 @@ class SigLIP(ImageBackbone):
 
 
 class SigLIP2(SigLIP):
-    """Tschannen et al. 2025 (arXiv 2502.14786), the NaFlex checkpoints: patches of any grid, given flattened.
+    """Tschannen et al. 2025 (arXiv 2502.14786), the NaFlex checkpoints, which take flattened patches of any grid.
 
-    Their processor chooses a grid per picture; a store has one grid, so `backbone.preprocessing` must be set.
+    Their processor chooses a grid per image, but a store has one grid, so `backbone.preprocessing` must be set.
     """
 
     family: ClassVar[str] = "siglip2"

@@ -1,4 +1,4 @@
-"""Which families there are, and loading one of them."""
+"""The families, and loading a backbone of one of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_backbone(config: BackboneConfig, frames: int | None = None) -> Backbone
 
     Args:
         config: Which checkpoint, in which precision, on which device.
-        frames: Frames per clip; None: what the checkpoint was made for (frame-wise families: 16).
+        frames: Frames per clip; None: the number the checkpoint was trained with (image models: 16).
 
     Raises:
         TubeletError: no such checkpoint, unknown family, weights missing, wrong number of frames, transformers too old.
@@ -42,8 +42,8 @@ def load_backbone(config: BackboneConfig, frames: int | None = None) -> Backbone
     cls = by_type.get(checkpoint.model_type)
     if cls is None:
         raise TubeletError(
-            f"'{checkpoint.name}' is a '{checkpoint.model_type}', which is no family known here",
-            f"Known: {', '.join(sorted(FAMILIES))}",
+            f"'{checkpoint.name}' has the model type '{checkpoint.model_type}', which no supported family has",
+            f"Supported: {', '.join(sorted(FAMILIES))}",
         )
     if config.family is not None and config.family != cls.family:
         raise TubeletError(

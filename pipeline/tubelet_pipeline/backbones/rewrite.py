@@ -1,9 +1,9 @@
-"""Write access to a running backbone: while `rewriting` holds, what a hook gives is what a function makes of it.
+"""Editing activations in a forward pass: within `rewriting`, a hook's output is replaced by a function of it.
 
     block ──▶ output ──arrange──▶ tokens [B, T', S, D] ──rewrite──▶ tokens ──in place of the old ones──▶ next block
 
-Layouts are the family's own: `Backbone.arrange` gives a view, so what is written through it lands where the model keeps
-the token. Special tokens, and whatever else a block returns beside its tokens, pass through untouched.
+`Backbone.arrange` gives a view in the common layout, so that values written through it reach the model's own layout.
+Special tokens, and other outputs of a block, are unchanged.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ argument."""
 
 @contextmanager
 def rewriting(backbone: Backbone, hook: str, rewrite: Rewrite) -> Iterator[None]:
-    """Within the block, every pass through `backbone` goes on from `rewrite`'s tokens at `hook`.
+    """In this context, every pass through `backbone` continues with `rewrite`'s tokens at `hook`.
 
-    Tokens that come back equal keep their bits. Hooks that listen at the same place hear the new tokens. Rewritings may
-    be nested; at one hook the outer one comes first. Afterwards, after an error too, the backbone is as it was.
+    Tokens that are returned equal keep their bits. Other hooks at the same module see the new tokens. Contexts may be
+    nested; at one hook the outer one is applied first. The hook is removed on leaving, also after an error.
 
     Args:
         backbone: Not compiled.
@@ -42,7 +42,7 @@ def rewriting(backbone: Backbone, hook: str, rewrite: Rewrite) -> Iterator[None]
     module = backbone.module(hook)
     if backbone.compiled:
         raise TubeletError(
-            f"'{backbone.checkpoint.name}' is compiled, and compiled passes do not see edits",
+            f"'{backbone.checkpoint.name}' is compiled, and a compiled pass ignores edits",
             "Load it with backbone.compile: false",
         )
 

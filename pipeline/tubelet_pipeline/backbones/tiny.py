@@ -1,6 +1,6 @@
-"""Tiny checkpoints with random weights, in transformers' own format: for tests, and to begin the demo's from.
+"""Tiny checkpoints with random weights in transformers' format, for tests and as the start of the demo's backbones.
 
-Every parameter is random, biases and norms included, so that a loader that loses one of them is noticed.
+Every parameter is random, biases and norms included, so that tests notice a loader that loses one of them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def write_tiny_dinov2(
 
 
 def save_random(architecture: Any, config: Any, folder: Path, seed: int) -> None:
-    """Save `architecture(config)` with every floating-point parameter drawn from `seed`; torch's own state is kept."""
+    """Save `architecture(config)` with all parameters drawn from `seed`; torch's random state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = architecture(config)

@@ -17,8 +17,8 @@ from tubelet_pipeline.backbones.checkpoint import BackboneConfig, Checkpoint
 class VideoMAE(VideoBackbone):
     """Tong et al. 2022 (arXiv 2203.12602).
 
-    There is a final norm only where the checkpoint says `use_mean_pooling: false`; fine-tuned ones normalize after
-    pooling, in the classifier, and their tokens never pass through it.
+    There is a final norm only if the checkpoint has `use_mean_pooling: false`; fine-tuned checkpoints normalize after
+    pooling, in the classifier, so their tokens have none.
     """
 
     family: ClassVar[str] = "videomae"
@@ -26,12 +26,12 @@ class VideoMAE(VideoBackbone):
     architecture: ClassVar[str] = "VideoMAEModel"
     final_norm: ClassVar[str | None] = "layernorm"
     attention: ClassVar[str | None] = "attention"
-    # The module around this layer adds the residual already.
+    # The module around this layer includes the residual connection.
     mlp: ClassVar[str | None] = "output.dense"
 
 
 class VJEPA2(VideoBackbone):
-    """Assran et al. 2025 (arXiv 2506.09985). The encoder only; its predictor is not run."""
+    """Assran et al. 2025 (arXiv 2506.09985). Only the encoder is run, not the predictor."""
 
     family: ClassVar[str] = "vjepa2"
     model_types: ClassVar[tuple[str, ...]] = ("vjepa2",)
@@ -66,7 +66,7 @@ class VJEPA2(VideoBackbone):
 class TimeSformer(VideoBackbone):
     """Bertasius et al. 2021 (arXiv 2102.05095), with divided or joint attention.
 
-    A block has two attentions, over time and over space, whose outputs are folded by patch and by frame: there is no
+    A block has two attentions, over time and over space, with outputs in different layouts, so there is no
     `blocks.I.attn` and no `blocks.I.mlp`.
     """
 
@@ -79,7 +79,7 @@ class TimeSformer(VideoBackbone):
         attention = checkpoint.fields.get("attention_type", "divided_space_time")
         if attention == "space_only":
             raise TubeletError(
-                f"'{checkpoint.name}' attends over space only, which folds time into the batch",
+                f"'{checkpoint.name}' attends over space only, with time in the batch dimension",
                 "Use a checkpoint with divided or joint attention",
             )
         super().__init__(checkpoint, config, frames)
@@ -95,7 +95,7 @@ class TimeSformer(VideoBackbone):
         return ("cls",)
 
     def arrange(self, hidden: torch.Tensor) -> Captured:
-        """[B, 1 + S T, D], space-major: split, fold, and turn."""
+        """[B, 1 + S T, D], space-major: split off CLS, unflatten, transpose to time-major."""
         tokens = hidden[:, 1:].unflatten(1, (self.grid.space, self.grid.time)).transpose(1, 2)
         return Captured(tokens, hidden[:, None, :1])
 

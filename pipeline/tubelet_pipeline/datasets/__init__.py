@@ -1,4 +1,4 @@
-"""Data sets as clip tables: which videos, in which order, with which labels.
+"""Data sets as clip tables: videos, their order and labels.
 
 DatasetConfig (ssv2 | kinetics | folder) ─▶ list of videos ─▶ clip table: one row per video and temporal view
 """

@@ -1,7 +1,7 @@
-"""The clip table: one row per clip to extract, in the order the store keeps for ever.
+"""The clip table: one row per clip to extract, in the order of the store.
 
-A video gives one clip per window in time and view of it; its clips are neighbors. Paths are relative to the data set's
-root, so that the same data set at two places gives the same table, and the same digest.
+A video gives one clip per window in time and view; its clips are neighbors. Paths are relative to the data set's root,
+so that copies of a data set at different places give the same table and the same digest.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _ONE_CROP = CenterView()
 
 @dataclass(frozen=True)
 class MissingVideos:
-    """Videos that the annotations name and the listing of the root does not hold. They fail as `missing` when decoded.
+    """Annotated videos that do not exist below the root. They fail as `missing` when decoded.
 
     Attributes:
-        count: Videos, not clips.
+        count: Number of videos, not clips.
         examples: Paths of the first three.
     """
 
@@ -49,12 +49,12 @@ def build_clip_table(
     sampling: DenseSampling | UniformSampling,
     views: CenterView | ThreeCrops | ShiftedViews = _ONE_CROP,
 ) -> pa.Table:
-    """Clips of `dataset`, `sampling.clips` windows per video and `views` of each, with the store's planned columns.
+    """Clips of `dataset`: `sampling.clips` windows per video, `views` of each; with the planned columns of a store.
 
-    Videos that are annotated but not there keep their rows; `missing_videos` tells how many there are.
+    Annotated videos that do not exist keep their rows; `missing_videos` counts them.
 
     Raises:
-        TubeletError: the data set cannot be read as its `kind` says, or holds no video.
+        TubeletError: the data set cannot be read as its `kind`, or has no video.
     """
     if isinstance(dataset, Ssv2):
         videos, root = ssv2.list_videos(dataset)
@@ -63,15 +63,15 @@ def build_clip_table(
     else:
         videos, root = folder.list_videos(dataset)
     if not videos:
-        raise TubeletError(f"The annotations of {dataset.root} name no video of this split", "Check dataset.split")
+        raise TubeletError(f"The annotations of {dataset.root} have no video of this split", "Check dataset.split")
     known = set(root.videos)
-    # Paths outside the root were not listed; they are met when decoded.
+    # Paths outside the root were not listed; if they are missing, decoding fails.
     absent = [video.uri for video in videos if video.uri not in known and not _is_outside(video.uri)]
     if absent:
         logging.getLogger(__name__).warning(
             "%d of %d annotated videos are not under %s (first: %s)", len(absent), len(videos), root.url, absent[0]
         )
-    of_video = [vars(locate(views, number)) for number in range(sampling.clips * views_per_window(views))]
+    views_of_video = [vars(locate(views, number)) for number in range(sampling.clips * views_per_window(views))]
     repeated = pa.table(
         {
             "video_id": [video.video_id for video in videos],
@@ -82,21 +82,21 @@ def build_clip_table(
             "split": [video.split for video in videos],
         },
         schema=pa.schema([PLANNED.field(name) for name in _OF_VIDEO]),
-    ).take(np.repeat(np.arange(len(videos)), len(of_video)))
+    ).take(np.repeat(np.arange(len(videos)), len(views_of_video)))
     columns = {name: repeated[name] for name in repeated.column_names}
     columns["clip"] = pa.array(np.arange(repeated.num_rows, dtype=np.int64))
-    columns["view"] = pa.array(np.tile(np.arange(len(of_video), dtype=np.int16), len(videos)))
-    for name in of_video[0]:
-        once = pa.array([view[name] for view in of_video], PLANNED.field(name).type)
-        columns[name] = once.take(np.tile(np.arange(len(of_video)), len(videos)))
+    columns["view"] = pa.array(np.tile(np.arange(len(views_of_video), dtype=np.int16), len(videos)))
+    for name in views_of_video[0]:
+        once = pa.array([view[name] for view in views_of_video], PLANNED.field(name).type)
+        columns[name] = once.take(np.tile(np.arange(len(views_of_video)), len(videos)))
     table = pa.table({name: columns[name] for name in PLANNED.names}, schema=PLANNED)
     return table.replace_schema_metadata({_MISSING: json.dumps({"count": len(absent), "examples": absent[:3]})})
 
 
 def missing_videos(table: pa.Table) -> MissingVideos:
-    """What `build_clip_table` did not find."""
-    found = json.loads(table.schema.metadata[_MISSING])
-    return MissingVideos(found["count"], tuple(found["examples"]))
+    """Videos of a table by `build_clip_table` that do not exist."""
+    missing = json.loads(table.schema.metadata[_MISSING])
+    return MissingVideos(missing["count"], tuple(missing["examples"]))
 
 
 def _is_outside(uri: str) -> bool:

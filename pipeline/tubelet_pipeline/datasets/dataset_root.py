@@ -21,23 +21,23 @@ VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg
 
 
 class DatasetBase(Config):
-    """What every kind of data set is told."""
+    """Fields of every kind of data set."""
 
     root: str
     """Folder of the data set: a local path, or a URL such as s3://bucket/ssv2."""
     limit: int | None = Field(default=None, ge=1)
-    """Only the first so many videos, for trials."""
+    """Use only the first videos, for trials."""
 
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """A video and what is known of it.
+    """A video of a data set, before it becomes rows of the clip table.
 
     Attributes:
         video_id: Name within the data set.
-        uri: Path relative to the data set's root, "/" between its parts; a whole path or URL where it lies outside.
-        label: Class number; None where there is none.
-        label_name, caption, split: None where there is none.
+        uri: Path relative to the data set's root, with "/"; an absolute path or URL for a video outside of it.
+        label: Class number, or None.
+        label_name, caption, split: Text, or None.
     """
 
     video_id: str
@@ -60,7 +60,7 @@ class Root:
         try:
             self._filesystem, self._path = fsspec.core.url_to_fs(self.url)
             exists = self._filesystem.isdir(self._path)
-        except Exception as error:  # each storage has its own errors; all mean that the root cannot be read
+        except Exception as error:  # each file system raises its own exceptions
             raise TubeletError(
                 f"Data set root {url} cannot be read: {type(error).__name__}: {error}",
                 "Check the URL and the credentials in the environment",
@@ -70,13 +70,13 @@ class Root:
 
     @cached_property
     def files(self) -> list[str]:
-        """Every file below the root but hidden ones, relative to it, sorted."""
+        """Paths of all files below the root except hidden ones, relative to it, sorted."""
         if "://" in self.url:
             prefix = self._path.rstrip("/") + "/"
-            found = [path.removeprefix(prefix) for path in self._filesystem.find(self._path)]
+            paths = [path.removeprefix(prefix) for path in self._filesystem.find(self._path)]
         else:
-            found = list(_walk(self.url))
-        return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
+            paths = list(_walk(self.url))
+        return sorted(path for path in paths if not any(part.startswith(".") for part in path.split("/")))
 
     @cached_property
     def videos(self) -> list[str]:
@@ -85,14 +85,14 @@ class Root:
 
     @cached_property
     def by_stem(self) -> dict[str, str]:
-        """First of `videos` for each file name without suffix."""
+        """The first of `videos` for each file name without suffix."""
         stems: dict[str, str] = {}
         for path in self.videos:
             stems.setdefault(stem(path), path)
         return stems
 
     def require_videos(self) -> list[str]:
-        """`videos`, of which there must be some."""
+        """`videos`, which must not be empty."""
         if not self.videos:
             raise TubeletError(
                 f"No video files under {self.url}",
@@ -101,12 +101,12 @@ class Root:
         return self.videos
 
     def read_text(self, path: str) -> str:
-        """Text of `path`, relative to the root, or whole."""
+        """Text of the file at `path`, relative to the root or absolute."""
         try:
             with fsspec.open(resolve_uri(self.url, path), "r", encoding="utf-8-sig") as file:
                 content: str = file.read()
         except FileNotFoundError as error:
-            raise TubeletError(f"There is no annotation file {path} under {self.url}", "Check the path") from error
+            raise TubeletError(f"Annotation file {path} does not exist under {self.url}", "Check the path") from error
         except UnicodeDecodeError as error:
             raise TubeletError(f"Annotation file {path} is not UTF-8 text", "Check the path") from error
         return content
@@ -120,14 +120,14 @@ def resolved(url: str) -> str:
 
 
 def resolve_uri(root: str, uri: str) -> str:
-    """Where a clip table's `uri` lies, given its data set's root: what a decoder opens."""
+    """Path or URL of a clip table's `uri`, given the data set's root."""
     if "://" in uri or uri.startswith("/"):
         return uri
     return f"{resolved(root)}/{uri}"
 
 
 def relative_uri(root: str, uri: str) -> str:
-    """`uri` relative to `root` where it lies below it, else unchanged."""
+    """`uri` relative to `root` if it is below it, else unchanged."""
     return uri.removeprefix(resolved(root) + "/")
 
 
@@ -137,12 +137,12 @@ def stem(path: str) -> str:
 
 
 def class_name(directory: str) -> str:
-    """Class that a directory stands for: its name, spaces for underscores."""
+    """Class of a directory: its name, with spaces for underscores."""
     return PurePosixPath(directory).name.replace("_", " ")
 
 
 def _walk(root: str) -> Iterable[str]:
-    # Class folders are often links into a shared store; a link back up must not send us round for ever.
+    # Class folders are often symbolic links into shared storage; a link to a parent must not cause an endless loop.
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)

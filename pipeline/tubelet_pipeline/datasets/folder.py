@@ -1,4 +1,4 @@
-"""A folder of videos as a list of videos."""
+"""A folder of videos as a data set."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Folder(DatasetBase):
 
     kind: Literal["folder"] = "folder"
     labels: Literal["none", "from_directory"] = "none"
-    """from_directory: the name of the directory a video lies in is its class."""
+    """from_directory: the class of a video is the name of its directory."""
 
 
 def list_videos(config: Folder) -> tuple[list[Video], Root]:
     """Every video below the root, sorted by path, which is also its id.
 
     Raises:
-        TubeletError: no root, no video; with `labels: from_directory`, a video directly in the root.
+        TubeletError: no root, no video, or (labels from_directory) a video directly in the root.
     """
     root = Root(config.root)
     paths = root.require_videos()
@@ -30,7 +30,7 @@ def list_videos(config: Folder) -> tuple[list[Video], Root]:
     loose = next((path for path in paths if "/" not in path), None)
     if loose is not None:
         raise TubeletError(
-            f"{loose} lies in no class directory of {root.url}", "Move it into one, or set dataset.labels=none"
+            f"{loose} is in no class directory of {root.url}", "Move it into one, or set dataset.labels=none"
         )
     classes = [class_name(str(PurePosixPath(path).parent)) for path in paths]
     number_of = {name: number for number, name in enumerate(sorted(set(classes)))}

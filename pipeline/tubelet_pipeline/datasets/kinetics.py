@@ -1,4 +1,4 @@
-"""Kinetics as a list of videos, in each of the forms it is passed around in.
+"""Kinetics as a data set, in each of its common forms.
 
 train.csv (SlowFast, VideoMAE)               "path label" or "path,label", split from the right: paths hold spaces
 kinetics400_train_list_videos.txt (mmaction2) "class/file.mp4 label", below videos_train/
@@ -21,17 +21,17 @@ _LIST_ROW = re.compile(r"(?P<path>.*[^\s,])[\s,]+(?P<label>-?\d+)")
 
 
 class Kinetics(DatasetBase):
-    """Kinetics-400, 600 or 700 in any of its usual forms: path lists, the official CSV, or class folders."""
+    """Kinetics-400, 600 or 700 as path lists, with the official CSV, or as class folders."""
 
     kind: Literal["kinetics"] = "kinetics"
     split: str = "val"
     """train, val or test."""
     annotations: str | None = None
-    """Annotation file, relative to the root; default: the one found there. With none, class folders label."""
+    """Annotation file, relative to the root. None: the one in the root; without one, class folders give the labels."""
 
 
 def list_videos(config: Kinetics) -> tuple[list[Video], Root]:
-    """Videos of `config.split`: in annotation order, or sorted by path where class folders are all there is.
+    """Videos of `config.split`, in the order of the annotations, or sorted by path if there are only class folders.
 
     Raises:
         TubeletError: unknown split; no root, annotation file or video; several annotation files; a malformed row.
@@ -58,13 +58,13 @@ def _find_annotations(root: Root, split: str) -> str | None:
     pattern = re.compile(
         rf"(annotations/|labels/)?((kinetics|k)[-_]?(400|600|700)?(_2020)?[-_])?({names})(_list_videos|_list)?\.(csv|txt)"
     )
-    found = [path for path in root.files if pattern.fullmatch(path)]
-    if len(found) > 1:
+    matching = [path for path in root.files if pattern.fullmatch(path)]
+    if len(matching) > 1:
         raise TubeletError(
-            f"Several annotation files for split '{split}' under {root.url}: {', '.join(found)}",
-            "Set dataset.annotations to the one that counts",
+            f"Several annotation files for split '{split}' under {root.url}: {', '.join(matching)}",
+            "Set dataset.annotations to one of them",
         )
-    return found[0] if found else None
+    return matching[0] if matching else None
 
 
 def _from_list(root: Root, path: str, lines: list[str], split: str) -> list[Video]:
@@ -74,18 +74,16 @@ def _from_list(root: Root, path: str, lines: list[str], split: str) -> list[Vide
             continue
         row = _LIST_ROW.fullmatch(line.strip())
         if row is None:
-            raise TubeletError(
-                f"{path}, line {number}: '{line.strip()}' is not 'path label'", "Mend or remove the line"
-            )
+            raise TubeletError(f"{path}, line {number}: '{line.strip()}' is not 'path label'", "Fix or remove the line")
         rows.append((relative_uri(root.url, row["path"]), int(row["label"])))
-    # Lists name files below the root, or below the split's folder, which mmaction2 keeps in its own configuration.
+    # Paths are relative to the root, or to the split's folder, which mmaction2 has in its own configuration.
     known = set(root.videos)
     prefixes = ["", *(f"{base}{alias}/" for alias in _ALIASES[split] for base in ("", "videos_"))]
     prefix = max(prefixes, key=lambda prefix: sum(f"{prefix}{uri}" in known for uri, _ in rows))
     folders: dict[int, set[str]] = {}
     for uri, label in rows:
         folders.setdefault(label, set()).add(str(PurePosixPath(uri).parent))
-    # Folders name classes only where each class has its own.
+    # Folders name the classes only if each class has its own.
     named = all(len(names) == 1 for names in folders.values()) and len(
         {class_name(next(iter(names))) for names in folders.values()} - {""}
     ) == len(folders)
@@ -115,10 +113,10 @@ def _from_official(root: Root, path: str, lines: list[str], split: str) -> list[
         except (TypeError, ValueError):
             raise TubeletError(
                 f"{path}, line {rows.line_num}: '{lines[rows.line_num - 1]}' has no whole time_start and time_end",
-                "Mend or remove the line",
+                "Fix or remove the line",
             ) from None
         name = row.get("label") or None
-        # Numbered over the whole file, so that a file of all splits gives each of them the same numbers.
+        # Numbered over the whole file, so that all splits of a file have the same numbers.
         if name is not None:
             names.add(name)
         if (row.get("split") or split) in _ALIASES[split]:
@@ -150,7 +148,7 @@ def _from_folders(root: Root, split: str) -> list[Video]:
     loose = next((path for path in chosen if len(PurePosixPath(path).parts) < (3 if in_split else 2)), None)
     if loose is not None:
         raise TubeletError(
-            f"{loose} lies in no class folder, and there is no annotation file for split '{split}' under {root.url}",
+            f"{loose} is in no class folder, and there is no annotation file for split '{split}' under {root.url}",
             "Set dataset.annotations, or dataset.kind=folder for videos without labels",
         )
     names = sorted({class_name(str(PurePosixPath(path).parent)) for path in chosen})

@@ -1,6 +1,7 @@
-"""Something-Something v2 as a list of videos.
+"""Something-Something v2 as a data set.
 
-Rows {id, label (caption), template, placeholders}; the class is labels[template without "[" and "]"], a number as text.
+Rows are {id, label (caption), template, placeholders}; the class is labels[template without "[" and "]"], a number as
+text.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Ssv2(DatasetBase):
     split: str = "validation"
     """train, validation or test (which has no labels)."""
     annotations: str | None = None
-    """Folder of the annotation files, relative to the root; default: found in the root, labels/ or annotations/."""
+    """Folder of the annotation files, relative to the root. None: the root, labels/ or annotations/."""
 
 
 def list_videos(config: Ssv2) -> tuple[list[Video], Root]:
@@ -37,7 +38,7 @@ def list_videos(config: Ssv2) -> tuple[list[Video], Root]:
     root.require_videos()
     path, rows = _read(root, config, config.split)
     if not isinstance(rows, list):
-        raise TubeletError(f"{path} holds no list of videos", "Use the file as TwentyBN or Qualcomm ship it")
+        raise TubeletError(f"{path} is not a list of videos", "Use the file as TwentyBN or Qualcomm ship it")
     labels: dict[str, Any] = {}
     labels_path = ""
     if config.split != "test":

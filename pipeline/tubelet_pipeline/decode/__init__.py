@@ -1,7 +1,7 @@
-"""Video files to exact frames, each decoded in a child process that can be killed.
+"""Exact frames from video files, decoded in child processes that can be killed.
 
-    DecodeRequest ─▶ pool (threads) ─▶ child process ─▶ memfd ─▶ DecodedClip
-                                       source ─▶ probe ─▶ policy ─▶ pyav | decord | torchcodec
+    DecodeRequest ─▶ pool (threads) ─▶ process_main (child process) ─▶ memfd ─▶ DecodedClip
+                                       local path ─▶ video_index ─▶ decoders: pyav | decord | torchcodec
 
-This file imports nothing: a child imports only what it decodes with, and starts fast.
+This file imports nothing, so that a child process imports only what it needs, and starts fast.
 """

@@ -1,4 +1,4 @@
-"""What decoding gives: a clip, or a typed failure. A bad video is data, never the end of a job."""
+"""The result of decoding: a clip, or a failure with a code. A bad video is data; it never ends a job."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from numpy.typing import NDArray
 CODES = {
     "missing": "there is no such file or object",
     "fetch_failed": "the remote object could not be read",
-    "open_failed": "no container or codec FFmpeg knows",
-    "no_video_stream": "the file holds no video",
-    "no_frames": "the video stream holds no frame",
-    "decode_failed": "the decoder gave up before the last wanted frame",
-    "inexact": "the forced decoder does not number this file's frames rightly",
-    "resolution_change": "the picture size changes within the clip",
+    "open_failed": "unknown container or codec",
+    "no_video_stream": "the file has no video stream",
+    "no_frames": "the video stream has no frame",
+    "decode_failed": "the decoder failed before the last requested frame",
+    "inexact": "the requested decoder misnumbers this file's frames",
+    "resolution_change": "the frame size changes within the clip",
     "too_large": "the decoded clip is larger than the memory limit",
-    "memory": "decoding ran into the memory limit",
-    "timeout": "decoding ran past the deadline and was killed",
+    "memory": "decoding reached the memory limit",
+    "timeout": "decoding exceeded the time limit and was killed",
     "crash": "the decode process died",
-    "internal": "an error of ours, or of a library, that no other code names",
+    "internal": "an error of Tubelet or a library that has no other code",
 }
-"""Failure codes, as they stand in a store's `error` column before the colon."""
+"""Failure codes: the part of a store's `error` column before the colon."""
 
 
 class DecodeFailure(Exception):
-    """One clip that cannot be had.
+    """A clip that could not be decoded.
 
     Args:
         code: A key of `CODES`.
@@ -44,19 +44,19 @@ class DecodeFailure(Exception):
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """Frames of one clip, and where they come from.
+    """Frames of one clip, and their origin.
 
     Attributes:
-        frames: uint8 [T, H, W, 3] RGB, contiguous, turned upright as a player shows it.
+        frames: uint8 [T, H, W, 3] RGB, contiguous, rotated as a player shows it.
         frame_indices: int64 [T], display order.
-        timestamps_s: float64 [T], presentation time of each frame; NaN where the container gives none.
-        fps: Average frame rate; NaN where the container gives none.
+        timestamps_s: float64 [T], presentation time of each frame; NaN if the container has none.
+        fps: Average frame rate; NaN if the container has none.
         video_frames: Frames of the whole video.
-        padded_frames: Repeated frames, because the video is too short for its sampling.
+        padded_frames: Repeated frames, because the video is too short for the sampling.
         width, height: Of `frames`, in pixels.
         decoder: Library, version and FFmpeg, as "pyav 18.1.0 (libavcodec 62.28.102)".
-        truncated: The video ends earlier than its container says (`probe.VideoIndex.truncated`).
-        corrupt_frames: Damaged or lost frames met on the way to the wanted ones; None: this decoder cannot tell.
+        truncated: The video ends earlier than its container says (`VideoIndex.truncated`).
+        corrupt_frames: Damaged or lost frames on the way to the requested ones; None: the decoder cannot tell.
     """
 
     frames: NDArray[np.uint8]

@@ -1,8 +1,9 @@
-"""Clips in order out of several decode processes, a bounded number ahead of the reader.
+"""Clips in order from several decode processes, a bounded number ahead of the reader.
 
-    requests ─▶ queue ─▶ keeper thread + its child process (x processes) ─▶ futures in order ─▶ reader
+    requests ─▶ queue ─▶ thread with its child process (x processes) ─▶ futures in order ─▶ reader
 
-A clip that kills or stalls its process costs that clip. Works in daemonic processes and from any thread.
+A clip that crashes or stalls its process fails; the other clips are not affected. Works in daemonic processes and from
+any thread.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class DecodeRequest:
         uri: Local path, or any URL fsspec reads.
         sampling: Which frames.
         view: Temporal view, in range(sampling.clips).
-        first, more: Of a window `more` frames longer, the frames from `first` on (shifted views).
+        first, more: The frames from `first` on, of a window that is `more` frames longer (shifted views).
     """
 
     uri: str
@@ -43,8 +44,8 @@ class DecodeRequest:
     more: int = 0
 
 
-# Decoders that may be missing, and what to do then.
-_OTHERS = {
+# Optional decoders, and the remedy if they are not installed.
+_OPTIONAL = {
     "decord": "pip install 'tubelet[pipeline]', or set decode.backend=pyav where decord has no wheel",
     "torchcodec": "pip install 'tubelet[torchcodec]', or set decode.backend=auto",
 }
@@ -54,23 +55,23 @@ _Task = tuple[DecodeRequest, "Future[Result]"]
 
 
 class DecodePool:
-    """Decode processes, each kept by a thread of its own that starts it, feeds it and buries it.
+    """Several decode processes. Each is owned by one thread, which starts it, sends it requests and reaps it.
 
     Args:
         config: Decoder, number of processes, limits.
 
     Raises:
-        TubeletError: the platform or the installation lacks what decoding needs.
+        TubeletError: decoding is not supported on this platform, or a package is missing.
     """
 
     def __init__(self, config: DecodeConfig) -> None:
         if sys.platform != "linux":
             raise TubeletError(f"Decoding needs Linux; this is {sys.platform}", "Run extraction in a Linux container")
-        for library in dict.fromkeys(["av", config.backend if config.backend in _OTHERS else "av"]):
+        for library in dict.fromkeys(["av", config.backend if config.backend in _OPTIONAL else "av"]):
             if importlib.util.find_spec(library) is None:
                 raise TubeletError(
                     f"Decoding with backend '{config.backend}' needs the package {library}, which is not installed",
-                    _OTHERS.get(library, "pip install 'tubelet[pipeline]'"),
+                    _OPTIONAL.get(library, "pip install 'tubelet[pipeline]'"),
                 )
         if config.backend == "torchcodec":
             _check_torchcodec()
@@ -79,23 +80,23 @@ class DecodePool:
         self._closed = threading.Event()
         self._closing = threading.Lock()
         self._children = [ChildProcess(config) for _ in range(config.processes)]
-        # Daemon threads: a worker that ends without closing the pool does not wait; the kernel kills the children.
-        self._keepers = [
-            threading.Thread(target=self._keep, args=(child,), name=f"decode-{i}", daemon=True)
+        # Daemon threads: a worker that exits without closing the pool does not wait; the kernel kills the children.
+        self._owners = [
+            threading.Thread(target=self._serve, args=(child,), name=f"decode-{i}", daemon=True)
             for i, child in enumerate(self._children)
         ]
-        for keeper in self._keepers:
-            keeper.start()
+        for owner in self._owners:
+            owner.start()
 
     def map_ordered(self, requests: Iterable[DecodeRequest], prefetch: int) -> Iterator[Result]:
         """Results in the order of `requests`, which is read lazily.
 
-        At most `prefetch` decoded clips exist at a time, the one just yielded included. A bad clip is yielded as its
+        At most `prefetch` decoded clips exist at a time, including the one just yielded. A bad clip is yielded as a
         `DecodeFailure`, not raised.
 
         Raises:
             TubeletError: no decode process can be started.
-            RuntimeError: the pool is closed, or closes meanwhile.
+            RuntimeError: the pool is closed before or during the iteration.
         """
         if prefetch < 1:
             raise ValueError(f"prefetch is {prefetch}; at least 1 clip must be in flight")
@@ -116,16 +117,16 @@ class DecodePool:
                 future.cancel()
 
     def close(self) -> None:
-        """Kill the processes and wait for their threads; clips under way are given up."""
-        with self._closing:  # no task may come to stand behind the last None
+        """Kill the processes and wait for their threads; clips in progress are discarded."""
+        with self._closing:  # no task may be queued after the last None
             self._closed.set()
-            for _ in self._keepers:
+            for _ in self._owners:
                 self._tasks.put(None)
-        for keeper, child in zip(self._keepers, self._children, strict=True):
-            # A keeper may have started its child anew since the last kill.
-            while keeper.is_alive():
+        for owner, child in zip(self._owners, self._children, strict=True):
+            # The owner may have restarted its child since the last kill.
+            while owner.is_alive():
                 child.kill()
-                keeper.join(0.05)
+                owner.join(0.05)
 
     def __enter__(self) -> DecodePool:
         return self
@@ -143,9 +144,9 @@ class DecodePool:
             self._tasks.put((request, future))
         return future
 
-    def _keep(self, child: ChildProcess) -> None:
+    def _serve(self, child: ChildProcess) -> None:
         try:
-            with contextlib.suppress(TubeletError):  # the first clip meets it again, and tells its reader
+            with contextlib.suppress(TubeletError):  # raised again for the first clip
                 child.start()
             while (task := self._tasks.get()) is not None:
                 request, future = task
@@ -156,7 +157,7 @@ class DecodePool:
                         future.set_result(self._decode(child, request))
                     except Exception as error:
                         future.set_exception(error)
-                del task, future  # the idle thread must not hold the last clip
+                del task, future  # an idle thread must not keep the last clip alive
         finally:
             child.close()
 
@@ -173,11 +174,11 @@ class DecodePool:
             return child.decode(line)
         except DecodeFailure as failure:
             if self._closed.is_set():
-                # The process was killed by us: that says nothing of the video.
+                # The pool killed the process: the video is not to blame.
                 raise _closed_error() from failure
             if child.using in ("", "pyav"):
                 return failure
-        # The other decoder took the process with it. PyAV, in a fresh one, has the last word.
+        # The optional decoder crashed the process: try PyAV in a new one.
         try:
             return child.decode({**line, "backend": "pyav"})
         except DecodeFailure as failure:
@@ -189,7 +190,7 @@ class DecodePool:
 def _check_torchcodec() -> None:
     try:
         importlib.import_module("torchcodec.decoders")
-    except (ImportError, OSError, RuntimeError) as error:  # it brings no FFmpeg, and is built for one torch
+    except (ImportError, OSError, RuntimeError) as error:  # it ships no FFmpeg, and is built for one version of torch
         raise TubeletError(
             f"torchcodec is installed but does not load: {' '.join(str(error).split())[:200]}",
             "Install FFmpeg's shared libraries (`apt-get install ffmpeg`) and the version of torchcodec made for this "

@@ -28,33 +28,33 @@ from tubelet_pipeline.decode.decoded_clip import DecodedClip, DecodeFailure
 
 
 class DecodeConfig(Config):
-    """Decoder, limits, and number of processes."""
+    """Decoder, limits, and number of decode processes."""
 
     backend: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
-    """All are exact. auto: by the project's measurements, which is PyAV. pyav: PyAV. decord, torchcodec: that one on
-    the files it numbers rightly, PyAV on the others and where it fails."""
+    """All are exact. auto: the fastest by the project's benchmarks, which is PyAV. decord, torchcodec: used on files
+    that they number correctly; PyAV for the others, and where they fail."""
     processes: int = Field(default=2, ge=1)
     """Decode processes per worker."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """A clip that takes longer is killed."""
+    """Time limit per clip, in seconds."""
     memory_mb: int = Field(default=2048, ge=128)
-    """Limit of private memory per decode process (RLIMIT_DATA), of the frames of one clip, and of a remote video, in
-    MiB."""
+    """Limit in MiB of the private memory of a decode process (RLIMIT_DATA), of the frames of one clip, and of a remote
+    video."""
 
 
-_START_TIMEOUT_S = 120.0  # 0.3 s on an idle machine; imports from a busy network disk take far longer
+_START_TIMEOUT_S = 120.0  # 0.3 s on an idle machine; imports from a busy network file system take far longer
 
 
 class _Died(Exception):
-    pass
+    """The process ended."""
 
 
 class _Late(Exception):
-    pass
+    """The deadline passed."""
 
 
 class ChildProcess:
-    """One decode process and the memory it shares with us. Not for use by several threads, except `kill`."""
+    """One decode process and the memory it shares with this one. Not thread-safe, except `kill`."""
 
     def __init__(self, config: DecodeConfig) -> None:
         self.config = config
@@ -62,13 +62,13 @@ class ChildProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._frames_fd = os.memfd_create("frames")
-        self._noise_fd = os.memfd_create("decoder stderr")
+        self._stderr_fd = os.memfd_create("decoder stderr")
 
     def start(self) -> None:
         """Start the process, unless it runs.
 
         Raises:
-            TubeletError: it does not come up.
+            TubeletError: it does not start.
         """
         if self._process is not None and self._process.poll() is None:
             return
@@ -81,28 +81,28 @@ class ChildProcess:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        # -P: no module of the working directory takes a library's place.
+        # -P: modules in the working directory cannot replace libraries.
         command = [sys.executable, "-P", "-m", "tubelet_pipeline.decode.process_main"]
         command += [str(self._frames_fd), str(os.getpid()), str(self.config.memory_mb)]
-        noise = os.open(f"/proc/self/fd/{self._noise_fd}", os.O_WRONLY | os.O_APPEND)
+        stderr = os.open(f"/proc/self/fd/{self._stderr_fd}", os.O_WRONLY | os.O_APPEND)
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=noise,
+                stderr=stderr,
                 bufsize=0,
                 pass_fds=(self._frames_fd,),
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the parent, which closes us
+                start_new_session=True,  # Ctrl-C goes to the parent, which closes this process
             )
         finally:
-            os.close(noise)
+            os.close(stderr)
         self._buffer = b""
         try:
             self._reply(time.monotonic() + _START_TIMEOUT_S)
         except (_Died, _Late) as error:
-            tail = self._noise_tail()
+            tail = self._stderr_tail()
             self.kill()
             raise TubeletError(
                 f"A decode process does not start: {tail or 'no message'}",
@@ -110,7 +110,7 @@ class ChildProcess:
             ) from error
 
     def decode(self, request: dict[str, Any]) -> DecodedClip:
-        """Decode one clip; `request` is the line `child` reads. `using` then names the decoder that was at work.
+        """Decode one clip; `request` is a line of `process_main`. Afterwards `using` names the decoder.
 
         Raises:
             DecodeFailure: any code. After `timeout` and `crash` the next call starts a new process.
@@ -121,7 +121,7 @@ class ChildProcess:
         assert self._process.stdin is not None
         self.using = ""
         deadline = time.monotonic() + self.config.timeout_s
-        os.ftruncate(self._noise_fd, 0)
+        os.ftruncate(self._stderr_fd, 0)
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             while (reply := self._reply(deadline))["status"] == "using":
@@ -136,7 +136,7 @@ class ChildProcess:
         return self._clip(reply)
 
     def kill(self) -> None:
-        """End the process, whatever it does. Any thread may call this."""
+        """Kill the process. Any thread may call this."""
         process = self._process
         if process is None:
             return
@@ -144,11 +144,11 @@ class ChildProcess:
         process.wait()
 
     def close(self) -> None:
-        """End the process, and free the memory shared with it."""
+        """Kill the process and free the shared memory."""
         self.kill()
         self._close_pipes()
         os.close(self._frames_fd)
-        os.close(self._noise_fd)
+        os.close(self._stderr_fd)
 
     def _close_pipes(self) -> None:
         if self._process is not None:
@@ -178,14 +178,14 @@ class ChildProcess:
         self.kill()
         status = self._process.wait()
         end = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        tail = self._noise_tail()
+        tail = self._stderr_tail()
         memory = "bad_alloc" in tail or "MemoryError" in tail
         what = f"the decode process died ({end})" + (f" while {self.using} decoded" if self.using else "")
         return DecodeFailure("memory" if memory else "crash", f"{what}: {tail}" if tail else what)
 
-    def _noise_tail(self) -> str:
-        size = os.fstat(self._noise_fd).st_size
-        lines = os.pread(self._noise_fd, 2000, max(0, size - 2000)).decode(errors="replace").split("\n")
+    def _stderr_tail(self) -> str:
+        size = os.fstat(self._stderr_fd).st_size
+        lines = os.pread(self._stderr_fd, 2000, max(0, size - 2000)).decode(errors="replace").split("\n")
         return " ".join("".join(c if c.isprintable() else " " for c in " ".join(lines)).split())[-300:]
 
     def _clip(self, header: dict[str, Any]) -> DecodedClip:

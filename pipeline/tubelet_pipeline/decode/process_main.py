@@ -35,6 +35,9 @@ from tubelet_pipeline.frame_indices import FrameChoice, chosen_frames
 def local_path(uri: str) -> Iterator[str]:
     """Path of `uri` (a local path, `file://…` or any fsspec URL), valid inside the context.
 
+    decord needs a path (it crashes on some files given as bytes), and FFmpeg must not open connections of its own. So a
+    remote object is read whole, in one request, into an anonymous file, whose size RLIMIT_FSIZE bounds.
+
     Raises:
         DecodeFailure: `missing`, `fetch_failed`, `too_large`.
     """
@@ -44,11 +47,11 @@ def local_path(uri: str) -> Iterator[str]:
             raise DecodeFailure("missing", f"{path} is not a file")
         yield path
         return
-    import fsspec  # half a second that local files need not pay
+    import fsspec  # imported only for remote files: it takes half a second
 
     fd = os.memfd_create("video")
     path = f"/proc/self/fd/{fd}"
-    # s3fs would ask for the size first, and fetch large objects in many requests at once.
+    # By default s3fs asks for the size first, and fetches large objects in many parallel requests.
     options = {"max_concurrency": 1} if uri.startswith(("s3://", "s3a://")) else {}
     try:
         try:
@@ -69,7 +72,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class FrameMemory:
-    """The anonymous file shared with the parent, grown to the largest clip so far."""
+    """The anonymous file shared with the parent; it grows to the largest clip so far."""
 
     def __init__(self, fd: int, limit_bytes: int) -> None:
         self.fd = fd
@@ -96,11 +99,11 @@ def main() -> None:
     """Serve requests until stdin closes."""
     memfd, parent_pid, memory_mb = map(int, sys.argv[1:])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
+    if os.getppid() != parent_pid:  # the parent died before the line above
         return
     limit_bytes = memory_mb << 20
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
-    # Anonymous files are no private memory: frames for the parent, and a remote object.
+    # RLIMIT_DATA does not cover anonymous files: frames for the parent, and a remote object.
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -124,7 +127,7 @@ def main() -> None:
             reply(status="failed", code="memory", message=str(error) or f"more than {memory_mb} MiB (decode.memory_mb)")
         except Exception as error:
             reply(status="failed", code="internal", message=f"{type(error).__name__}: {error}")
-        # PyAV's containers and streams are reference cycles that hold megabytes Python does not know of.
+        # PyAV's containers and streams form reference cycles that hold megabytes outside Python's accounting.
         gc.collect()
 
 

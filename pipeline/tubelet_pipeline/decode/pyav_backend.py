@@ -1,8 +1,8 @@
-"""Exact frames by PyAV: the index says which timestamp is wanted, key frames say where to enter, decoding goes forward.
+"""Exact frames by PyAV: the index gives the timestamp of a frame, a key frame the entry point; decoding goes forward.
 
-A seek is taken only where it skips work (a later key frame stands before the wanted frame). Whatever does not fit the
-index is done again in a slower and more certain way: without seeks where a seek gave damage, by decoding and counting
-all frames where timestamps do not come as announced.
+It seeks only if that skips frames (there is a later key frame before the requested frame). If the decoded stream does
+not match the index, the clip is decoded again in a slower and safer way: without seeks if a seek gave damaged frames,
+by decoding and counting all frames if timestamps do not match.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ DECODER = f"pyav {av.__version__} (libavcodec {'.'.join(map(str, av.library_vers
 
 
 class _Disagreement(Exception):
-    """The decoded stream does not fit its index."""
+    """The decoded stream does not match its index."""
 
 
-class _Picture:
-    """Frames of the clip as they arrive, in the caller's memory."""
+class _FrameBuffer:
+    """Frames of the clip, written as they are decoded into the caller's memory."""
 
     def __init__(self, choice: FrameChoice, allocate: Allocate) -> None:
         self.indices = choice.indices
         self.allocate = allocate
         self.frames: NDArray[np.uint8] | None = None
-        # One for all frames: each reformatter starts threads of its own, by default as many as the machine has cores.
+        # One for all frames: each reformatter starts threads, by default one per core.
         self.to_rgb = VideoReformatter()
         self.pts: list[int | None] = [None] * len(choice.indices)
 
@@ -67,7 +67,7 @@ def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> 
         choice = choose(index.frames)
         seeking: list[int] = index.keys.tolist()
         for keys in (seeking, []):
-            picture = _Picture(choice, allocate)
+            picture = _FrameBuffer(choice, allocate)
             try:
                 corrupt = _by_timestamp(path, index, index.pts, keys, picture)
                 return _clip(index, choice, picture, corrupt)
@@ -78,18 +78,18 @@ def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> 
         raise DecodeFailure("no_frames", f"none of {index.frames} packets gives a frame")
     lost = max(0, index.frames - frames)
     choice = choose(frames)
-    picture = _Picture(choice, allocate)
+    picture = _FrameBuffer(choice, allocate)
     corrupt = _by_counting(path, frames, picture)
     return _clip(index.without_timestamps(frames), choice, picture, corrupt + lost)
 
 
-def _clip(index: VideoIndex, choice: FrameChoice, picture: _Picture, corrupt: int) -> DecodedClip:
+def _clip(index: VideoIndex, choice: FrameChoice, picture: _FrameBuffer, corrupt: int) -> DecodedClip:
     assert picture.frames is not None  # every choice has at least one frame
     seconds = [np.nan if pts is None else pts * index.time_base_s for pts in picture.pts]
     return index.clip(choice, picture.frames, np.array(seconds, np.float64), DECODER, corrupt)
 
 
-def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: list[int], picture: _Picture) -> int:
+def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: list[int], picture: _FrameBuffer) -> int:
     """Fill `picture` by matching timestamps, entering at `keys`; number of damaged frames on the way."""
     corrupt = 0
     with av.open(path, metadata_errors="replace") as container:
@@ -108,7 +108,7 @@ def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: li
                 if frame.pts is None:
                     raise _Disagreement
                 damaged = bool(frame.is_corrupt and frame.pts >= entered)
-                # FFmpeg marks all that follows a key frame which it cannot prove clean; only a full reading can tell.
+                # FFmpeg marks all frames after a key frame that it cannot prove intact; only a full decode can tell.
                 if damaged and entered > first:
                     raise _Disagreement
                 corrupt += damaged
@@ -123,7 +123,7 @@ def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: li
     return corrupt
 
 
-def _by_counting(path: str, frames: int, picture: _Picture) -> int:
+def _by_counting(path: str, frames: int, picture: _FrameBuffer) -> int:
     """Fill `picture` by position in a full decode; number of damaged frames on the way."""
     wanted = set(picture.indices.tolist())
     last = max(wanted)
@@ -144,8 +144,8 @@ def _decoded(path: str, expected: int) -> Iterator[av.VideoFrame]:
 
 def _single_threaded(container: av.container.InputContainer) -> VideoStream:
     stream = container.streams.best("video")
-    assert isinstance(stream, VideoStream)  # the probe saw it
-    # The pool runs one process per core; frame threads would also change which damaged frames are flagged.
+    assert isinstance(stream, VideoStream)  # checked by the probe
+    # The pool runs several processes; frame threads would also change which damaged frames are flagged.
     stream.codec_context.thread_type = "NONE"
     stream.codec_context.thread_count = 1
     return stream
@@ -165,12 +165,12 @@ def _forward(container: av.container.InputContainer, stream: VideoStream, expect
 
 
 def upright(picture: NDArray[np.uint8], display_matrix: Any) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] `picture` as a player shows it, after the quarter turns and mirrors of its display matrix.
+    """uint8 [H, W, 3] `picture` after the quarter turns and reflections of its display matrix, as a player shows it.
 
     Args:
         picture: uint8 [H, W, 3].
         display_matrix: Buffer of nine int32 (a b u; c d v; x y w), which sends the point (p, q) to
-            (a p + c q, b p + d q); None: nothing is turned.
+            (a p + c q, b p + d q); None: identity.
     """
     if display_matrix is None:
         return picture
@@ -183,6 +183,6 @@ def upright(picture: NDArray[np.uint8], display_matrix: Any) -> NDArray[np.uint8
         across, down = c, b
     turned = picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
     upright_HWC = np.empty(turned.shape, np.uint8)
-    for channel in range(3):  # five times faster than moving three bytes at a time
+    for channel in range(3):  # five times faster than copying three bytes at a time
         upright_HWC[..., channel] = turned[..., channel]
     return upright_HWC

@@ -1,13 +1,13 @@
-"""One demux pass over a video: how many frames, when each is shown, and whether other decoders number them rightly.
+"""One demux pass over a video: number of frames, their timestamps, and whether other decoders number them correctly.
 
-Nothing is decoded. The pass costs 2-8 % of decoding a ten-second clip.
+Nothing is decoded. The pass takes 2-8 % of the time of decoding a ten-second clip.
 
-Where decord 0.6.0 is exact. It numbers key frames in decode order but sorts timestamps, counts packets that are never
-shown, and seeks by these numbers. So it is right where both orders agree and every packet is one shown frame: mp4 or
-Matroska, every timestamp present and unique, no packet hidden by an edit list, no picture that follows a key frame in
-the file and precedes it on screen (open GOP). Codecs and pixel formats: those that give the same pixels as FFmpeg 8.
+decord 0.6.0 numbers key frames in decode order but sorts timestamps, counts packets that are never shown, and seeks by
+these numbers. So it is exact where both orders agree and every packet is one shown frame: mp4 or Matroska, every
+timestamp present and unique, no packet hidden by an edit list, no frame that follows a key frame in the file and
+precedes it in time (open GOP). Codecs and pixel formats: those with the same pixels as FFmpeg 8.
 
-Where torchcodec 0.13 is exact: the same, and on open GOP and more codecs too. It fails on AVI with B-frames, on MPEG
+torchcodec 0.13 is exact on the same files, on open GOP and on more codecs. It fails on AVI with B-frames, on MPEG
 program and transport streams, and where an edit list hides packets.
 """
 
@@ -28,7 +28,7 @@ av.logging.set_level(av.logging.PANIC)
 _CONTAINERS = {"mov", "matroska"}
 _DECORD_CODECS = {"h264", "vp8", "vp9", "mpeg4"}
 _TORCHCODEC_CODECS = {*_DECORD_CODECS, "hevc", "av1", "libdav1d"}
-_PIXELS = {"yuv420p", "yuvj420p", "yuv444p"}  # 10 bits come out differently
+_PIXELS = {"yuv420p", "yuvj420p", "yuv444p"}  # decoders differ on 10 bits
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class VideoIndex:
     """A video's best stream, in display order.
 
     Attributes:
-        frames: Number of frames a full decode shows.
-        pts: int64 [frames] ascending, in units of `time_base_s`; None where timestamps do not name frames.
+        frames: Number of frames of a full decode.
+        pts: int64 [frames] ascending, in units of `time_base_s`; None if timestamps do not identify frames.
         keys: int64, ascending: timestamps of key frames.
         time_base_s: Seconds per unit of `pts`.
-        fps: Average frame rate; NaN where unknown.
-        duration_s: What the stream says, else the container; NaN where neither does.
-        announced_frames: What an AVI's header says, whose duration FFmpeg reckons from what is there; else 0.
+        fps: Average frame rate; NaN if unknown.
+        duration_s: Duration of the stream, else of the container; NaN if neither states one.
+        announced_frames: Number of frames in an AVI's header (FFmpeg computes its duration from the data); else 0.
         container, codec: FFmpeg's short names.
-        hazard: Why decord must not be trusted with this file; None: it is exact here.
-        torchcodec_hazard: The same of torchcodec.
+        hazard: Why decord may be inexact on this file; None: it is exact.
+        torchcodec_hazard: The same for torchcodec.
     """
 
     frames: int
@@ -64,14 +64,14 @@ class VideoIndex:
     def truncated(self) -> bool:
         """Whether the last frame ends more than max(0.5 s, two frames) before `duration_s` or the last announced frame.
 
-        Half a second, because containers without a duration per stream count their audio, which may run on a little.
+        Half a second, because containers without a duration per stream include audio, which may be slightly longer.
         """
         frame_s = 1 / self.fps if self.fps > 0 else 0.0
         if (self.announced_frames - self.frames) * frame_s > max(0.5, 2 * frame_s):
             return True
         if self.pts is None or not self.frames or np.isnan(self.duration_s):
             return False
-        # Matroska's duration runs from time zero, that of the others from the first frame.
+        # Matroska's duration starts at time zero, others at the first frame.
         begin = 0 if self.container == "matroska" else self.pts[0]
         shown_s = float(self.pts[-1] - begin) * self.time_base_s + frame_s
         return self.duration_s - shown_s > max(0.5, 2 * frame_s)
@@ -84,7 +84,7 @@ class VideoIndex:
         decoder: str,
         corrupt_frames: int | None,
     ) -> DecodedClip:
-        """The clip of this video that a decoder made of `choice`; arguments as the attributes of `DecodedClip`."""
+        """A clip of this video with the frames of `choice`; other arguments as the attributes of `DecodedClip`."""
         _, height, width, _ = frames.shape
         return DecodedClip(
             frames=frames,
@@ -101,7 +101,7 @@ class VideoIndex:
         )
 
     def without_timestamps(self, frames: int) -> VideoIndex:
-        """The index after decoding showed `frames` frames and timestamps that do not fit."""
+        """The index after decoding gave `frames` frames with timestamps that do not match."""
         hazards = (self.hazard or "timestamps", self.torchcodec_hazard or "timestamps")
         return replace(self, frames=frames, pts=None, hazard=hazards[0], torchcodec_hazard=hazards[1])
 
@@ -113,14 +113,14 @@ def probe(path: str) -> VideoIndex:
         DecodeFailure: `open_failed`, `no_video_stream`, `no_frames`.
     """
     try:
-        # Damaged titles and comments are no reason to refuse a video.
+        # Damaged metadata is no reason to refuse a video.
         with av.open(path, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
-                raise DecodeFailure("no_video_stream", f"{path} holds no video")
-            # PyAV gives none, whatever its types say, where FFmpeg has no decoder.
+                raise DecodeFailure("no_video_stream", f"{path} has no video stream")
+            # None, against PyAV's type hints, if FFmpeg has no decoder.
             if getattr(stream, "codec_context", None) is None:
-                raise DecodeFailure("open_failed", "the video's codec is none FFmpeg knows")
+                raise DecodeFailure("open_failed", "FFmpeg does not support the video's codec")
             return _index(container, stream)
     except av.FFmpegError as error:
         raise DecodeFailure("open_failed", f"{type(error).__name__}: {error.strerror}") from error
@@ -149,7 +149,7 @@ def _index(container: av.container.InputContainer, stream: VideoStream) -> Video
             continue
         pts.append(packet.pts)
     if not pts:
-        raise DecodeFailure("no_frames", "the video stream holds no frame")
+        raise DecodeFailure("no_frames", "the video stream has no frame")
     known = [p for p in pts if p is not None]
     trusted = len(known) == len(pts) and len(set(known)) == len(known)
     name = container.format.name.split(",")[0]
@@ -193,5 +193,5 @@ def _index(container: av.container.InputContainer, stream: VideoStream) -> Video
 
 
 def _vp8_is_shown(packet: av.Packet) -> bool:
-    """The show_frame bit (RFC 6386, 9.1): VP8 stores its hidden reference frames as packets of their own."""
+    """The show_frame bit (RFC 6386, 9.1): VP8 stores hidden reference frames as separate packets."""
     return bool(memoryview(packet)[0] & 0x10)
