@@ -53,12 +53,16 @@ class ShardJob(Config):
 _CPU_MOST = 16
 _CPU_BYTES = 256 * 2**20
 
-# Beside a pass there are the pixels of the next batch, and blocks the allocator could not use.
+# The rest holds the pixels of the next batch, and fragments of the allocator.
 _CUDA_SHARE = 0.8
 
 
 def find_batch_size(backbone: Backbone, hooks: Iterable[str], most: int) -> int:
-    """The largest power of two, at most `most`, of clips that `backbone` takes at once.
+    """The largest power of two of clips, at most `most`, that fits into one forward pass.
+
+    On CUDA 1, 2, 4, ... clips are tried until memory is exhausted or fuller than `_CUDA_SHARE`. On a CPU a larger batch
+    gains nothing once the cores are busy, so a fixed memory limit decides. Both are reproducible on the same hardware;
+    the number is recorded with every shard, because it may change the last bits of a value.
 
     Raises:
         TubeletError: not even one clip fits into the device's memory.
@@ -67,22 +71,22 @@ def find_batch_size(backbone: Backbone, hooks: Iterable[str], most: int) -> int:
     if backbone.device.type != "cuda":
         clip_bytes = 4 * (_pixels(backbone) + len(names) * backbone.grid.tokens * max(map(backbone.channels, names)))
         return largest_power(lambda clips: clips == 1 or clips * clip_bytes <= _CPU_BYTES, min(most, _CPU_MOST))
-    found = largest_power(lambda clips: _fits_cuda(backbone, names, clips), most)
-    if not found:
+    clips_that_fit = largest_power(lambda clips: _fits_cuda(backbone, names, clips), most)
+    if not clips_that_fit:
         raise TubeletError(
             f"One clip of '{backbone.checkpoint.name}' does not fit into {_CUDA_SHARE:.0%} of the memory of "
             f"{torch.cuda.get_device_name(backbone.device)}",
             "Set backbone.precision: float16 (or bfloat16), or batch_size: 1 to try anyway",
         )
-    return found
+    return clips_that_fit
 
 
 def largest_power(fits: Callable[[int], bool], most: int) -> int:
-    """The largest power of two up to `most` that fits, if all smaller ones do; 0: not even 1 fits."""
-    found, size = 0, 1
+    """The largest power of two up to `most` for which `fits`, as for all smaller ones, is true; 0 if there is none."""
+    largest, size = 0, 1
     while size <= most and fits(size):
-        found, size = size, 2 * size
-    return found
+        largest, size = size, 2 * size
+    return largest
 
 
 def _pixels(backbone: Backbone) -> int:
@@ -105,12 +109,12 @@ def _fits_cuda(backbone: Backbone, hooks: tuple[str, ...], clips: int) -> bool:
     return bool(torch.cuda.max_memory_reserved(device) <= _CUDA_SHARE * total)
 
 
-# Forward passes of a process take turns, whichever job they are of: each may fill the device's memory.
+# Forward passes of a process take turns, also those of different jobs: each may fill the device's memory.
 _computing = threading.Lock()
 
 
 class Runtime:
-    """What the shards of one job share: backbone, decode processes, clip table, store, spool."""
+    """What the shards of one job share in this process: backbone, decode processes, clip table, store, spool."""
 
     def __init__(self, job: ShardJob) -> None:
         self.job = job
@@ -126,22 +130,22 @@ class Runtime:
                 if job.batch_size == "auto"
                 else job.batch_size
             )
-        # Last: it starts processes, and nothing after it may fail.
+        # Last, because it starts processes, which a later failure would leak.
         self.decoder = DecodePool(job.decode)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """The device is the caller's inside the context, and has the job's number of threads."""
+        """Exclusive use of the device, with the job's number of threads."""
         with _computing:
             torch.set_num_threads(self.job.threads)
             yield
 
     def of_clip(self, column: str, clip: int) -> Any:
-        """What the clip table says."""
+        """Value of a column of the clip table."""
         return self.clips[column][clip].as_py()
 
     def view(self, clip: int) -> View:
-        """Which part of its video the clip is."""
+        """The clip's view of its video."""
         return locate(self.job.views, self.of_clip("view", clip))
 
     def _request(self, clip: int) -> DecodeRequest:
@@ -149,12 +153,12 @@ class Runtime:
         return clip_request(uri, job.sampling, job.views, self.view(clip), self.backbone.tubelet_frames)
 
     def decoded(self, clips: Iterable[int], prefetch: int) -> Iterator[tuple[int, DecodedClip | DecodeFailure]]:
-        """Clips with their frames, in order. Neighbors that are crops of the same frames are decoded once."""
-        counted = ((request, list(run)) for request, run in itertools.groupby(clips, self._request))
-        ahead, asked = itertools.tee(counted)
-        results = self.decoder.map_ordered((request for request, _ in asked), prefetch)
-        for (_, run), result in zip(ahead, results, strict=True):
-            for clip in run:
+        """Clips with their frames, in order. Consecutive crops of the same frames are decoded once."""
+        groups = ((request, list(group)) for request, group in itertools.groupby(clips, self._request))
+        groups, requested = itertools.tee(groups)
+        results = self.decoder.map_ordered((request for request, _ in requested), prefetch)
+        for (_, group), result in zip(groups, results, strict=True):
+            for clip in group:
                 yield clip, result
 
 
@@ -164,51 +168,51 @@ def _attach(job: ShardJob) -> tuple[StoreWriter, pa.Table]:
 
 
 class Runtimes:
-    """The runtimes of a process: those that are used, and the newest of the others."""
+    """The runtimes of a process: those in use, and the newest idle one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._slots: dict[str, _Slot] = {}
+        self._by_job: dict[str, _Shared] = {}
 
     @contextlib.contextmanager
     def using(self, job_json: str) -> Iterator[Runtime]:
-        """The runtime of a job, made where there is none; it stays open inside the context."""
+        """The runtime of a job, created if needed; it stays open inside the context."""
         with self._lock:
-            # Before another backbone is loaded, those that nobody uses make room.
-            idle = [] if job_json in self._slots else self._take_idle()
-            slot = self._slots.setdefault(job_json, _Slot())
-            slot.users += 1
+            # Idle runtimes are closed before another backbone is loaded.
+            idle = [] if job_json in self._by_job else self._take_idle()
+            shared = self._by_job.setdefault(job_json, _Shared())
+            shared.users += 1
         try:
             _close(idle)
-            with slot.making:
-                if slot.runtime is None:
-                    slot.runtime = Runtime(ShardJob.model_validate_json(job_json))
-            yield slot.runtime
+            with shared.creating:
+                if shared.runtime is None:
+                    shared.runtime = Runtime(ShardJob.model_validate_json(job_json))
+            yield shared.runtime
         finally:
             with self._lock:
-                idle = [] if slot.users > 1 else self._take_idle()
-                slot.users -= 1
+                idle = [] if shared.users > 1 else self._take_idle()
+                shared.users -= 1
             _close(idle)
 
-    def _take_idle(self) -> list[_Slot]:
-        return [self._slots.pop(job) for job, slot in list(self._slots.items()) if not slot.users]
+    def _take_idle(self) -> list[_Shared]:
+        return [self._by_job.pop(job) for job, shared in list(self._by_job.items()) if not shared.users]
 
 
 @dataclass(eq=False)
-class _Slot:
-    """A job's runtime, made by the first of its users."""
+class _Shared:
+    """A job's runtime, created by its first user."""
 
     users: int = 0
     runtime: Runtime | None = None
-    making: threading.Lock = field(default_factory=threading.Lock)
+    creating: threading.Lock = field(default_factory=threading.Lock)
 
 
-def _close(slots: list[_Slot]) -> None:
-    for slot in slots:
-        if slot.runtime is not None:
-            slot.runtime.decoder.close()
-            slot.runtime = None
+def _close(shareds: list[_Shared]) -> None:
+    for shared in shareds:
+        if shared.runtime is not None:
+            shared.runtime.decoder.close()
+            shared.runtime = None
 
 
 runtimes = Runtimes()
-"""Those of this process."""
+"""The runtimes of this process."""

@@ -1,12 +1,12 @@
-"""The demo data set: moving shapes whose label lies in the motion alone, with a mask for every object of every frame.
+"""The demo data set: moving shapes whose label depends on motion only, with a mask of every object in every frame.
 
-    (seed, index) ──scene──▶ Scene ──render──▶ frames, masks ──encode──▶ .webm / .mp4 + masks/ID.npz
-                                                               layout ──▶ SSv2 or Kinetics annotation files
+    (seed, index) ──scene──▶ Scene ──render──▶ frames, masks ──video_files──▶ .webm / .mp4 + masks/ID.npz
+                                                               annotations ──▶ SSv2 or Kinetics annotation files
 
-Videos come in twins. Twins share one scene: the second is the first played backwards (or, for shaking and holding
-still, the first frozen at one of its frames). So two opposed classes consist of the very same single frames, and
-whoever tells them apart has seen motion.
+Videos come in twins, which share one scene: the second is the first played backwards (or, for shaking and holding
+still, the first frozen at one of its frames). So two opposed classes consist of the same single frames, and only motion
+distinguishes them.
 
-`dataset.make_dataset` does everything; `scene.scene_at` and `render.render` give one video as arrays;
-`masks.read_masks` reads the ground truth back.
+`render_dataset.make_dataset` renders a data set; `scene.scene_at` and `render.render` give one video as arrays;
+`video_files.read_masks` reads the masks.
 """

@@ -1,4 +1,4 @@
-"""The actions: how objects move, and what SSv2-style template names the motion.
+"""The actions: how objects move, and the SSv2-style template of each motion.
 
     stage, rng ──choreography──▶ tracks of the forward video ──twin──▶ tracks of its opposite
 
@@ -22,7 +22,7 @@ Series = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Stage:
-    """The room there is to move in."""
+    """The space in which objects move."""
 
     frames: int
     half_width: float
@@ -33,7 +33,7 @@ class Stage:
         return np.linspace(0, 1, self.frames)
 
     def place(self, rng: np.random.Generator, margin_x: float, margin_y: float) -> tuple[float, float]:
-        """A random point that far from the frame's edges (the center where there is no such room)."""
+        """A random point with these margins from the frame's edges (the center if the margins are too large)."""
         x = max(self.half_width - margin_x, 0.0)
         y = max(self.half_height - margin_y, 0.0)
         return float(rng.uniform(-x, x)), float(rng.uniform(-y, y))
@@ -41,7 +41,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """Where one object is, how large, how turned and how opaque, in each frame."""
+    """Position, size, angle and opacity of one object in each frame."""
 
     x: Series
     y: Series
@@ -51,12 +51,12 @@ class Track:
     opacity: Series
 
     def at(self, order: NDArray[np.int64]) -> Track:
-        """The track with its frames rearranged: frame i becomes frame `order[i]` of this one."""
+        """The track with its frames reordered: frame i is frame `order[i]` of this one."""
         return Track(self.x[order], self.y[order], self.radius[order], self.angle[order], self.opacity[order])
 
 
 def still(stage: Stage, x: float, y: float, radius: float, angle: float) -> Track:
-    """An opaque object that rests."""
+    """An opaque object at rest."""
     ones = np.ones(stage.frames)
     return Track(x * ones, y * ones, radius * ones, angle * ones, ones)
 
@@ -106,7 +106,7 @@ def _nearing(rng: np.random.Generator, stage: Stage) -> tuple[Track, ...]:
     small, large = rng.uniform(0.07, 0.1), rng.uniform(0.2, 0.28)
     x, y = stage.place(rng, large * REACH, large * REACH)
     base = still(stage, x, y, 1.0, _angle(rng))
-    # A body that nears at constant relative speed grows exponentially in the picture.
+    # An object approaching at constant relative speed grows exponentially in the image.
     return (Track(base.x, base.y, small * (large / small) ** _pace(rng, stage), base.angle, base.opacity),)
 
 
@@ -158,7 +158,7 @@ def _shaking(rng: np.random.Generator, stage: Stage) -> tuple[Track, ...]:
     swing = rng.uniform(0.07, 0.11)
     x, y = stage.place(rng, radius * REACH + swing, radius * REACH + swing)
     bearing = rng.uniform(0, np.pi)
-    # At most 4 swings in a clip: 16 sampled frames then see each swing at 4 points.
+    # At most 4 oscillations per clip: 16 sampled frames then sample each oscillation at 4 points.
     offset = swing * np.sin(2 * np.pi * rng.uniform(2.5, 4) * stage.clock() + rng.uniform(0, 2 * np.pi))
     base = still(stage, 0.0, 0.0, radius, _angle(rng))
     track = Track(x + offset * np.cos(bearing), y + offset * np.sin(bearing), base.radius, base.angle, base.opacity)
@@ -167,17 +167,17 @@ def _shaking(rng: np.random.Generator, stage: Stage) -> tuple[Track, ...]:
 
 @dataclass(frozen=True)
 class Opposites:
-    """Two actions made of the same single frames."""
+    """Two actions that consist of the same single frames."""
 
     forward: str
-    """Template of the choreography as it is."""
+    """Template of the choreography."""
     backward: str
     """Template of its twin."""
     choreography: Choreography
     twin_is_frozen: bool = False
-    """The twin holds one frame of the forward video. Otherwise the twin is the forward video played backwards."""
+    """The twin repeats one frame of the forward video. Otherwise it is the forward video played backwards."""
     shapes: tuple[str, ...] = tuple(SHAPES)
-    """Shapes on which the action can be seen."""
+    """Shapes on which the action is visible."""
 
     def order(self, rng: np.random.Generator, frames: int, backward: bool) -> NDArray[np.int64]:
         """Which frame of the choreography each frame of the video shows."""
@@ -205,7 +205,7 @@ OPPOSITES: tuple[Opposites, ...] = (
 )
 
 TEMPLATES: tuple[str, ...] = tuple(t for pair in OPPOSITES for t in (pair.forward, pair.backward))
-"""All templates; neighbors 2k and 2k+1 are opposed. The position is the class number."""
+"""All templates; 2k and 2k+1 are opposed. The position is the class number."""
 
 
 def class_name(template: str) -> str:

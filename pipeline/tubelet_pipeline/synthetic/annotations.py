@@ -1,4 +1,4 @@
-"""Folders and annotation files as the real data sets have them, so that one reader serves both.
+"""Folders and annotation files in the layout of the real data sets, so that the same readers work.
 
 SSv2                                         Kinetics
 20bn-something-something-v2/{id}.webm        {train,val,test}/{class name}/{youtube_id}_{start:06d}_{end:06d}.mp4
@@ -43,14 +43,14 @@ class Entry:
 
 
 class Layout(ABC):
-    """Where videos lie and how they are annotated."""
+    """Paths of the videos, and their annotation files."""
 
     suffix: str
     """Of the video files."""
 
     @abstractmethod
     def video_id(self, entry: Entry) -> str:
-        """Name of the video, unique in the data set, without suffix; masks are found under it."""
+        """Id of the video, unique in the data set; also the name of its mask file."""
 
     @abstractmethod
     def video_path(self, entry: Entry) -> Path:
@@ -67,7 +67,7 @@ class SSv2(Layout):
     suffix = ".webm"
 
     def video_id(self, entry: Entry) -> str:
-        """Counted from 1, like SSv2's."""
+        """Numbered from 1, as in SSv2."""
         return str(entry.index + 1)
 
     def video_path(self, entry: Entry) -> Path:
@@ -135,9 +135,10 @@ LAYOUTS: dict[Literal["ssv2", "kinetics"], Layout] = {"ssv2": SSv2(), "kinetics"
 
 
 def split_of(nth: int, shares: dict[Split, float]) -> Split:
-    """Split of the `nth` video of a class: at every step the split that is furthest behind its share.
+    """Split of the `nth` video of a class: at every step the split that is furthest below its share.
 
-    So each split of any prefix of the data set is balanced, and twins, both the nth of their classes, stay together.
+    So classes are balanced in each split of any prefix of the data set, and twins, both the nth of their classes, are
+    in the same split. With few videos per class a share can only be met to the nearest whole video.
     """
     counts = dict.fromkeys(SPLITS, 0)
     chosen: Split = "train"

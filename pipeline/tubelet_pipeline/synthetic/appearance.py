@@ -39,12 +39,12 @@ BACKGROUND_COLORS: tuple[Color, ...] = (
 )
 
 MIN_CONTRAST = 105.0
-"""Smallest distance in RGB between an object and the background behind it. The weakest pair this leaves (teal on gray
-green) is plain to see on a contact sheet at 64 pixels."""
+"""Smallest RGB distance between an object and its background. The weakest remaining pair (teal on gray green) is
+clearly visible at 64 pixels."""
 
 
 def backgrounds_for(colors: list[Color]) -> NDArray[np.int64]:
-    """Numbers of the background colors on which every one of `colors` stands out. Never empty."""
+    """Indices of the background colors with enough contrast to all of `colors`. Never empty."""
     objects = np.array(colors, np.float64)
     distance = np.linalg.norm(np.array(BACKGROUND_COLORS)[:, None] - objects, axis=2).min(axis=1)
     fit = np.flatnonzero(distance >= MIN_CONTRAST)
@@ -87,7 +87,7 @@ def _cross(x: Plane, y: Plane) -> Plane:
 
 def _star(x: Plane, y: Plane) -> Plane:
     sector = np.float32(2 * np.pi / 5)
-    # Folding into half a point of the star leaves one straight edge: from the tip to the notch.
+    # Folding by symmetry into half a point of the star leaves one straight edge, from tip to notch.
     bearing = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
     radius = np.hypot(x, y)
     tip = np.array([1.15, 0.0])
@@ -114,7 +114,7 @@ SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
 """Signed distance of each shape, by its English name."""
 
 TURNABLE = ("square", "triangle", "star", "cross", "crescent")
-"""Shapes whose outline shows that they turn. (A hexagon's does too, but hardly at 64 pixels.)"""
+"""Shapes whose outline shows a rotation (a hexagon's is hard to see at 64 pixels)."""
 
 
 PERIOD = 0.62

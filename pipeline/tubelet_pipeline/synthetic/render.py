@@ -12,7 +12,7 @@ from tubelet_pipeline.synthetic.appearance import OBJECT_COLORS, REACH, SHAPES, 
 from tubelet_pipeline.synthetic.scene import Actor, Look, Scene
 
 NOISE_SIGMA = 2.0
-"""Camera noise, standard deviation in gray levels: visible in the raw frames, gentle on the codec."""
+"""Camera noise, standard deviation in gray levels: visible in the raw frames, cheap for the codec."""
 
 RIM_PIXELS_AT_128 = 1.6
 """Width of the darker rim around each object, in pixels of a 128-pixel frame."""
@@ -23,8 +23,8 @@ def render(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
     Returns:
         frames_THWC: uint8 RGB.
-        masks_THW: uint8; v where actor v - 1 makes up at least half of the pixel's color (so a half-faded object has
-            left its mask), 0 where no actor does. Where actors overlap, the first one is in front.
+        masks_THW: uint8; v where actor v - 1 contributes at least half of the pixel's color (an object faded by half has
+            no mask), 0 elsewhere. If actors overlap, the first one is in front.
     """
     frames = len(scene.order)
     height, width = scene.background_HWC.shape[:2]
@@ -41,7 +41,7 @@ def render(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def _draw(picture_HWC: NDArray[np.float32], mask_HW: NDArray[np.uint8], actor: Actor, t: int, value: int) -> None:
-    """Paint `actor` as it is at time `t` of its track, in place."""
+    """Draw `actor` at frame `t` of its track, in place."""
     height, width = mask_HW.shape
     short = min(height, width)
     track = actor.track

@@ -28,12 +28,12 @@ from tubelet_pipeline.synthetic.video_files import H264_MP4, VP9_WEBM, Encoding,
 
 
 class VideosConfig(Config):
-    """The demo data set."""
+    """Configuration of `tubelet videos`."""
 
     out: Path
-    """Folder of the data set; made if it is missing. A run that was stopped continues where it was."""
+    """Folder of the data set; created if missing. An interrupted run is continued."""
     videos: int = Field(240, ge=1)
-    """How many videos. Classes are balanced when it is a multiple of 16; a larger number only adds videos."""
+    """Number of videos. Classes are balanced if it is a multiple of 16; a larger number only adds videos."""
     seed: int = Field(0, ge=0)
     """Seed of every random choice."""
     layout: Literal["ssv2", "kinetics"] = "ssv2"
@@ -47,11 +47,11 @@ class VideosConfig(Config):
     width: int = Field(128, ge=32, le=3840, multiple_of=2)
     """Pixels."""
     validation_share: float = Field(0.3, ge=0, le=1)
-    """Share of each class that goes to the validation split."""
+    """Share of each class in the validation split, to the nearest whole video of each class."""
     test_share: float = Field(0.0, ge=0, le=1)
-    """Share of each class that goes to the test split, which in SSv2's layout has no labels."""
+    """Share of each class in the test split, which has no labels in SSv2's layout."""
     workers: int | None = Field(None, ge=1)
-    """Processes that render; null: one per core."""
+    """Rendering processes. None: one per core."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> VideosConfig:
@@ -60,30 +60,30 @@ class VideosConfig(Config):
         return self
 
     def fixed(self) -> dict[str, object]:
-        """The fields that decide what a video of this data set is; they cannot change between runs into one folder."""
+        """The fields that determine the videos; they cannot change between runs into one folder."""
         return self.model_dump(mode="json", exclude={"out", "videos", "workers"})
 
 
 SETTINGS_FILE = "tubelet-videos.yaml"
-"""Settings of the data set in this folder, which a later run must share."""
+"""Settings of the data set in this folder; later runs must have the same."""
 
 ENCODINGS: dict[str, Encoding] = {e.suffix: e for e in (VP9_WEBM, H264_MP4)}
 
 
 def make_dataset(config: VideosConfig, on_video: Callable[[bool], None] = lambda _: None) -> list[Entry]:
-    """Render, encode and annotate the data set; videos that are already there are kept.
+    """Render, encode and annotate the data set; existing videos are kept.
 
-    With more than one worker the calling script needs its `if __name__ == "__main__"`: processes are spawned.
+    With more than one worker the calling script needs `if __name__ == "__main__"`: processes are spawned.
 
     Args:
-        config: What to make, and where.
-        on_video: Called after each video, with True if it was rendered and False if it was there.
+        config: The data set.
+        on_video: Called after each video, with True if it was rendered and False if it existed.
 
     Returns:
         The entries, in the order of their index.
 
     Raises:
-        TubeletError: the folder holds something else, or videos of other settings; a render process died.
+        TubeletError: the folder has other content, or videos with other settings; a rendering process died.
     """
     _claim(config)
     workers = min(config.workers or os.cpu_count() or 1, config.videos)
@@ -113,7 +113,7 @@ def _make_all(config: VideosConfig, workers: int) -> Iterator[tuple[Entry, bool]
 
 
 def make_video(config: VideosConfig, index: int) -> tuple[Entry, bool]:
-    """Make video `index` unless it is there; the flag says whether it was rendered."""
+    """Render video `index` unless it exists; the flag says whether it was rendered."""
     scene = scene_at(config.seed, index, config.frames, config.height, config.width)
     shares: dict[Split, float] = {
         "train": 1 - config.validation_share - config.test_share,
@@ -139,21 +139,21 @@ def make_video(config: VideosConfig, index: int) -> tuple[Entry, bool]:
 
 
 def _claim(config: VideosConfig) -> None:
-    """Make the folder ours, or check that it is ours and of the same settings."""
+    """Create the folder with its settings file, or check that it has the same settings."""
     settings = config.out / SETTINGS_FILE
     wanted = config.fixed()
     if settings.is_file():
-        found = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        found = found if isinstance(found, dict) else {}
+        existing = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        existing = existing if isinstance(existing, dict) else {}
         differing = [
-            f"{name} {found.get(name)!r} there, {wanted[name]!r} now"
+            f"{name} {existing.get(name)!r} there, {wanted[name]!r} now"
             for name in wanted
-            if found.get(name) != wanted[name]
+            if existing.get(name) != wanted[name]
         ]
         if differing:
             raise TubeletError(
-                f"{config.out} holds videos of other settings: {'; '.join(differing)}",
-                "Choose another folder, or give the settings it was made with",
+                f"{config.out} has videos with other settings: {'; '.join(differing)}",
+                "Choose another folder, or use its settings",
             )
         return
     if config.out.exists() and not config.out.is_dir():

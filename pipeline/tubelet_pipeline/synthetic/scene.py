@@ -1,7 +1,7 @@
-"""A scene: everything that decides the frames of one video, drawn from (seed, index) alone.
+"""A scene: everything that determines the frames of one video, drawn from (seed, index) only.
 
-Index 2k and 2k+1 are twins: they share background, objects, camera noise and choreography. So a data set of any length
-is a prefix of every longer one, classes are balanced after every 16 videos, and opposed classes show the same frames.
+Indices 2k and 2k+1 are twins: they share background, objects, camera noise and choreography. So a data set is a prefix
+of every longer one, classes are balanced after every 16 videos, and opposed classes consist of the same frames.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tubelet_pipeline.synthetic.appearance import (
 )
 
 BYSTANDER_SHARE = 0.4
-"""Share of one-object scenes with a second object that rests: what is in the picture must not tell what moves."""
+"""Share of one-object scenes with a second object at rest: the objects in view must not reveal which one moves."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What an object looks like."""
+    """Appearance of an object."""
 
     shape: str
     color: str
@@ -45,7 +45,7 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class Actor:
-    """An object on its way."""
+    """An object and its track."""
 
     look: Look
     track: Track
@@ -53,16 +53,16 @@ class Actor:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One video before it is drawn."""
+    """One video before rendering."""
 
     template: str
     actors: tuple[Actor, ...]
-    """Mask value v belongs to actor v - 1. The placeholders' objects come first, a bystander last."""
+    """Mask value v is actor v - 1. The objects of the placeholders come first, a bystander last."""
     placeholders: tuple[str, ...]
     background_HWC: NDArray[np.float32]
     """Still picture, 0..255."""
     order: NDArray[np.int64]
-    """Which frame of the choreography (and of the camera noise) each frame shows, [frames]."""
+    """Frame of the choreography (and of the camera noise) that each frame shows, [frames]."""
     noise_seed: tuple[int, ...]
 
     @property
@@ -105,7 +105,7 @@ def scene_at(seed: int, index: int, frames: int, height: int, width: int) -> Sce
 
 
 def _looks(rng: np.random.Generator, count: int, shapes: tuple[str, ...]) -> list[Look]:
-    """Looks of different colors; the first has one of `shapes`."""
+    """Looks of different colors; the first is one of `shapes`."""
     colors = rng.permutation(list(OBJECT_COLORS))
     kinds = [str(rng.choice(list(shapes if i == 0 else SHAPES))) for i in range(count)]
     textures = rng.choice(list(TEXTURES), count)
@@ -116,7 +116,7 @@ def _looks(rng: np.random.Generator, count: int, shapes: tuple[str, ...]) -> lis
 
 
 def _bystander(rng: np.random.Generator, stage: Stage, mover: Track) -> Track:
-    """A small object at rest, at the one of a few random places that is farthest from the mover's way."""
+    """A small object at rest, at the one of eight random places that is farthest from the moving object's path."""
     radius = float(rng.uniform(0.08, 0.11))
     places = [stage.place(rng, radius * REACH, radius * REACH) for _ in range(8)]
     x, y = max(places, key=lambda p: float(np.min(np.hypot(mover.x - p[0], mover.y - p[1]) - mover.radius)))

@@ -23,7 +23,7 @@ from tubelet.errors import TubeletError
 
 @dataclass(frozen=True)
 class Encoding:
-    """A codec and how it is set."""
+    """A codec and its options."""
 
     suffix: str
     """Of the file name; FFmpeg takes the container from it."""
@@ -69,7 +69,7 @@ FOLDER = "masks"
 
 
 def mask_path(root: Path, video_id: str) -> Path:
-    """Where the masks of `video_id` lie in the data set at `root`."""
+    """Path of the masks of `video_id` in the data set at `root`."""
     return root / FOLDER / f"{video_id}.npz"
 
 
@@ -93,12 +93,11 @@ def read_masks(root: Path | str, video_id: str) -> NDArray[np.uint8]:
         video_id: SSv2's "id", or Kinetics' name of the clip without suffix (`YOUTUBEID_000010_000020`).
 
     Returns:
-        uint8 [frames, height, width]: 0 background; 1, 2 the objects that fill the template's placeholders, in order;
-        then an object that only rests, where the scene has one. A pixel belongs to an object that makes up at least
-        half of its color.
+        uint8 [frames, height, width]: 0 background; 1, 2 the objects of the template's placeholders, in order; then an
+        object at rest, if the scene has one. A pixel belongs to the object that contributes at least half of its color.
 
     Raises:
-        TubeletError: there is no such file, or it is not one that `write_masks` wrote.
+        TubeletError: the file does not exist, or is no file by `write_masks`.
     """
     path = mask_path(Path(root), video_id)
     if not path.is_file():
