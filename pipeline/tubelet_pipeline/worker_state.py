@@ -207,8 +207,8 @@ class _Shared:
     creating: threading.Lock = field(default_factory=threading.Lock)
 
 
-def _close(shareds: list[_Shared]) -> None:
-    for shared in shareds:
+def _close(runtimes: list[_Shared]) -> None:
+    for shared in runtimes:
         if shared.runtime is not None:
             shared.runtime.decoder.close()
             shared.runtime = None

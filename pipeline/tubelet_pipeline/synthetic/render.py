@@ -23,8 +23,8 @@ def render(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
     Returns:
         frames_THWC: uint8 RGB.
-        masks_THW: uint8; v where actor v - 1 contributes at least half of the pixel's color (an object faded by half has
-            no mask), 0 elsewhere. If actors overlap, the first one is in front.
+        masks_THW: uint8; v where actor v - 1 contributes at least half of the pixel's color (an object faded by half
+            has no mask), 0 elsewhere. If actors overlap, the first one is in front.
     """
     frames = len(scene.order)
     height, width = scene.background_HWC.shape[:2]
