@@ -109,7 +109,7 @@ def _videos(config: VideosConfig) -> int:
             progress.advance()
 
         entries = make_dataset(config, on_video)
-    splits = Counter(entry.split for entry in entries)
+    splits: Counter[str] = Counter(entry.split for entry in entries)
     shares = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split])
     print(
         f"{config.out}: {len(entries)} videos ({shares}), {len({e.template for e in entries})} classes, "
