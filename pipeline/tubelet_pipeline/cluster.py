@@ -15,8 +15,10 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +146,13 @@ def connect(config: ClusterConfig, tasks_per_worker: int = 2) -> Iterator[Client
     """
     with _quiet_dask(), contextlib.ExitStack() as stack:
         if config.is_local:
-            yield stack.enter_context(Client(stack.enter_context(_local(config, tasks_per_worker))))
+            workers = config.workers or max(1, (os.cpu_count() or 1) // 2)
+            with _without_sigint():
+                cluster = stack.enter_context(_local(config, tasks_per_worker))
+            cluster.scale(workers)
+            client = stack.enter_context(Client(cluster))
+            client.wait_for_workers(workers, timeout=config.start_timeout_s)
+            yield client
         elif config.class_ is not None:
             cluster = stack.enter_context(start_cluster(config))
             yield stack.enter_context(Client(cluster, timeout=config.start_timeout_s))
@@ -178,9 +186,25 @@ def _client(config: ClusterConfig) -> Client:
         ) from error
 
 
+@contextlib.contextmanager
+def _without_sigint() -> Iterator[None]:
+    """Threads started here, and the processes that they start, never receive SIGINT.
+
+    Ctrl-C goes to all processes of a terminal. The driver ends its workers itself; without this they would print
+    tracebacks.
+    """
+    # Its first start unblocks SIGINT again in the calling thread.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _local(config: ClusterConfig, tasks_per_worker: int) -> LocalCluster:
     return LocalCluster(
-        n_workers=config.workers or max(1, (os.cpu_count() or 1) // 2),
+        n_workers=0,
         threads_per_worker=tasks_per_worker,
         processes=True,
         dashboard_address="127.0.0.1:0",

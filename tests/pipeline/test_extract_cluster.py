@@ -123,10 +123,20 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_complete(
     assert extract(config).shards_this_run == 1
 
 
-def test_preemption_is_one_line_and_a_rerun_completes(job: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_ctrl_c_and_preemption_are_one_line_and_a_rerun_completes(job: Path, undisturbed: Path, tmp_path: Path) -> None:
     store = tmp_path / "store.zarr"
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # inherited from a shell's background job
+        process = start_tubelet("extract", str(job))
+        wait_for_commits(store, 1, process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENT_S)
+        assert process.returncode == 128 + signal.SIGINT
+        assert "interrupted" in err
+        assert "Traceback" not in err
+        assert "distributed" not in err
+
     process = start_tubelet("extract", str(job))
-    wait_for_commits(store, 1, process)
+    wait_for_commits(store, commits(store) + 1, process)
     process.terminate()
     _, err = process.communicate(timeout=PATIENT_S)
     assert process.returncode == 128 + signal.SIGTERM
