@@ -148,7 +148,7 @@ def connect(config: ClusterConfig, tasks_per_worker: int = 2) -> Iterator[Client
         if config.is_local:
             workers = config.workers or max(1, (os.cpu_count() or 1) // 2)
             with _without_sigint():
-                cluster = stack.enter_context(_local(config, tasks_per_worker))
+                cluster = stack.enter_context(_local(config, workers, tasks_per_worker))
             cluster.scale(workers)
             client = stack.enter_context(Client(cluster))
             client.wait_for_workers(workers, timeout=config.start_timeout_s)
@@ -202,11 +202,13 @@ def _without_sigint() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _local(config: ClusterConfig, tasks_per_worker: int) -> LocalCluster:
+def _local(config: ClusterConfig, workers: int, tasks_per_worker: int) -> LocalCluster:
+    """A local cluster, still without workers, made for `workers` of them."""
     return LocalCluster(
         n_workers=0,
         threads_per_worker=tasks_per_worker,
         processes=True,
+        memory_limit=1 / workers,  # share of the machine's memory
         dashboard_address="127.0.0.1:0",
         resources=config.resources or None,
         silence_logs=logging.CRITICAL,
