@@ -3,7 +3,8 @@
     two frames of a tubelet ──gradients──▶ normal equations of Lucas and Kanade per cell ──▶ flow ──▶ six numbers
 
 Predicting motion statistics as a pretext task: Wang et al. 2019 (arXiv 1904.03597). Theirs are histograms over regions
-of a clip; ours are one vector per token, so that the knowledge has to sit in the token. [RECON] all constants.
+of a clip; these are one vector per token, so that each token has to encode its motion. [RECON] All constants: the paper
+has others, for natural videos; these were chosen for rendered videos of 64 pixels.
 """
 
 from __future__ import annotations

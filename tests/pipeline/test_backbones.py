@@ -196,7 +196,7 @@ def test_a_number_of_tokens_that_is_not_the_grids_is_refused(backbones: dict[str
 
 def test_a_picture_size_that_the_model_does_not_take_is_refused(folders: dict[str, Path]) -> None:
     other = Preprocessing(shortest_edge=40, crop=(40, 40))
-    with pytest.raises(TubeletError, match=r"takes pictures of 32x32 pixels .* gives 40x40"):
+    with pytest.raises(TubeletError, match="32x32 .*40x40"):
         load(folders["videomae"], preprocessing=other)
     # DINOv2 takes any; the grid follows.
     assert load(folders["dinov2"], 2, preprocessing=other).grid.space == 25
@@ -355,7 +355,7 @@ def test_families_are_checked(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "text"
     shutil.copytree(folders["dinov2"], folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(TubeletError, match=r"'text' is a 'bert', which is no family.*dinov2, .*videomae"):
+    with pytest.raises(TubeletError, match=r"'bert'.*dinov2, .*videomae"):
         load(folder)
 
 
