@@ -196,7 +196,7 @@ def test_a_number_of_tokens_that_is_not_the_grids_is_refused(backbones: dict[str
 
 def test_a_picture_size_that_the_model_does_not_take_is_refused(folders: dict[str, Path]) -> None:
     other = Preprocessing(shortest_edge=40, crop=(40, 40))
-    with pytest.raises(TubeletError, match="32x32 .*40x40"):
+    with pytest.raises(TubeletError, match=r"32x32 .*40x40"):
         load(folders["videomae"], preprocessing=other)
     # DINOv2 takes any; the grid follows.
     assert load(folders["dinov2"], 2, preprocessing=other).grid.space == 25

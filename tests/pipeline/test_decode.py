@@ -216,7 +216,7 @@ def test_a_codec_that_nobody_knows_is_named(barcode_clips, tmp_path):
     assert whole.count(b"avc1") >= 1
     at = whole.rindex(b"avc1")
     (path := tmp_path / "unknown.mp4").write_bytes(whole[:at] + b"zzzz" + whole[at + 4 :])
-    with pytest.raises(DecodeFailure, match="open_failed: .* the video's codec"):
+    with pytest.raises(DecodeFailure, match=r"open_failed: .* the video's codec"):
         decode(str(path), "auto", CHOICES["every"], allocate, lambda _: None)
 
 
