@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from faulty_proxy import KINDS, FaultyProxy, faulty_proxy
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.reader import Store
+from tubelet_store.storage import open_root
 from tubelet_store.storage.local import LocalRoot
-from tubelet_store.storage.open_root import open_root
 
 PROCESSES = 8
 SHARDS_IN_BUDGET = 12
@@ -42,21 +42,21 @@ READER = """
 import sys
 from pathlib import Path
 import numpy as np
-import tubelet_store.storage.client as transport_module
+import tubelet_store.storage.client as client_module
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
 from tubelet_store.reader import Store
-from tubelet_store.cache.config import CacheConfig
-transport_module._FIRST_WAIT_S = 0.02
-folder, budget, local, seed, timeout_s, transport = sys.argv[1:]
+from tubelet_store.cache import CacheConfig
+client_module._FIRST_WAIT_S = 0.02
+folder, budget, local, seed, timeout_s, client = sys.argv[1:]
 cache = CacheConfig(
-    directory=Path(folder), budget=int(budget), timeout_s=float(timeout_s), transport=transport, attempts=8
+    directory=Path(folder), budget=int(budget), timeout_s=float(timeout_s), client=client, attempts=8
 )
 truth, rng = open_store(local), np.random.default_rng(int(seed))
 store = open_store("s3://bucket/s.zarr", cache=cache)
 while True:
     shard = int(rng.integers(store.plan.shards))
-    store.expect("h", [shard, *rng.integers(0, store.plan.shards, 2)])
+    store.prefetch("h", [shard, *rng.integers(0, store.plan.shards, 2)])
     try:
         mapped = store.shard_map("h", shard)
     except TubeletError as error:
@@ -74,8 +74,8 @@ import torch
 torch.set_num_threads(1)
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.run.loop import train
-import tubelet_store.storage.client as transport_module
-transport_module._FIRST_WAIT_S = 0.02
+import tubelet_store.storage.client as client_module
+client_module._FIRST_WAIT_S = 0.02
 train(TrainConfig.model_validate_json(sys.argv[1]))
 """
 TRAINING_SHARE = 0.25
@@ -151,8 +151,8 @@ def run() -> int:
             start = time.monotonic()
 
             def given_to(seed: int) -> tuple[str, ...]:
-                transport = ("obstore", "fsspec")[seed % 2]
-                return str(folder / "m"), str(budget), local.url, str(seed), str(TIMEOUT_S), transport
+                client = ("obstore", "fsspec")[seed % 2]
+                return str(folder / "m"), str(budget), local.url, str(seed), str(TIMEOUT_S), client
 
             logs = [folder / f"log-{seed}" for seed in range(PROCESSES)]
             readers = [

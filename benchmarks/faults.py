@@ -48,7 +48,7 @@ import yaml
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 from tubelet_store.reader import open_store
-from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage import open_root
 from tubelet_store.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -32,10 +32,11 @@ import zarr
 
 from random_store import random_store
 from range_server import range_server
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.plan import Grid, Hook
 from tubelet_store.reader import Store, open_store
-from tubelet_store.storage.client_choice import TransportName, open_transport
+from tubelet_store.storage.client import ClientName
+from tubelet_store.storage.remote import open_client
 
 CLIPS, CLIPS_PER_SHARD, GRID, CHANNELS = 112, 28, Grid(time=8, height=14, width=14), 768
 HOOK = "blocks.6"
@@ -106,14 +107,14 @@ class EditContext:
             os.close(file)
         return sum(self.sizes)
 
-    def ranges_of(self, name: TransportName) -> Callable[[], int]:
-        """A transport's range reads from eight threads, bytes dropped. The client is connected."""
-        transport = open_transport(self.url, name)
-        transport.size("zarr.json")
+    def ranges_of(self, name: ClientName) -> Callable[[], int]:
+        """A client's range reads from eight threads, bytes dropped. The client is connected."""
+        client = open_client(self.url, name)
+        client.size("zarr.json")
 
         def read(part: tuple[int, int, int]) -> int:
             number, start, stop = part
-            return len(transport.read_range(self.keys[number], start, stop))
+            return len(client.read_range(self.keys[number], start, stop))
 
         def work() -> int:
             with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -128,16 +129,16 @@ class EditContext:
             files.get_file(f"bucket/s.zarr/{key}", str(self.scratch / f"s3fs-{number}"))
         return sum(self.sizes)
 
-    def cache(self, transport: str, check: str) -> Callable[[], int]:
+    def cache(self, client: str, check: str) -> Callable[[], int]:
         """A cache without any shard: every one is fetched ahead, checked, mapped. The store is open."""
         config = CacheConfig.model_validate(
-            {"directory": self.scratch / "cache", "transport": transport, "check": check, "connections": CONNECTIONS}
+            {"directory": self.scratch / "cache", "client": client, "check": check, "connections": CONNECTIONS}
         )
         store = open_store(self.url, cache=config)
         store.shard_object(HOOK, 0)
 
         def work() -> int:
-            store.expect(HOOK, range(store.plan.shards))
+            store.prefetch(HOOK, range(store.plan.shards))
             for shard in range(store.plan.shards):
                 store.shard_map(HOOK, shard)
             return sum(self.sizes)

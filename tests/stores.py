@@ -12,8 +12,8 @@ import pyarrow as pa
 from tubelet_store.clip_table import PLANNED, ClipOutcome
 from tubelet_store.plan import Grid, Hook, Plan
 from tubelet_store.reader import Store, open_store
+from tubelet_store.storage import open_root
 from tubelet_store.storage.local import LocalRoot
-from tubelet_store.storage.open_root import open_root
 from tubelet_store.store_writer import StoreWriter
 
 

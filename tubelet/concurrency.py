@@ -1,14 +1,16 @@
-"""Iterators that work in threads, a bounded number of items ahead of their reader."""
+"""Iterators that work in threads, a bounded number of items ahead of their reader; values built once per process."""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,3 +77,41 @@ def prefetched(items: Iterable[T], depth: int, thread_name: str) -> Iterator[T]:
     finally:
         is_closed.set()
         thread.join()
+
+
+class PerProcess(Generic[T]):
+    """A value built on first use in each process, again in a forked child: clients, their threads and connections.
+
+    Args:
+        build: Makes the value.
+    """
+
+    _alive: ClassVar[weakref.WeakSet[PerProcess[Any]]] = weakref.WeakSet()
+
+    def __init__(self, build: Callable[[], T]) -> None:
+        self._build = build
+        # The parent's stays in a forked child: to end a client whose threads are not there may wait for ever.
+        self._made: dict[int, T] = {}
+        self._lock = threading.Lock()
+        PerProcess._alive.add(self)
+
+    def __call__(self) -> T:
+        """This process's value."""
+        with self._lock:
+            if os.getpid() not in self._made:
+                self._made[os.getpid()] = self._build()
+            return self._made[os.getpid()]
+
+    def forget(self) -> None:
+        """Build the value again on its next use."""
+        with self._lock:
+            self._made.pop(os.getpid(), None)
+
+    @classmethod
+    def after_fork(cls) -> None:
+        """In the child: whatever thread held a lock is not here."""
+        for each in cls._alive:
+            each._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=PerProcess.after_fork)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -31,9 +31,8 @@ from tubelet_pipeline.plan_extraction import Planned, make_plan
 from tubelet_pipeline.token_selection import TokenSelector
 from tubelet_pipeline.views import clip_request, locate
 from tubelet_store.clip_table import ClipOutcome
-from tubelet_store.dtypes import NUMPY_DTYPES
 from tubelet_store.format import array_kinds, clip_bytes, index_bytes, metadata_documents, shard_bytes
-from tubelet_store.plan import Plan
+from tubelet_store.plan import DTypeName, Plan, numpy_dtype
 from tubelet_store.shard_writer import ShardWriter
 from tubelet_store.storage.local import LocalRoot
 from tubelet_store.storage.upload import part_count
@@ -249,8 +248,8 @@ def alternatives(plan: Plan, patch_fraction: float) -> dict[str, int]:
     payload = total - tails
     size = plan.numpy_dtype.itemsize
     totals = {
-        f"dtype {name}": payload * dtype.itemsize // size + tails
-        for name, dtype in NUMPY_DTYPES.items()
+        f"dtype {name}": payload * numpy_dtype(name).itemsize // size + tails
+        for name in get_args(DTypeName)
         if name != plan.dtype
     }
     grid = plan.clips * sum(clip_bytes(plan, array_kinds(plan)[0], hook) for hook in plan.hooks)

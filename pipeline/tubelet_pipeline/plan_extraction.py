@@ -20,8 +20,7 @@ from tubelet_pipeline.redecode import BACKBONE_FOLDER
 from tubelet_pipeline.token_selection import AllTokens, TokenSelector
 from tubelet_pipeline.views import ShiftedViews, ThreeCrops, describe_clips
 from tubelet_store.clip_table import clip_table_digest
-from tubelet_store.dtypes import NUMPY_DTYPES
-from tubelet_store.plan import Hook, Plan
+from tubelet_store.plan import Hook, Plan, numpy_dtype
 
 # An S3 object of a few hundred MiB is transferred at full speed and cheap to extract again.
 _SHARD_TARGET_BYTES = 256 * 2**20
@@ -126,7 +125,7 @@ def _clips_per_shard(
     config: ExtractConfig, backbone: Backbone, selector: TokenSelector, clips: int, hooks: tuple[str, ...]
 ) -> int:
     widest = max(backbone.channels(name) for name in hooks)
-    clip_bytes = selector.grid.tokens * widest * NUMPY_DTYPES[config.dtype].itemsize
+    clip_bytes = selector.grid.tokens * widest * numpy_dtype(config.dtype).itemsize
     by_size = max(1, _SHARD_TARGET_BYTES // clip_bytes)
     by_number = max(_CLIPS_WANTED, math.ceil(clips / _SHARDS_WANTED))
     return min(by_size, by_number, clips)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tubelet.errors import StoreUnreachable, TubeletError
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.cache.shard_object import ShardObject
 from tubelet_store.catalog.catalog import is_reference, resolve
@@ -37,9 +37,9 @@ from tubelet_store.manifest import Manifest
 from tubelet_store.moments import Moments
 from tubelet_store.object_keys import ACTIVATIONS, CLIPS, GROUP, MANIFEST, MOMENTS, PLAN_TABLE, SPECIAL, shard_key
 from tubelet_store.plan import Plan
+from tubelet_store.storage import open_root
 from tubelet_store.storage.client import NoAccess
 from tubelet_store.storage.object_root import ObjectRoot
-from tubelet_store.storage.open_root import open_root
 from tubelet_store.store_state import StoreState, read_state
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class Store:
             return self._parsed(CLIPS, self._finished_table)
         planned = from_parquet(self.root.read(PLAN_TABLE))
         rows = [clip for shard in self.committed for clip in self.plan.shard_range(shard)]
-        outcomes = [outcome for shard in self.committed for outcome in self.commit(shard).clips]
+        outcomes = [outcome for shard in self.committed for outcome in self.commit_record(shard).clips]
         finished = finished_table(planned.take(pa.array(rows, pa.int64())), outcomes, self.plan.clips_per_shard)
         shards = [clip // self.plan.clips_per_shard for clip in rows]
         return finished.set_column(
@@ -209,7 +209,7 @@ class Store:
         """Clip numbers in `shard`."""
         return self.plan.shard_range(shard)
 
-    def commit(self, shard: int) -> Commit:
+    def commit_record(self, shard: int) -> Commit:
         """The commit record of `shard`.
 
         Raises:
@@ -253,7 +253,7 @@ class Store:
                 raise self._damaged(folder, error) from error
         merged = Moments.empty(self.plan.hook(hook).channels)
         for shard in self.committed:
-            merged = merged.merge(read_commit_moments(self.root, self.commit(shard))[hook])
+            merged = merged.merge(read_commit_moments(self.root, self.commit_record(shard))[hook])
         return merged
 
     def shard_map(self, hook: str, shard: int, kind: str = ACTIVATIONS, private: bool = False) -> NDArray[Any]:
@@ -287,7 +287,7 @@ class Store:
             shape = (clips, *clip_shape(self.plan, kind, of_hook))
             return np.memmap(file, self.plan.numpy_dtype, "c" if private else "r", offset=0, shape=shape)
 
-    def expect(self, hook: str, shards: Iterable[int]) -> None:
+    def prefetch(self, hook: str, shards: Iterable[int]) -> None:
         """Say which shards will be mapped next, in order: a cache fetches them ahead. Nothing to do for a local store.
 
         Args:
@@ -295,7 +295,7 @@ class Store:
             shards: Shards in the order of their first use, from now on; empty: none.
         """
         if self.cache is not None:
-            self.cache.expect(self.shard_object(hook, shard) for shard in shards)
+            self.cache.prefetch(self.shard_object(hook, shard) for shard in shards)
 
     def shard_object(self, hook: str, shard: int, kind: str = ACTIVATIONS) -> ShardObject:
         """What a cache needs to know of a shard.
@@ -309,7 +309,7 @@ class Store:
         if self.complete:
             stored = self._manifest.get(key)
         else:
-            stored = next((each for each in self.commit(shard).objects if each.key == key), None)
+            stored = next((each for each in self.commit_record(shard).objects if each.key == key), None)
         clips = len(self.plan.shard_range(shard))
         size_bytes = shard_bytes(self.plan, kind, of_hook, shard)
         if stored is None or stored.size_bytes != size_bytes or len(stored.crc32c) != clips:

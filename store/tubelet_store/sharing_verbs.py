@@ -237,7 +237,7 @@ def _compose(composition: Composition, threads: int) -> int:
 
 def _gc(config: GcConfig) -> int:
     from tubelet.formats import human_bytes
-    from tubelet_store.gc import find_orphans, remove
+    from tubelet_store.orphans import find_orphans, remove
     from tubelet_store.reader import open_store
 
     store = open_store(config.store, allow_unfinished=True)

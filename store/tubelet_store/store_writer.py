@@ -42,8 +42,8 @@ from tubelet_store.object_keys import CLIPS, GROUP, MANIFEST, PLAN_TABLE
 from tubelet_store.plan import Plan
 from tubelet_store.shard_writer import ShardWriter
 from tubelet_store.spool import Spool
+from tubelet_store.storage import open_root
 from tubelet_store.storage.object_root import ObjectRoot
-from tubelet_store.storage.open_root import open_root
 from tubelet_store.store_state import StoreState, read_state, state_document
 
 # On object storage each record is a request, and a large store has 100,000 of them.

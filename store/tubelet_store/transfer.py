@@ -21,9 +21,9 @@ from tubelet_store.digest import ObjectDigest, digest_of
 from tubelet_store.manifest import Manifest
 from tubelet_store.object_keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key
 from tubelet_store.reader import Store
+from tubelet_store.storage import open_root
 from tubelet_store.storage.local import link_or_copy
 from tubelet_store.storage.object_root import ObjectRoot
-from tubelet_store.storage.open_root import open_root
 from tubelet_store.store_state import read_state
 
 # Transfers are tried so often before the source or the target is called damaged.
@@ -87,7 +87,7 @@ class StoreCopy:
         if root.size(PLAN_TABLE) is not None:
             yield StoredObject.of(PLAN_TABLE, root.read(PLAN_TABLE))
         for shard in committed_shards(root):
-            commit = self._checked(self._source.commit(shard))
+            commit = self._checked(self._source.commit_record(shard))
             yield commit.moments
             yield StoredObject.of(commit_key(shard), root.read(commit_key(shard)))
 

@@ -1,14 +1,17 @@
-"""Verbs of the store: `tubelet info`, `tubelet verify`."""
+"""Verbs that look at a store or fetch it: `tubelet info`, `verify`, `cache`."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from tubelet.cli.verb import Verb
 from tubelet.config import Config
+
+if TYPE_CHECKING:
+    from tubelet_store.cache.fill import FillConfig
 
 # The formula's text is for `--format json`.
 _SAMPLING = ("kind", "frames", "stride", "clips")
@@ -117,8 +120,9 @@ def _verify(config: VerifyConfig) -> int:
 
     from tubelet.errors import TubeletError
     from tubelet.formats import human_bytes
+    from tubelet_store.orphans import orphan_keys
     from tubelet_store.reader import open_store
-    from tubelet_store.verify import Progress, Repair, expected_objects, orphans, verify
+    from tubelet_store.verify import Progress, Repair, expected_objects, verify
 
     store = open_store(config.store, allow_unfinished=True)
     repair = Repair(store, open_store(config.source)) if config.source is not None else None
@@ -151,7 +155,7 @@ def _verify(config: VerifyConfig) -> int:
                 done = "" if repair is None else ": replaced"
                 bars.console.print(f"{finding.key}: {finding.problem}{done}", soft_wrap=True, highlight=False)
     progress.done()
-    for key in orphans(store):
+    for key in orphan_keys(store):
         print(f"{key}: belongs to nothing (left by a killed job, or not ours); see `tubelet gc`")
     if not store.complete:
         print(
@@ -165,7 +169,39 @@ def _verify(config: VerifyConfig) -> int:
     return 0
 
 
+def _fill_config() -> type[FillConfig]:
+    from tubelet_store.cache.fill import FillConfig
+
+    return FillConfig
+
+
+def _cache(config: FillConfig) -> int:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from tubelet.formats import human_bytes
+    from tubelet_store.cache import CacheConfig
+    from tubelet_store.cache.fill import fill, wanted_shards
+    from tubelet_store.reader import open_store
+
+    settings = {name: getattr(config, name) for name in CacheConfig.model_fields}
+    store = open_store(config.store, allow_unfinished=True, cache=CacheConfig.model_validate(settings))
+    wanted = wanted_shards(store, config.hooks)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    count = size_bytes = 0
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("", total=sum(each.stored.size_bytes for each in wanted))
+        for each in fill(store, wanted):
+            count, size_bytes = count + 1, size_bytes + each.stored.size_bytes
+            progress.advance(bar, each.stored.size_bytes)
+    print(f"{count} of {len(wanted)} shard objects, {human_bytes(size_bytes)}, verified in {config.folder}")
+    if count < len(wanted):
+        missing = sum(each.stored.size_bytes for each in wanted) - size_bytes
+        print(f"The budget of {human_bytes(config.budget)} is reached: {human_bytes(missing)} more are wanted.")
+    return 0
+
+
 INFO = Verb("info", "Show what a store holds and which clips failed.", lambda: InfoConfig, _info, ("store",))
 VERIFY = Verb(
     "verify", "Check every byte of a store; name damaged objects and clips.", lambda: VerifyConfig, _verify, ("store",)
 )
+CACHE = Verb("cache", "Fetch a remote store's shards to this machine ahead of a job.", _fill_config, _cache, ("store",))

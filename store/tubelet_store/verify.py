@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from tubelet.concurrency import in_parallel
 from tubelet.errors import TubeletError
 from tubelet.paths import cache_folder
-from tubelet_store.commit import StoredObject, committed_shards
+from tubelet_store.commit import StoredObject
 from tubelet_store.digest import digest_of
 from tubelet_store.format import array_kinds, clip_bytes
-from tubelet_store.manifest import Manifest
-from tubelet_store.object_keys import GROUP, MANIFEST, PLAN_TABLE, commit_key, commit_moments_key, shard_key
+from tubelet_store.object_keys import MANIFEST, shard_key
 from tubelet_store.reader import Store
 from tubelet_store.transfer import transfer
 
@@ -61,22 +60,8 @@ def expected_objects(store: Store) -> Sequence[StoredObject]:
     """What the manifest, or the commit records of an unfinished store, say should be there."""
     if store.complete:
         return store.manifest()
-    commits = [store.commit(shard) for shard in store.committed]
+    commits = [store.commit_record(shard) for shard in store.committed]
     return [stored for commit in commits for stored in (*commit.objects, commit.moments)]
-
-
-def orphans(store: Store) -> list[str]:
-    """Objects that belong to nothing: left by dead writers, or put there by somebody else."""
-    objects = expected_objects(store)
-    known = set(objects.keys) if isinstance(objects, Manifest) else {stored.key for stored in objects}
-    known |= {GROUP, PLAN_TABLE, MANIFEST}
-    for shard in committed_shards(store.root):
-        if shard < store.plan.shards:
-            known |= {commit_key(shard), commit_moments_key(shard)}
-    if not store.complete:
-        known |= {f"{kind}/zarr.json" for kind in array_kinds(store.plan)}
-        known |= {f"{kind}/{hook.name}/zarr.json" for kind in array_kinds(store.plan) for hook in store.plan.hooks}
-    return [key for key in store.root.list_keys() if key not in known]
 
 
 class Progress:

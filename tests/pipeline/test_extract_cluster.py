@@ -27,7 +27,7 @@ from tubelet_pipeline.driver import extract
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.shard_task import ShardReport, run_shard
 from tubelet_store.reader import open_store
-from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage import open_root
 
 SECRET = s3_environment("")["AWS_SECRET_ACCESS_KEY"]
 DEADLY = 4

@@ -187,7 +187,7 @@ def test_shifted_views_of_a_framewise_backbone_agree_exactly_in_time(job_setting
     extract_here(settings)
     store = open_store(str(tmp_path / "s.zarr"))
     values, table = store.shard_map("blocks.0", 0), store.clips().to_pylist()
-    assert store.commit(0).software["batch_size"] == "8"
+    assert store.commit_record(0).software["batch_size"] == "8"
     assert all(row["status"] == "ok" for row in table)
     for there, moved, later in zip(*(range(k, 9, 3) for k in range(3)), strict=True):
         assert [table[i]["shift_patches"] for i in (there, moved, later)] == [0, 1, 0]

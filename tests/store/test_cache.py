@@ -22,14 +22,14 @@ from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.reader import Store, open_store
-from tubelet_store.storage.client import Patience
-from tubelet_store.storage.client_choice import open_transport
-from tubelet_store.storage.fsspec_client import FsspecTransport
-from tubelet_store.storage.obstore_client import ObstoreTransport
-from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage import open_root
+from tubelet_store.storage.client import RetryPolicy
+from tubelet_store.storage.fsspec_client import FsspecClient
+from tubelet_store.storage.obstore_client import ObstoreClient
+from tubelet_store.storage.remote import open_client
 
 PLAN = make_plan(clips=38, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 8, "g": 4})
 SHARD = 4 * 12 * 8 * 2 + 16 * 4 + 4
@@ -67,10 +67,10 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("lock", "boots"))
 
 
-@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
-def test_a_cached_shard_is_the_local_one(local, s3_url, tmp_path, transport):
-    store = open_store(s3_url, cache=CacheConfig(directory=tmp_path / "m", transport=transport))
-    assert store.cache.transport.name == transport
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
+def test_a_cached_shard_is_the_local_one(local, s3_url, tmp_path, client):
+    store = open_store(s3_url, cache=CacheConfig(directory=tmp_path / "m", client=client))
+    assert store.cache.client.name == client
     for hook in ("h", "g"):
         for shard in range(PLAN.shards):
             mapped = store.shard_map(hook, shard)
@@ -102,7 +102,7 @@ def test_the_budget_is_kept_and_the_longest_unused_goes(url, local, tmp_path):
 
 
 def test_a_map_in_use_is_never_evicted(url, local, tmp_path, monkeypatch):
-    monkeypatch.setattr("tubelet_store.cache.directory._PATIENCE_S", 0.2)
+    monkeypatch.setattr("tubelet_store.cache.shard_files._PATIENCE_S", 0.2)
     store = open_store(url, cache=CacheConfig(directory=tmp_path, budget=2 * SHARD))
     held = store.shard_map("h", 0)[1:]
     for shard in (1, 2, 3, 4):
@@ -195,7 +195,7 @@ class TestWhatWasCutOff:
         monkeypatch.setattr("tubelet_store.cache.shard_object._PART_BYTES", 1)
         store = open_store(url, cache=CacheConfig(directory=folder, connections=1))
         wanted = store.shard_object("h", 0)
-        read_range, calls = store.cache.transport.read_range, []
+        read_range, calls = store.cache.client.read_range, []
 
         def fails_later(key: str, start: int, stop: int):
             calls.append(start)
@@ -203,12 +203,12 @@ class TestWhatWasCutOff:
                 raise OSError("cut")
             return read_range(key, start, stop)
 
-        monkeypatch.setattr(store.cache.transport, "read_range", fails_later)
+        monkeypatch.setattr(store.cache.client, "read_range", fails_later)
         with pytest.raises(OSError, match="cut"):
             store.cache.open(wanted)
         calls.clear()
         monkeypatch.setattr(
-            store.cache.transport, "read_range", lambda *args: (calls.append(args[1]), read_range(*args))[1]
+            store.cache.client, "read_range", lambda *args: (calls.append(args[1]), read_range(*args))[1]
         )
         return store, calls
 
@@ -244,7 +244,7 @@ def test_a_truncated_file_in_the_directory_is_fetched_again(url, local, tmp_path
 def test_what_is_expected_is_there_ahead_and_evicted_last(url, local, tmp_path):
     store = open_store(url, cache=CacheConfig(directory=tmp_path, budget=4 * SHARD))
     store.shard_map("h", 9)
-    store.expect("h", [3, 1, 4, 2, 5, 6])
+    store.prefetch("h", [3, 1, 4, 2, 5, 6])
     names = {store.shard_object("h", shard).stored.sha256 for shard in (3, 1, 4, 2)}
     deadline = time.monotonic() + 10
     while {path.name for path in files(tmp_path)} != names and time.monotonic() < deadline:
@@ -263,14 +263,14 @@ def threads() -> set[str]:
 def test_a_cache_that_is_not_used_any_more_leaves_no_thread(url, tmp_path):
     before = threads()
     store = open_store(url, cache=CacheConfig(directory=tmp_path))
-    store.expect("h", [0, 1, 2])
+    store.prefetch("h", [0, 1, 2])
     deadline = time.monotonic() + 20
-    while "tubelet-ahead" in threads() or not store.cache._directory.has(store.shard_object("h", 2).stored):
+    while "tubelet-ahead" in threads() or not store.cache._files.has(store.shard_object("h", 2).stored):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     # Asked again, it begins again.
-    store.expect("h", [3])
-    while not store.cache._directory.has(store.shard_object("h", 3).stored):
+    store.prefetch("h", [3])
+    while not store.cache._files.has(store.shard_object("h", 3).stored):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     del store
@@ -285,22 +285,22 @@ import sys, time
 from test_cache import PLAN, make_store, upload
 from tubelet_store.reader import open_store
 from tubelet_store.cache import shard_object
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from pathlib import Path
 
 shard_object._PART_BYTES = 1
 url = upload(make_store(Path(sys.argv[1]) / "s.zarr", PLAN), "memory://ends/s.zarr")
 store = open_store(url, cache=CacheConfig(directory=Path(sys.argv[1]) / "m", connections=1))
-read = store.cache.transport.read_range
+read = store.cache.client.read_range
 
 def slow(key, start, stop):
     print(key, flush=True)
     time.sleep(0.3)
     return read(key, start, stop)
 
-store.cache.transport.read_range = slow
+store.cache.client.read_range = slow
 # Nine shards of four parts each, two shards at once through one connection: one part is on its way, one waits.
-store.expect("h", range(9))
+store.prefetch("h", range(9))
 time.sleep(0.1)
 """
 
@@ -343,13 +343,13 @@ import sys
 from pathlib import Path
 import numpy as np
 from tubelet_store.reader import open_store
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 remote, local, folder, budget, seed, rounds = sys.argv[1:]
 store = open_store(remote, cache=CacheConfig(directory=Path(folder), budget=int(budget)))
 truth = open_store(local)
 rng = np.random.default_rng(int(seed))
 for shard in rng.integers(0, store.plan.shards, int(rounds)):
-    store.expect("h", [int(s) for s in rng.permutation(store.plan.shards)[:3]])
+    store.prefetch("h", [int(s) for s in rng.permutation(store.plan.shards)[:3]])
     mapped = store.shard_map("h", int(shard))
     assert mapped.tobytes() == truth.shard_map("h", int(shard)).tobytes()
     del mapped
@@ -415,7 +415,7 @@ class TestAfterAFork:
 
     @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
     def test_fsspec_works(self, local, s3_url, tmp_path):
-        store = open_store(s3_url, cache=CacheConfig(directory=tmp_path, transport="fsspec"))
+        store = open_store(s3_url, cache=CacheConfig(directory=tmp_path, client="fsspec"))
         store.shard_map("h", 0)
         code = self.in_child(lambda: same(store.shard_map("h", 1), local.shard_map("h", 1)))
         assert code == 0
@@ -423,13 +423,13 @@ class TestAfterAFork:
 
     def test_after_obstore_a_child_reads_through_fsspec(self, local, s3_url, tmp_path):
         store = open_store(s3_url, cache=CacheConfig(directory=tmp_path))
-        assert isinstance(store.cache.transport, ObstoreTransport)
+        assert isinstance(store.cache.client, ObstoreClient)
         store.shard_map("h", 0)
 
         def child() -> bool:
             fresh = open_store(s3_url, cache=CacheConfig(directory=tmp_path))
             return (
-                type(fresh.cache.transport) is FsspecTransport
+                type(fresh.cache.client) is FsspecClient
                 and same(fresh.shard_map("h", 1), local.shard_map("h", 1))
                 and same(store.shard_map("h", 2), local.shard_map("h", 2))
             )
@@ -437,12 +437,12 @@ class TestAfterAFork:
         assert self.in_child(child) == 0
 
     def test_obstore_demanded_is_refused(self, s3_url, tmp_path):
-        transport = open_transport(s3_url, "obstore")
-        transport.size("zarr.json")
+        client = open_client(s3_url, "obstore")
+        client.size("zarr.json")
 
         def child() -> bool:
             try:
-                open_transport(s3_url, "obstore")
+                open_client(s3_url, "obstore")
             except TubeletError as error:
                 return "spawn" in str(error)
             return False
@@ -453,7 +453,7 @@ class TestAfterAFork:
 def test_what_travels_holds_no_credentials(s3_url, tmp_path):
     store = open_store(s3_url, cache=CacheConfig(directory=tmp_path))
     store.shard_map("h", 0)
-    for each in (store.cache, store.cache.transport, FsspecTransport(s3_url), store.root):
+    for each in (store.cache, store.cache.client, FsspecClient(s3_url), store.root):
         traveled = pickle.dumps(each)
         assert b"a-secret" not in traveled
         assert b"AKIA" not in traveled
@@ -468,7 +468,7 @@ def test_endpoint_and_credentials_come_from_fsspecs_settings_too(s3_url, endpoin
     settings = {"endpoint_url": endpoint, "key": "AKIAEXAMPLE", "secret": "a-secret"}
     monkeypatch.setitem(fsspec.config.conf, "s3", settings)
     for name in ("fsspec", "obstore"):
-        assert open_transport(s3_url, name, Patience(attempts=2)).size("zarr.json") > 0
+        assert open_client(s3_url, name, RetryPolicy(attempts=2)).size("zarr.json") > 0
 
 
 def test_nobody_else_locks_a_kept_file(url, tmp_path):
@@ -504,7 +504,7 @@ class TestTheVerb:
             ((local.url,), "is local"),
             ((url, "--hooks", "[q]"), "no hook 'q'"),
             ((url, "--budget", "10"), "Set the cache's budget to at least"),
-            ((url, "--transport", "obstore"), "cannot be read with obstore"),
+            ((url, "--client", "obstore"), "cannot be read with obstore"),
         ]:
             assert main(["cache", *arguments, "--directory", str(tmp_path)]) == 2
             error = capsys.readouterr().err

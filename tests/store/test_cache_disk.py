@@ -14,7 +14,7 @@ import pytest
 from stores import make_plan, make_store, upload
 from tubelet.errors import TubeletError
 from tubelet.paths import cache_folder
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.reader import Store, open_store
 
 PLAN = make_plan(clips=8, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 512})
@@ -48,15 +48,15 @@ import resource, sys
 from pathlib import Path
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.cache.local_cache import LocalCache
-from tubelet_store.cache.partial_file import Partial
+from tubelet_store.cache.partial_file import PartialFile
 local, folder, limit, allocates = sys.argv[1:]
 store = open_store(local)
 # A local store has no cache: this one reads the files as a server would give them.
-cache = LocalCache("file://" + local, CacheConfig(directory=Path(folder), transport="fsspec"))
+cache = LocalCache("file://" + local, CacheConfig(directory=Path(folder), client="fsspec"))
 if allocates == "no":
-    Partial.allocate = lambda self, size_bytes: True
+    PartialFile.allocate = lambda self, size_bytes: True
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
     cache.open(store.shard_object("h", 0))
@@ -110,9 +110,9 @@ class TestAfterThePowerWasCut:
             file.write(bytes(CLIP))
         (tmp_path / "boots").write_text("an-earlier-start-of-the-machine\n")
         store = open_store(url, cache=config)
-        read_range, asked = store.cache.transport.read_range, []
+        read_range, asked = store.cache.client.read_range, []
         monkeypatch.setattr(
-            store.cache.transport, "read_range", lambda *args: (asked.append(args[1]), read_range(*args))[1]
+            store.cache.client, "read_range", lambda *args: (asked.append(args[1]), read_range(*args))[1]
         )
         assert store.shard_map("h", 0).tobytes() == local.shard_map("h", 0).tobytes()
         assert asked == [2 * CLIP]
@@ -123,7 +123,7 @@ class TestAfterThePowerWasCut:
         open_store(url, cache=config).shard_map("h", 0)
         gc.collect()
         store = open_store(url, cache=config)
-        monkeypatch.setattr(store.cache.transport, "read_range", None)
+        monkeypatch.setattr(store.cache.client, "read_range", None)
         monkeypatch.setattr("tubelet_store.cache.shard_object.google_crc32c", None)
         store.shard_map("h", 0)
 

@@ -13,10 +13,10 @@ from faulty_proxy import KINDS, faulty_proxy
 from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
 from tubelet.errors import StoreUnreachable, TubeletError
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.reader import Store, open_store
-from tubelet_store.storage.client import NoAccess, Patience
-from tubelet_store.storage.client_choice import open_transport
+from tubelet_store.storage.client import NoAccess, RetryPolicy
+from tubelet_store.storage.remote import open_client
 
 PLAN = make_plan(clips=40, clips_per_shard=4, grid=(2, 2, 3), hooks={"h": 8})
 
@@ -49,20 +49,20 @@ def _quiet(proxy):
     proxy.share = 0.0
 
 
-def cached(folder, transport: str = "auto", attempts: int = 8) -> Store:
-    config = CacheConfig(directory=folder, transport=transport, attempts=attempts, timeout_s=0.7)
+def cached(folder, client: str = "auto", attempts: int = 8) -> Store:
+    config = CacheConfig(directory=folder, client=client, attempts=attempts, timeout_s=0.7)
     return open_store("s3://bucket/s.zarr", cache=config)
 
 
-@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
-def test_whatever_fails_the_bytes_that_are_mapped_are_right(proxy, local, tmp_path, transport):
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
+def test_whatever_fails_the_bytes_that_are_mapped_are_right(proxy, local, tmp_path, client):
     proxy.share = 0.5
     proxy.only = lambda path: "/activations/" in path
     healed = named = 0
     for number in range(20):
         if proxy.faults.total() >= 40 and set(proxy.faults) == set(KINDS):
             break
-        store = cached(tmp_path / str(number), transport)
+        store = cached(tmp_path / str(number), client)
         for shard in range(PLAN.shards):
             try:
                 mapped = store.shard_map("h", shard)
@@ -79,10 +79,10 @@ def test_whatever_fails_the_bytes_that_are_mapped_are_right(proxy, local, tmp_pa
     assert healed > 10 * named
 
 
-@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, transport):
-    store = cached(tmp_path, transport)
+def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, client):
+    store = cached(tmp_path, client)
     wanted = store.shard_object("h", 0)
     left = [1]
 
@@ -95,7 +95,7 @@ def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, transport):
     assert proxy.faults == {kind: 1}
 
 
-@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
 @pytest.mark.parametrize(
     ("kind", "kind_of_error", "words"),
     [
@@ -106,8 +106,8 @@ def test_a_fault_that_passes_is_healed(proxy, local, tmp_path, kind, transport):
         ("truncate", StoreUnreachable, "cannot be reached"),
     ],
 )
-def test_a_fault_that_stays_is_named_with_its_object(proxy, tmp_path, kind, kind_of_error, words, transport):
-    store = cached(tmp_path, transport, attempts=4 if kind == "expired" else 2)
+def test_a_fault_that_stays_is_named_with_its_object(proxy, tmp_path, kind, kind_of_error, words, client):
+    store = cached(tmp_path, client, attempts=4 if kind == "expired" else 2)
     wanted = store.shard_object("h", 1)
     proxy.kinds, proxy.share, proxy.only = (kind,), 1.0, lambda path: "/activations/" in path
     start = time.monotonic()
@@ -141,10 +141,10 @@ def put(proxy, monkeypatch):
     return lambda data: client.put_object(Bucket="bucket", Key="replaced", Body=data)
 
 
-@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
 @pytest.mark.parametrize(("before", "after"), [(900, 1300), (1300, 900), (2500, 2600), (2600, 2500), (2500, 2500)])
-def test_an_object_that_is_replaced_while_it_is_read_is_one_of_the_two_whole(proxy, put, before, after, transport):
-    client = open_transport("s3://bucket", transport)
+def test_an_object_that_is_replaced_while_it_is_read_is_one_of_the_two_whole(proxy, put, before, after, client):
+    client = open_client("s3://bucket", client)
     old, new = b"o" * before, b"n" * after
     outcomes = []
     for moment in range(8):
@@ -156,7 +156,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_one_of_the_two_whole(pro
 
 
 def test_an_object_that_is_replaced_again_and_again_is_named(proxy, put):
-    client = open_transport("s3://bucket", "obstore", Patience(attempts=3))
+    client = open_client("s3://bucket", "obstore", RetryPolicy(attempts=3))
     put(b"0" * 2500)
     requests = itertools.count(1)
     proxy.only = lambda path: bool(put(str(next(requests)).encode() * 2500)) and False
@@ -166,21 +166,21 @@ def test_an_object_that_is_replaced_again_and_again_is_named(proxy, put):
 
 def test_credentials_renewed_while_reading_are_used(proxy, monkeypatch):
     for name in ("fsspec", "obstore"):
-        transport = open_transport("s3://bucket/s.zarr", name, Patience(attempts=4, timeout_s=1))
-        assert transport.size("zarr.json")
+        client = open_client("s3://bucket/s.zarr", name, RetryPolicy(attempts=4, timeout_s=1))
+        assert client.size("zarr.json")
         proxy.kinds, proxy.share = ("expired",), 1.0
         left = [1, 1]
         proxy.only = lambda path, left=left: bool(left) and left.pop() == 1
         monkeypatch.setenv("AWS_SESSION_TOKEN", f"fresh-{name}")
-        assert len(transport.read_range("zarr.json", 0, 5)) == 5
+        assert len(client.read_range("zarr.json", 0, 5)) == 5
 
 
 def test_a_missing_object_is_no_fault(proxy):
     for name in ("fsspec", "obstore"):
-        transport = open_transport("s3://bucket/s.zarr", name)
-        assert transport.size("nothing") is None
+        client = open_client("s3://bucket/s.zarr", name)
+        assert client.size("nothing") is None
         with pytest.raises(FileNotFoundError, match=r"s3://bucket/s\.zarr/nothing"):
-            transport.read("nothing")
+            client.read("nothing")
         with pytest.raises(FileNotFoundError):
-            transport.read_range("nothing", 0, 5)
-        assert transport.list_keys("nothing") == []
+            client.read_range("nothing", 0, 5)
+        assert client.list_keys("nothing") == []

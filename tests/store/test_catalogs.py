@@ -18,7 +18,7 @@ from tubelet_store.catalog import Catalog
 from tubelet_store.catalog.document import MAX_DEPTH, parse
 from tubelet_store.catalog.edit import add_catalog, add_store, describe, remove
 from tubelet_store.reader import Store, open_store
-from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage import open_root
 
 
 @pytest.fixture(scope="module")

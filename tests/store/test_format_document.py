@@ -7,7 +7,7 @@ import json
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import google_crc32c
 import numpy as np
@@ -17,11 +17,10 @@ import scripted
 from stores import make_plan, make_store
 from tubelet_store.clip_table import FINISHED, OUTCOME, PLANNED, ClipOutcome, from_parquet
 from tubelet_store.commit import Commit, StoredObject
-from tubelet_store.dtypes import NUMPY_DTYPES
 from tubelet_store.manifest import SCHEMA
 from tubelet_store.moments import COVARIANCE_MAX_CHANNELS, NORM_BINS, Moments
 from tubelet_store.object_keys import commit_key, commit_moments_key, shard_key
-from tubelet_store.plan import Grid, Hook, Plan, TokenSelection
+from tubelet_store.plan import DTypeName, Grid, Hook, Plan, TokenSelection
 from tubelet_store.reader import open_store
 from tubelet_store.store_state import FORMAT_VERSION, StoreState
 from tubelet_store.verify import expected_objects
@@ -66,7 +65,7 @@ def test_the_fields_inside_the_plan_are_named():
     assert words["grid"] >= set(Grid.model_fields)
     assert words["hooks"] >= set(Hook.model_fields)
     assert words["tokens"] >= set(TokenSelection.model_fields)
-    assert words["dtype"] - {"or"} == set(NUMPY_DTYPES)
+    assert words["dtype"] - {"or"} == set(get_args(DTypeName))
 
 
 def test_the_version_is_the_codes():

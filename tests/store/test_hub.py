@@ -20,7 +20,7 @@ CACHED = """
 import sys
 from pathlib import Path
 from tubelet_store.reader import open_store
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 
 url, local, folder = sys.argv[1:]
 store, truth = open_store(url, cache=CacheConfig(directory=Path(folder))), open_store(local)

@@ -16,13 +16,14 @@ import zarr
 from object_server import create_bucket, lead_to, s3_environment, s3_server
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
+from tubelet_store.orphans import orphan_keys
 from tubelet_store.reader import open_store
+from tubelet_store.storage import open_root
 from tubelet_store.storage.local import LocalRoot
 from tubelet_store.storage.object_root import ObjectRoot
-from tubelet_store.storage.open_root import open_root
 from tubelet_store.storage.remote import RemoteRoot
 from tubelet_store.store_writer import StoreWriter
-from tubelet_store.verify import orphans, verify
+from tubelet_store.verify import verify
 
 SECRET = s3_environment("")["AWS_SECRET_ACCESS_KEY"]
 
@@ -78,7 +79,7 @@ def test_it_opens_and_verifies_and_resumes(url, tmp_path, monkeypatch):
     store = open_store(url)
     assert store.complete
     assert [finding for _, found in verify(store) for finding in found] == []
-    assert orphans(store) == []
+    assert orphan_keys(store) == []
     assert store.moments("blocks.1").count == 8 * scripted.PLAN.grid.tokens
     assert store.clips().num_rows == 10
     assert np.isfinite(store.shard_map("blocks.1", 2).astype(np.float32)).all()

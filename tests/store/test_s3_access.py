@@ -16,13 +16,13 @@ from object_server import create_bucket, lead_to, s3_server
 from stores import make_plan, make_store, upload
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.catalog import Catalog
 from tubelet_store.reader import Store, open_store
-from tubelet_store.storage.client import Patience
-from tubelet_store.storage.client_choice import open_transport
+from tubelet_store.storage import open_root
+from tubelet_store.storage.client import RetryPolicy
 from tubelet_store.storage.local import LocalRoot
-from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage.remote import open_client
 
 PLAN = make_plan(clips=8, clips_per_shard=4, hooks={"h": 8})
 CLIENTS = ("obstore", "fsspec")
@@ -53,21 +53,21 @@ def public(local, monkeypatch) -> Iterator[str]:
 class TestAnonymousReading:
     """A public store is read without credentials: by its URL, by a catalog's word, by fsspec's settings."""
 
-    @pytest.mark.parametrize("transport", CLIENTS)
-    def test_by_the_url(self, public, local, tmp_path, transport):
+    @pytest.mark.parametrize("client", CLIENTS)
+    def test_by_the_url(self, public, local, tmp_path, client):
         url = public.replace("s3://", "s3://anon@")
-        store = open_store(url, cache=CacheConfig(directory=tmp_path, transport=transport))
-        assert store.cache.transport.name == transport
+        store = open_store(url, cache=CacheConfig(directory=tmp_path, client=client))
+        assert store.cache.client.name == client
         assert store.shard_map("h", 1).tobytes() == local.shard_map("h", 1).tobytes()
         assert store.moments("h").count == local.moments("h").count
 
-    @pytest.mark.parametrize("transport", CLIENTS)
-    def test_by_fsspecs_settings(self, public, local, tmp_path, monkeypatch, transport):
+    @pytest.mark.parametrize("client", CLIENTS)
+    def test_by_fsspecs_settings(self, public, local, tmp_path, monkeypatch, client):
         conf: dict[str, dict[str, str]] = {}
         # FSSPEC_S3_ANON=true, as a process reads it when it starts.
         fsspec.config.set_conf_env(conf, {"FSSPEC_S3_ANON": "true"})
         monkeypatch.setitem(fsspec.config.conf, "s3", conf["s3"])
-        store = open_store(public, cache=CacheConfig(directory=tmp_path, transport=transport))
+        store = open_store(public, cache=CacheConfig(directory=tmp_path, client=client))
         assert store.shard_map("h", 0).tobytes() == local.shard_map("h", 0).tobytes()
 
     def test_by_a_catalogs_word(self, public, local, tmp_path, monkeypatch):
@@ -86,10 +86,10 @@ class TestAnonymousReading:
         intake = pytest.importorskip("intake")
         assert intake.open_catalog("catalog.yaml")["shared/h"].read().shape == (8, 4, 15, 8)
 
-    @pytest.mark.parametrize("transport", CLIENTS)
-    def test_without_that_word_the_missing_credentials_are_named(self, public, transport):
+    @pytest.mark.parametrize("client", CLIENTS)
+    def test_without_that_word_the_missing_credentials_are_named(self, public, client):
         with pytest.raises(TubeletError, match=r"No access to s3://public.*[Cc]redentials"):
-            open_transport(public, transport, Patience(attempts=2)).read_range("zarr.json", 0, 5)
+            open_client(public, client, RetryPolicy(attempts=2)).read_range("zarr.json", 0, 5)
 
     def test_a_catalog_may_say_no_more_than_that(self, public, tmp_path):
         path = tmp_path / "catalog.yaml"

@@ -20,9 +20,8 @@ from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.finished_shard import FinishedShard
 from tubelet_store.reader import open_store
 from tubelet_store.spool import Spool, UploadConfig
-from tubelet_store.storage import upload
-from tubelet_store.storage.client import Patience
-from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage import open_root, upload
+from tubelet_store.storage.client import RetryPolicy
 from tubelet_store.storage.upload import Uploader
 from tubelet_store.store_writer import StoreWriter
 from tubelet_store.verify import verify
@@ -46,8 +45,8 @@ def url() -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives up at once."""
-    monkeypatch.setattr(upload, "_PATIENCE", Patience(attempts=1, timeout_s=2))
-    monkeypatch.setattr(Uploader.__init__, "__defaults__", (Patience(attempts=1, timeout_s=2),))
+    monkeypatch.setattr(upload, "_PATIENCE", RetryPolicy(attempts=1, timeout_s=2))
+    monkeypatch.setattr(Uploader.__init__, "__defaults__", (RetryPolicy(attempts=1, timeout_s=2),))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 

@@ -13,9 +13,10 @@ from stores import make_plan, make_store, planned_table
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_store.clip_table import ClipOutcome
+from tubelet_store.orphans import orphan_keys
 from tubelet_store.reader import open_store
 from tubelet_store.store_writer import StoreWriter
-from tubelet_store.verify import Finding, expected_objects, orphans, verify
+from tubelet_store.verify import Finding, expected_objects, verify
 
 CLIP_BYTES = 2 * 6 * 4 * 2
 PLAN = make_plan(clips=7, clips_per_shard=3, grid=(2, 2, 3), hooks={"blocks.1": 4, "blocks.3": 4})
@@ -46,7 +47,7 @@ def flip(file: Path, position: int, mask: int = 1) -> None:
 
 def test_an_intact_store_has_no_findings(pristine):
     assert findings(pristine) == []
-    assert orphans(open_store(str(pristine))) == []
+    assert orphan_keys(open_store(str(pristine))) == []
 
 
 def test_the_manifest_covers_every_object_that_says_what_the_store_holds(pristine):
@@ -155,7 +156,7 @@ def test_orphans_are_listed_and_commit_records_are_none(path):
     (path / "activations/blocks.1/c/9/0/0").mkdir(parents=True)
     (path / "activations/blocks.1/c/9/0/0/0").write_bytes(b"x")
     (path / "notes.txt").write_text("mine")
-    assert orphans(open_store(str(path))) == ["activations/blocks.1/c/9/0/0/0", "notes.txt"]
+    assert orphan_keys(open_store(str(path))) == ["activations/blocks.1/c/9/0/0/0", "notes.txt"]
     assert findings(path) == []
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from test_option_laws import CASES, DEFAULTS, KINDS, NESTINGS
 
 from tubelet.config import Config
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_trainer.config import OptimizerConfig, TrainConfig
 from tubelet_trainer.data.split import HoldoutConfig
 from tubelet_trainer.run.trackers import MLflowConfig, NoTracker, TensorBoardConfig, WandbConfig

@@ -25,11 +25,11 @@ from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.driver import extract
 from tubelet_pipeline.extract_config import ExtractConfig
 from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.reader import open_store
+from tubelet_store.storage import open_root
 from tubelet_store.storage.local import LocalRoot
-from tubelet_store.storage.open_root import open_root
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.mixture import Mixture
@@ -273,10 +273,10 @@ class Listening(LocalCache):
         super().__init__(cache.url, cache.config)
         self.told: list[list[str]] = []
 
-    def expect(self, coming) -> None:
+    def prefetch(self, coming) -> None:
         coming = list(coming)
         self.told.append([wanted.stored.key.split("/c/")[1].split("/")[0] for wanted in coming])
-        super().expect(coming)
+        super().prefetch(coming)
 
 
 def listened(url, folder, budget):

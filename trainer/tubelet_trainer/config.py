@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from tubelet.config import Config
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_trainer.data.split import HoldoutConfig
 from tubelet_trainer.run.trackers import AnyTracker, NoTracker
 from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig

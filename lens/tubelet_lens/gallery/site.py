@@ -18,7 +18,7 @@ from typing import Any
 
 from tubelet.concurrency import in_parallel
 from tubelet.errors import TubeletError
-from tubelet_store.storage.open_root import open_root
+from tubelet_store.storage import open_root
 
 RECORD = "gallery.json"
 INDEX = "index.html"

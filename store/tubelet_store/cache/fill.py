@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tubelet.errors import TubeletError, nearest
-from tubelet_store.cache.config import CacheConfig
+from tubelet_store.cache import CacheConfig
 from tubelet_store.cache.shard_object import ShardObject
 from tubelet_store.reader import Store
 

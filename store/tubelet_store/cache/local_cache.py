@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial as bound
+from itertools import islice
 from typing import BinaryIO
 
+from tubelet.concurrency import PerProcess
 from tubelet.errors import TubeletError
-from tubelet_store.cache.config import CacheConfig
-from tubelet_store.cache.directory import Directory, NoRoom
-from tubelet_store.cache.partial_file import DISK_FULL, Partial
+from tubelet_store.cache import CacheConfig
+from tubelet_store.cache.partial_file import DISK_FULL, PartialFile
+from tubelet_store.cache.shard_files import NoRoom, ShardFiles
 from tubelet_store.cache.shard_object import Part, ShardObject
-from tubelet_store.cache.workers import Workers
-from tubelet_store.storage.client import Patience, Transport
-from tubelet_store.storage.client_choice import open_transport
-from tubelet_store.storage.per_process import PerProcess
+from tubelet_store.storage.client import Client, RetryPolicy
+from tubelet_store.storage.remote import open_client
+
+# Objects fetched ahead at once: the second one keeps the connections busy while the first one ends.
+_AHEAD = 2
 
 
 class LocalCache:
@@ -22,25 +28,25 @@ class LocalCache:
 
     Args:
         url: The store's URL.
-        config: Directory, budget, client.
+        config: ShardFiles, budget, client.
     """
 
     def __init__(self, url: str, config: CacheConfig | None = None) -> None:
         self.url = url.rstrip("/")
         self.config = config or CacheConfig()
         self.folder = self.config.folder
-        self._directory = Directory(self.folder, int(self.config.budget))
-        patience = Patience(self.config.attempts, self.config.timeout_s)
-        self._transport = PerProcess(lambda: open_transport(self.url, self.config.transport, patience))
-        self._workers = PerProcess(lambda: Workers(self.config.connections))
+        self._files = ShardFiles(self.folder, int(self.config.budget))
+        retries = RetryPolicy(self.config.attempts, self.config.timeout_s)
+        self._client = PerProcess(lambda: open_client(self.url, self.config.client, retries))
+        self._threads = PerProcess(lambda: FetchThreads(self.config.connections))
 
     def __reduce__(self) -> tuple[type[LocalCache], tuple[str, CacheConfig]]:
         return (LocalCache, (self.url, self.config))
 
     @property
-    def transport(self) -> Transport:
+    def client(self) -> Client:
         """The client of this process."""
-        return self._transport()
+        return self._client()
 
     def open(self, wanted: ShardObject) -> BinaryIO:
         """The object as a local file, complete and checked, fetched if need be.
@@ -51,18 +57,18 @@ class LocalCache:
             TubeletError: it is larger than the budget, or there is no room because maps in use fill it; it cannot be
                 reached; it arrives damaged every time.
         """
-        return self._directory.pinned(wanted.stored) or self._fetch(wanted)
+        return self._files.pinned(wanted.stored) or self._fetch(wanted)
 
     def fetch(self, wanted: ShardObject) -> bool:
-        """Have the object here, without evicting what was asked for by `expect`; False where there is no room."""
+        """Have the object here, without evicting what was asked for by `prefetch`; False where there is no room."""
         try:
-            with self._directory.pinned(wanted.stored) or self._fetch(wanted, demanded=False) as file:
-                Directory.unpin(file)
+            with self._files.pinned(wanted.stored) or self._fetch(wanted, demanded=False) as file:
+                ShardFiles.unpin(file)
                 return True
         except NoRoom:
             return False
 
-    def expect(self, coming: Iterable[ShardObject]) -> None:
+    def prefetch(self, coming: Iterable[ShardObject]) -> None:
         """Fetch `coming` in the background, in that order, as far as the budget allows.
 
         What is expected later is evicted later. Failures are not raised here: `open` meets them again.
@@ -73,8 +79,8 @@ class LocalCache:
             if room < 0:
                 break
             ahead.append(wanted)
-        self._directory.expected = {wanted.stored.sha256: number for number, wanted in enumerate(ahead)}
-        self._workers().expect(ahead, lambda wanted: self._directory.has(wanted.stored), self.fetch)
+        self._files.expected = {wanted.stored.sha256: number for number, wanted in enumerate(ahead)}
+        self._threads().prefetch(ahead, lambda wanted: self._files.has(wanted.stored), self.fetch)
 
     def check_budget(self, smallest_bytes: int, largest_bytes: int) -> None:
         """Refuse a budget under which no object of the store can be held.
@@ -95,7 +101,7 @@ class LocalCache:
 
     def held_bytes(self) -> int:
         """Bytes in the directory: complete objects and room reserved for those that are coming."""
-        return self._directory.held_bytes()
+        return self._files.held_bytes()
 
     def _fetch(self, wanted: ShardObject, demanded: bool = True) -> BinaryIO:
         stored, name = wanted.stored, f"{self.url}/{wanted.stored.key}"
@@ -104,24 +110,24 @@ class LocalCache:
                 f"{name} has {stored.size_bytes} bytes, the cache in {self.folder} may hold {int(self.config.budget)}",
                 f"Set the cache's budget to at least {stored.size_bytes} bytes, better several times that",
             )
-        with self._directory.claimed(wanted, name) as partial:
-            if (file := self._directory.pinned(stored)) is not None:
+        with self._files.claimed(wanted, name) as partial:
+            if (file := self._files.pinned(stored)) is not None:
                 return file
             try:
-                self._directory.reserve(partial, stored, demanded)
+                self._files.reserve(partial, stored, demanded)
                 self._download(partial, wanted)
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise
                 partial.drop()
-                raise self._directory.disk_full(stored) from error
-            return self._directory.keep(partial, stored)
+                raise self._files.disk_full(stored) from error
+            return self._files.keep(partial, stored)
 
-    def _download(self, partial: Partial, wanted: ShardObject) -> None:
+    def _download(self, partial: PartialFile, wanted: ShardObject) -> None:
         parts = wanted.parts()
         arrived = partial.arrived()
         missing = [part for part in parts if not arrived[part.number] or partial.damaged(wanted, part)]
-        self._workers().run([bound(self._bring, partial, wanted, part) for part in missing])
+        self._threads().run([bound(self._bring, partial, wanted, part) for part in missing])
         if self.config.check == "sha256" and partial.sha256() != wanted.stored.sha256:
             partial.forget()
             raise TubeletError(
@@ -130,12 +136,12 @@ class LocalCache:
                 "Do not use this copy; fetch the store from a source you trust",
             )
 
-    def _bring(self, partial: Partial, wanted: ShardObject, part: Part) -> None:
+    def _bring(self, partial: PartialFile, wanted: ShardObject, part: Part) -> None:
         """Fetch one part, check it, write it."""
         damage: str | None = None
         for _ in range(self.config.attempts):
             try:
-                data = self.transport.read_range(wanted.stored.key, part.start, part.stop)
+                data = self.client.read_range(wanted.stored.key, part.start, part.stop)
             except FileNotFoundError as error:
                 raise TubeletError(
                     f"{self.url}/{wanted.stored.key} is missing", "Run `tubelet verify` on the store"
@@ -148,3 +154,56 @@ class LocalCache:
             f"{self.url}/{wanted.stored.key}: {damage} arrives damaged ({self.config.attempts} attempts)",
             "Run `tubelet verify` on the store; if it is damaged there, repair it from another copy",
         )
+
+
+class FetchThreads:
+    """The threads of one process: connections, and those that fetch ahead, which end when nothing is left to fetch."""
+
+    def __init__(self, connections: int) -> None:
+        self._connections = connections
+        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="tubelet-cache")
+        self._changing = threading.Lock()
+        self._ahead: list[ShardObject] = []
+        self._running = 0
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Do all `jobs`, as many at once as there are connections; at the first failure no more, and raise it."""
+        # One by one: what waits in a pool is still done when the process ends.
+        coming = iter(jobs)
+        running = {self._pool.submit(job) for job in islice(coming, self._connections)}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                running |= {self._pool.submit(job) for job in islice(coming, len(done))}
+        finally:
+            # Interrupted too: what has begun still writes into the file, which is closed next.
+            for future in running:
+                future.cancel()
+            wait(running)
+
+    def prefetch(
+        self,
+        coming: list[ShardObject],
+        has: Callable[[ShardObject], bool],
+        fetch: Callable[[ShardObject], bool],
+    ) -> None:
+        """Call `fetch` in order, in the background, for what of `coming` is not here; forget what was asked before."""
+        with self._changing:
+            self._ahead = [wanted for wanted in coming if not has(wanted)]
+            for _ in range(min(len(self._ahead), _AHEAD) - self._running):
+                # Daemons: a process that ends does not wait for what it will not use. The parts that came are kept.
+                threading.Thread(target=self._run, args=(fetch,), name="tubelet-ahead", daemon=True).start()
+                self._running += 1
+
+    def _run(self, fetch: Callable[[ShardObject], bool]) -> None:
+        while True:
+            with self._changing:
+                if not self._ahead:
+                    self._running -= 1
+                    return
+                wanted = self._ahead.pop(0)
+            # What fails here fails again, and is told, where it is needed.
+            with contextlib.suppress(Exception):
+                fetch(wanted)

@@ -21,7 +21,7 @@ ARRIVED = ".arrived"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Partial:
+class PartialFile:
     """A file that is being filled, and beside it one byte per part that has arrived."""
 
     def __init__(self, path: Path, descriptor: int, parts: int) -> None:

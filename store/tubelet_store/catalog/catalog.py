@@ -13,8 +13,8 @@ from pathlib import Path
 from tubelet.errors import TubeletError, nearest
 from tubelet_store.catalog.document import MAX_BYTES, Document, parse
 from tubelet_store.catalog.entry import Link, StoreEntry, read_entries
+from tubelet_store.storage import open_root
 from tubelet_store.storage.object_root import ObjectRoot
-from tubelet_store.storage.open_root import open_root
 
 DEFAULT = "catalog.yaml"
 

@@ -87,7 +87,7 @@ def _clips(entry: StoreEntry) -> int | None:
     """How many clips the store has; of one that every user makes himself, here and now. None: there is none yet."""
     if entry.about.shape[0] is not None:
         return entry.about.shape[0]
-    from tubelet_store.storage.open_root import open_root
+    from tubelet_store.storage import open_root
     from tubelet_store.store_state import read_state
 
     try:
@@ -132,7 +132,7 @@ def _show(config: CatalogConfig) -> int:
 
 def _add(config: CatalogConfig) -> int:
     from tubelet_store.catalog.edit import add_catalog, add_store, describe
-    from tubelet_store.storage.open_root import open_root
+    from tubelet_store.storage import open_root
     from tubelet_store.store_state import read_state
 
     name = _named(config)
@@ -182,7 +182,7 @@ def _check(config: CatalogConfig) -> int:
 
 def _problem(entry: StoreEntry) -> str | None:
     """What is wrong with the store, by its group document alone: a digest there, the plan, the hooks."""
-    from tubelet_store.storage.open_root import open_root
+    from tubelet_store.storage import open_root
     from tubelet_store.store_state import read_state
 
     try:

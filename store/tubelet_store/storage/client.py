@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from tubelet.errors import StoreUnreachable, TubeletError
 from tubelet.retry import retry
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ClientName = Literal["auto", "obstore", "fsspec"]
+
 _FIRST_WAIT_S = 0.2
 _LONGEST_WAIT_S = 10.0
 # New credentials are looked for this often per read before the user is asked.
@@ -25,7 +27,7 @@ _RENEWALS = 2
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long one read is tried."""
 
     attempts: int = 8
@@ -44,7 +46,7 @@ class NoAccess(TubeletError):
     """The object storage refuses the credentials."""
 
 
-class Transport(ABC):
+class Client(ABC):
     """Reads the objects below one URL, by key.
 
     Every read is tried again after faults that pass (500, 503, 409, 429, timeouts, resets, bodies cut short), and with
@@ -52,17 +54,17 @@ class Transport(ABC):
 
     Args:
         url: Where the objects lie.
-        patience: How often and how long to try.
+        retries: How often and how long to try.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, url: str, patience: Patience | None = None) -> None:
+    def __init__(self, url: str, retries: RetryPolicy | None = None) -> None:
         self.url = url.rstrip("/")
-        self.patience = patience or Patience()
+        self.retries = retries or RetryPolicy()
 
-    def __reduce__(self) -> tuple[type[Transport], tuple[str, Patience]]:
-        return (type(self), (self.url, self.patience))
+    def __reduce__(self) -> tuple[type[Client], tuple[str, RetryPolicy]]:
+        return (type(self), (self.url, self.retries))
 
     def read(self, key: str) -> bytes:
         """The whole object. Raises FileNotFoundError, or TubeletError where it cannot be had."""
@@ -123,7 +125,7 @@ class Transport(ABC):
             if fault == "other":
                 return False
             renewals += fault == "expired"
-            if fault == "denied" or attempts == self.patience.requests or renewals > _RENEWALS:
+            if fault == "denied" or attempts == self.retries.requests or renewals > _RENEWALS:
                 raise self._explained(key, fault, error, attempts) from error
             if fault == "expired":
                 self._renew()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import fsspec.config
 
-from tubelet_store.storage.client import Patience, Transport
-from tubelet_store.storage.per_process import PerProcess
+from tubelet.concurrency import PerProcess
+from tubelet_store.storage.client import Client, RetryPolicy
 from tubelet_store.storage.s3 import is_s3, split_anonymous
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class FsspecTransport(Transport):
+class FsspecClient(Client):
     """Reads through fsspec: any URL it has a filesystem for, `s3://` through s3fs."""
 
     name = "fsspec"
 
-    def __init__(self, url: str, patience: Patience | None = None) -> None:
-        super().__init__(url, patience)
+    def __init__(self, url: str, retries: RetryPolicy | None = None) -> None:
+        super().__init__(url, retries)
         self._plain, self._anonymous = split_anonymous(self.url)
         self._base = fsspec.core.strip_protocol(self._plain)
         self._files: PerProcess[Any] = PerProcess(self._build)
@@ -33,7 +33,7 @@ class FsspecTransport(Transport):
     def _build(self) -> Any:
         options: dict[str, Any] = {"use_listings_cache": False}
         if s3 := is_s3(self.url):
-            timeout = self.patience.timeout_s
+            timeout = self.retries.timeout_s
             # Retries are ours: those of three layers would multiply.
             ours = {"retries": {"total_max_attempts": 1}, "read_timeout": timeout, "connect_timeout": timeout}
             theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tubelet.concurrency import PerProcess
 from tubelet.errors import TubeletError
-from tubelet_store.storage.client import Patience, Transport
+from tubelet_store.storage.client import Client, RetryPolicy
 from tubelet_store.storage.faults import Replaced, ShortRead
-from tubelet_store.storage.per_process import PerProcess
 from tubelet_store.storage.s3 import S3Settings, has_usual_settings
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _READ_BYTES = 16 << 20
 
 
-class ObstoreTransport(Transport):
+class ObstoreClient(Client):
     """Reads `s3://` through obstore, with botocore's idea of endpoint, region and credentials."""
 
     name = "obstore"
@@ -32,8 +32,8 @@ class ObstoreTransport(Transport):
     # Its runtime's threads do not live on in a forked child, where every call would wait for them for ever.
     _runtime_of: ClassVar[int | None] = None
 
-    def __init__(self, url: str, patience: Patience | None = None) -> None:
-        super().__init__(url, patience)
+    def __init__(self, url: str, retries: RetryPolicy | None = None) -> None:
+        super().__init__(url, retries)
         self._store: PerProcess[S3Store] = PerProcess(self._build)
 
     @classmethod
@@ -48,12 +48,12 @@ class ObstoreTransport(Transport):
     def _build(self) -> S3Store:
         from obstore.store import S3Store
 
-        if ObstoreTransport._runtime_of not in (None, os.getpid()):
+        if ObstoreClient._runtime_of not in (None, os.getpid()):
             raise TubeletError(
                 f"{self.url}: obstore was used before this process was forked, and does not work after",
-                "Start processes with `spawn`, or set `transport: fsspec`",
+                "Start processes with `spawn`, or set `client: fsspec`",
             )
-        ObstoreTransport._runtime_of = os.getpid()
+        ObstoreClient._runtime_of = os.getpid()
         settings = S3Settings.found(self.url)
         return S3Store(
             settings.bucket,
@@ -65,8 +65,8 @@ class ObstoreTransport(Transport):
             credential_provider=None if settings.credentials is None else _provider(settings.credentials),
             client_options={
                 "allow_http": settings.endpoint.startswith("http://"),
-                "connect_timeout": timedelta(seconds=self.patience.timeout_s),
-                "timeout": timedelta(seconds=self.patience.timeout_s),
+                "connect_timeout": timedelta(seconds=self.retries.timeout_s),
+                "timeout": timedelta(seconds=self.retries.timeout_s),
             },
             retry_config={"max_retries": 0},
         )

@@ -12,10 +12,12 @@ from typing import Any
 
 import fsspec
 
+from tubelet.concurrency import PerProcess
 from tubelet.errors import TubeletError
-from tubelet_store.storage.client_choice import open_transport
+from tubelet_store.storage.client import Client, ClientName, RetryPolicy
+from tubelet_store.storage.fsspec_client import FsspecClient
 from tubelet_store.storage.object_root import CHUNK_BYTES, ObjectRoot
-from tubelet_store.storage.per_process import PerProcess
+from tubelet_store.storage.obstore_client import ObstoreClient
 from tubelet_store.storage.s3 import split_anonymous
 from tubelet_store.storage.upload import Uploader
 
@@ -23,7 +25,7 @@ from tubelet_store.storage.upload import Uploader
 class RemoteRoot(ObjectRoot):
     """Objects below an fsspec URL (`s3://bucket/prefix`, `memory://name`, ...).
 
-    Reads go through a `Transport`, writes through fsspec. Clients are built where they are used and never travel: their
+    Reads go through a `Client`, writes through fsspec. Clients are built where they are used and never travel: their
     pickles would carry the credentials.
     """
 
@@ -35,7 +37,7 @@ class RemoteRoot(ObjectRoot):
         self._files = PerProcess(lambda: fsspec.core.url_to_fs(plain, **options))
         with _reaching(self.url):
             _, self._base = self._files()
-        self._transport = PerProcess(lambda: open_transport(self.url))
+        self._client = PerProcess(lambda: open_client(self.url))
         self._uploader = Uploader(self.url)
 
     def __reduce__(self) -> tuple[type[RemoteRoot], tuple[str]]:
@@ -50,7 +52,7 @@ class RemoteRoot(ObjectRoot):
 
     def read(self, key: str) -> bytes:
         """See ObjectRoot."""
-        return self._transport().read(key)
+        return self._client().read(key)
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """See ObjectRoot."""
@@ -58,11 +60,11 @@ class RemoteRoot(ObjectRoot):
         if size is None:
             raise FileNotFoundError(f"{self.url}/{key}")
         for start in range(0, size, CHUNK_BYTES):
-            yield self._transport().read_range(key, start, min(start + CHUNK_BYTES, size)).tobytes()
+            yield self._client().read_range(key, start, min(start + CHUNK_BYTES, size)).tobytes()
 
     def size(self, key: str) -> int | None:
         """See ObjectRoot."""
-        return self._transport().size(key)
+        return self._client().size(key)
 
     def age_s(self, key: str) -> float | None:
         """See ObjectRoot."""
@@ -79,7 +81,7 @@ class RemoteRoot(ObjectRoot):
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
-        return self._transport().list_keys(prefix)
+        return self._client().list_keys(prefix)
 
     def replace(self, key: str, data: bytes) -> None:
         """See ObjectRoot."""
@@ -133,6 +135,22 @@ class RemoteRoot(ObjectRoot):
     def free_bytes(self) -> int | None:
         """See ObjectRoot."""
         return None
+
+
+def open_client(url: str, name: ClientName = "auto", retries: RetryPolicy | None = None) -> Client:
+    """The client called `name` for `url`; `auto`: obstore where it can read it, else fsspec.
+
+    Raises:
+        TubeletError: obstore is asked for by name and cannot read `url`.
+    """
+    if name != "fsspec" and ObstoreClient.can_read(url):
+        return ObstoreClient(url, retries)
+    if name == "obstore":
+        raise TubeletError(
+            f"{url} cannot be read with obstore here",
+            "Use `client: fsspec`; obstore needs s3://, `pip install obstore s3fs`, and processes that are spawned",
+        )
+    return FsspecClient(url, retries)
 
 
 @contextlib.contextmanager

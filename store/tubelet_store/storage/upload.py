@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tubelet.errors import StoreUnreachable, TubeletError
 from tubelet_store.digest import digest_of
-from tubelet_store.storage.client import Patience
-from tubelet_store.storage.fsspec_client import FsspecTransport
+from tubelet_store.storage.client import RetryPolicy
+from tubelet_store.storage.fsspec_client import FsspecClient
 from tubelet_store.storage.s3 import is_s3
 
 # Objects of twice this size and more go up in parts of it; four parts at a time stay in memory.
@@ -26,7 +26,7 @@ _READ_BYTES = 8 * 2**20
 _DIGEST = "tubelet-sha256"
 _PROBE = ".tubelet-probe"
 # Short: what a spool cannot bridge, the caller waits for.
-_PATIENCE = Patience(attempts=5)
+_PATIENCE = RetryPolicy(attempts=5)
 
 # Some servers do not say which condition failed; s3fs then gives a plain OSError.
 _EXISTS = {"PreconditionFailed", "412"}
@@ -40,16 +40,16 @@ def part_count(size_bytes: int) -> int:
     return 1 if size_bytes < 2 * _PART_BYTES else -(-size_bytes // _PART_BYTES) + 2
 
 
-class Uploader(FsspecTransport):
+class Uploader(FsspecClient):
     """Writes the objects below one URL, and reads them, through fsspec.
 
     Args:
         url: Where the objects lie.
-        patience: How often and how long to try; AWS_MAX_ATTEMPTS in the environment may lower it.
+        retries: How often and how long to try; AWS_MAX_ATTEMPTS in the environment may lower it.
     """
 
-    def __init__(self, url: str, patience: Patience = _PATIENCE) -> None:
-        super().__init__(url, patience)
+    def __init__(self, url: str, retries: RetryPolicy = _PATIENCE) -> None:
+        super().__init__(url, retries)
         self._is_s3 = is_s3(self.url)
         self._conditional = True
 
@@ -89,7 +89,7 @@ class Uploader(FsspecTransport):
         there = None if over else arrived()
         if there is not None:
             return there
-        for _ in range(self.patience.requests):
+        for _ in range(self.retries.requests):
             if over:
                 self._retried(key, lambda: put({}))
             else:
@@ -101,7 +101,7 @@ class Uploader(FsspecTransport):
             # Not what was sent, though the answer said so: only bytes of ours lie there, and they are no good.
             over = True
         raise StoreUnreachable(
-            f"{self.url}/{key} arrived damaged {self.patience.requests} times", "Check the network and the storage"
+            f"{self.url}/{key} arrived damaged {self.retries.requests} times", "Check the network and the storage"
         )
 
     def digest(self, key: str) -> str:

@@ -55,7 +55,7 @@ class ShardPrefetch:
             named.add(wanted.stored.sha256)
             coming.setdefault(cache, []).append(wanted)
         for cache, objects in coming.items():
-            cache.expect(objects)
+            cache.prefetch(objects)
         self._told = {cache for cache, objects in coming.items() if objects}
 
     def _merged(self) -> Iterator[tuple[Source, int]]:

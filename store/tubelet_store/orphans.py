@@ -9,9 +9,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tubelet_store.object_keys import ACTIVATIONS, COMMITS, MOMENTS, SPECIAL
+from tubelet_store.commit import committed_shards
+from tubelet_store.format import array_kinds
+from tubelet_store.manifest import Manifest
+from tubelet_store.object_keys import (
+    ACTIVATIONS,
+    COMMITS,
+    GROUP,
+    MANIFEST,
+    MOMENTS,
+    PLAN_TABLE,
+    SPECIAL,
+    commit_key,
+    commit_moments_key,
+)
 from tubelet_store.reader import Store
-from tubelet_store.verify import orphans
+from tubelet_store.verify import expected_objects
 
 _OURS = re.compile(
     rf"(({ACTIVATIONS}|{SPECIAL})/[\w.]+/(zarr\.json|c/\d+/0/0/0)"
@@ -30,6 +43,20 @@ class Orphan:
     """Why it is not to be removed; None: it may go."""
 
 
+def orphan_keys(store: Store) -> list[str]:
+    """Objects that belong to nothing: left by dead writers, or put there by somebody else."""
+    objects = expected_objects(store)
+    known = set(objects.keys) if isinstance(objects, Manifest) else {stored.key for stored in objects}
+    known |= {GROUP, PLAN_TABLE, MANIFEST}
+    for shard in committed_shards(store.root):
+        if shard < store.plan.shards:
+            known |= {commit_key(shard), commit_moments_key(shard)}
+    if not store.complete:
+        known |= {f"{kind}/zarr.json" for kind in array_kinds(store.plan)}
+        known |= {f"{kind}/{hook.name}/zarr.json" for kind in array_kinds(store.plan) for hook in store.plan.hooks}
+    return [key for key in store.root.list_keys() if key not in known]
+
+
 def find_orphans(store: Store, older_than_s: float) -> list[Orphan]:
     """Objects of `store` that belong to nothing.
 
@@ -38,7 +65,7 @@ def find_orphans(store: Store, older_than_s: float) -> list[Orphan]:
         older_than_s: Younger ones are kept: a living writer may be about to record them.
     """
     found = []
-    for key in orphans(store):
+    for key in orphan_keys(store):
         size = store.root.size(key)
         if size is None:
             continue

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from tubelet.durable_files import locked
 from tubelet.errors import TubeletError
-from tubelet_store.cache.partial_file import ARRIVED, Partial
+from tubelet_store.cache.partial_file import ARRIVED, PartialFile
 from tubelet_store.cache.shard_object import ShardObject
 from tubelet_store.commit import StoredObject
 
@@ -36,7 +36,7 @@ class NoRoom(Exception):
     """There is no room that may be made."""
 
 
-class Directory:
+class ShardFiles:
     """The folder at `path`, in which this process keeps at most `budget_bytes` when it adds something.
 
     Attributes:
@@ -84,7 +84,7 @@ class Directory:
         fcntl.flock(file, fcntl.LOCK_UN)
 
     @contextlib.contextmanager
-    def claimed(self, wanted: ShardObject, name: str) -> Iterator[Partial]:
+    def claimed(self, wanted: ShardObject, name: str) -> Iterator[PartialFile]:
         """The partial file of the object, held by this process alone; waits while another one downloads it.
 
         Args:
@@ -115,13 +115,13 @@ class Directory:
                     f"Find who holds {path} (`fuser`), end it, and run the same command again",
                 )
             time.sleep(_POLL_S)
-        partial = Partial(path, descriptor, len(wanted.parts()))
+        partial = PartialFile(path, descriptor, len(wanted.parts()))
         try:
             yield partial
         finally:
             partial.close()
 
-    def reserve(self, partial: Partial, stored: StoredObject, demanded: bool) -> None:
+    def reserve(self, partial: PartialFile, stored: StoredObject, demanded: bool) -> None:
         """Make room for the object and allocate its partial file whole.
 
         Args:
@@ -162,7 +162,7 @@ class Directory:
             "Free some space, or set the cache's directory to another disk; complete shards are kept",
         )
 
-    def keep(self, partial: Partial, stored: StoredObject) -> BinaryIO:
+    def keep(self, partial: PartialFile, stored: StoredObject) -> BinaryIO:
         """Move the finished file to its place, and pin it before anybody can evict it."""
         path = self._object(stored)
         with self._locked():
@@ -180,7 +180,7 @@ class Directory:
     def _held_bytes(self) -> int:
         return sum(status.st_size for _, status in self._files())
 
-    def _make_room(self, mine: Partial, excess_bytes: int, demanded: bool) -> bool:
+    def _make_room(self, mine: PartialFile, excess_bytes: int, demanded: bool) -> bool:
         """Evict at least `excess_bytes`, least needed first; False where what is in use leaves too little."""
         if excess_bytes <= 0:
             return True
@@ -240,7 +240,7 @@ class Directory:
                 for path in (self.path / _OBJECTS).glob("*"):
                     with contextlib.suppress(FileNotFoundError), _unused(path) as unused:
                         if unused:
-                            Partial.take_in(path, self.path / _PARTIAL / path.name)
+                            PartialFile.take_in(path, self.path / _PARTIAL / path.name)
                 boots.write_text("".join(f"{each}\n" for each in [*known, boot]))
         self._is_proven = True
 
