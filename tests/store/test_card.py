@@ -35,7 +35,7 @@ def test_mlcroissant_finds_nothing_wrong_with_the_croissant_file(store: Store, t
 def test_the_data_card_says_what_how_and_what_failed(store: Store, tmp_path: Path) -> None:
     card, _ = write_card(store, tmp_path / "card", "CC-BY-4.0", "Ten clips")
     text = card.read_text()
-    for said in ("# Ten clips", "CC-BY-4.0", "blocks.1", store.identity, "tubelet_store"):
+    for said in ("# Ten clips", "CC-BY-4.0", "blocks.1", store.identity, "tubelet.open_store"):
         assert said in text, said
     assert "1 clip failed" in text
     assert "clip 3 " in text
