@@ -1,15 +1,8 @@
 """What looks at a trained SAE: metrics with nulls beside them, one JSON file, one HTML report.
 
-    from tubelet_lens.evaluate import evaluate
-    result = evaluate(EvaluateConfig(run="runs/a", store="demo/videomae.zarr"))
-    result.evaluation.figure("reconstruction.fvu").value
-    result.latents                                   # one row per latent
+    report = tubelet.evaluate(run="runs/a", store="demo/train.zarr")
+    report.evaluation.figure("reconstruction.fvu").value
+    report.latents                                   # one row per latent
 
-A metric is one file (see `metric`). Nothing heavy is imported here: the command line reads
-configurations without torch.
+A metric is one file (see `metrics.metric`). Nothing is imported here: the command line lists the verbs quickly.
 """
-
-from tubelet_lens.config import EvaluateConfig
-from tubelet_lens.results.evaluation import Evaluation, read_evaluation
-
-__all__ = ["EvaluateConfig", "Evaluation", "read_evaluation"]

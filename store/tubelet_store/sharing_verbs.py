@@ -141,7 +141,7 @@ def _copy(config: CopyConfig) -> int:
 
 
 def _push(config: PushConfig) -> int:
-    from tubelet_store.catalog import is_reference, resolve
+    from tubelet_store.catalog.catalog import is_reference, resolve
     from tubelet_store.reader import open_store
 
     destination = config.destination
@@ -261,7 +261,7 @@ def _gc(config: GcConfig) -> int:
 
 def _card(config: CardConfig) -> int:
     from tubelet_store.card import write_card
-    from tubelet_store.catalog import is_reference, resolve
+    from tubelet_store.catalog.catalog import is_reference, resolve
     from tubelet_store.reader import open_store
 
     license, name = config.license, config.name

@@ -10,7 +10,8 @@ import pages
 import pytest
 
 from stores import make_plan, make_store
-from tubelet_store.catalog import Catalog, StoreEntry
+from tubelet_store.catalog.catalog import Catalog
+from tubelet_store.catalog.entry import StoreEntry
 from tubelet_store.reader import open_store
 
 CATALOG = pages.ROOT / "catalog.yaml"

@@ -14,7 +14,7 @@ import yaml
 from stores import make_plan, make_store
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
-from tubelet_store.catalog import Catalog
+from tubelet_store.catalog.catalog import Catalog
 from tubelet_store.catalog.document import MAX_DEPTH, parse
 from tubelet_store.catalog.edit import add_catalog, add_store, describe, remove
 from tubelet_store.reader import Store, open_store

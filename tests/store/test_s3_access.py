@@ -17,7 +17,7 @@ from stores import make_plan, make_store, upload
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_store.cache import CacheConfig
-from tubelet_store.catalog import Catalog
+from tubelet_store.catalog.catalog import Catalog
 from tubelet_store.reader import Store, open_store
 from tubelet_store.storage import open_root
 from tubelet_store.storage.client import RetryPolicy

@@ -17,8 +17,7 @@ class CompletionConfig(Config):
     """Which shell's completion to print."""
 
     shell: Literal["bash", "zsh", "fish"]
-    """The shell: `eval "$(tubelet completion bash)"` in ~/.bashrc, the same with zsh in ~/.zshrc;
-    `tubelet completion fish > ~/.config/fish/completions/tubelet.fish`."""
+    """The shell. For the running one: `eval "$(tubelet completion bash)"`."""
 
 
 def script(shell: str) -> str:

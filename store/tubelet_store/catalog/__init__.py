@@ -3,8 +3,3 @@
 catalog.yaml (valid Intake v2) ─▶ document (limits) ─▶ entry (schema) ─▶ Catalog: list, search, find, nested
                                                                           edit: add, remove
 """
-
-from tubelet_store.catalog.catalog import Catalog, is_reference, resolve
-from tubelet_store.catalog.entry import HookBlock, StoreEntry
-
-__all__ = ["Catalog", "HookBlock", "StoreEntry", "is_reference", "resolve"]

@@ -11,7 +11,8 @@ from tubelet.config import Config
 from tubelet.errors import TubeletError
 
 if TYPE_CHECKING:
-    from tubelet_store.catalog import Catalog, StoreEntry
+    from tubelet_store.catalog.catalog import Catalog
+    from tubelet_store.catalog.entry import StoreEntry
 
 
 class CatalogConfig(Config):
@@ -54,7 +55,7 @@ def _run(config: CatalogConfig) -> int:
 
 
 def _read(config: CatalogConfig) -> Catalog:
-    from tubelet_store.catalog import Catalog
+    from tubelet_store.catalog.catalog import Catalog
 
     catalog = Catalog.read(config.catalog)
     for problem in catalog.problems:
