@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SAELENS := .venv-saelens
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs check saelens clean
+.PHONY: demo test lint types docs check dist smoke saelens clean
 
 demo: $(INSTALLED)  ## Render videos, extract, train, evaluate; print a table and where the report lies.
 	$(BIN)/tubelet demo
@@ -13,9 +13,10 @@ demo: $(INSTALLED)  ## Render videos, extract, train, evaluate; print a table an
 test: $(INSTALLED)  ## The test suite, two files at a time: many tests wait for processes that they watch.
 	$(BIN)/pytest -n 2 --dist loadfile
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## Style, and which module may import which.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -24,6 +25,13 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint types docs test
+
+dist: $(INSTALLED)  ## Wheel and source distribution, in dist/.
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist > /dev/null
+
+smoke: dist  ## Every extra, installed from the wheel into an environment of its own and used.
+	$(BIN)/python tests/release/smoke.py dist/tubelet-*.whl
 
 saelens: $(INSTALLED)  ## SAEs to and from SAELens, asked of SAELens itself, in an environment of its own.
 	$(PYTHON) -m venv $(SAELENS)
@@ -36,4 +44,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SAELENS) demo site
+	rm -rf $(VENV) $(SAELENS) demo dist site

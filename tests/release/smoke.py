@@ -17,11 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import venv
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 REPOSITORY = Path(__file__).parents[2]
 # Three shards with two hooks, written by an earlier version.
@@ -100,18 +103,16 @@ class Environment:
         pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet", "--no-compile"]
         constraints = ["--constraint", str(REPOSITORY / "constraints.txt")]
         options = ["--no-warn-script-location", "--disable-pip-version-check", "--root-user-action=ignore"]
-        subprocess.run([*pip, *options, *constraints, *arguments], check=True, env=_clean_environment())
+        self._succeed([*pip, *options, *constraints, *arguments], status=0, timeout_s=900)
 
     def run(self, *command: str, status: int = 0) -> str:
         """Output of `command` run in `work`, standard error included; its exit status must be `status`."""
+        return self._succeed(command, status, timeout_s=300)
+
+    def _succeed(self, command: Sequence[str], status: int, timeout_s: float) -> str:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         done = subprocess.run(
-            command,
-            cwd=self.work,
-            env=_clean_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
+            command, cwd=self.work, env=_clean_environment(), text=True, timeout=timeout_s, check=False, **pipes
         )
         if done.returncode != status:
             raise AssertionError(f"exit status {done.returncode}, not {status}: {' '.join(command)}\n{done.stdout}")
@@ -188,7 +189,7 @@ def check_wandb(env: Environment) -> None:
 
 def check_mlflow(env: Environment) -> None:
     """A training is tracked, in a local folder."""
-    check_trainer(env, "--tracker.kind", "mlflow", "--tracker.uri", f"sqlite:///{env.work}/mlflow.db")
+    check_trainer(env, "--tracker.kind", "mlflow", "--tracker.uri", f"file:{env.work}/mlruns")
 
 
 def check_lens(env: Environment) -> None:
@@ -207,9 +208,10 @@ def check_pipeline(env: Environment) -> None:
     assert {"videos", "estimate", "extract", "train"} <= env.verbs()
     assert not env.verbs() & {"evaluate", "edit", "demo"}
     env.tubelet("videos", "videos", "--videos", "8")
-    store = ("--out", "extracted.zarr", "--clips_per_shard", "4")
-    backbone = ("--backbone.id", "videomae-tiny", "--hooks", '["blocks.2"]')
-    env.tubelet("extract", "--dataset.root", "videos/videos", *backbone, *store)
+    dataset = ("--dataset.kind", "ssv2", "--dataset.root", "videos", "--dataset.split", "train")
+    sampling = ("--sampling.kind", "dense", "--sampling.frames", "16", "--sampling.stride", "3")
+    backbone = ("--backbone.id", "videomae-tiny", "--hooks", '["blocks.2"]', "--cluster.workers", "1")
+    env.tubelet("extract", *dataset, *sampling, *backbone, "--store", "extracted.zarr", "--clips_per_shard", "4")
     assert "complete" in env.tubelet("info", "extracted.zarr")
 
 
@@ -285,29 +287,36 @@ def main() -> int:
     check_wheel(options.wheel)
     wanted = set(options.names or [env.name for env in ENVIRONMENTS])
     needed = wanted | {name for env in ENVIRONMENTS if env.name in wanted for name in env.on}
-    failures = []
-    with tempfile.TemporaryDirectory(prefix="tubelet-smoke-") as folder:
-        root = options.keep or Path(folder)
+    environments = [env for env in ENVIRONMENTS if env.name in needed]
+    with tempfile.TemporaryDirectory(prefix="tubelet-smoke-") as folder, ThreadPoolExecutor(2) as threads:
+        root = (options.keep or Path(folder)).resolve()
         root.mkdir(parents=True, exist_ok=True)
-        for env in ENVIRONMENTS:
-            if env.name not in needed:
-                continue
-            started = time.monotonic()
-            env.create(root, options.wheel.resolve())
-            installed = time.monotonic()
+        created = {env.name: Event() for env in environments}
+
+        def smoke(env: Environment) -> bool:
+            # Environments below come earlier in the list: a thread is at work on each of them, or was.
+            for name in env.on:
+                created[name].wait()
+            started = installed = time.monotonic()
             try:
+                env.create(root, options.wheel.resolve())
+                installed = time.monotonic()
+                created[env.name].set()
                 if env.name in wanted:
                     env.check_packages()
                     env.check(env)
                 outcome = "ok"
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                failures.append(env.name)
-                outcome = f"FAILED\n{error}"
+            except Exception:
+                outcome = "FAILED\n" + traceback.format_exc(limit=-2)
+            finally:
+                created[env.name].set()
             seconds = f"installed in {installed - started:5.1f} s, checked in {time.monotonic() - installed:5.1f} s"
             print(f"{env.name:<12} {seconds}  {outcome}", flush=True)
-    if failures:
-        print(f"failed: {', '.join(failures)}")
-    return 1 if failures else 0
+            return outcome == "ok"
+
+        passed = list(threads.map(smoke, environments))
+    print(f"{sum(passed)} of {len(passed)} environments passed")
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import av
 import numpy as np
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ H264_MP4 = Encoding(".mp4", "libx264", gop=24, options={"preset": "veryfast", "c
 
 def encode(path: Path, frames_THWC: NDArray[np.uint8], fps: int, encoding: Encoding) -> None:
     """Write `frames_THWC` (uint8 RGB, even height and width) as `path`, replacing what is there."""
+    # The lens reads masks where the pipeline's extra is not installed.
+    import av
+
     height, width = frames_THWC.shape[1:3]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}{encoding.suffix}")
