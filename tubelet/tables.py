@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas
 
 _ROWS_SHOWN = 20
-_CELL_WIDTH = 60
+_CELL_WIDTH = 80
 
 
 class Tabular:

@@ -10,14 +10,14 @@ Of a remote store the shards that are touched come through the cache, verified.
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
+from tubelet.formats import human_bytes
+from tubelet.tables import Table
 from tubelet_store.format import clip_shape
 from tubelet_store.object_keys import ACTIVATIONS, DIMENSIONS, SPECIAL_DIMENSIONS
 
@@ -160,21 +160,12 @@ class HookArray:
         return f"<{self.kind} at {self.hook}: {sizes}, {self.dtype}, {self._human()}, read-only>"
 
     def _repr_html_(self) -> str:
-        rows = dict(zip(self.dims, map(str, self.shape), strict=True))
-        return html_table(
-            {"hook": self.hook, "holds": self.kind, **rows, "dtype": str(self.dtype), "size": self._human()}
-        )
+        sizes = zip(self.dims, self.shape, strict=True)
+        rows = [("hook", self.hook), ("holds", self.kind), *sizes, ("dtype", str(self.dtype)), ("size", self._human())]
+        return Table.of_rows(("array", "value"), rows).html()
 
     def _human(self) -> str:
-        from tubelet.formats import human_bytes
-
         return human_bytes(self.nbytes)
-
-
-def html_table(rows: Mapping[str, str]) -> str:
-    """`rows` as an HTML table, for notebooks."""
-    cells = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
-    return f"<table>{''.join(cells)}</table>"
 
 
 def _reopened(url: str, hook: str, kind: str) -> HookArray:

@@ -17,6 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tubelet.errors import StoreUnreachable, TubeletError
+from tubelet.formats import human_bytes
+from tubelet.tables import Table, Tabular
 from tubelet_store.cache import CacheConfig
 from tubelet_store.cache.local_cache import LocalCache
 from tubelet_store.cache.shard_object import ShardObject
@@ -24,6 +26,7 @@ from tubelet_store.catalog.catalog import is_reference, resolve
 from tubelet_store.clip_table import FINISHED, completed, finished_table, from_parquet
 from tubelet_store.commit import Commit, committed_shards, read_commit, read_commit_moments
 from tubelet_store.format import (
+    array_kinds,
     check_index,
     clip_bytes,
     clip_shape,
@@ -32,7 +35,7 @@ from tubelet_store.format import (
     read_moments,
     shard_bytes,
 )
-from tubelet_store.hook_array import HookArray, html_table
+from tubelet_store.hook_array import HookArray
 from tubelet_store.manifest import Manifest
 from tubelet_store.moments import Moments
 from tubelet_store.object_keys import ACTIVATIONS, CLIPS, GROUP, MANIFEST, MOMENTS, PLAN_TABLE, SPECIAL, shard_key
@@ -51,7 +54,7 @@ _READINGS = 4
 _DAMAGE = (pa.ArrowException, LookupError, NotImplementedError, OSError, TypeError, ValueError)
 
 
-class Store:
+class Store(Tabular):
     """A readable store. Everything it gives is read-only."""
 
     def __init__(self, root: ObjectRoot, state: StoreState, cache: CacheConfig | None = None) -> None:
@@ -65,25 +68,28 @@ class Store:
         self.plan: Plan = state.plan
         self.url: str = root.url
 
-    def __repr__(self) -> str:
-        plan = self.plan
-        hooks = ", ".join(f"{hook.name} [{hook.channels}]" for hook in plan.hooks)
-        grid = f"{plan.grid.time}x{plan.grid.height}x{plan.grid.width}"
-        return f"<Store {self.url} ({self.state.state}): {plan.clips} clips, grid {grid}, {plan.dtype}, hooks {hooks}>"
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the committed shards."""
+        kinds, hooks = array_kinds(self.plan), self.plan.hooks
+        return sum(shard_bytes(self.plan, kind, hook, i) for i in self.committed for kind in kinds for hook in hooks)
 
-    def _repr_html_(self) -> str:
+    def table(self) -> Table:
+        """What the store holds, as a notebook shows it."""
         plan, grid = self.plan, self.plan.grid
-        rows = {
-            "store": self.url,
-            "state": f"{self.state.state}, {len(self.committed)} of {plan.shards} shards",
-            "identity": self.identity,
-            "clips": f"{plan.clips} ({self.state.clips_failed or 0} failed)",
-            "grid": f"{grid.time} time x {grid.height} height x {grid.width} width, {plan.dtype}",
-            "data set": ", ".join(f"{k} {v}" for k, v in plan.dataset.items() if v is not None),
-            "backbone": ", ".join(f"{k} {v}" for k, v in plan.backbone.items() if isinstance(v, str)),
-            "hooks": ", ".join(f"{hook.name} [{hook.channels}]" for hook in plan.hooks),
-        }
-        return html_table(rows)
+        failed = self.state.clips_failed if self.complete else None
+        rows = [
+            ("state", f"{self.state.state}, {len(self.committed):,} of {plan.shards:,} shards"),
+            ("clips", f"{plan.clips:,}" if failed is None else f"{plan.clips:,}, {failed:,} of them failed"),
+            *((f"hook {hook.name}", f"{hook.channels:,} channels") for hook in plan.hooks),
+            ("grid", f"{grid.time} time x {grid.height} height x {grid.width} width"),
+            ("dtype", plan.dtype),
+            ("size", human_bytes(self.size_bytes)),
+            ("data set", ", ".join(f"{k} {v}" for k, v in plan.dataset.items() if v is not None)),
+            ("backbone", ", ".join(f"{k} {v}" for k, v in plan.backbone.items() if isinstance(v, str))),
+            ("identity", self.identity),
+        ]
+        return Table.of_rows(("store", "value"), rows, title=self.url)
 
     def __getitem__(self, hook: str) -> HookArray:
         """The activations of all clips at `hook`, as a lazy read-only array [clip, time, space, channel].
