@@ -35,14 +35,14 @@ from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.pairs import PairDraw
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.losses.coherence import coherence_terms
-from tubelet_trainer.losses.objective import Objective
+from tubelet_trainer.losses.objective import Forward, Objective, Term
 from tubelet_trainer.losses.sparsity import sae_terms
 from tubelet_trainer.optim.sae_group import SAEGroup
 from tubelet_trainer.optim.sae_trainer import SAETrainer
 from tubelet_trainer.optim.stacked import StackedSAEs
 from tubelet_trainer.run.environment import keep_memory
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, Groups, JumpReLUConfig, SAEConfig, TopKConfig
-from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.model import SAE, Codes
 from tubelet_trainer.sae.normalization import Normalization
 
 CHANNELS = 768
@@ -82,7 +82,7 @@ class Stopwatch:
         return time.perf_counter() - start
 
 
-def make_learner(
+def make_trainer(
     config: SAEConfig, device: torch.device, precision: torch.dtype, objective: ObjectiveConfig = PLAIN
 ) -> SAETrainer:
     """An SAE whose latents are all alive, as most are after the start of a run."""
@@ -95,7 +95,7 @@ def make_learner(
 def stepping(
     sae_trainers: list[SAETrainer], x_BD: Tensor, compiled: bool = False, captured: bool = False
 ) -> Callable[[], object]:
-    """One step of all `learners` together, on the same batch each time."""
+    """One step of all `sae_trainers` together, on the same batch each time."""
     sae_group = SAEGroup(sae_trainers, [HOOK] * len(sae_trainers), len(x_BD), compiled, captured)
     batch = batch_of(x_BD)
     return lambda: sae_group.learn(batch, 5)
@@ -107,15 +107,16 @@ def batch_of(x_BD: Tensor) -> Batch:
 
 
 def dense_step(sae_trainer: SAETrainer, x_BD: Tensor) -> None:
-    """The step of `learner`, through dense codes and plain autograd."""
+    """The step of `sae_trainer`, through dense codes and plain autograd."""
     sae = sae_trainer.sae
     pre_BF = (x_BD - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     top = pre_BF.topk(sae.config.k, dim=1, sorted=False)  # type: ignore[attr-defined]
-    codes_BF = torch.zeros_like(pre_BF).scatter(1, top.indices, top.values.relu())
-    error = (x_BD - codes_BF @ sae.W_dec - sae.b_dec).square().sum() / x_BD.numel()
-    sae_trainer.adam.zero_grad()
+    codes = Codes(top.values.relu(), top.indices)
+    recon_BD = torch.zeros_like(pre_BF).scatter(1, codes.indices, codes.values) @ sae.W_dec + sae.b_dec
+    error = (x_BD - recon_BD).square().sum() / x_BD.numel()
+    sae_trainer.optimizer.zero_grad()
     error.backward()
-    sae_trainer.apply_gradients()
+    sae_trainer.update(Forward(sae, x_BD, pre_BF, codes, recon_BD, sae_trainer.dead_latents.dead_F), Term(error, {}))
 
 
 def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
@@ -132,7 +133,7 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
     for latents in sizes:
         for k in KS:
             config = TopKConfig(latents=latents, k=k)
-            sae_trainer = make_learner(config, device, precision)
+            sae_trainer = make_trainer(config, device, precision)
             weight, low = sae_trainer.sae.W_enc.detach().to(precision), x_BD.to(precision)
             encoder = watch.best(lambda low=low, weight=weight: low @ weight.T)  # type: ignore[misc]
             step = watch.best(stepping([sae_trainer], x_BD))
@@ -143,7 +144,7 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
                 line += f"{batch / step:>10.0f} {2 * batch * latents * CHANNELS / step / rate:>15.1%}"
                 for choice in ({"compiled": True}, {"captured": True}):
                     other = stepping(
-                        [make_learner(TopKConfig(latents=latents, k=k), device, precision)], x_BD, **choice
+                        [make_trainer(TopKConfig(latents=latents, k=k), device, precision)], x_BD, **choice
                     )
                     for _ in range(WARM_UP):
                         other()
@@ -153,18 +154,19 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
 
 def parts_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
     """Where the time of a step goes."""
-    sae_trainer, watch = make_learner(TopKConfig(latents=latents, k=k), device, torch.float32), Stopwatch(device)
+    sae_trainer, watch = make_trainer(TopKConfig(latents=latents, k=k), device, torch.float32), Stopwatch(device)
     sae, x_BD = sae_trainer.sae, torch.randn(CPU_BATCH, CHANNELS, device=device)
     stacked, batch = StackedSAEs([sae_trainer], HOOK), batch_of(x_BD)
-    stacked.learn(batch, x_BD, 5)
+    stacked.begin(5, batch)
+    stacked.compute(batch, x_BD, 5)
     pre_BF = sae.pre_activations(x_BD)
-    _, (total,) = stacked.losses(batch, x_BD)
+    (forward,), (total,) = stacked.losses(batch, x_BD)
     parts = {
         "encoder product": watch.best(lambda: sae.pre_activations(x_BD)),
         "choosing k": watch.best(lambda: sae.sparsifier(pre_BF)),
         "forward and loss, all": watch.best(lambda: stacked.losses(batch, x_BD)),
         "backward": watch.once(total.loss.backward),
-        "project, clip, Adam, unit norm": watch.best(sae_trainer.apply_gradients),
+        "project, clip, Adam, unit norm, counts": watch.best(partial(sae_trainer.update, forward, total)),
     }
     yield f"parts of a step, {latents} latents, k {k}: " + ", ".join(f"{n} {s * 1e3:.0f} ms" for n, s in parts.items())
 
@@ -193,7 +195,7 @@ def kinds_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
             source, np.arange(clips), batch_tokens=tokens, window_tokens=2**20, pairs=draw, device=device
         )
         batch = next(iter(windows))
-    sae_trainer = make_learner(topk, device, precision)
+    sae_trainer = make_trainer(topk, device, precision)
     weight, low = sae_trainer.sae.W_enc.detach().to(precision), batch.tokens.to(precision)
     encoder = watch.best(lambda: low @ weight.T)
     yield (
@@ -201,12 +203,12 @@ def kinds_table(device: torch.device, latents: int, k: int) -> Iterator[str]:
         f"{tokens // 4} anchors of pairs:"
     )
     for name, (config, objective) in kinds.items():
-        sae_trainer = make_learner(config, device, precision, objective)
+        sae_trainer = make_trainer(config, device, precision, objective)
         if "dead" in name:
             with torch.no_grad():
                 sae_trainer.sae.b_enc[::2] = -1e3
-            sae_trainer.clock.silent_tokens_F[::2] = 2**62 + 1
-            sae_trainer.clock.dead_most = latents // 2
+            sae_trainer.dead_latents.silent_tokens_F[::2] = 2**62 + 1
+            sae_trainer.dead_latents.dead_count = latents // 2
         sae_group = SAEGroup([sae_trainer], [HOOK], tokens)
         yield f"  {name:<34}{watch.best(partial(sae_group.learn, batch, 5)) / encoder:>7.2f}"
 
@@ -217,11 +219,11 @@ def together_table(device: torch.device) -> Iterator[str]:
     batch, precision = (GPU_BATCH, torch.bfloat16) if cuda else (CPU_BATCH, torch.float32)
     watch, x_BD = Stopwatch(device), torch.randn(batch, CHANNELS, device=device)
     for latents in TOGETHER_LATENTS:
-        alone = watch.best(stepping([make_learner(TopKConfig(latents=latents, k=KS[0]), device, precision)], x_BD))
+        alone = watch.best(stepping([make_trainer(TopKConfig(latents=latents, k=KS[0]), device, precision)], x_BD))
         parts = []
         for count in (4, 8):
             configs = [TopKConfig(latents=latents, k=KS[0], seed=seed) for seed in range(count)]
-            sae_trainers = [make_learner(config, device, precision) for config in configs]
+            sae_trainers = [make_trainer(config, device, precision) for config in configs]
             together = watch.best(stepping(sae_trainers, x_BD))
             parts.append(f"{count} together {together / (count * alone):.2f}")
         yield f"SAEs of {latents} latents, k {KS[0]}: {', '.join(parts)} of the time of as many alone"
@@ -235,7 +237,7 @@ def feeding_table(device: torch.device) -> Iterator[str]:
         source = Source(store, HOOK)
         precision = torch.bfloat16 if device.type == "cuda" else torch.float32
         sae_group = SAEGroup(
-            [make_learner(TopKConfig(latents=FEED_LATENTS, k=KS[0]), device, precision)], [HOOK], FEED_BATCH
+            [make_trainer(TopKConfig(latents=FEED_LATENTS, k=KS[0]), device, precision)], [HOOK], FEED_BATCH
         )
         resident = torch.from_numpy(store.shard_map(HOOK, 0).reshape(-1, CHANNELS).copy()).to(device)
 

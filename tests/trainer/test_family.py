@@ -573,7 +573,7 @@ def test_resampling_gives_dead_latents_bad_tokens_and_a_new_start():
         sae_trainer.sae.b_enc[:20] = -100
     for step in range(9):
         take_step(sae_trainer, sparse_tokens(step), step)
-    assert 20 <= sae_trainer.clock.dead_F.sum() < F
+    assert 20 <= sae_trainer.dead_latents.dead_F.sum() < F
     before = {name: tensor.clone() for name, tensor in sae_trainer.state().items()}
     forward = see(sae_trainer, sparse_tokens(9), 9)
     take_step(sae_trainer, sparse_tokens(9), 9)

@@ -15,12 +15,13 @@ from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.data.streams import open_stores
+from tubelet_trainer.optim.sae_group import SAEGroup
 from tubelet_trainer.optim.stacked import StackedSAEs
 from tubelet_trainer.run.checkpoint import load_latest
 from tubelet_trainer.run.loop import train
-from tubelet_trainer.run.specs import specs
 from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.sae_files import load_record
+from tubelet_trainer.specs import specs
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,8 @@ def test_saes_of_equal_shape_step_as_one(store, tmp_path):
         arrays = {sae.W_enc.untyped_storage().data_ptr() for sae in stacked.saes}
         assert len(arrays) == 1
     together, alone = [], []
-    for step, batch in zip(range(3), run.windows, strict=False):
-        run.learn(batch, step)
+    for step, batch in zip(range(3), run.loader, strict=False):
+        run.sae_group.learn(batch, step)
         stacked = run.sae_group.stacks[0]
         x = stacked.saes[0].normalization(batch.hooks["h"])
         together += stacked.losses(batch, x)[0]
@@ -122,7 +123,7 @@ def test_each_has_its_folder_and_its_own_hook(together):
 def test_several_continue_where_they_were_cut(store, tmp_path):
     fields = {"sweep": {"sae.seed": [0, 1], "objective": {"lambda_t": [0, 0.1]}}}
     whole = train(configure(store, tmp_path / "whole", **fields))
-    learn = Run.learn
+    learn = SAEGroup.learn
 
     def learn_or_crash(self, batch, step):
         if step == 13:
@@ -131,7 +132,7 @@ def test_several_continue_where_they_were_cut(store, tmp_path):
 
     config = configure(store, tmp_path / "cut", **fields)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "learn", learn_or_crash)
+        patch.setattr(SAEGroup, "learn", learn_or_crash)
         with pytest.raises(RuntimeError, match="cut"):
             train(config)
     train(config)
@@ -204,7 +205,7 @@ def test_stores_are_mixed_in_training(store, tmp_path):
         {"store": "other.zarr", "store_identity": other.identity, "share": 0.25},
     ]
     run = Run(config, open_stores(config), torch.device("cpu"))
-    clips = torch.cat([batch.clip for batch in run.windows])
+    clips = torch.cat([batch.clip for batch in run.loader])
     assert abs(float((clips >= 30).float().mean()) - 0.25) < 0.01
     narrow = make_store(tmp_path / "narrow.zarr", make_plan(clips=10, grid=(4, 3, 4), hooks={"h": 8}))
     with pytest.raises(TubeletError, match="hook h differ"):

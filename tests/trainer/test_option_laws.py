@@ -27,9 +27,9 @@ from tubelet.config import Config
 from tubelet_store.reader import Store
 from tubelet_trainer.config import ObjectiveConfig, OptimizerConfig, PairsConfig, TrainConfig
 from tubelet_trainer.data.batch import Batch
+from tubelet_trainer.data.holdout import HoldoutConfig, held_out
 from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.source import Source
-from tubelet_trainer.data.split import HoldoutConfig, held_out
 from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
@@ -310,8 +310,8 @@ def trained(store: Store, settings: Mapping[str, Any]) -> Trained:
         sae_trainer = in_float64(run)
         start = {name: p.detach().clone() for name, p in sae_trainer.sae.named_parameters()}
         batches = []
-        for step, batch in enumerate(run.windows):
-            run.learn(batch, step)
+        for step, batch in enumerate(run.loader):
+            run.sae_group.learn(batch, step)
             batches.append(batch)
         sae = run.result(run.sae_run)
         assert sae is not None
@@ -602,7 +602,7 @@ def test_dead_latents_are_resampled_after_as_many_steps_as_asked(store: Store, f
     sae_trainers = [in_float64(run) for run in runs]
     for step, batch in enumerate(runs[0].windows):
         for run in runs:
-            run.learn(batch, step)
+            run.sae_group.learn(batch, step)
         if not torch.equal(*(sae_trainer.sae.W_dec for sae_trainer in sae_trainers)):
             break
     assert step + 1 == first
@@ -634,7 +634,7 @@ def test_initial_rows_are_drawn_from_the_seed(store: Store, seed: int) -> None:
 @pytest.mark.parametrize("tokens", [40, 200])
 def test_initial_weights_look_at_the_first_tokens_of_the_order(store: Store, tokens: int) -> None:
     run = Run(configure(store, {"sae.init.bias": "geometric_median", "sae.init.tokens": tokens}), [store], CPU)
-    x = run.sae.normalization(torch.cat([batch.tokens for batch in run.windows]))
+    x = run.sae.normalization(torch.cat([batch.tokens for batch in run.loader]))
 
     def pull(count: int) -> float:
         """Norm of the sum of unit vectors to the first `count` tokens: 0 at their geometric median."""
@@ -678,7 +678,7 @@ def test_a_run_learns_from_the_tokens_that_were_asked_for(
 ) -> None:
     expected = stream(store, settings)
     run = Run(configure(store, settings), [store], CPU)
-    assert [batch.positions.tolist() for batch in run.windows] == expected
+    assert [batch.positions.tolist() for batch in run.loader] == expected
     assert expected != stream(store, without), "the option makes no difference here: the test could not fail"
 
 
@@ -696,7 +696,7 @@ def test_videos_are_held_out_by_a_hash_of_seed_and_name(fraction: float, seed: i
 def test_an_evaluation_sees_as_many_tokens_as_asked(store: Store, eval_tokens: int) -> None:
     run = Run(configure(store, {"eval_tokens": eval_tokens, "holdout.fraction": 0.3}), [store], CPU)
     assert run.heldout is not None
-    held = CLIPS - len(run.windows.clips)
+    held = CLIPS - len(run.loader.clips)
     assert run.evaluate(run.sae_run, run.heldout)["tokens"] == min(eval_tokens, held * TIME * SPACE)
 
 

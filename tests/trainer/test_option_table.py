@@ -12,7 +12,7 @@ from test_option_laws import CASES, DEFAULTS, KINDS, NESTINGS
 from tubelet.config import Config
 from tubelet_store.cache import CacheConfig
 from tubelet_trainer.config import OptimizerConfig, TrainConfig
-from tubelet_trainer.data.split import HoldoutConfig
+from tubelet_trainer.data.holdout import HoldoutConfig
 from tubelet_trainer.run.trackers import MLflowConfig, NoTracker, TensorBoardConfig, WandbConfig
 from tubelet_trainer.sae.config import Flat, InitConfig, TopKConfig
 

@@ -18,8 +18,8 @@ from tubelet_store.plan import Grid, TokenSelection
 from tubelet_store.reader import open_store
 from tubelet_store.store_writer import StoreWriter
 from tubelet_trainer.config import PairsConfig
+from tubelet_trainer.data.clip_mixing import measure_mixing
 from tubelet_trainer.data.loader import ActivationLoader
-from tubelet_trainer.data.mixing import measure_mixing
 from tubelet_trainer.data.mixture import Mixture, mixed_moments
 from tubelet_trainer.data.pairs import PairDraw, fresh_steps, neighbor_table
 from tubelet_trainer.data.source import Source

@@ -32,8 +32,8 @@ def learner_of(config, terms, precision, device="cpu", seed=1):
         sae.W_enc[DEAD] *= 0.1
     sae.normalize_decoder()
     sae_trainer = SAETrainer(sae.to(device), Objective(terms), OptimizerConfig(), 100, 1000, precision)
-    sae_trainer.clock.silent_tokens_F[DEAD] = 10**6
-    sae_trainer.clock.dead_most = 40
+    sae_trainer.dead_latents.silent_tokens_F[DEAD] = 10**6
+    sae_trainer.dead_latents.dead_count = 40
     return sae_trainer
 
 

@@ -60,15 +60,16 @@ CODE = """
 import sys, torch
 torch.set_num_threads(1)
 from tubelet.cli.main import main
-from tubelet_trainer.run.training_run import Run
+from tubelet_trainer.optim.sae_group import SAEGroup
+from tubelet_trainer.optim.sae_group import SAEGroup
 
-learn, steps = Run.learn, []
+learn, steps = SAEGroup.learn, []
 
 def counted(run, batch, step):
     steps.append((step, batch.whole))
     return learn(run, batch, step)
 
-Run.learn = counted
+SAEGroup.learn = counted
 code = main(["train", sys.argv[1]])
 print(len(steps), steps[-1])
 sys.exit(code)
@@ -224,7 +225,7 @@ def test_ranks_that_are_told_to_stop_leave_a_checkpoint_together(store, tmp_path
 
 def test_what_a_split_dictionary_cannot_do_is_named(store, tmp_path):
     from tubelet.errors import TubeletError
-    from tubelet_trainer.run.process_group import ProcessGroup
+    from tubelet_trainer.process_group import ProcessGroup
     from tubelet_trainer.run.training_run import Run
 
     def run(spec):

@@ -104,7 +104,7 @@ def begin(store, out, fields):
     for sae_run in run.sae_runs:
         # Latents that never fire, so that the terms of dead ones are part of the step.
         sae_run.sae_trainer.sae.b_enc.data[:10] = -100
-    return run, iter(run.windows)
+    return run, iter(run.loader)
 
 
 @pytest.mark.parametrize("fields", RECIPES.values(), ids=RECIPES)
@@ -115,11 +115,13 @@ def test_no_step_waits_for_the_device(store, tmp_path, fields):
             torch.cuda.set_sync_debug_mode("error")
         try:
             with NoWaiting():
-                run.learn(next(batches), step)
+                run.sae_group.learn(next(batches), step)
         finally:
             if CUDA:
                 torch.cuda.set_sync_debug_mode("default")
-    assert all(sae_run.sae_trainer.clock.dead_most >= 10 for sae_run in run.sae_runs), "nobody died: AuxK went untested"
+    assert all(sae_run.sae_trainer.dead_latents.dead_count >= 10 for sae_run in run.sae_runs), (
+        "nobody died: AuxK went untested"
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,8 +179,8 @@ def test_one_look_at_the_dead_is_several_steps_old_and_repeats():
     for step in range(24):
         x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
         take_step(sae_trainer, x, step)
-        counts.append(int(sae_trainer.clock.dead_F.sum()))
-        known.append(sae_trainer.clock.dead_most)
+        counts.append(int(sae_trainer.dead_latents.dead_F.sum()))
+        known.append(sae_trainer.dead_latents.dead_count)
     assert max(counts) > 0
     # Sent out after steps 3, 7, 11, ..., read 4 steps later.
     assert known[7:11] == [counts[3]] * 4
@@ -225,7 +227,7 @@ def test_captured_steps_equal_the_others(store, tmp_path):
     for captured in (False, True):
         run, batches = begin(store, tmp_path / str(captured), {**RECIPES["together"], "cuda_graphs": captured})
         for step in range(20):
-            run.learn(next(batches), step)
+            run.sae_group.learn(next(batches), step)
         weights.append([p.detach().clone() for m in run.sae_runs for p in m.sae_trainer.sae.parameters()])
     for one, other in zip(*weights, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)

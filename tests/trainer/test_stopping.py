@@ -17,12 +17,12 @@ from stores import make_plan, make_store
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.optim.sae_group import SAEGroup
+from tubelet_trainer.process_group import ALONE
 from tubelet_trainer.run.checkpoint import load_latest
 from tubelet_trainer.run.loop import train
-from tubelet_trainer.run.process_group import ALONE
 from tubelet_trainer.run.run_folder import exclusive
 from tubelet_trainer.run.stop_signal import StopRequest
-from tubelet_trainer.run.training_run import Run
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +51,17 @@ torch.set_num_threads(1)
 # A parent in the background of a script ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from tubelet.cli.main import main
-from tubelet_trainer.run.process_group import ALONE
-from tubelet_trainer.run.training_run import Run
+from tubelet_trainer.process_group import ALONE
+from tubelet_trainer.optim.sae_group import SAEGroup
 from tubelet_trainer.run.stop_signal import StopRequest
 
-learn = Run.learn
+learn = SAEGroup.learn
 
 def slow(run, batch, step):
     time.sleep(0.02)
     return learn(run, batch, step)
 
-Run.learn = slow
+SAEGroup.learn = slow
 sys.exit(main(["train", sys.argv[1]]))
 """
 
@@ -111,10 +111,10 @@ def test_an_ignored_signal_stays_ignored_and_one_that_comes_twice_at_once_is_one
     try:
         with StopRequest().listening() as stop:
             signal.raise_signal(signal.SIGINT)
-            assert not stop.came(ALONE, torch.device("cpu"))
+            assert not stop.requested(ALONE, torch.device("cpu"))
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
-            assert stop.came(ALONE, torch.device("cpu"))
+            assert stop.requested(ALONE, torch.device("cpu"))
         with pytest.raises(SystemExit, match="143"):
             stop.leave(ALONE)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -143,7 +143,7 @@ GRID = {"optimizer": {"lr": [1e-3, 1e30], "warmup_steps": [0]}, "sae.seed": [0, 
 def test_of_several_saes_one_that_breaks_down_is_set_aside(store, tmp_path, monkeypatch):
     out = tmp_path / "run"
     config = configure(store, out, sweep=GRID, checkpoint_every=8)
-    with pytest.raises(TubeletError, match=r"2 of 4 SAEs broke down; the others are complete. Step 4 of lr=1e\+30"):
+    with pytest.raises(TubeletError, match=r"2 of 4 SAEs diverged; the others are complete. Step 4 of lr=1e\+30"):
         train(config)
     names = sorted(path.name for path in out.iterdir() if path.is_dir() and path.name != "checkpoints")
     healthy = [name for name in names if name.startswith("lr=0.001")]
@@ -156,15 +156,15 @@ def test_of_several_saes_one_that_breaks_down_is_set_aside(store, tmp_path, monk
         assert same(out / name, train(alone))
     assert not any((out / name / "sae.json").exists() for name in set(names) - set(healthy))
     # The same command trains nothing more, and says it again; so does one that continues.
-    monkeypatch.setattr(Run, "learn", None)
-    with pytest.raises(TubeletError, match="2 of 4 SAEs broke down"):
+    monkeypatch.setattr(SAEGroup, "learn", None)
+    with pytest.raises(TubeletError, match="2 of 4 SAEs diverged"):
         train(config)
     monkeypatch.undo()
     before = {name: load_file(out / name / "sae.safetensors") for name in healthy}
     (out / "checkpoints" / "latest").write_text("step-00000016")
     for name in healthy:
         (out / name / "sae.json").unlink()
-    with pytest.raises(TubeletError, match="2 of 4 SAEs broke down"):
+    with pytest.raises(TubeletError, match="2 of 4 SAEs diverged"):
         train(config)
     for name, tensors in before.items():
         found = load_file(out / name / "sae.safetensors")
@@ -174,7 +174,7 @@ def test_of_several_saes_one_that_breaks_down_is_set_aside(store, tmp_path, monk
 def test_where_all_saes_break_down_the_run_stops(store, tmp_path):
     sweep = {"optimizer.lr": [1e29, 1e30]}
     config = configure(store, tmp_path / "run", sweep=sweep, optimizer={"warmup_steps": 0}, checkpoint_every=1)
-    with pytest.raises(TubeletError, match=r"2 of 2 SAEs broke down\. .*lr=1e\+29.*lr=1e\+30.*Lower optimizer\.lr"):
+    with pytest.raises(TubeletError, match=r"2 of 2 SAEs diverged\. .*lr=1e\+29.*lr=1e\+30.*Lower optimizer\.lr"):
         train(config)
 
 

@@ -22,8 +22,9 @@ from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
 from tubelet_trainer.config import OptimizerConfig, TrainConfig
-from tubelet_trainer.data.mixing import measure_mixing
-from tubelet_trainer.data.split import HoldoutConfig, held_out
+from tubelet_trainer.data.clip_mixing import measure_mixing
+from tubelet_trainer.data.holdout import HoldoutConfig, held_out
+from tubelet_trainer.optim.sae_group import SAEGroup
 from tubelet_trainer.run.checkpoint import Checkpoint, load_latest, save_checkpoint
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.run.training_run import Run
@@ -111,7 +112,7 @@ class Cut(Exception):
 
 def cut_after(config, steps):
     """Run `config` and crash in step `steps` + 1."""
-    learn = Run.learn
+    learn = SAEGroup.learn
 
     def learn_or_crash(self, batch, step):
         if step == steps:
@@ -119,7 +120,7 @@ def cut_after(config, steps):
         return learn(self, batch, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "learn", learn_or_crash)
+        patch.setattr(SAEGroup, "learn", learn_or_crash)
         with pytest.raises(Cut):
             train(config)
 
@@ -174,7 +175,7 @@ def steps_logged(out):
 def test_held_out_videos_and_failed_clips_are_never_trained_on(store, tmp_path):
     config = configure(store, tmp_path / "run", steps=200)
     run = Run(config, [store], torch.device("cpu"))
-    seen = {int(clip) for batch in run.windows for clip in batch.clip.unique()}
+    seen = {int(clip) for batch in run.loader for clip in batch.clip.unique()}
     videos = store.clips()["video_id"].to_pylist()
     out = held_out(videos, config.holdout)
     held = {int(clip) for batch in run.heldout for clip in batch.clip.unique()}
@@ -195,7 +196,7 @@ def test_what_a_run_leaves(store, finished):
     assert record.provenance["holdout"] == {"fraction": 0.2, "seed": 0}
     assert record.provenance["loader"]["step"] == 30
     run = Run(configure(store, finished), [store], torch.device("cpu"))
-    assert record.provenance["mixing"] == asdict(measure_mixing(run.windows))
+    assert record.provenance["mixing"] == asdict(measure_mixing(run.loader))
     lines = log(finished)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [5, 10, 15, 20, 25, 30]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [10, 20, 30]
@@ -246,9 +247,9 @@ def test_what_only_shows_or_keeps_may_change(store, tmp_path):
 
 def test_an_epoch_ends_with_a_short_batch_so_that_each_token_is_seen_once(store, tmp_path):
     run = Run(configure(store, tmp_path, steps=None, epochs=2), [store], torch.device("cpu"))
-    clips = len(run.windows.clips)
-    assert run.windows.total_tokens == 2 * clips * 60
-    assert sum(len(batch) for batch in run.windows) == 2 * clips * 60
+    clips = len(run.loader.clips)
+    assert run.loader.total_tokens == 2 * clips * 60
+    assert sum(len(batch) for batch in run.loader) == 2 * clips * 60
 
 
 def test_training_that_blows_up_stops_before_a_checkpoint(store, tmp_path):

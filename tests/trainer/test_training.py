@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.optim.sae_group import SAEGroup
 from tubelet_trainer.run import trackers
 from tubelet_trainer.run.loop import train
-from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.sae_files import load_record, load_sae
 
 
@@ -58,7 +58,7 @@ class Cut(Exception):
 
 
 def cut_after(config, steps):
-    learn = Run.learn
+    learn = SAEGroup.learn
 
     def learn_or_crash(self, batch, step):
         if step == steps:
@@ -66,7 +66,7 @@ def cut_after(config, steps):
         return learn(self, batch, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "learn", learn_or_crash)
+        patch.setattr(SAEGroup, "learn", learn_or_crash)
         with pytest.raises(Cut):
             train(config)
 

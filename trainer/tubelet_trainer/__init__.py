@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tubelet_trainer.config import TrainConfig
+    from tubelet_trainer.data.holdout import held_out
     from tubelet_trainer.data.loader import ActivationLoader
     from tubelet_trainer.data.source import Source
-    from tubelet_trainer.data.split import held_out
     from tubelet_trainer.run.loop import train
     from tubelet_trainer.sae.model import SAE
     from tubelet_trainer.sae.sae_files import load_record, load_sae
@@ -27,7 +27,7 @@ _HOMES = {
     "Source": "data.source",
     "TrainConfig": "config",
     "ActivationLoader": "data.loader",
-    "held_out": "data.split",
+    "held_out": "data.holdout",
     "load_record": "sae.sae_files",
     "load_sae": "sae.sae_files",
     "train": "run.loop",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
 from tubelet.config import Config
 from tubelet_store.cache import CacheConfig
-from tubelet_trainer.data.split import HoldoutConfig
+from tubelet_trainer.data.holdout import HoldoutConfig
+from tubelet_trainer.format_1 import current_fields
 from tubelet_trainer.run.trackers import AnyTracker, NoTracker
 from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig
 
@@ -188,6 +189,11 @@ class TrainConfig(Config):
     running them. Needs a GPU, one process."""
     tracker: AnyTracker = NoTracker()
     """Where metrics go beside metrics.jsonl."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_format_1(cls, tree: Any) -> Any:
+        return current_fields(tree)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -33,7 +33,7 @@ from tubelet_lens.inputs.trained_sae import TrainedSae, check_store, load_traine
 from tubelet_lens.results.evaluation import read_evaluation
 from tubelet_lens.results.latent_table import FILE, read_latents
 from tubelet_store.reader import Store, open_store
-from tubelet_trainer.data.split import held_out
+from tubelet_trainer.data.holdout import held_out
 
 _NEAREST = 6
 _PROBE_CLIPS = 4000

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
 from tubelet_store.reader import Store
-from tubelet_trainer.data.split import HoldoutConfig, held_out
+from tubelet_trainer.data.holdout import HoldoutConfig, held_out
 
 
 def choose_clips(

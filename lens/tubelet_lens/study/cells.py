@@ -22,7 +22,7 @@ from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.study.config import SourceConfig, StudyConfig
 from tubelet_store.reader import open_store
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.run.specs import specs
+from tubelet_trainer.specs import specs
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,38 @@
-"""What the loader hands out."""
+"""A batch: tokens, their positions, and the neighbors that objectives compare them with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tubelet_store.plan import Grid
-from tubelet_trainer.data.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A anchors of a batch, each with a neighbor."""
+
+    rows: Tensor
+    """[A] int64: rows of the batch that are anchors."""
+    hooks: Mapping[str, Tensor]
+    """Per hook the neighbor's tokens [A, D], float32 as stored."""
+    positions: Tensor
+    """[A] int64: the neighbors' positions (see `Batch.positions`)."""
+    valid: Tensor
+    """[A] bool: False where an anchor has no such neighbor, or one of the two is a repeated frame."""
+    whole: int
+    """Anchors of the batch over all ranks."""
+    most: int
+    """Most anchors that a rank has in this batch."""
+    several_clips: bool
+    """The anchors of the whole batch, over all ranks, come from more than one clip. Known without asking the device.
+    Also true of the short batch that ends a run: it may be a single token, whose contrast is 0."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -49,3 +73,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+
+def join_pairs(parts: Sequence[Pairs], starts: Sequence[int]) -> Pairs:
+    """Pairs of a batch that is the concatenation of batches; batch i begins at row `starts[i]`."""
+    return Pairs(
+        rows=torch.cat([part.rows + start for part, start in zip(parts, starts, strict=True)]),
+        hooks={hook: torch.cat([part.hooks[hook] for part in parts]) for hook in parts[0].hooks},
+        positions=torch.cat([part.positions for part in parts]),
+        valid=torch.cat([part.valid for part in parts]),
+        whole=sum(part.whole for part in parts),
+        most=sum(part.most for part in parts),
+        several_clips=any(part.several_clips for part in parts) or sum(len(part) > 0 for part in parts) > 1,
+    )

@@ -36,13 +36,11 @@ from torch import Tensor
 from tubelet.errors import TubeletError
 from tubelet_trainer.data.batch import Batch
 from tubelet_trainer.data.buffers import BatchMemory, Buffer
-from tubelet_trainer.data.order import ORDER_VERSION
-from tubelet_trainer.data.pair_batch import DrawnPairs, Part
-from tubelet_trainer.data.pairs import PairArithmetic, PairDraw
+from tubelet_trainer.data.order import ORDER_VERSION, WindowOrder
+from tubelet_trainer.data.pairs import DrawnPairs, PairArithmetic, PairDraw, Part
 from tubelet_trainer.data.prefetcher import Prefetcher
 from tubelet_trainer.data.shard_prefetch import refuse_small_cache, shard_prefetch
 from tubelet_trainer.data.source import Source
-from tubelet_trainer.data.window_order import WindowOrder
 
 _TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

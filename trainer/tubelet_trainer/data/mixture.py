@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
 from tubelet_store.reader import Store
-from tubelet_trainer.data.batch import Batch
+from tubelet_trainer.data.batch import Batch, Pairs, join_pairs
 from tubelet_trainer.data.loader import ActivationLoader
-from tubelet_trainer.data.pairs import Pairs, join_pairs
 from tubelet_trainer.data.shard_prefetch import refuse_small_cache
 
 # A share of the whole, as a count of tokens: moments are merged by count.

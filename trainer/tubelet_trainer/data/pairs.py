@@ -14,8 +14,8 @@ whatever the encoder does, so it enters no pair.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,8 @@ from tubelet.errors import TubeletError
 from tubelet_store.plan import Grid
 from tubelet_store.reader import Store
 from tubelet_trainer.config import PairsConfig
+from tubelet_trainer.data.batch import Pairs
+from tubelet_trainer.data.prefetcher import Window
 
 # Constants of the splitmix64 finalizer (Stafford's mix 13) as signed 64-bit integers: torch has no unsigned products.
 _MIX_A = 0xBF58476D1CE4E5B9 - 2**64
@@ -43,43 +45,6 @@ class PairDraw:
     config: PairsConfig
     temporal: bool
     spatial: bool
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A anchors of a batch, each with a neighbor."""
-
-    rows: Tensor
-    """[A] int64: rows of the batch that are anchors."""
-    hooks: Mapping[str, Tensor]
-    """Per hook the neighbor's tokens [A, D], float32 as stored."""
-    positions: Tensor
-    """[A] int64: the neighbors' positions (see `Batch.positions`)."""
-    valid: Tensor
-    """[A] bool: False where an anchor has no such neighbor, or one of the two is a repeated frame."""
-    whole: int
-    """Anchors of the batch over all ranks."""
-    most: int
-    """Most anchors that a rank has in this batch."""
-    several_clips: bool
-    """The anchors of the whole batch, over all ranks, come from more than one clip. Known without asking the device.
-    Also true of the short batch that ends a run: it may be a single token, whose contrast is 0."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def join_pairs(parts: Sequence[Pairs], starts: Sequence[int]) -> Pairs:
-    """Pairs of a batch that is the concatenation of batches; batch i begins at row `starts[i]`."""
-    return Pairs(
-        rows=torch.cat([part.rows + start for part, start in zip(parts, starts, strict=True)]),
-        hooks={hook: torch.cat([part.hooks[hook] for part in parts]) for hook in parts[0].hooks},
-        positions=torch.cat([part.positions for part in parts]),
-        valid=torch.cat([part.valid for part in parts]),
-        whole=sum(part.whole for part in parts),
-        most=sum(part.most for part in parts),
-        several_clips=any(part.several_clips for part in parts) or sum(len(part) > 0 for part in parts) > 1,
-    )
 
 
 class PairArithmetic:
@@ -231,3 +196,87 @@ def _draws(places: Tensor, key: tuple[str | int, ...]) -> Tensor:
 def _shifted(values: Tensor, bits: int) -> Tensor:
     """Logical right shift: torch's copies the sign."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a batch, and which batch it is."""
+
+    rank: int
+    ranks: int
+    step: int
+    """Number of the batch."""
+    offset: int
+    """Rows of the batch that other streams fill before this one."""
+    anchors: int
+    """Rows of this stream, over all ranks, that get a pair."""
+    most: int
+    """Most anchors that a rank has in any batch."""
+    short: bool
+    """It is the batch that ends the run."""
+
+
+@dataclass
+class _Found:
+    positions: list[Tensor] = field(default_factory=list)
+    valid: list[Tensor] = field(default_factory=list)
+    tokens: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+class DrawnPairs:
+    """Collects the pairs of one batch.
+
+    Args:
+        draw: What to draw.
+        arithmetic: Finds the neighbors.
+        part: Of which batch.
+    """
+
+    def __init__(self, draw: PairDraw, arithmetic: PairArithmetic, part: Part) -> None:
+        self._arithmetic, self._part = arithmetic, part
+        self._seen = 0
+        self._clips: set[int] = set()
+        self._rows: list[Tensor] = []
+        self._temporal = _Found() if draw.temporal else None
+        self._spatial = _Found() if draw.spatial else None
+
+    def add(self, window: Window, rows: Tensor, host_rows: NDArray[np.int64], filled: int) -> None:
+        """Draw for the anchors among the next `rows` of the whole batch; this rank's begin at `filled` of its part."""
+        part, where = self._part, window.locations
+        taken = min(len(rows), part.anchors - self._seen)
+        if taken <= 0:
+            return
+        clips = where.clips_on_host(host_rows[:taken])
+        self._clips |= {int(clips.min()), int(clips.max())}
+        first = (part.rank - part.offset - self._seen) % part.ranks
+        mine = rows[first : taken : part.ranks]
+        self._rows.append(torch.arange(filled, filled + len(mine), device=rows.device))
+        places = part.offset + self._seen + first + part.ranks * torch.arange(len(mine), device=rows.device)
+        for found, neighbors_of in (
+            (self._temporal, self._arithmetic.temporal),
+            (self._spatial, self._arithmetic.spatial),
+        ):
+            if found is not None:
+                neighbors, valid = neighbors_of(mine, where.clips(mine), part.step, places)
+                found.positions.append(where.positions(neighbors))
+                found.valid.append(valid)
+                found.tokens.append(tuple(tokens.index_select(0, neighbors).float() for tokens in window.tokens))
+        self._seen += taken
+
+    def pairs(self, hooks: Sequence[str]) -> tuple[Pairs | None, Pairs | None]:
+        """Temporal and spatial pairs of the batch; `hooks` names what windows hold."""
+        return self._of(self._temporal, hooks), self._of(self._spatial, hooks)
+
+    def _of(self, found: _Found | None, hooks: Sequence[str]) -> Pairs | None:
+        if found is None or not found.positions:
+            return None
+        tokens = {hook: torch.cat(parts) for hook, parts in zip(hooks, zip(*found.tokens, strict=True), strict=True)}
+        return Pairs(
+            rows=torch.cat(self._rows),
+            hooks=tokens,
+            positions=torch.cat(found.positions),
+            valid=torch.cat(found.valid),
+            whole=self._part.anchors,
+            most=self._part.most,
+            several_clips=len(self._clips) > 1 or self._part.short,
+        )

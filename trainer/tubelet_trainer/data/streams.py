@@ -20,14 +20,14 @@ from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
 from tubelet_store.reader import Store, open_store
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.data.holdout import held_out
 from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.mixture import Mixture, mixed_moments, refuse_other_kind
 from tubelet_trainer.data.pairs import PairDraw
 from tubelet_trainer.data.shard_prefetch import fitting_shards
 from tubelet_trainer.data.source import Source, choose_hook
-from tubelet_trainer.data.split import held_out
-from tubelet_trainer.run.process_group import ALONE, ProcessGroup
-from tubelet_trainer.run.specs import Spec, specs
+from tubelet_trainer.process_group import ALONE, ProcessGroup
+from tubelet_trainer.specs import Spec, specs
 
 Stream = ActivationLoader | Mixture
 

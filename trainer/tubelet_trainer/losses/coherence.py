@@ -28,13 +28,13 @@ from torch import Tensor
 
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import ObjectiveConfig
-from tubelet_trainer.data.pairs import Pairs
+from tubelet_trainer.data.batch import Pairs
 from tubelet_trainer.losses.objective import Forward, Term, TermFunction
-from tubelet_trainer.optim.sharded_sae import RankedBatchTopK
-from tubelet_trainer.sae.activations import Sparsifier
 from tubelet_trainer.sae.config import AbsTopKConfig, Groups, SAEConfig
 from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.sharded import RankedBatchTopK
 from tubelet_trainer.sae.sparse_ops import decode, densify, every_latent, select
+from tubelet_trainer.sae.sparsifiers import Sparsifier
 
 Kind = Literal["temporal", "spatial"]
 

@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 
 from tubelet_trainer.data.batch import Batch
-from tubelet_trainer.optim.device_scalar import DeviceScalar
-from tubelet_trainer.run.process_group import ALONE, ProcessGroup
-from tubelet_trainer.sae.activations import Choice
+from tubelet_trainer.device_scalar import DeviceScalar
+from tubelet_trainer.process_group import ALONE, ProcessGroup
 from tubelet_trainer.sae.config import Flat
 from tubelet_trainer.sae.matryoshka import Cuts, cuts, prefix_reconstructions
 from tubelet_trainer.sae.model import SAE, Codes
 from tubelet_trainer.sae.sparse_ops import decode, largest
-
-# Steps between two looks at the number of dead latents, and the age it then has: by far enough for it to arrive, and
-# nothing beside the millions of tokens after which a latent is called dead.
-_LOOK_EVERY = 4
+from tubelet_trainer.sae.sparsifiers import Choice
 
 
 @dataclass(frozen=True)
@@ -230,75 +226,3 @@ class Objective:
         """Continue from what `state` gave."""
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
-
-
-class DeadLatentTracker:
-    """Tokens since each latent last fired.
-
-    The host learns how many are dead without waiting for the device: every 4 steps the number sets out, and it is read
-    4 steps later, when it is long there.
-
-    Args:
-        latents: F.
-        dead_after_tokens: Beyond this a latent is dead.
-        device: Where the SAE is.
-        holders: Who holds the other latents, where the dictionary is split.
-    """
-
-    def __init__(
-        self, latents: int, dead_after_tokens: int, device: torch.device, holders: ProcessGroup = ALONE
-    ) -> None:
-        self.silent_tokens_F = torch.zeros(latents, dtype=torch.int64, device=device)
-        self.dead_after_tokens = dead_after_tokens
-        self.holders = holders
-        self.dead_most = 0
-        """How many latents were dead, 4 to 7 steps ago."""
-        self._coming = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
-        # Read as plain memory.
-        self._came = self._coming.numpy()
-        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
-
-    @property
-    def dead_bound(self) -> int:
-        """`dead_most` rounded up to a power of 2, so that shapes that depend on it seldom change."""
-        return 1 << (self.dead_most - 1).bit_length() if self.dead_most else 0
-
-    @property
-    def dead_F(self) -> Tensor:
-        """bool [F]"""
-        return self.silent_tokens_F > self.dead_after_tokens
-
-    def update(self, codes: Codes, tokens: int | None = None, ranks: ProcessGroup = ALONE) -> None:
-        """Count one batch of `tokens` (None: as many as there are codes), of which `ranks` hold parts."""
-        self.silent_tokens_F += len(codes) if tokens is None else tokens
-        fired_F = codes.fired(len(self.silent_tokens_F))
-        if ranks.size > 1:
-            fired_F = ranks.sum(fired_F.int()) > 0
-        self.silent_tokens_F.masked_fill_(fired_F, 0)
-
-    def look(self, step: int) -> None:
-        """After step `step`: read the number that set out 4 steps ago, and send the next one."""
-        if (step + 1) % _LOOK_EVERY:
-            return
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        self.dead_most = int(self._came)
-        self._coming.copy_(self.holders.sum(self.dead_F.sum()), non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def state(self) -> dict[str, Tensor]:
-        """What a continued run needs, by reference."""
-        counts = torch.stack([torch.tensor(self.dead_most), self._settled()])
-        return {"silent_tokens": self.silent_tokens_F, "dead_counts": counts}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `state` gave."""
-        self.silent_tokens_F.copy_(tensors["silent_tokens"])
-        self.dead_most = int(tensors["dead_counts"][0])
-        self._settled().copy_(tensors["dead_counts"][1])
-
-    def _settled(self) -> Tensor:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._coming

@@ -1,4 +1,4 @@
-"""What makes the kinds without a k sparse: penalties, with a weight that warms up and can be steered.
+"""Sparsity penalties of the kinds without a k, with a weight that warms up and that an L0 controller may adapt.
 
     ReLU      sparsity x sum_j |z_j|                                      (decoder rows have norm 1)
     Gated     sparsity x sum_j ReLU(gate_j) + ||x - x^(ReLU(gate))||^2    (decoder frozen in the second)
@@ -15,32 +15,32 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from tubelet_trainer.device_scalar import DeviceScalar
 from tubelet_trainer.losses.objective import AuxK, Forward, Reconstruction, Term, TermFunction
-from tubelet_trainer.optim.device_scalar import DeviceScalar
-from tubelet_trainer.sae.activations import Choice, JumpReLU
 from tubelet_trainer.sae.config import GatedConfig, JumpReLUConfig, RandomPrefixes, ReLUConfig, SAEConfig
 from tubelet_trainer.sae.matryoshka import cuts
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.sparse_ops import decode, every_latent
+from tubelet_trainer.sae.sparsifiers import Choice, JumpReLU
 
-# Integral control on a logarithmic scale [RECON]: each step multiplies the weight by (L0 / target) ^ rate, by at most
-# e ^ rate. From L0 40 to a target of 5 on planted features, 0.003 took 1500 steps, 0.01 600 with L0 4.3 on the
-# way, 0.03 300; at full size L0 answers more slowly, so not the fastest.
-_STEERING_RATE = 0.01
+# L0 controller: integral control on a logarithmic scale. [RECON] Each step multiplies the weight by (L0 / target) ^
+# rate, by at most e ^ rate. From L0 40 to a target of 5 on planted features, 0.003 took 1500 steps, 0.01 600 with L0
+# 4.3 on the way, 0.03 300; at full size L0 answers more slowly, so not the fastest.
+_CONTROL_RATE = 0.01
 
-# Steering multiplies or divides the weight by at most this. [RECON] From the default weights an active latent then
-# costs as much as all the variance there is to explain, or nothing: going on would only lengthen the way back.
-STEERING_RANGE = 1000.0
-_MOST_LOG_GAIN = math.log(STEERING_RANGE)
+# The L0 controller multiplies or divides the weight by at most this. [RECON] From the default weights an active latent
+# then costs as much as all the variance there is to explain, or nothing: going further would only delay the way back.
+MAX_GAIN = 1000.0
+_MAX_LOG_GAIN = math.log(MAX_GAIN)
 
 
 class PenaltyWeight:
     """The weight of a penalty in the course of training.
 
     Args:
-        weight: After warm-up, before steering.
+        weight: After warm-up, before control.
         warmup_steps: Steps of linear rise.
-        target_l0: Active latents per token to steer toward; None: the weight stays.
+        target_l0: Active latents per token that the controller aims at; None: not controlled.
         device: Where the penalty is computed.
     """
 
@@ -54,25 +54,25 @@ class PenaltyWeight:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Set what the warm-up makes of the weight in step `step`, and whether it is steered."""
+        """Set the warm-up for step `step`, and whether the weight is controlled."""
         self._planned.set(self.weight * min(1.0, (step + 1) / (self.warmup_steps + 1)))
-        self._rate.set(_STEERING_RATE if self.target_l0 is not None and step >= self.warmup_steps else 0.0)
+        self._rate.set(_CONTROL_RATE if self.target_l0 is not None and step >= self.warmup_steps else 0.0)
 
     def now(self) -> Tensor:
         """The weight in this step, 0-dimensional."""
         return self._planned.on(self.log_gain.device) * self.log_gain.exp()
 
     def observe(self, l0: Tensor) -> None:
-        """Steer after a batch with `l0` active latents per token; not during warm-up."""
+        """Adapt the weight after a batch with `l0` active latents per token; not during warm-up."""
         if self.target_l0 is not None:
-            # No active latent at all is as far below the target as the clamp allows.
+            # Without any active latent the excess is at the lower clamp.
             excess = (l0.double().clamp_min(1e-9) / self.target_l0).log().clamp(-1, 1)
             self.log_gain += self._rate.on(self.log_gain.device) * excess
-            self.log_gain.clamp_(-_MOST_LOG_GAIN, _MOST_LOG_GAIN)
+            self.log_gain.clamp_(-_MAX_LOG_GAIN, _MAX_LOG_GAIN)
 
     def at_limit(self) -> Tensor:
-        """0-dimensional: 1 where steering has raised the weight as far as it may, -1 where lowered, else 0."""
-        return torch.where(self.log_gain.abs() < _MOST_LOG_GAIN, 0, self.log_gain.sign())
+        """0-dimensional: 1 at the upper limit of the weight, -1 at the lower one, else 0."""
+        return torch.where(self.log_gain.abs() < _MAX_LOG_GAIN, 0, self.log_gain.sign())
 
 
 class SparsityPenalty(ABC):
@@ -91,7 +91,7 @@ class SparsityPenalty(ABC):
         self.weight.begin(step)
 
     def __call__(self, forward: Forward) -> Term:
-        """Metrics: `sparsity` (the unweighted penalty), `sparsity_weight`; where that is steered, `sparsity_limit`."""
+        """Metrics: `sparsity` (the unweighted penalty), `sparsity_weight`; if controlled, `sparsity_limit`."""
         weight = self.weight.now()
         penalty, beside = self.penalty(forward)
         active = forward.per_token((forward.codes.values.detach() != 0).sum())

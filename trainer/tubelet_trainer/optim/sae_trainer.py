@@ -1,13 +1,12 @@
-"""One SAE while it learns: weights, optimizer, terms, what counts its dead latents. It sees batches, not stores.
+"""One SAE in training: weights, optimizer, loss terms, dead-latent counts. It sees batches, not stores.
 
-    step number ─▶ begin ─▶ Forward ─▶ Objective ─▶ gradient ─▶ update: project, Adam (clipped), unit norm, count
-                                                                      finish: resample, sort, look at the dead
+    begin(step)                what the step number decides: k, learning rate, weights of the terms
+    update(forward, total)     gradients: sum over ranks, project, clip, Adam; unit norm; count; average the weights
+    finish(forward)            what happens every so many steps: resample, sort, read the number of dead latents
 
-Everything that a step depends on is either in `state` or a function of the step's number, so a continued run repeats
-the uninterrupted one. Between `begin` and `finish` a step is always the same sequence of operations on the device: what
-the host decides from step to step is decided in these two. Nothing in a step waits for the device.
-
-A `Cohort` takes the steps, of one learner or of several together.
+All state is either in `state` or a function of the step number, so a resumed run repeats the uninterrupted one. Between
+`begin` and `finish` a step is the same sequence of device operations every time, so it can be recorded as a CUDA graph;
+all decisions of the host are made in these two. A step never synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -21,31 +20,32 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from tubelet_trainer.config import OptimizerConfig
-from tubelet_trainer.losses.objective import DeadLatentTracker, Forward, Objective, Term
-from tubelet_trainer.optim.adam import Adam
-from tubelet_trainer.optim.device_scalar import DeviceScalar
-from tubelet_trainer.optim.sharded_sae import RankedBatchTopK, ShardedSAE, gradient_norm
-from tubelet_trainer.run.process_group import ALONE, ProcessGroup
-from tubelet_trainer.sae.activations import JumpReLU
+from tubelet_trainer.device_scalar import DeviceScalar
+from tubelet_trainer.losses.objective import Forward, Objective, Term
+from tubelet_trainer.optim.dead_latents import DeadLatentTracker
+from tubelet_trainer.process_group import ALONE, ProcessGroup
 from tubelet_trainer.sae.config import JumpReLUConfig, RandomPrefixes
 from tubelet_trainer.sae.model import SAE
+from tubelet_trainer.sae.sharded import RankedBatchTopK, ShardedSAE
+from tubelet_trainer.sae.sparsifiers import JumpReLU
 
-# Resampled encoder rows are short, so that a new latent disturbs little (Bricken et al. 2023, appendix).
+# Norm of a resampled encoder row, relative to the mean of the living ones: a short row disturbs little (Bricken et al.
+# 2023, appendix).
 _RESAMPLED_ENCODER_NORM = 0.2
 
-# What is resampled in the last tenth of a run would not be learned any more. [RECON]
+# Share of the run after which nothing is resampled. [RECON] A latent resampled in the last tenth has no time to learn.
 _RESAMPLE_UNTIL = 0.9
 
-# Weight of the newest batch in the latents' running energy (Abeshima 2024).
+# Weight of the newest batch in the running energy of the latents (Abeshima 2024).
 _ENERGY_RATE = 0.05
 
 
 def ema_decay(decay: float, step: int) -> float:
     """Decay of the running mean of the weights in step `step` (from 0): min(decay, (1 + step) / (10 + step)).
 
-    The mean looks back over about a tenth of the steps so far, until that is as long as `decay` says. With `decay`
-    alone a run of a few hundred steps would end in its initial weights. As `num_updates` does in TensorFlow's
-    ExponentialMovingAverage.
+    The mean looks back over about a tenth of the steps so far, until that is as long as `decay` says. With a constant
+    `decay` a run of a few hundred steps would end close to its initial weights. Same formula as `num_updates` of
+    TensorFlow's ExponentialMovingAverage.
     """
     return min(decay, (1 + step) / (10 + step))
 
@@ -55,13 +55,13 @@ class SAETrainer:
 
     Args:
         sae: Initialized, on its device. Trained in place.
-        objective: What to minimize.
+        objective: Loss.
         config: Optimizer and schedule.
         steps: Length of the run.
-        dead_after_tokens: Tokens without firing after which a latent is dead.
-        precision: Of the products in training, as `TrainConfig.precision` says.
-        ranks: Processes that see the other parts of every batch.
-        batch_tokens: Of a usual batch, over all ranks; None: all are alike.
+        dead_after_tokens: A latent is dead after this many tokens without firing.
+        precision: Of the matrix products while training, see `TrainConfig.precision`.
+        ranks: Processes that hold the other parts of every batch.
+        batch_tokens: Tokens of a full batch, over all ranks; None: all batches have the same size.
     """
 
     def __init__(
@@ -84,22 +84,34 @@ class SAETrainer:
         self.precision = precision
         self.ranks = ranks
         holders = sae.ranks if isinstance(sae, ShardedSAE) else ALONE
-        self.clock = DeadLatentTracker(sae.latents, dead_after_tokens, self.device, holders)
+        self.dead_latents = DeadLatentTracker(sae.latents, dead_after_tokens, self.device, holders)
         self.averaged = copy.deepcopy(sae) if config.ema is not None else None
         """Running mean of the weights."""
-        self._renewal = DeviceScalar(0.0)
+        self._ema_rate = DeviceScalar(0.0)
         nesting = sae.config.nesting
         self._sort_every = nesting.sort_every if isinstance(nesting, RandomPrefixes) else None
         self.energy_F = torch.zeros(sae.latents, device=self.device)
-        """Running mean of each latent's squared code, where latents are sorted by it."""
+        """Running mean of each latent's squared code; latents are sorted by it."""
         self._peak_lr = config.peak_lr(sae.latents * holders.size)
-        beta1 = config.beta1 if config.beta1 is not None else (0.0 if isinstance(sae.config, JumpReLUConfig) else 0.9)
-        self.adam = Adam(dict(sae.named_parameters()), (beta1, config.beta2), config.eps)
-
-    @property
-    def lr(self) -> float:
+        self.lr = 0.0
         """Learning rate of the last step."""
-        return self.adam.lr
+        self._lr = DeviceScalar(0.0)
+        beta1 = config.beta1 if config.beta1 is not None else (0.0 if isinstance(sae.config, JumpReLUConfig) else 0.9)
+        self.optimizer = torch.optim.Adam(
+            sae.parameters(),
+            lr=self._lr.on(self.device),
+            betas=(beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+            capturable=self.device.type == "cuda",
+        )
+        # torch would create them in the first step; a resumed run loads them before that.
+        for parameter in sae.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     def begin(self, step: int, whole: int | None = None) -> None:
         """Set what step `step` (from 0) changes, for a batch of `whole` tokens over all ranks."""
@@ -108,14 +120,21 @@ class SAETrainer:
         if isinstance(self.sae.sparsifier, RankedBatchTopK):
             self.sae.sparsifier.whole = whole
         self.objective.begin(self.sae, step)
-        self.adam.set_lr(self._peak_lr * self.config.lr_factor(step, self.steps))
+        self.lr = self._peak_lr * self.config.lr_factor(step, self.steps)
+        self._lr.set(self.lr)
         if self.config.ema is not None:
-            self._renewal.set(1 - ema_decay(self.config.ema, step))
+            self._ema_rate.set(1 - ema_decay(self.config.ema, step))
 
     def update(self, forward: Forward, total: Term) -> dict[str, Tensor]:
-        """Step from the gradients of `total`, and count; the metrics."""
-        norm = self.apply_gradients()
-        self.clock.update(forward.codes, forward.whole, self.ranks)
+        """One optimizer step from the gradients as they are; metrics of `total`, and `grad_norm` before clipping."""
+        self.ranks.sum_gradients(self.sae.parameters())
+        self.sae.project_decoder_gradient()
+        norm = self.sae.gradient_norm()
+        # The fused kernel divides gradients by `grad_scale`: clipping without another pass over them.
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.config.grad_clip).clamp_min(1).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.sae.normalize_decoder()
+        self.dead_latents.update(forward.codes, forward.whole, self.ranks)
         if self._sort_every is not None:
             energy_F = self.ranks.sum(forward.codes.energy(self.sae.latents)) / forward.whole
             self.energy_F.lerp_(energy_F.to(self.energy_F.dtype), _ENERGY_RATE)
@@ -123,22 +142,13 @@ class SAETrainer:
         return {**total.metrics, "grad_norm": norm}
 
     def finish(self, forward: Forward) -> None:
-        """After a step: what is done every so many steps."""
+        """What happens every so many steps; after each step."""
         step, every = forward.step, self.config.resample_every
         if every is not None and (step + 1) % every == 0 and step < _RESAMPLE_UNTIL * self.steps:
             self._resample(forward)
         if self._sort_every is not None and (step + 1) % self._sort_every == 0:
             self._sort()
-        self.clock.look(step)
-
-    def apply_gradients(self) -> Tensor:
-        """One optimizer step from the gradients as they are; their norm before clipping."""
-        self.ranks.sum_gradients(self.sae.parameters())
-        self.sae.project_decoder_gradient()
-        norm = gradient_norm(self.sae)
-        self.adam.step(((norm + 1e-6) / self.config.grad_clip).clamp_min(1).float())
-        self.sae.normalize_decoder()
-        return norm
+        self.dead_latents.read(step)
 
     @torch.no_grad()
     def result(self) -> SAE:
@@ -154,21 +164,21 @@ class SAETrainer:
     def _average(self) -> None:
         if self.averaged is None:
             return
-        renewal = self._renewal.on(self.device)
+        rate = self._ema_rate.on(self.device)
         for average, parameter in zip(self.averaged.parameters(), self.sae.parameters(), strict=True):
-            average.lerp_(parameter, renewal.to(average.dtype))
+            average.lerp_(parameter, rate.to(average.dtype))
         for mean, current in zip(self.averaged.buffers(), self.sae.buffers(), strict=True):
             mean.copy_(current)
 
     @torch.no_grad()
     def _resample(self, forward: Forward) -> None:
-        """Give dead latents the directions of tokens that are reconstructed badly (Bricken et al. 2023, appendix).
+        """Give dead latents the directions of badly reconstructed tokens (Bricken et al. 2023, appendix).
 
         Tokens are drawn with probability proportional to their squared loss. The decoder row becomes the token's
-        direction, the encoder row the same at 0.2 of the mean norm of the living ones; biases and the optimizer's
-        moments of those latents start anew.
+        direction, the encoder row the same at 0.2 of the mean norm of the living ones; biases and optimizer moments of
+        these latents are reset.
         """
-        sae, dead_F = self.sae, self.clock.dead_F
+        sae, dead_F = self.sae, self.dead_latents.dead_F
         generator = torch.Generator(self.device).manual_seed(sae.config.seed * 1_000_003 + forward.step)
         loss_B = (forward.x_BD - forward.recon_BD).square().sum(dim=1)
         x_BD, loss_B = (self.ranks.interleave(part, forward.whole) for part in (forward.x_BD, loss_B))
@@ -183,46 +193,53 @@ class SAETrainer:
         fresh = {"W_dec": rows_FD, "W_enc": rows_FD * norm * _RESAMPLED_ENCODER_NORM}
         if isinstance(sae.sparsifier, JumpReLU):
             fresh["sparsifier.log_threshold"] = zeros_F + math.log(sae.sparsifier.initial_threshold)
-        for name, tensors in self._per_latent().items():
+        for name, (weights, moments) in self._per_latent().items():
             mask = dead_F if sae.get_parameter(name).ndim == 1 else dead_F[:, None]
-            weights, moments = tensors
             for tensor in weights:
                 tensor.copy_(torch.where(mask, fresh.get(name, zeros_F), tensor))
             for tensor in moments:
                 tensor.masked_fill_(mask, 0)
-        self.clock.silent_tokens_F.masked_fill_(dead_F, 0)
+        self.dead_latents.silent_tokens_F.masked_fill_(dead_F, 0)
 
     @torch.no_grad()
     def _sort(self) -> None:
-        """Order the latents by falling energy, with everything that is known of each.
+        """Sort the latents by falling energy, with all their state.
 
-        The code of Abeshima 2024 looks for the optimizer's moments where they are not, and leaves them behind.
+        The code of Abeshima 2024 looks up the optimizer's moments under the wrong key, and does not sort them.
         """
         order_F = self.energy_F.argsort(descending=True, stable=True)
-        found = [tensor for tensors in self._per_latent().values() for part in tensors for tensor in part]
-        for tensor in (*found, self.clock.silent_tokens_F, self.energy_F):
+        rows = [tensor for parts in self._per_latent().values() for part in parts for tensor in part]
+        for tensor in (*rows, self.dead_latents.silent_tokens_F, self.energy_F):
             tensor.copy_(tensor[order_F])
 
     def _per_latent(self) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-        """Of each parameter with a row per latent: the weights (and their running mean), the optimizer's moments."""
+        """Each parameter with a row per latent: the weights (and their running mean), the optimizer's moments."""
         averages = dict(self.averaged.named_parameters()) if self.averaged is not None else {}
         return {
             name: (
                 [parameter, averages[name]] if averages else [parameter],
-                [self.adam.moments[name]["exp_avg"], self.adam.moments[name]["exp_avg_sq"]],
+                [self.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")],
             )
             for name, parameter in self.sae.named_parameters()
             if name != "b_dec"
         }
 
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """`parameter/exp_avg` and so on, by reference."""
+        return {
+            f"{name}/{key}": tensor
+            for name, parameter in self.sae.named_parameters()
+            for key, tensor in self.optimizer.state[parameter].items()
+        }
+
     def state(self) -> dict[str, Tensor]:
-        """Everything that decides the rest, by name, by reference."""
+        """All state of the training, by name, by reference."""
         tensors = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        tensors |= {f"adam/{name}": tensor for name, tensor in self.adam.state().items()}
+        tensors |= {f"adam/{name}": tensor for name, tensor in self._optimizer_state().items()}
         if self.averaged is not None:
             tensors |= {f"ema/{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         tensors |= {f"objective/{name}": tensor for name, tensor in self.objective.state().items()}
-        tensors |= {f"clock/{name}": tensor for name, tensor in self.clock.state().items()}
+        tensors |= {f"dead_latents/{name}": tensor for name, tensor in self.dead_latents.state().items()}
         if self._sort_every is not None:
             tensors["energy"] = self.energy_F
         return tensors
@@ -234,10 +251,11 @@ class SAETrainer:
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = tensor
         self.sae.load_state_dict(parts["sae"])
-        self.adam.load_state(parts["adam"])
+        for name, tensor in self._optimizer_state().items():
+            tensor.copy_(parts["adam"][name])
         if self.averaged is not None:
             self.averaged.load_state_dict(parts["ema"])
         self.objective.load_state(parts.get("objective", {}))
-        self.clock.load_state(parts["clock"])
+        self.dead_latents.load_state(parts["dead_latents"])
         if self._sort_every is not None:
             self.energy_F.copy_(tensors["energy"])

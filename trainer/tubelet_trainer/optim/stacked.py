@@ -1,15 +1,16 @@
-"""SAEs of one run that step together: one preparation of the batch, one product where shapes allow, one backward pass.
+"""Several SAEs in one step: one encoder product, one choice and one decoding for all of them, one backward pass.
 
     tokens, normalized once ─▶ pre-activations [S N, F] ─▶ one choice, one decoding of S N tokens ─▶ S Forwards
     W_enc, W_dec of all S SAEs lie in one array [S F, D]                                    each its own terms
 
-S SAEs of equal shape are one SAE with S F latents and S N tokens, in which a token sees its own F alone. So kernels are
-as few for S as for one, which is what counts on a GPU where one SAE is too small to fill it. Each still has the weights
-that it would have alone, bit for bit on a CPU: every row is the same sum in the same order. The encoder's product too:
-on a CPU a batched one gave the bits of single ones in nine shapes out of nine (S 3 to 16, B 61 to 1024, F 96 to 1536,
-D 16 to 768, one thread), in 0.88 to 0.98 of their time at full size and 0.3 to 0.6 of it for the smallest. Each SAE has
-an optimizer step of its own: one fused call for all gives the same bits, but clipping differs between SAEs, so their
-gradients would be divided in a pass before it: 1.12 to 1.18 of the time (4 and 8 SAEs of 1536 x 768, one thread).
+S SAEs of the same shape are one SAE with S F latents and S N tokens, in which a token sees its own F latents only. So a
+step launches as many kernels for S SAEs as for one, which matters on a GPU that one SAE is too small to fill. On a CPU
+each SAE gets the same bits as when it is trained alone: every row is the same sum in the same order. That includes the
+batched encoder product: its bits equaled those of single products in nine shapes out of nine (S 3 to 16, B 61 to 1024,
+F 96 to 1536, D 16 to 768, one thread), in 0.88 to 0.98 of their time at full size and 0.3 to 0.6 of it for the
+smallest. Each SAE has its own optimizer step: one fused call for all gives the same bits, but the clipping factor
+differs between SAEs, so gradients would be divided in a pass of their own: 1.12 to 1.18 of the time (4 and 8 SAEs of
+1536 x 768, one thread).
 """
 
 from __future__ import annotations
@@ -24,15 +25,9 @@ from torch import Tensor
 from tubelet_trainer.data.batch import Batch
 from tubelet_trainer.losses.objective import Forward, Term
 from tubelet_trainer.optim.sae_trainer import SAETrainer
-from tubelet_trainer.optim.sharded_sae import RankedBatchTopK, ShardedSAE
-from tubelet_trainer.sae.activations import BatchTopK, Choice
-from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE, Codes
-from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sparse_ops import Bags, decode, largest, pays_dense, select
-
-# Pre-activations of a cohort in one array take at most this. SAEs that exceed it fill a GPU by themselves.
-_MOST_BYTES = 2**30
+from tubelet_trainer.sae.sparsifiers import BatchTopK, Choice
 
 # Beyond it a function is no longer compiled; torch's own limit is 8.
 _RECOMPILE_LIMIT = 256
@@ -42,8 +37,8 @@ class StackedSAEs:
     """SAEs with one shape, one hook and one normalization.
 
     Args:
-        learners: Whose SAEs they are. Of several, the weights are moved into one array.
-        hook: Whose tokens they learn.
+        sae_trainers: The SAEs. The weights of several are moved into one array.
+        hook: Hook whose tokens they learn from.
         compiled: Compile the losses and their gradients with `torch.compile`.
     """
 
@@ -53,16 +48,9 @@ class StackedSAEs:
         self._encoders, self._decoders = (_together(self.saes, name) for name in ("W_enc", "W_dec"))
         self._losses = self.losses
         if compiled:
-            # Each cohort, each k while it is annealed and each width of AuxK is compiled anew.
+            # Each stack, each k while it is annealed and each width of AuxK is compiled separately.
             torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
             self._losses = torch.compile(self.losses, dynamic=False)
-
-    def learn(self, batch: Batch, tokens: Tensor, step: int) -> list[Mapping[str, Tensor]]:
-        """A whole step number `step` (from 0) from normalized tokens [B, D]; metrics of each SAE, on the device."""
-        self.begin(step, batch)
-        forwards, metrics = self.compute(batch, tokens, step)
-        self.finish(forwards)
-        return metrics
 
     def begin(self, step: int, batch: Batch) -> None:
         """Set what step `step` changes."""
@@ -70,9 +58,13 @@ class StackedSAEs:
             sae_trainer.begin(step, batch.whole)
 
     def compute(self, batch: Batch, x_BD: Tensor, step: int) -> tuple[list[Forward], list[Mapping[str, Tensor]]]:
-        """What the device does in a step, the same in each."""
+        """The device's part of step `step` (from 0), from normalized tokens [B, D]: the same operations each time.
+
+        Returns:
+            Each SAE's view of the batch, and its metrics (on the device; with `grad_norm`).
+        """
         for sae_trainer in self.sae_trainers:
-            sae_trainer.adam.zero_grad()
+            sae_trainer.optimizer.zero_grad()
         seen, totals = self._losses(batch, x_BD)
         forwards = [replace(forward, step=step) for forward in seen]
         torch.autograd.backward([total.loss for total in totals])
@@ -80,17 +72,17 @@ class StackedSAEs:
         return forwards, [sae_trainer.update(forward, total) for sae_trainer, forward, total in together]
 
     def losses(self, batch: Batch, x_BD: Tensor) -> tuple[list[Forward], list[Term]]:
-        """Each SAE's view of the batch, and what it minimizes; the same in every step."""
+        """Each SAE's view of the batch, and its loss."""
         first = self.sae_trainers[0]
         low = first.precision != torch.float32
-        # Without its cache of cast weights, which a captured graph could not see again.
+        # No cache of cast weights: a recorded CUDA graph would not see their updates.
         with torch.autocast(first.device.type, first.precision, enabled=low, cache_enabled=False):
             forwards = self._forwards(batch, x_BD)
             pairs = zip(self.sae_trainers, forwards, strict=True)
             return forwards, [sae_trainer.objective(forward) for sae_trainer, forward in pairs]
 
     def finish(self, forwards: Sequence[Forward]) -> None:
-        """After a step: what is done every so many steps."""
+        """What happens every so many steps; after each step."""
         for sae_trainer, forward in zip(self.sae_trainers, forwards, strict=True):
             sae_trainer.finish(forward)
 
@@ -99,8 +91,8 @@ class StackedSAEs:
         k = getattr(first.sae.sparsifier, "k", first.sae.latents)
         seen: list[dict[str, Any]] = [
             {
-                "dead_F": sae_trainer.clock.dead_F,
-                "dead_bound": sae_trainer.clock.dead_bound,
+                "dead_F": sae_trainer.dead_latents.dead_F,
+                "dead_bound": sae_trainer.dead_latents.dead_bound,
                 "batch": batch,
                 "hook": self.hook,
                 "ranks": sae_trainer.ranks,
@@ -122,7 +114,7 @@ class StackedSAEs:
         indices = (choice.indices.view(count, -1) + latents * at[:, None]).view_as(choice.indices)
         selected = select(
             x_BD.repeat(count, 1),
-            # Stacked anew for each use: a bias that two uses share would get their sum, and so round otherwise.
+            # Stacked again for each use: gradients of a shared stack would be summed first, and round differently.
             torch.stack([sae.b_dec for sae in saes]),
             _Leaves.apply(self._encoders, *(sae.W_enc for sae in saes)),
             torch.cat([sae.b_enc for sae in saes]),
@@ -132,7 +124,7 @@ class StackedSAEs:
         )
         values = selected * choice.keep
         decoder = _Leaves.apply(self._decoders, *(sae.W_dec for sae in saes))
-        # Sizes in full: a rank's part of a short last batch may have no token, and nothing can be told from 0.
+        # All sizes given: a rank may have no token of a short last batch, and -1 cannot be inferred from 0 elements.
         recon_SBD = decode(values, indices, decoder, choice.bags).view(count, *x_BD.shape)
         recon_SBD = recon_SBD + torch.stack([sae.b_dec for sae in saes])[:, None]
         entries = zip(values.tensor_split(count), choice.indices.tensor_split(count), strict=True)
@@ -158,62 +150,20 @@ class StackedSAEs:
             choice: Choice = first(pre_SBF.flatten(0, 1))
             return choice
         values_SE, places_SE = largest(pre_SBF.flatten(1), first.budget(pre_SBF[0]))
-        found: list[Choice] = []
+        choices: list[Choice] = []
         for sparsifier, *own in zip(sparsifiers, values_SE, places_SE, pre_SBF, strict=True):
             assert isinstance(sparsifier, BatchTopK)
-            found.append(sparsifier.chosen(*own))
-        bags = [choice.bags for choice in found if choice.bags is not None]
+            choices.append(sparsifier.chosen(*own))
+        bags = [choice.bags for choice in choices if choice.bags is not None]
         entries = values_SE.shape[1]
         return Choice(
-            torch.cat([choice.indices for choice in found]),
-            torch.cat([choice.keep for choice in found]),
+            torch.cat([choice.indices for choice in choices]),
+            torch.cat([choice.keep for choice in choices]),
             Bags(
                 torch.cat([bag.of_E + s * tokens for s, bag in enumerate(bags)]),
                 torch.cat([bag.starts_N + s * entries for s, bag in enumerate(bags)]),
             ),
         )
-
-
-def stacks(
-    sae_trainers: Sequence[SAETrainer], hooks: Sequence[str], batch_tokens: int, compiled: bool = False
-) -> list[StackedSAEs]:
-    """`learners`, each at its hook, in cohorts, in the order of the first of each."""
-    groups: list[tuple[list[SAETrainer], str]] = []
-    for sae_trainer, hook in zip(sae_trainers, hooks, strict=True):
-        for group, at in groups:
-            sizes = (len(group) + 1) * batch_tokens * sae_trainer.sae.latents * 4
-            if at == hook and sizes <= _MOST_BYTES and _alike(group[0], sae_trainer):
-                group.append(sae_trainer)
-                break
-        else:
-            groups.append(([sae_trainer], hook))
-    return [StackedSAEs(group, hook, compiled) for group, hook in groups]
-
-
-def same_normalization(one: Normalization, other: Normalization) -> bool:
-    """Whether two normalizations are the same map."""
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def _alike(one: SAETrainer, other: SAETrainer) -> bool:
-    kinds = (TopKConfig, BatchTopKConfig, AbsTopKConfig)
-    a, b = one.sae, other.sae
-    return (
-        isinstance(a.config, kinds)
-        and not isinstance(a, ShardedSAE)
-        and not isinstance(a.sparsifier, RankedBatchTopK)
-        and _shape(a.config) == _shape(b.config)
-        and a.W_enc.shape == b.W_enc.shape
-        and a.W_enc.dtype == b.W_enc.dtype
-        and one.precision == other.precision
-        and same_normalization(a.normalization, b.normalization)
-    )
-
-
-def _shape(config: SAEConfig) -> tuple[object, ...]:
-    """What decides the shapes of a step."""
-    return type(config), getattr(config, "k", None), getattr(config, "k_anneal_steps", None)
 
 
 def _together(saes: Sequence[SAE], name: str) -> Tensor:

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: everything that decides what comes next.
+"""Checkpoints of a run: the whole state of its training.
 
-    checkpoints/step-00001000/state.safetensors   tensors: weights, optimizer moments, firing clock
+    checkpoints/step-00001000/state.safetensors   tensors: weights, optimizer moments, dead-latent counts
     checkpoints/step-00001000/state.json          step, configuration, store identity, loader state, software
-    checkpoints/latest                            name of the newest whole checkpoint
+    checkpoints/latest                            name of the newest complete checkpoint
 
-A checkpoint is written under a temporary name, synced, renamed; `latest` is replaced after that. Killed at any point,
-`latest` names a whole checkpoint or is not there.
+A checkpoint is written under a temporary name, synced and renamed; then `latest` is replaced. If the process is killed
+at any point, `latest` names a complete checkpoint or does not exist.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tubelet.durable_files import replace_file, synchronize, write_durably
 from tubelet.errors import TubeletError
+from tubelet_trainer.format_1 import current_record, current_tensor
 
 _TENSORS = "state.safetensors"
 _RECORD = "state.json"
@@ -60,19 +61,19 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         _remove(temporary)
     synchronize(folder)
     replace_file(folder / _LATEST, name.encode())
-    for stale in sorted(path for path in folder.glob(f"{_PREFIX}*") if path.name < name)[: -(keep - 1) or None]:
-        _remove(stale)
+    for outdated in sorted(path for path in folder.glob(f"{_PREFIX}*") if path.name < name)[: -(keep - 1) or None]:
+        _remove(outdated)
 
 
 def latest_name(folder: Path) -> str | None:
-    """Name of the newest whole checkpoint below `folder`; None if there is none."""
+    """Name of the newest complete checkpoint below `folder`; None if there is none."""
     pointer = folder / _LATEST
     # Only a name below this folder is followed, whatever the file says.
     return Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below `folder`; None if there is none.
+    """The newest complete checkpoint below `folder`; None if there is none.
 
     Raises:
         TubeletError: the checkpoint that `latest` names is missing or damaged.
@@ -82,8 +83,9 @@ def load_latest(folder: Path) -> Checkpoint | None:
         return None
     path = folder / name
     try:
-        record = json.loads((path / _RECORD).read_text())
-        return Checkpoint(int(record["step"]), load_file(path / _TENSORS), record)
+        record = current_record(json.loads((path / _RECORD).read_text()))
+        tensors = {current_tensor(name): tensor for name, tensor in load_file(path / _TENSORS).items()}
+        return Checkpoint(int(record["step"]), tensors, record)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         remedy = f"Write the name of another checkpoint into {folder / _LATEST}, or delete {folder} to start again"
         raise TubeletError(f"Checkpoint {path} cannot be read: {error}", remedy) from error

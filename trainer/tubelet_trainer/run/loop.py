@@ -1,20 +1,19 @@
 """The training loop.
 
-    stores ─▶ Streams ─▶ batch ─▶ Learner, Learner, ... (one per SAE) ─▶ metrics, checkpoints
+    stores ─▶ loader ─▶ batch ─▶ SAEGroup.learn (all SAEs) ─▶ metrics, evaluations, checkpoints
 
-All SAEs of a run see the same batches; each learns as if it were alone, so that training several together gives the
-weights that each would have alone. What a run leaves in its folder:
+What a run leaves in its folder:
 
     config.yaml                        the configuration, defaults included
     metrics.jsonl                      one line per logged step ("train") and evaluation ("eval")
-    checkpoints/                       see `checkpoint`
+    checkpoints/                       see `tubelet_trainer.run.checkpoint`
     sae.safetensors, sae.json          the trained SAE with its normalization and provenance; written at the end
 
-With several SAEs `checkpoints` and the whole configuration lie there, and the rest in a folder for each.
+With several SAEs `checkpoints` and the whole configuration are there, and the rest in one folder per SAE.
 
-Killed at any point, the same command continues to the same weights: bit for bit on the CPU with the same number of
-threads. Told to stop (Ctrl-C, SIGTERM) it leaves a checkpoint first. Of several SAEs one that breaks down is set aside,
-and the others go on.
+A run that is killed at any point and started again ends with the same weights: bit for bit on the CPU with the same
+number of threads. Told to stop (Ctrl-C, SIGTERM) it writes a checkpoint first. Of several SAEs one that diverges is set
+aside, and the others go on.
 """
 
 from __future__ import annotations
@@ -32,12 +31,11 @@ from tubelet.errors import TubeletError
 from tubelet_store.reader import Store
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.data.streams import open_stores, resident_shards
+from tubelet_trainer.process_group import join_process_group
 from tubelet_trainer.run.checkpoint import Checkpoint, latest_name, load_latest, save_checkpoint
-from tubelet_trainer.run.divergence import find_divergence, raise_diverged
+from tubelet_trainer.run.diagnostics import L0ControllerWatch, find_divergence, raise_diverged
 from tubelet_trainer.run.environment import keep_memory, software
-from tubelet_trainer.run.l0_controller import L0ControllerWatch
-from tubelet_trainer.run.process_group import ProcessGroup, join_process_group
-from tubelet_trainer.run.run_folder import Logs, claimed, exported
+from tubelet_trainer.run.run_folder import Logs, exported, writing
 from tubelet_trainer.run.stop_signal import StopRequest
 from tubelet_trainer.run.train_progress import ProgressReport
 from tubelet_trainer.run.training_run import Run
@@ -49,90 +47,72 @@ _FEW_STEPS = 100
 
 
 def train(config: TrainConfig) -> Path:
-    """Train the SAEs that `config` describes, continuing a run found in `config.out`; the run's folder.
+    """Train the SAEs that `config` describes, resuming a run found in `config.out`; the run's folder.
 
     Under torchrun all processes call it; the first one writes.
 
     Raises:
-        TubeletError: the store or configuration does not fit, `out` holds another run, or training broke down.
+        TubeletError: the store or configuration does not fit, `out` holds another run, or training diverged.
     """
     with join_process_group() as ranks:
-        return _train(config, ranks)
+        stores = open_stores(config)
+        folder = config.out / "checkpoints"
+        resumed_from, checkpoint = latest_name(folder), load_latest(folder)
+        # All ranks have read before the first one writes.
+        ranks.wait()
+        config = _with_resident_shards(config, stores, checkpoint)
+        device = choose_device(config.device)
+        if device.type == "cpu":
+            keep_memory()
+        run = Run(config, stores, device, ranks)
+        if checkpoint is not None and not config.resume:
+            raise TubeletError(
+                f"{config.out} already holds a run", "Choose another --out, or resume it with --resume true"
+            )
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        done, steps = run.loader.step, run.loader.steps
+        if done < steps or not all(exported(sae_run.out, run) for sae_run in run.sound):
+            with (
+                writing(run, resumed_from) as logs,
+                ProgressReport(steps, done, silent=not ranks.first) as report,
+            ):
+                _announce(run, checkpoint, report)
+                logs.write("mixing", 0, {sae_run.name: asdict(run.mixing) for sae_run in run.sae_runs})
+                _loop(run, folder, logs, report)
+        elif ranks.first:
+            print(f"{config.out} is complete: {done} steps were taken", file=sys.stderr)
+        ranks.wait()
+        raise_diverged(run)
+        return config.out
 
 
-def _train(config: TrainConfig, ranks: ProcessGroup) -> Path:
-    stores = open_stores(config)
-    folder = config.out / "checkpoints"
-    looked_at, found = latest_name(folder), load_latest(folder)
-    # Everyone has looked before the first one writes.
-    ranks.wait()
-    config = _with_resident_shards(config, stores, found)
-    device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_memory()
-    run = Run(config, stores, device, ranks)
-    if found is not None and not config.resume:
-        raise TubeletError(
-            f"{config.out} already holds a run", "Choose another --out, or let it continue with --resume true"
-        )
-    if found is not None:
-        run.restore(found)
-    done = run.windows.step
-    if done < run.windows.steps or not all(exported(sae_run.out, run) for sae_run in run.sound):
-        with claimed(run, looked_at) as logs:
-            _finish(run, found, folder, logs)
-    elif ranks.first:
-        print(f"{config.out} is complete: {done} steps were taken", file=sys.stderr)
-    ranks.wait()
-    raise_diverged(run)
-    return config.out
-
-
-def _finish(run: Run, found: Checkpoint | None, folder: Path, logs: Logs) -> None:
-    """Train to the end, and write the SAEs."""
-    done = run.windows.step
-    with ProgressReport(run.windows.steps, done, silent=not run.ranks.first) as report:
-        _announce(run, found, report)
-        logs.write("mixing", 0, {sae_run.name: asdict(run.mixing) for sae_run in run.sae_runs})
-        final = _loop(run, folder, logs, report)
-        for name, figures in final.items():
-            if figures.get("fvu", 0.0) > 1:
-                label = f"{name}: " if name else ""
-                report.note(
-                    f"{label}FVU {figures['fvu']:.2f} is worse than predicting the mean (FVU 1): it has not learned. "
-                    "Train longer, or with a lower optimizer.lr, into another --out"
-                )
-    for sae_run in run.sound:
-        if (sae := run.result(sae_run)) is not None and run.ranks.first:
-            save_sae(sae_run.out, sae, run.provenance(sae_run, final[sae_run.name]))
-
-
-def _with_resident_shards(config: TrainConfig, stores: Sequence[Store], found: Checkpoint | None) -> TrainConfig:
+def _with_resident_shards(config: TrainConfig, stores: Sequence[Store], checkpoint: Checkpoint | None) -> TrainConfig:
     """`config` with `resident_shards` decided: it is part of the order of tokens, so it must stay with the run."""
     if config.resident_shards is not None:
         return config
-    if found is not None:
-        return config.model_copy(update={"resident_shards": found.record["config"].get("resident_shards")})
+    if checkpoint is not None:
+        return config.model_copy(update={"resident_shards": checkpoint.record["config"].get("resident_shards")})
     return config.model_copy(update={"resident_shards": resident_shards(config, stores)})
 
 
-def _loop(run: Run, folder: Path, logs: Logs, report: ProgressReport) -> dict[str, dict[str, float]]:
-    """Train to the end; of each SAE the last evaluation, or without held-out videos the last training metrics."""
-    config, steps = run.config, run.windows.steps
+def _loop(run: Run, folder: Path, logs: Logs, report: ProgressReport) -> None:
+    """Train to the end, evaluate and export."""
+    config, steps = run.config, run.loader.steps
     latest: dict[str, dict[str, float]] = {}
     tokens, since = 0, time.monotonic()
     watch = L0ControllerWatch()
     with StopRequest().listening() as stop:
-        for batch in run.windows:
-            step = run.windows.step
-            found = run.learn(batch, step - 1)
+        for batch in run.loader:
+            step = run.loader.step
+            metrics = run.sae_group.learn(batch, step - 1)
             tokens += batch.whole
             reports = step % config.log_every == 0 or step == steps
-            # Ranks ask each other seldom: it is a wait for the device.
-            stops = step < steps and (reports or run.ranks.size == 1) and stop.came(run.ranks, run.device)
+            # With several ranks asked only when metrics are read anyway: it waits for the device.
+            stops = step < steps and (reports or run.ranks.size == 1) and stop.requested(run.ranks, run.device)
             saves = step % config.checkpoint_every == 0 or step == steps
             if reports or saves or stops:
-                latest = _read(run, found, batch.whole == config.batch_tokens, report)
+                latest = _read(run, metrics, batch.whole == config.batch_tokens, report)
             if reports:
                 speed = tokens / (time.monotonic() - since)
                 tokens, since = 0, time.monotonic()
@@ -142,22 +122,37 @@ def _loop(run: Run, folder: Path, logs: Logs, report: ProgressReport) -> dict[st
                 }
                 logs.write("train", step, {name: rates[name] | line for name, line in latest.items()})
             if stops:
-                # Before all that takes long, and before a terminal that may be gone is written to.
+                # First of all: the rest may take long, or write to a terminal that is gone.
                 _save(run, step, folder)
             if reports:
                 means = {key: sum(line[key] for line in latest.values()) / len(latest) for key in ("fvu", "l0", "dead")}
                 report.metrics(step, speed, means, len(latest))
-                for line in watch.look(step, steps, run.sound, latest):
+                for line in watch.warnings(step, steps, run.sound, latest):
                     report.note(line)
             if step % config.eval_every == 0 and step < steps:
                 _evaluate(run, step, logs, report)
             if stops:
-                report.note(f"stopped after step {step} of {steps}, which is kept")
+                report.note(f"stopped after step {step} of {steps}; the checkpoint is written")
                 stop.leave(run.ranks)
             if saves:
                 _save(run, step, folder)
-    # Killed after its last checkpoint, a run has no step left to read metrics from.
-    return _evaluate(run, steps, logs, report) or latest or {sae_run.name: {} for sae_run in run.sae_runs}
+    # A run killed after its last checkpoint has no step left to read metrics from.
+    final = _evaluate(run, steps, logs, report) or latest or {sae_run.name: {} for sae_run in run.sae_runs}
+    _export(run, final, report)
+
+
+def _export(run: Run, final: Mapping[str, Mapping[str, float]], report: ProgressReport) -> None:
+    """Write the SAEs, with their final figures."""
+    for name, figures in final.items():
+        if figures.get("fvu", 0.0) > 1:
+            label = f"{name}: " if name else ""
+            report.note(
+                f"{label}FVU {figures['fvu']:.2f} is worse than predicting the mean (FVU 1): it has not learned. "
+                "Train longer, or with a lower optimizer.lr, into another --out"
+            )
+    for sae_run in run.sound:
+        if (sae := run.result(sae_run)) is not None and run.ranks.first:
+            save_sae(sae_run.out, sae, run.provenance(sae_run, final[sae_run.name]))
 
 
 def _save(run: Run, step: int, folder: Path) -> None:
@@ -167,32 +162,32 @@ def _save(run: Run, step: int, folder: Path) -> None:
 
 
 def _read(
-    run: Run, found: Sequence[Mapping[str, Tensor]], whole: bool, report: ProgressReport
+    run: Run, metrics: Sequence[Mapping[str, Tensor]], full: bool, report: ProgressReport
 ) -> dict[str, dict[str, float]]:
-    """The metrics of a step of each sound SAE as numbers; one that has broken down is set aside.
+    """The metrics of a step of each sound SAE as numbers; one that has diverged is set aside.
 
     Args:
         run: After the step.
-        found: The step's metrics of each SAE.
-        whole: The batch is not the run's last, which may be too small to judge by.
-        report: Tells of an SAE that is set aside.
+        metrics: The step's metrics of each SAE.
+        full: The batch is full; the run's last one may be too small to judge by.
+        report: Where an SAE that is set aside is reported.
 
     Raises:
         TubeletError: no SAE is left.
     """
     latest: dict[str, dict[str, float]] = {}
     new: list[TubeletError] = []
-    for sae_run, metrics in zip(run.sae_runs, found, strict=True):
-        if sae_run.name in run.broken:
+    for sae_run, line in zip(run.sae_runs, metrics, strict=True):
+        if sae_run.name in run.diverged:
             continue
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in line.items()}
         norm = sae_run.sae_trainer.sae.W_enc.detach().norm(dim=1).mean()
         values["encoder_norm"] = float(run.ranks.sum(norm) / run.ranks.size)
-        fault = find_divergence(sae_run, run.windows.step, values, whole)
+        fault = find_divergence(sae_run, run.loader.step, values, full)
         if fault is None:
             latest[sae_run.name] = values
             continue
-        run.broken[sae_run.name] = fault
+        run.diverged[sae_run.name] = fault
         new.append(fault)
     if not run.sound:
         raise_diverged(run)
@@ -213,33 +208,33 @@ def _evaluate(run: Run, step: int, logs: Logs, report: ProgressReport) -> dict[s
     return figures
 
 
-def _announce(run: Run, found: Checkpoint | None, report: ProgressReport) -> None:
-    windows = run.windows
-    kept = 0 if run.heldout is None else len(run.heldout.clips)
+def _announce(run: Run, checkpoint: Checkpoint | None, report: ProgressReport) -> None:
+    loader = run.loader
+    heldout_clips = 0 if run.heldout is None else len(run.heldout.clips)
     report.note(
-        f"{', '.join(run.streams.hooks)}: {len(windows.clips)} clips to train on, {kept} held out, "
-        f"{run.streams.failed} failed; {windows.total_tokens:,} tokens in {windows.steps} steps"
+        f"{', '.join(run.streams.hooks)}: {len(loader.clips)} clips to train on, {heldout_clips} held out, "
+        f"{run.streams.failed} failed; {loader.total_tokens:,} tokens in {loader.steps} steps"
     )
-    report.note(f"{run.mixing}; windows take {windows.memory_bytes / 2**20:,.0f} MiB")
-    if not kept:
+    report.note(f"{run.mixing}; shuffle windows take {loader.memory_bytes / 2**20:,.0f} MiB")
+    if not heldout_clips:
         report.note("no video is held out: nothing will be evaluated (see holdout.fraction)")
-    if windows.steps < _FEW_STEPS:
-        report.note(f"only {windows.steps} steps: lower batch_tokens, or raise epochs, tokens or steps, to learn more")
+    if loader.steps < _FEW_STEPS:
+        report.note(f"only {loader.steps} steps: lower batch_tokens, or raise epochs, tokens or steps, to learn more")
     for sae_run in run.sae_runs:
         channels = sae_run.sae_trainer.sae.channels
         latents = sae_run.spec.config.sae.latents_for(channels)
         report.note(f"{sae_run.name or sae_run.hook}: {latents} latents for {channels} channels")
-    if found is None:
+    if checkpoint is None:
         for sae_run in {sae_run.hook: sae_run for sae_run in run.sae_runs}.values():
             offset = Offset.of(sae_run.moments)
-            centered = "centered here" if sae_run.spec.config.sae.normalization.center else "NOT centered here"
+            centered = "centered" if sae_run.spec.config.sae.normalization.center else "NOT centered"
             report.note(
-                f"{sae_run.hook}: tokens lie {offset.gamma:.2f} standard deviations off the origin ({centered}); "
-                f"uncentered, about {offset.dead_share:.1%} of the latents would start dead"
+                f"{sae_run.hook}: the mean token is {offset.gamma:.2f} standard deviations from the origin; tokens are "
+                f"{centered} (uncentered, about {offset.dead_share:.1%} of the latents would start dead)"
             )
         return
-    report.note(f"continuing after step {found.step}")
-    then = found.record["software"]
+    report.note(f"resuming after step {checkpoint.step}")
+    then = checkpoint.record["software"]
     changed = [f"{name} {then.get(name)} -> {value}" for name, value in software().items() if then.get(name) != value]
     if changed:
         report.note(f"changed since: {', '.join(changed)}; results agree up to rounding, not bit for bit")

@@ -1,4 +1,4 @@
-"""The folder of a run while it trains: one process's alone, with its configurations and logs."""
+"""The folder of a run while it trains: locked by one process, with configurations and logs."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from tubelet.config import dump_yaml
 from tubelet.durable_files import locked, replace_file
 from tubelet.errors import TubeletError
 from tubelet_trainer.run.checkpoint import latest_name
-from tubelet_trainer.run.metrics_log import MetricsLog
-from tubelet_trainer.run.specs import flat
-from tubelet_trainer.run.trackers import Prefixed, Tracker, open_tracker
+from tubelet_trainer.run.trackers import MetricsLog, Prefixed, Tracker, open_tracker
 from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.sae_files import RECORD, load_record
+from tubelet_trainer.specs import flat
 
 _LOCK = ".lock"
 
 
 @contextmanager
-def claimed(run: Run, looked_at: str | None) -> Iterator[Logs]:
-    """The run's logs, while no other process writes into its folder.
+def writing(run: Run, resumed_from: str | None) -> Iterator[Logs]:
+    """The run's logs, while no other process can write into its folder.
 
     Args:
-        run: As its newest checkpoint says.
-        looked_at: The name of that checkpoint.
+        run: As its newest checkpoint left it.
+        resumed_from: Name of that checkpoint.
 
     Raises:
-        TubeletError: another process does, or did since.
+        TubeletError: another process writes there, or has written there since the checkpoint was read.
     """
     with ExitStack() as stack:
         if run.ranks.first:
             stack.enter_context(exclusive(run.config.out))
-            if latest_name(run.config.out / "checkpoints") != looked_at:
+            if latest_name(run.config.out / "checkpoints") != resumed_from:
                 raise TubeletError(f"Another process has trained into {run.config.out} meanwhile", "Run it again")
             _write_configs(run)
-        logs = Logs(run, run.windows.step)
+        logs = Logs(run, run.loader.step)
         stack.callback(logs.close)
         yield logs
 
@@ -105,5 +104,5 @@ class Logs:
 
 
 def exported(out: Path, run: Run) -> bool:
-    """There is an SAE in `out`, and it is of the run's store."""
+    """There is an SAE in `out`, and it was trained on the run's store."""
     return (out / RECORD).is_file() and load_record(out).provenance.get("store_identity") == run.store.identity

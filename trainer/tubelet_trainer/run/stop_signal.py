@@ -19,7 +19,7 @@ from types import FrameType
 
 import torch
 
-from tubelet_trainer.run.process_group import ProcessGroup
+from tubelet_trainer.process_group import ProcessGroup
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME_WITHIN_S = 1.0
@@ -64,7 +64,7 @@ class StopRequest:
         finally:
             restore()
 
-    def came(self, ranks: ProcessGroup, device: torch.device) -> bool:
+    def requested(self, ranks: ProcessGroup, device: torch.device) -> bool:
         """Some rank was told to stop; a collective call."""
         if ranks.size == 1:
             return self._came is not None

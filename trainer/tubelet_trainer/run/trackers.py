@@ -1,13 +1,17 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases or MLflow, by configuration.
+"""Where metrics go: metrics.jsonl, and by choice TensorBoard, Weights & Biases or MLflow.
 
-The JSON lines are the record; a tracker is a view of it. Its library is imported when a run starts, and only then. A
-continued run goes on in the same place (W&B, MLflow: the run's id is kept in `tracker.json`); what was logged between
-the last checkpoint and a kill then stands there twice.
+metrics.jsonl is the record: one JSON object per line, appended as training goes. A figure that is not defined (the FVU
+of a batch of one token, say) is null, and `undefined` names it.
+
+A tracker is a view of the record. Its library is imported when a run starts, and only then. A resumed run logs to the
+same place (W&B, MLflow: `tracker.json` keeps the run's id); what was logged between the last checkpoint and a kill then
+appears there twice.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -72,6 +76,57 @@ class Tracker(Protocol):
     def close(self) -> None:
         """Everything written is where it belongs when this returns."""
         ...
+
+
+class MetricsLog:
+    """Append to the log at `path`.
+
+    Args:
+        path: The file.
+        step: Steps already done. Later lines belong to a run that was killed: they are dropped, and written again.
+        tracker: Gets every new line too; closed with the log.
+    """
+
+    def __init__(self, path: Path, step: int, tracker: Tracker) -> None:
+        kept = [line for line in _lines(path) if line["step"] <= step]
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._written = {(line.get("kind"), line["step"]) for line in kept}
+        self._file = path.open("a")
+        self._tracker = tracker
+
+    def write(self, kind: str, step: int, **values: float) -> None:
+        """Append a line, unless the log has it from before a kill; it is in the file when this returns."""
+        if (kind, step) in self._written:
+            return
+        line = {"kind": kind, "step": step, **defined(values)}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        self._tracker.write(kind, step, {name: value for name, value in values.items() if math.isfinite(value)})
+
+    def close(self) -> None:
+        """Close the file and the tracker."""
+        self._file.close()
+        self._tracker.close()
+
+
+def defined(values: Mapping[str, float]) -> dict[str, Any]:
+    """`values` for JSON: what is not finite is None, and listed under `undefined`."""
+    missing = [name for name, value in values.items() if not math.isfinite(value)]
+    known = {name: None if name in missing else value for name, value in values.items()}
+    return {**known, "undefined": missing} if missing else known
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of the log; a kill may have cut the last one short."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
 
 
 class Prefixed:

@@ -1,7 +1,7 @@
-"""A run in training: its data, its SAEs, its position; everything that a checkpoint holds.
+"""A run in training: its data, its SAEs, its position, and the checkpoint of all that.
 
-All SAEs of a run see the same batches; each learns as if it were alone, so that training several together gives the
-weights that each would have alone.
+All SAEs of a run see the same batches and train independently: training several together gives the weights that each
+would have alone.
 """
 
 from __future__ import annotations
@@ -20,40 +20,32 @@ from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
 from tubelet_store.reader import Store
 from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.data.batch import Batch
-from tubelet_trainer.data.mixing import Mixing, measure_mixing
+from tubelet_trainer.data.clip_mixing import Mixing, measure_mixing
 from tubelet_trainer.data.source import choose_hook
 from tubelet_trainer.data.streams import Stream, Streams
 from tubelet_trainer.losses.coherence import coherence_terms
 from tubelet_trainer.losses.objective import Objective
+from tubelet_trainer.losses.sharded import sharded_terms
 from tubelet_trainer.losses.sparsity import sae_terms
-from tubelet_trainer.optim.cuda_graph import refuse_unrepeatable
 from tubelet_trainer.optim.sae_group import SAEGroup
 from tubelet_trainer.optim.sae_trainer import SAETrainer
-from tubelet_trainer.optim.sharded_sae import (
-    ShardedSAE,
-    gather_state,
-    own_state,
-    refuse_unsplittable,
-    sharded_terms,
-    split_batch,
-)
+from tubelet_trainer.process_group import ALONE, ProcessGroup
 from tubelet_trainer.run.checkpoint import Checkpoint
 from tubelet_trainer.run.environment import software
 from tubelet_trainer.run.heldout import evaluate
-from tubelet_trainer.run.metrics_log import defined
-from tubelet_trainer.run.process_group import ALONE, ProcessGroup
-from tubelet_trainer.run.specs import Spec, flat, specs
+from tubelet_trainer.run.trackers import defined
 from tubelet_trainer.sae.init import initialize, needs_tokens
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalization import Normalization
+from tubelet_trainer.sae.sharded import ShardedSAE, gather_state, own_state, split_batch
+from tubelet_trainer.specs import Spec, flat, refuse_conflicts, specs
 
-# Latents silent for 10 million tokens are dead (Gao et al. 2024, appendix A.2). A short run would never get there:
-# a tenth of its tokens, if that is less. [RECON]
+# A latent is dead after 10 million tokens without firing (Gao et al. 2024, appendix A.2). [RECON] At most after a tenth
+# of the run's tokens: in a short run no latent would ever count as dead.
 _DEAD_AFTER_TOKENS = 10_000_000
 _DEAD_AFTER_SHARE = 10
 
-# Fields that change what is shown or kept, or where it lies, not what is learned. The store is compared by identity.
+# Fields that may differ when a run is resumed: they do not change what is learned. Stores are compared by identity.
 _FREE_FIELDS = (
     "store",
     "out",
@@ -96,11 +88,11 @@ class SAERun:
 
 
 class Run:
-    """SAEs in training: their data, weights, optimizers and position. `learn` advances them by one batch.
+    """SAEs in training: their data, weights, optimizers and position. `sae_group.learn` advances them by one batch.
 
     Args:
         config: The configuration.
-        stores: The open stores: its own, and those that are mixed with it.
+        stores: The open stores: the run's own, and those mixed with it.
         device: Where to train.
         ranks: The processes of the run.
 
@@ -113,15 +105,15 @@ class Run:
     ) -> None:
         self.config, self.store, self.device, self.ranks = config, stores[0], device, ranks
         self.sharded = ranks.size > 1 and config.parallel == "dictionary"
-        found = specs(config)
-        self.streams = Streams(config, found, stores, device, ALONE if self.sharded else ranks)
-        self.windows = self.streams.training
+        refuse_conflicts(config, device, ranks)
+        saes = specs(config)
+        self.streams = Streams(config, saes, stores, device, ALONE if self.sharded else ranks)
+        self.loader = self.streams.training
         self.heldout = self.streams.heldout
-        self.sae_runs = [self._begin(spec) for spec in found]
+        self.sae_runs = [self._begin(spec) for spec in saes]
         hooks = [sae_run.hook for sae_run in self.sae_runs]
-        self.broken: dict[str, TubeletError] = {}
-        """What is wrong with SAEs that have broken down, by name. They are not looked at any more."""
-        refuse_unrepeatable(config, device, ranks)
+        self.diverged: dict[str, TubeletError] = {}
+        """Why SAEs that have diverged cannot recover, by name. They are set aside: not logged, not exported."""
         self.sae_group = SAEGroup(
             [sae_run.sae_trainer for sae_run in self.sae_runs],
             hooks,
@@ -133,7 +125,7 @@ class Run:
     @cached_property
     def mixing(self) -> Mixing:
         """How well batches mix clips."""
-        return measure_mixing(self.windows)
+        return measure_mixing(self.loader)
 
     @property
     def sae_run(self) -> SAERun:
@@ -142,7 +134,7 @@ class Run:
 
     @property
     def sae(self) -> SAE:
-        """The SAE in training, where there is one."""
+        """The first (or only) SAE's weights."""
         return self.sae_run.sae_trainer.sae
 
     def _begin(self, spec: Spec) -> SAERun:
@@ -151,16 +143,16 @@ class Run:
         hook = choose_hook(self.store, config.hook)
         moments = self.streams.moments(hook)
         normalization = Normalization.from_moments(moments, config.sae.normalization)
-        # A dictionary that is split because it is too large for a device is begun elsewhere.
+        # A split dictionary may be too large for one device.
         home = torch.device("cpu") if self.sharded else self.device
         sae = SAE(config.sae, normalization).to(home)
-        wanted = needs_tokens(config.sae.init)
-        initialize(sae, moments, self.streams.first_tokens(hook, config.sae.init.tokens).to(home) if wanted else None)
+        init = config.sae.init
+        tokens = self.streams.first_tokens(hook, init.tokens).to(home) if needs_tokens(init) else None
+        initialize(sae, moments, tokens)
         variance = normalization.variance(moments)
-        terms = sae_terms(config.sae, sae.channels, variance, self.windows.steps, self.device)
+        terms = sae_terms(config.sae, sae.channels, variance, self.loader.steps, self.device)
         terms += coherence_terms(config.objective, config.sae, sae.latents, variance)
         if self.sharded:
-            refuse_unsplittable(config)
             sae, terms = ShardedSAE(sae, self.ranks).to(self.device), sharded_terms(terms, self.ranks)
         else:
             split_batch(sae, self.ranks)
@@ -168,7 +160,7 @@ class Run:
             sae,
             Objective(terms),
             config.optimizer,
-            self.windows.steps,
+            self.loader.steps,
             _dead_after(config, total),
             torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32,
             ALONE if self.sharded else self.ranks,
@@ -178,39 +170,33 @@ class Run:
 
     @property
     def sound(self) -> list[SAERun]:
-        """The SAEs that have not broken down."""
-        return [sae_run for sae_run in self.sae_runs if sae_run.name not in self.broken]
-
-    def learn(self, batch: Batch, step: int) -> list[Mapping[str, Tensor]]:
-        """Step number `step` (from 0): learn from `batch`; metrics of each SAE, on the device, with `grad_norm`."""
-        return self.sae_group.learn(batch, step)
+        """The SAEs that have not diverged."""
+        return [sae_run for sae_run in self.sae_runs if sae_run.name not in self.diverged]
 
     def result(self, sae_run: SAERun) -> SAE | None:
-        """The SAE to export, whole; a split one on the first rank alone, None on the others. A collective call."""
+        """The whole SAE to export; a split one on the first rank only, None on the others. A collective call."""
         sae = sae_run.sae_trainer.result()
         return sae.gathered() if isinstance(sae, ShardedSAE) else sae
 
     def evaluate(self, sae_run: SAERun, heldout: Stream) -> dict[str, float]:
-        """Figures of the SAE on held-out tokens (see `evaluation`); a collective call."""
-        found = evaluate(sae_run.sae_trainer.result(), heldout, sae_run.hook)
+        """Figures of the SAE on held-out tokens (see `tubelet_trainer.run.heldout`); a collective call."""
+        figures = evaluate(sae_run.sae_trainer.result(), heldout, sae_run.hook)
         if self.sharded:
-            # Every rank saw all tokens through its own latents.
-            own = torch.tensor([found["l0"], found["dead"]], dtype=torch.float64, device=self.device)
+            # Each rank saw all tokens through its own latents.
+            own = torch.tensor([figures["l0"], figures["dead"]], dtype=torch.float64, device=self.device)
             l0, dead = self.ranks.sum(own).tolist()
-            found |= {"l0": l0, "dead": dead / self.ranks.size}
-        return found
+            figures |= {"l0": l0, "dead": dead / self.ranks.size}
+        return figures
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Everything that decides the rest of the run, after `step` steps: complete on the first rank. A collective
-        call.
-        """
+        """The state after `step` steps, complete on the first rank. A collective call."""
         record = {
             "config": self._tree,
             "store_identities": self.streams.identities,
             "hook": self.sae_run.hook,
-            "loader": {**self.windows.state_dict(), "step": step},
+            "loader": {**self.loader.state_dict(), "step": step},
             "software": software(),
-            "broken": {name: [fault.problem, fault.remedy] for name, fault in self.broken.items()},
+            "diverged": {name: [fault.problem, fault.remedy] for name, fault in self.diverged.items()},
         }
         tensors: dict[str, Tensor] = {}
         for sae_run in self.sae_runs:
@@ -223,7 +209,7 @@ class Run:
         """Continue from `checkpoint`, with any number of ranks.
 
         Raises:
-            TubeletError: it was made with another configuration or store.
+            TubeletError: it was written with another configuration or store.
         """
         self._refuse_other_run(checkpoint.record)
         for sae_run in self.sae_runs:
@@ -232,11 +218,11 @@ class Run:
                 raise TubeletError(
                     f"The checkpoint in {self.config.out} has no SAE '{sae_run.name}'", "Train into another --out"
                 )
-            found = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
-            sae_run.sae_trainer.load_state(own_state(found, self.ranks) if self.sharded else found)
-        self.windows.load_state_dict(checkpoint.record["loader"])
-        broken = checkpoint.record.get("broken", {})
-        self.broken = {name: TubeletError(problem, remedy) for name, (problem, remedy) in broken.items()}
+            state = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
+            sae_run.sae_trainer.load_state(own_state(state, self.ranks) if self.sharded else state)
+        self.loader.load_state_dict(checkpoint.record["loader"])
+        diverged = checkpoint.record.get("diverged", {})
+        self.diverged = {name: TubeletError(problem, remedy) for name, (problem, remedy) in diverged.items()}
 
     @property
     def _tree(self) -> dict[str, Any]:
@@ -251,7 +237,7 @@ class Run:
             for name in sorted(then.keys() | now.keys())
             if name.partition(".")[0] not in _FREE_FIELDS and then.get(name) != now.get(name)
         ]
-        # Stores may have moved: what counts is what they hold.
+        # By identity: a store may have moved.
         if (before := record.get("store_identities")) != self.streams.identities:
             known = ", ".join(before) if before else "not recorded (an older version)"
             differ.append(f"store identities: {known} -> {', '.join(self.streams.identities)}")
@@ -262,7 +248,7 @@ class Run:
             )
 
     def provenance(self, sae_run: SAERun, metrics: Mapping[str, float]) -> dict[str, JsonValue]:
-        """Where an SAE comes from, for `sae.json`."""
+        """What an SAE was trained on, for `sae.json`."""
         plan, config = self.store.plan, sae_run.spec.config
         described = {
             "store": Path(self.store.url).name,
@@ -278,8 +264,8 @@ class Run:
             "holdout": config.holdout.model_dump(mode="json"),
             "objective": config.objective.model_dump(mode="json"),
             "pairs": config.pairs.model_dump(mode="json"),
-            "loader": self.windows.state_dict(),
-            "tokens": self.windows.total_tokens,
+            "loader": self.loader.state_dict(),
+            "tokens": self.loader.total_tokens,
             "mixing": asdict(self.mixing),
             "metrics": defined(metrics),
             "software": software(),

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tubelet.errors import TubeletError
-from tubelet_trainer.sae.activations import AbsTopK, BatchTopK, Choice, JumpReLU, TopK, build_sparsifier
 from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sparse_ops import Bags, decode, densify, is_dense, select
+from tubelet_trainer.sae.sparsifiers import AbsTopK, BatchTopK, Choice, JumpReLU, TopK, build_sparsifier
 
 # 128 rows of 768 float32 take 0.4 MB; with 16384 rows, projecting takes 8 ms in such blocks and 22 ms at once.
 _CACHED_ROWS = 128
@@ -213,6 +213,19 @@ class SAE(nn.Module):
         """
         if self.W_dec.grad is not None:
             project_rows(self.W_dec.grad, self.W_dec)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the gradients of all parameters, 0-dimensional."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+    @property
+    def step_shape(self) -> tuple[object, ...]:
+        """What decides the shapes of a training step: SAEs in which it is equal can be stacked."""
+        config = self.config
+        annealing = getattr(config, "k", None), getattr(config, "k_anneal_steps", None)
+        return type(config), *annealing, self.W_enc.shape
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from tubelet.config import Config, validate
 from tubelet.durable_files import replace_file
 from tubelet.errors import TubeletError
+from tubelet_trainer.format_1 import current_record, current_tensor
 from tubelet_trainer.sae.config import AnySAEConfig
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalization import Normalization
@@ -66,7 +67,7 @@ def load_record(folder: Path | str) -> SAERecord:
         tree = json.loads(path.read_text())
     except ValueError as error:
         raise TubeletError(f"{path} is not valid JSON: {error}", "Copy the SAE again from its source") from error
-    return validate(SAERecord, tree, str(path))
+    return validate(SAERecord, current_record(tree) if isinstance(tree, dict) else tree, str(path))
 
 
 def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
@@ -80,7 +81,7 @@ def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
     whitens = record.config.normalization.whitening != "none"
     sae = SAE(record.config, Normalization.identity(record.channels, whitens))
     try:
-        sae.load_state_dict(load_file(path))
+        sae.load_state_dict({current_tensor(name): tensor for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise TubeletError(

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from tubelet.durable_files import replace_file
 from tubelet.errors import TubeletError
-from tubelet_trainer.sae.activations import BatchTopK, Gated, JumpReLU
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     GatedConfig,
@@ -41,6 +40,7 @@ from tubelet_trainer.sae.config import (
 )
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.normalization import Normalization
+from tubelet_trainer.sae.sparsifiers import BatchTopK, Gated, JumpReLU
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tubelet.errors import TubeletError
-from tubelet_trainer.optim.device_scalar import DeviceScalar
+from tubelet_trainer.device_scalar import DeviceScalar
 from tubelet_trainer.sae.config import (
     AbsTopKConfig,
     BatchTopKConfig,
@@ -45,6 +45,9 @@ class Choice(NamedTuple):
 
 class Sparsifier(nn.Module, ABC):
     """Chooses from pre-activations; `training` tells a training batch from inference."""
+
+    stackable: ClassVar[bool] = False
+    """One choice may be made for the tokens of several SAEs of the same shape (see `tubelet_trainer.optim.stacked`)."""
 
     @abstractmethod
     def forward(self, pre_NF: Tensor) -> Choice:
@@ -72,6 +75,8 @@ class ReLU(Sparsifier):
 class TopK(Sparsifier):
     """ReLU(TopK(pre)): the k largest of each token, if positive (Gao et al. 2024, section 2.3)."""
 
+    stackable = True
+
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
@@ -90,6 +95,8 @@ class AbsTopK(Sparsifier):
     Codes may be negative. What assumes codes >= 0 (monosemanticity, densities) has to look at max(z, 0) and max(-z, 0)
     as two latents.
     """
+
+    stackable = True
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -114,6 +121,7 @@ class BatchTopK(Sparsifier):
         momentum: Weight of the newest batch in the running mean.
     """
 
+    stackable = True
     threshold: Tensor
 
     def __init__(self, k: int, momentum: float) -> None:

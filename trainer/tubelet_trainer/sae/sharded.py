@@ -10,22 +10,20 @@ with respect to the decoder's bias. A checkpoint and an export hold the whole di
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tubelet.errors import TubeletError
-from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.losses.objective import AuxK, Forward, Reconstruction, Term, TermFunction
-from tubelet_trainer.run.process_group import ProcessGroup
-from tubelet_trainer.sae.activations import BatchTopK, Choice, TopK
+from tubelet_trainer.process_group import ProcessGroup
 from tubelet_trainer.sae.config import BatchTopKConfig, Flat, TopKConfig
 from tubelet_trainer.sae.model import SAE, Codes
-from tubelet_trainer.sae.sparse_ops import decode, largest, select
+from tubelet_trainer.sae.sparse_ops import decode, select
+from tubelet_trainer.sae.sparsifiers import BatchTopK, Choice, TopK
 
-# Tensors with one row per latent, wherever they stand in a learner's state.
+# Names of tensors with one row per latent, in the state of an SAE and of its training.
 _PER_LATENT = {"W_enc", "b_enc", "W_dec", "silent_tokens"}
 
 
@@ -81,6 +79,16 @@ class ShardedSAE(SAE):
         """Normalized tokens [N, D] from all ranks' codes."""
         return self.ranks.total(decode(codes.values, codes.indices, self.W_dec, codes.bags)) + self.b_dec
 
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradients of the whole SAE."""
+        named = [(name, p.grad) for name, p in self.named_parameters() if p.grad is not None]
+        norms = torch._foreach_norm([gradient for _, gradient in named])
+        squares = {name: norm.square() for (name, _), norm in zip(named, norms, strict=True)}
+        own = torch.stack([square for name, square in squares.items() if name in _PER_LATENT]).sum()
+        common = torch.stack([square for name, square in squares.items() if name not in _PER_LATENT]).sum()
+        return (self.ranks.sum(own) + common).sqrt()
+
     def gathered(self) -> SAE | None:
         """The whole SAE, in the first rank's host memory; None on the others. A collective call."""
         state = gather_state(self.state_dict(), self.ranks)
@@ -95,6 +103,8 @@ class ShardedSAE(SAE):
 class ShardedTopK(TopK):
     """The k largest of each token over the latents of all ranks."""
 
+    stackable = False
+
     def __init__(self, k: int, ranks: ProcessGroup) -> None:
         super().__init__(k)
         self.ranks = ranks
@@ -102,7 +112,7 @@ class ShardedTopK(TopK):
     def forward(self, pre_NF: Tensor) -> Choice:
         """This rank's among the k largest of each token; ties at the smallest of them are all kept."""
         top = pre_NF.topk(min(self.k, pre_NF.shape[1]), dim=1, sorted=False)
-        cut_N1 = _largest_of_all(top.values, self.k, self.ranks)
+        cut_N1 = largest_over_ranks(top.values, self.k, self.ranks)
         return Choice(top.indices, (top.values > 0) & (top.values >= cut_N1))
 
 
@@ -112,6 +122,8 @@ class RankedBatchTopK(BatchTopK):
     How many of the kept entries lie on a rank is known to the device alone, so each makes room for twice its even
     share; what exceeds that is dropped, which two ranks never see. [RECON]
     """
+
+    stackable = False
 
     def __init__(self, k: int, momentum: float, ranks: ProcessGroup, split: Literal["tokens", "latents"]) -> None:
         super().__init__(k, momentum)
@@ -150,71 +162,11 @@ def split_batch(sae: SAE, ranks: ProcessGroup) -> None:
         sae.sparsifier = sparsifier.to(sae.W_dec.device)
 
 
-def sharded_terms(terms: Sequence[TermFunction], ranks: ProcessGroup) -> list[TermFunction]:
-    """`terms` for a `ShardedSAE`."""
-    sharded: list[TermFunction] = []
-    for term in terms:
-        match term:
-            case Reconstruction():
-                sharded.append(_ShardedReconstruction(term.variance, ranks))
-            case AuxK():
-                sharded.append(_ShardedAuxK(term.k, term.coef, ranks))
-            case _:
-                sharded.append(term)
-    return sharded
-
-
-class _ShardedReconstruction(Reconstruction):
-    def __init__(self, variance: float, ranks: ProcessGroup) -> None:
-        super().__init__(variance)
-        self.ranks = ranks
-
-    def __call__(self, forward: Forward) -> Term:
-        term = super().__call__(forward)
-        return Term(term.loss, {**term.metrics, "l0": self.ranks.sum(term.metrics["l0"])})
-
-
-class _ShardedAuxK(AuxK):
-    """The k largest among the dead latents of all ranks."""
-
-    def __init__(self, k: int, coef: float, ranks: ProcessGroup) -> None:
-        super().__init__(k, coef)
-        self.ranks = ranks
-
-    def __call__(self, forward: Forward) -> Term:
-        sae, dead_F = forward.sae, forward.dead_F
-        dead_share = self.ranks.sum(dead_F.float().mean()) / self.ranks.size
-        width = self.width(forward, sae.latents * self.ranks.size)
-        if width == 0:
-            zero = forward.x_BD.new_zeros(())
-            return Term(zero, {"dead": dead_share, "auxk": zero})
-        values, indices = largest(forward.pre_BF.masked_fill(~dead_F, -torch.inf), min(width, sae.latents))
-        cut_B1 = _largest_of_all(values, width, self.ranks)
-        codes = sae.choose(forward.x_BD, forward.pre_BF, Choice(indices, (values > 0) & (values >= cut_B1)))
-        residual_BD = (forward.x_BD - forward.recon_BD).detach()
-        modeled_BD = self.ranks.total(decode(codes.values, codes.indices, sae.W_dec))
-        ratio = (residual_BD - modeled_BD).square().sum() / forward.spread(residual_BD)
-        return self.term(ratio, dead_share, dead_share > 0)
-
-
-def _largest_of_all(values_NK: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
+def largest_over_ranks(values_NK: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
     """[N, 1] The k-th largest of each token over all ranks' candidates."""
     everyones = ranks.gather(values_NK.detach()).view(ranks.size, *values_NK.shape)
     merged = everyones.permute(1, 0, 2).reshape(len(values_NK), -1)
     return merged.topk(min(k, merged.shape[1]), dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-
-
-@torch.no_grad()
-def gradient_norm(sae: SAE) -> Tensor:
-    """Norm of the gradients of the whole SAE."""
-    named = [(name, p.grad) for name, p in sae.named_parameters() if p.grad is not None]
-    norms = torch._foreach_norm([gradient for _, gradient in named])
-    if not isinstance(sae, ShardedSAE):
-        return torch.linalg.vector_norm(torch.stack(norms))
-    squares = {name: norm.square() for (name, _), norm in zip(named, norms, strict=True)}
-    own = torch.stack([square for name, square in squares.items() if name in _PER_LATENT]).sum()
-    common = torch.stack([square for name, square in squares.items() if name not in _PER_LATENT]).sum()
-    return (sae.ranks.sum(own) + common).sqrt()
 
 
 def gather_state(tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> dict[str, Tensor]:
@@ -233,20 +185,3 @@ def own_state(tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> dict[str, T
 def _per_latent(name: str) -> bool:
     *_, last = name.split("/")
     return last != "step" and any(part.rpartition(".")[2] in _PER_LATENT for part in name.split("/"))
-
-
-def refuse_unsplittable(config: TrainConfig) -> None:
-    """Refuse what a split dictionary cannot do.
-
-    Raises:
-        TubeletError: the objective or the optimizer looks at whole codes.
-    """
-    objective = config.objective
-    wanted = [name for name in ("lambda_t", "lambda_s", "lambda_smooth", "lambda_slow") if getattr(objective, name)]
-    wanted = [f"objective.{name}" for name in wanted]
-    if config.optimizer.resample_every is not None:
-        wanted.append("optimizer.resample_every")
-    if wanted:
-        raise TubeletError(
-            f"--parallel dictionary does not go with {', '.join(wanted)}", "Use --parallel data, or set them off"
-        )

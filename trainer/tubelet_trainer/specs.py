@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tubelet.config import set_dotted, validate
 from tubelet.errors import TubeletError, nearest
 from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.process_group import ProcessGroup
+from tubelet_trainer.sae.config import AbsTopKConfig, BatchTopKConfig, RandomPrefixes, SAEConfig, TopKConfig
 
 # What may differ between SAEs that see the same tokens in the same order.
 OWN_FIELDS = ("sae", "objective", "optimizer", "hook")
@@ -114,3 +118,40 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value
     return found
+
+
+def refuse_conflicts(config: TrainConfig, device: torch.device, ranks: ProcessGroup) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        TubeletError: cuda_graphs or compile for steps that differ from one to the next; a split dictionary with an
+            objective or an optimizer that needs whole codes.
+    """
+    if config.cuda_graphs and device.type != "cuda":
+        raise TubeletError(f"cuda_graphs needs a GPU, and device is {device.type}", "Set cuda_graphs false")
+    if config.cuda_graphs and ranks.size > 1:
+        raise TubeletError("cuda_graphs does not go with several processes", "Set cuda_graphs false")
+    for spec in specs(config):
+        if config.cuda_graphs or config.compile:
+            _refuse_changing_shapes(spec.config.sae)
+        if config.parallel == "dictionary" and ranks.size > 1:
+            _refuse_unsplittable(spec.config)
+
+
+def _refuse_changing_shapes(sae: SAEConfig) -> None:
+    if isinstance(sae.nesting, RandomPrefixes) and not isinstance(sae, TopKConfig | BatchTopKConfig | AbsTopKConfig):
+        raise TubeletError(
+            "Random prefixes of a kind without k are products of another shape in every step",
+            "Set compile and cuda_graphs false, or choose sae.kind topk, batchtopk or abstopk",
+        )
+
+
+def _refuse_unsplittable(config: TrainConfig) -> None:
+    weights = ("lambda_t", "lambda_s", "lambda_smooth", "lambda_slow")
+    conflicting = [f"objective.{name}" for name in weights if getattr(config.objective, name)]
+    if config.optimizer.resample_every is not None:
+        conflicting.append("optimizer.resample_every")
+    if conflicting:
+        raise TubeletError(
+            f"--parallel dictionary does not go with {', '.join(conflicting)}", "Use --parallel data, or set them off"
+        )
