@@ -600,7 +600,7 @@ def test_dead_latents_are_resampled_after_as_many_steps_as_asked(store: Store, f
         for every in (first, second)
     ]
     sae_trainers = [in_float64(run) for run in runs]
-    for step, batch in enumerate(runs[0].windows):
+    for step, batch in enumerate(runs[0].loader):
         for run in runs:
             run.sae_group.learn(batch, step)
         if not torch.equal(*(sae_trainer.sae.W_dec for sae_trainer in sae_trainers)):
@@ -706,5 +706,5 @@ def test_a_mixed_store_has_its_share_of_every_batch(store: Store, tmp_path: Path
     other = make_store(tmp_path / "other.zarr", plan, seed=1)
     tree = configure(store, {}).model_dump(exclude_unset=True)
     config = TrainConfig.model_validate({**tree, "mix": {other.url: share}})
-    shares = [float((batch.clip >= CLIPS).float().mean()) for batch in Run(config, [store, other], CPU).windows]
+    shares = [float((batch.clip >= CLIPS).float().mean()) for batch in Run(config, [store, other], CPU).loader]
     assert shares == [share] * STEPS

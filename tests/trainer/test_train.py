@@ -154,7 +154,7 @@ def test_kill_at_any_moment_then_rerun_gives_the_same_weights(store, tmp_path):
     assert kills >= 2
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert "continuing after step" in finished.stderr
+    assert "resuming after step" in finished.stderr
     assert same(weights(out), whole)
     assert [line["step"] for line in log(out) if line["kind"] == "train"] == list(range(1, 401))
 

@@ -135,7 +135,7 @@ def test_a_lost_run_stops_with_a_remedy(store, tmp_path, sae, words):
 
 def test_the_start_of_a_run_tells_the_offset_of_its_tokens(store, tmp_path, capsys):
     train(configure(store, tmp_path / "run", steps=2, sae={"k": 4}))
-    assert "standard deviations off the origin (centered here)" in capsys.readouterr().err
+    assert "standard deviations from the origin; tokens are centered" in capsys.readouterr().err
 
 
 def test_bfloat16_learns_about_the_same(store, tmp_path):

@@ -6,15 +6,19 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tubelet.config import dump_yaml
 from tubelet.durable_files import locked, replace_file
 from tubelet.errors import TubeletError
+from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.run.checkpoint import latest_name
 from tubelet_trainer.run.trackers import MetricsLog, Prefixed, Tracker, open_tracker
 from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.sae_files import RECORD, load_record
-from tubelet_trainer.specs import flat
+from tubelet_trainer.specs import OWN_FIELDS, flat
 
 _LOCK = ".lock"
 
@@ -65,13 +69,22 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def _write_configs(run: Run) -> None:
     """The run's configuration, and that of each SAE as it would be trained alone."""
-    replace_file(run.config.out / "config.yaml", dump_yaml(run.config).encode())
+    tree = run.config.model_dump(mode="json", by_alias=True)
+    if run.sae_runs[0].name:
+        # Without defaults, which would be set for SAEs of other kinds too when the file is read back.
+        tree |= {name: section for name, section in _as_set(run.config).items() if name in OWN_FIELDS}
+    replace_file(run.config.out / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
     for sae_run in run.sae_runs:
         if sae_run.name:
             sae_run.out.mkdir(parents=True, exist_ok=True)
             decided = {"block_patches": run.streams.block_patches, "resident_shards": run.config.resident_shards}
             alone = sae_run.spec.config.model_copy(update=decided)
             replace_file(sae_run.out / "config.yaml", dump_yaml(alone).encode())
+
+
+def _as_set(config: TrainConfig) -> dict[str, Any]:
+    defaults = {name: {} for name in ("sae", "objective", "optimizer")}
+    return {**defaults, **config.model_dump(mode="json", by_alias=True, exclude_unset=True)}
 
 
 class Logs:
