@@ -100,7 +100,6 @@ def test_the_catalog_reads_and_resolves(capsys):
     assert [hook["name"] for hook in said["hooks"]] == ["blocks.1", "blocks.3"]
 
 
-@not_mapped
 @pytest.mark.parametrize("entry", KINDS, ids=lambda entry: entry["name"])
 def test_a_trained_sae_loads_and_encodes_as_it_did(entry):
     name, encoded = entry["name"], np.load(ENCODED)
@@ -113,7 +112,6 @@ def test_a_trained_sae_loads_and_encodes_as_it_did(entry):
     np.testing.assert_allclose(sae(x).numpy(), encoded[f"{name} reconstruction"], rtol=1e-4, atol=1e-5)
 
 
-@not_mapped
 @pytest.mark.parametrize("name", ["matryoshka", "relu-target-l0"])
 def test_a_trained_sae_is_evaluated_as_it_was(name, tmp_path):
     tree = {"run": str(HERE / TRAINED / name), "store": str(HERE / PLAIN), "out": str(tmp_path / "found"), **EVALUATE}
@@ -125,7 +123,6 @@ def test_a_trained_sae_is_evaluated_as_it_was(name, tmp_path):
     assert figures["sparsity.l0"] == pytest.approx(then["eval l0"][-1])
 
 
-@not_mapped
 @pytest.mark.parametrize("name", INTERRUPTED_RUNS)
 def test_an_interrupted_run_continues_to_the_same_bits(name, tmp_path):
     out = shutil.copytree(HERE / name, tmp_path / "run")
