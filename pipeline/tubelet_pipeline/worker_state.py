@@ -154,8 +154,8 @@ class Runtime:
 
     def decoded(self, clips: Iterable[int], prefetch: int) -> Iterator[tuple[int, DecodedClip | DecodeFailure]]:
         """Clips with their frames, in order. Consecutive crops of the same frames are decoded once."""
-        groups = ((request, list(group)) for request, group in itertools.groupby(clips, self._request))
-        groups, requested = itertools.tee(groups)
+        grouped = ((request, list(group)) for request, group in itertools.groupby(clips, self._request))
+        groups, requested = itertools.tee(grouped)
         results = self.decoder.map_ordered((request for request, _ in requested), prefetch)
         for (_, group), result in zip(groups, results, strict=True):
             for clip in group:
