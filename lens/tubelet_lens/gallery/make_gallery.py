@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import JsonValue
-from rich.progress import Progress
 
 from tubelet.device import choose_device
 from tubelet.errors import TubeletError
 from tubelet.formats import human_bytes
+from tubelet.progress import Progress
 from tubelet.tables import Table, Tabular
 from tubelet_lens.codes.dictionary import Nearest, directions, nearest_latents
 from tubelet_lens.gallery.config import GalleryConfig, LatentList, TopLatents
@@ -48,8 +48,9 @@ class Summary(Tabular):
         pages: Latents with a page.
         silent: Latents asked for, or of the SAE, that fire on no clip looked at.
         clips: Clips on any page.
-        no_picture: Those of them without pictures.
+        no_picture: Clips of those without pictures.
         reason: Why the first of those has none.
+        no_evaluation: Whether the latents' figures of an evaluation are missing, because none was found.
         size_bytes: Bytes written.
     """
 
@@ -59,6 +60,7 @@ class Summary(Tabular):
     clips: int
     no_picture: int
     reason: str | None
+    no_evaluation: bool
     size_bytes: int
 
     def table(self) -> Table:
@@ -128,6 +130,7 @@ def make_gallery(config: GalleryConfig) -> Summary:
             clips=len(needed),
             no_picture=len(missing),
             reason=next(iter(missing.values()), None),
+            no_evaluation=folder is None,
             size_bytes=site.size_bytes,
         )
 
@@ -195,7 +198,7 @@ class _Reading:
         labeled_clips = self._clips[labels.of_clip[self._clips] >= 0]
         probed = some_of(labeled_clips, most)
         codes = MeanCodes(probed)
-        self._stream("Looking at every clip", self._clips, [survey, codes])
+        self._stream("finding the strongest clips", self._clips, [survey, codes])
         probe: dict[int, tuple[Effects, ...]] = {}
         if len(probed):
             clips, rows = codes.result()
@@ -228,7 +231,7 @@ class _Reading:
                 {latent: [each.clip for each in by_latent[latent]] for latent in several},
                 {latent: abs(by_latent[latent][0].peak) for latent in several},
             )
-            self._stream("Looking where they fire", maps.clips, [maps])
+            self._stream("drawing heat-maps", maps.clips, [maps])
             for latent in several:
                 yield Latent(
                     number=latent,
@@ -244,30 +247,15 @@ class _Reading:
                     effects=effects.get(latent, ()),
                 )
 
-    def _stream(self, what: str, clips: NDArray[np.int64], takers: Sequence[_Taker]) -> None:
+    def _stream(self, label: str, clips: NDArray[np.int64], takers: Sequence[_Taker]) -> None:
         coder, hook, store = self._trained.coder, self._trained.hook, self._store
         held = max(1, self._config.window_mib * 2**20 // clip_bytes(store, hook, coder.latents))
         passing = windows(store, hook, coder, clips, self._valid, clips_per_window=held, device=self._device)
-        with _progress(what, len(clips)) as advance:
+        with Progress(label, len(clips), "clips") as progress:
             for window in passing:
                 for taker in takers:
                     taker.add(window)
-                advance(len(window.clips))
-
-
-class _progress:
-    """A bar with a title; gives the function that moves it."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self._bar = Progress(transient=True)
-        self._task = self._bar.add_task(what, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._bar.start()
-        return lambda steps: self._bar.advance(self._task, steps)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+                progress.advance(len(window.clips))
 
 
 def _evaluation_folder(config: GalleryConfig) -> Path | None:
@@ -322,11 +310,11 @@ def _write_sheets(
         return dict.fromkeys(todo, "the store does not say where its videos lie")
     try:
         sheets = ClipFrames(store, root).sheets(todo, config.decode, sheet)
-        with _progress("Reading the videos", len(todo)) as advance:
+        with Progress("reading frames", len(todo), "clips") as progress:
 
             def drawn() -> Iterator[tuple[str, bytes]]:
                 for clip, data in sheets:
-                    advance(1)
+                    progress.advance()
                     if isinstance(data, str):
                         missing[clip] = data
                     else:
@@ -390,7 +378,8 @@ def _about(
     }
     if folder is None:
         notes.append(
-            "There was no evaluation: coherence and other figures are missing. Run tubelet evaluate to have them."
+            "There was no evaluation of this SAE, so its figures (coherence, monosemanticity, ...) are missing. Run "
+            "tubelet evaluate first to include them."
         )
     elif (folder / "evaluation.json").is_file():
         evaluation = read_evaluation(folder / "evaluation.json")

@@ -21,10 +21,16 @@ def _run(config: GalleryConfig) -> int:
 
     made = make_gallery(config)
     print(f"{made.pages:,} latents, {made.clips:,} clips, {made.size_bytes / 2**20:.1f} MiB written")
+    if made.no_evaluation:
+        print(
+            f"No evaluation in {config.run / 'evaluation'}: its figures of each latent are missing. Run `tubelet "
+            f"evaluate {config.run} STORE` first, or give the evaluation's folder as --evaluation.",
+            file=sys.stderr,
+        )
     if made.silent:
-        print(f"{made.silent:,} latents fire on none of the clips and have no page")
+        print(f"{made.silent:,} latents do not fire on any of these clips and have no page")
     if made.no_picture:
-        print(f"{made.no_picture:,} clips have no pictures, heat-maps alone: {made.reason}")
+        print(f"{made.no_picture:,} clips are shown as heat-maps only, without pictures: {made.reason}")
     print(made.address)
     return 0
 

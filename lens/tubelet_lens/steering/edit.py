@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tubelet.device import choose_device
 from tubelet.errors import TubeletError
+from tubelet.progress import Progress
 from tubelet_lens.inputs.clip_selection import choose_clips, stratified_sample
 from tubelet_lens.inputs.trained_sae import check_store, load_trained
 from tubelet_lens.steering.clip_source import Clip, ClipSource
@@ -100,10 +101,12 @@ def edit(config: EditConfig) -> EditReport:
         hooks=tuple(dict.fromkeys((hook, *later_hooks(backbone, hook), *(each.hook for each in downstream)))),
     )
     effects = []
-    for clip in chain(source.videos(config.videos), source.clips(config.clips)):
-        edits = engine.edits(config.changes, clip.frame_times_s)
-        trial = engine.trial(clip.pixels, edits, config.controls, config.seed)
-        effects.append(_clip_effect(engine, clip, trial, downstream))
+    with Progress("editing", len(config.videos) + len(config.clips), "clips") as progress:
+        for clip in chain(source.videos(config.videos), source.clips(config.clips)):
+            edits = engine.edits(config.changes, clip.frame_times_s)
+            trial = engine.trial(clip.pixels, edits, config.controls, config.seed)
+            effects.append(_clip_effect(engine, clip, trial, downstream))
+            progress.advance()
     return EditReport(
         run=config.run.name,
         hook=hook,

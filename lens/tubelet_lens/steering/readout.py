@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor
 
 from tubelet.errors import TubeletError
+from tubelet.progress import Progress
 from tubelet_lens.inputs.clip_selection import partition
 from tubelet_lens.inputs.clip_stream import read_clip
 from tubelet_lens.stats.linear_models import choose_penalty
@@ -134,9 +134,11 @@ def last_tokens(store: Store, source: ClipSource, clips: Sequence[int]) -> Tenso
     backbone, hook = source.backbone, final_hook(source.backbone)
     if store.plan.tokens is None and any(stored.name == hook for stored in store.plan.hooks):
         return torch.stack([read_clip(store, hook, clip).flatten(0, 1).mean(0) for clip in clips])
-    decoded = track(source.clips(clips), "Reading clips for the probe", total=len(clips), transient=True)
-    batches = in_batches(clip.pixels for clip in decoded)
-    means = [backbone.activations(batch, [hook])[hook].tokens.float().flatten(1, 2).mean(1) for batch in batches]
+    means = []
+    with Progress("running the backbone for the probe", len(clips), "clips") as progress:
+        for batch in in_batches(clip.pixels for clip in source.clips(clips)):
+            means.append(backbone.activations(batch, [hook])[hook].tokens.float().flatten(1, 2).mean(1))
+            progress.advance(len(batch))
     return torch.cat(means)
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Client, as_completed
-from rich.progress import Progress
 
 from tubelet.config import validate
 from tubelet.errors import TubeletError
+from tubelet.progress import Progress
 from tubelet.tables import Table, Tabular
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.study.cells import Cell, cells
@@ -77,16 +77,18 @@ def study(config: StudyConfig) -> StudySummary:
 
 def _run(config: StudyConfig, todo: Sequence[Cell]) -> dict[str, str]:
     failures: dict[str, str] = {}
-    with connect(config.cluster, tasks_per_worker=1) as client, Progress() as progress:
-        task = progress.add_task("Cells", total=len(todo))
+    with (
+        connect(config.cluster, tasks_per_worker=1) as client,
+        Progress("training and evaluating", len(todo), "cells") as progress,
+    ):
         futures = {_submit(client, config, cell): cell for cell in todo}
         for future in as_completed(futures):
             cell = futures[future]
             error = future.exception()
             if error is not None:
                 failures[cell.name] = " ".join(str(error).split()) or type(error).__name__
-                progress.console.print(f"{cell.name} failed: {failures[cell.name]}")
-            progress.advance(task)
+                progress.note(f"{cell.name} failed: {failures[cell.name]}")
+            progress.advance()
             future.release()
     return failures
 

@@ -159,6 +159,7 @@ def _save(canvas: Canvas, panels: Sequence[Axes], path: Path) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    canvas.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8.5)
+    if handles:
+        canvas.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=_DPI, metadata={"Software": None})
