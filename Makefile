@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint types docs check dist smoke saelens clean
 
-demo: $(INSTALLED)  ## Render videos, extract, train, evaluate; print a table and where the report lies.
+demo: $(INSTALLED)  ## Render videos, extract, train, evaluate, gallery; print a table, and where report and gallery are.
 	$(BIN)/tubelet demo
 
 test: $(INSTALLED)  ## The test suite, two files at a time: many tests wait for processes that they watch.
@@ -39,9 +39,12 @@ saelens: $(INSTALLED)  ## SAEs to and from SAELens, asked of SAELens itself, in 
 	TUBELET_SAELENS_PYTHON=$(SAELENS)/bin/python $(BIN)/pytest tests/trainer/test_exchange.py
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
-	touch $@
+	@echo "Installing Tubelet and everything it can use (PyTorch, transformers, Dask, ...) into $(VENV)."
+	@echo "This downloads several gigabytes the first time and takes some minutes; later runs skip it."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@echo "Installed."
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(SAELENS) demo dist site

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tubelet_lens.config import DemoConfig
+from tubelet_lens.demo.demo import DemoConfig
 from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_lens.gallery.make_gallery import make_gallery
 from tubelet_trainer.config import TrainConfig

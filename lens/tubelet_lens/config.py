@@ -224,14 +224,3 @@ class EvaluateConfig(Config):
     def report_folder(self) -> Path:
         """Where the report goes."""
         return self.out if self.out is not None else self.run / "evaluation"
-
-
-class DemoConfig(Config):
-    """Size of the demo."""
-
-    out: Path = Path("demo")
-    """Folder for videos, stores, run and report."""
-    videos: int = Field(default=320, ge=32)
-    """Videos to render; three tenths of them are kept for evaluation."""
-    epochs: int = Field(default=20, ge=1)
-    """Passes over the training activations."""

@@ -26,15 +26,14 @@ def stores() -> list[StoreEntry]:
 
 def test_it_lists_what_the_demo_makes(stores):
     """The demo's own settings are the reference; only what they say can be compared without running it."""
-    from tubelet_lens.config import DemoConfig
-    from tubelet_lens.demo.demo import _HOOK
+    from tubelet_lens.demo.demo import HOOK, DemoConfig
     from tubelet_pipeline.demo_backbones import NAMES
 
     assert [entry.name for entry in stores] == ["demo-train", "demo-validation"]
     for entry in stores:
         folder = CATALOG.parent / DemoConfig().out
         assert entry.url == str(folder / f"{entry.name.removeprefix('demo-')}.zarr")
-        assert [block.hook for block in entry.hooks] == [_HOOK]
+        assert [block.hook for block in entry.hooks] == [HOOK]
         assert entry.about.backbone["id"] in NAMES
         assert entry.about.license
 

@@ -46,10 +46,10 @@ from tubelet_lens.steering.patch_labels import NONE, Described, patch_labels, ph
 from tubelet_lens.steering.readout import match_class_names, unknown_names
 from tubelet_lens.steering.recovery import recover
 from tubelet_lens.steering.segmentation_edits import validation_rows
-from tubelet_lens.steering.verb import EDIT
 from tubelet_lens.study.cells import cells
 from tubelet_lens.study.config import StudyConfig
 from tubelet_lens.study.run_study import run_cell, study
+from tubelet_lens.verbs import EDIT
 from tubelet_pipeline.backbones import rewriting
 from tubelet_pipeline.backbones.backbone import Captured
 from tubelet_pipeline.backbones.hooks import capture
@@ -438,7 +438,7 @@ def test_what_does_not_fit_is_one_clear_line(made: Path, fields: dict[str, Any],
 
 def test_the_verb_is_described_without_torch() -> None:
     code = (
-        "import sys; from tubelet_lens.steering.verb import EDIT; EDIT.config();"
+        "import sys; from tubelet_lens.verbs import EDIT; EDIT.config();"
         "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'jinja2')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -31,9 +31,9 @@ from tubelet_lens.gallery.frames import SheetConfig, draw_sheet
 from tubelet_lens.gallery.heat import packed
 from tubelet_lens.gallery.make_gallery import Summary, make_gallery
 from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Survey, Surveyed, exemplars
-from tubelet_lens.gallery.verb import GALLERY
 from tubelet_lens.inputs.clip_stream import Window
 from tubelet_lens.stats.linear_models import fit_probe
+from tubelet_lens.verbs import GALLERY
 from tubelet_trainer.sae.sae_files import load_sae
 
 
@@ -495,7 +495,7 @@ def test_the_verb_says_what_it_wrote_and_is_described_without_torch(
     assert "2 latents" in said
     assert str(tmp_path / "site" / "index.html") in said
     code = (
-        "import sys; from tubelet_lens.gallery.verb import GALLERY; GALLERY.config();"
+        "import sys; from tubelet_lens.verbs import GALLERY; GALLERY.config();"
         "sys.exit(any(name in sys.modules for name in ('torch', 'PIL', 'jinja2', 'av')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
