@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 from tubelet.errors import TubeletError, nearest
 from tubelet_pipeline.backbones.backbone import Backbone
 from tubelet_pipeline.backbones.checkpoint import BackboneConfig, find_checkpoint, require_transformers
@@ -21,7 +23,14 @@ _CLASSES: tuple[type[Backbone], ...] = (
     SigLIP2,
 )
 
-FAMILIES: dict[str, type[Backbone]] = {cls.family: cls for cls in _CLASSES}
+
+def _families() -> dict[str, type[Backbone]]:
+    """Those above, and classes that other packages register under the entry-point group `tubelet.backbones`."""
+    others = (entry.load() for entry in entry_points(group="tubelet.backbones"))
+    return {cls.family: cls for cls in (*_CLASSES, *others)}
+
+
+FAMILIES: dict[str, type[Backbone]] = _families()
 
 
 def load_backbone(config: BackboneConfig, frames: int | None = None) -> Backbone:
