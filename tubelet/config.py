@@ -103,8 +103,9 @@ def configure(model: type[C], source: Any, fields: Mapping[str, Any]) -> C:
     for name, value in fields.items():
         value = _reference(value)
         before = _inside(tree, name.split("."))
-        both = isinstance(value, Mapping) and isinstance(before, Mapping)
-        set_dotted(tree, name, _merged(before, value) if both else value)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            value = _merged(before, value)
+        set_dotted(tree, name, value)
     return validate(model, tree, origin, typed=fields.keys(), typed_in=_ARGUMENTS)
 
 
@@ -113,8 +114,9 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     merged = dict(below)
     for name, value in above.items():
         before = merged.get(name)
-        both = isinstance(value, Mapping) and isinstance(before, Mapping)
-        merged[name] = _merged(before, value) if both else _merged({}, value) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            value = _merged(before if isinstance(before, Mapping) else {}, value)
+        merged[name] = value
     return merged
 
 
@@ -128,7 +130,9 @@ def _reference(value: Any) -> Any:
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """A YAML file's top-level mapping, parsed by `yaml.safe_load`."""
     if not path.is_file():
-        raise TubeletError(f"No configuration file at {path}", "Check the path; `--print-config` shows a full example")
+        raise TubeletError(
+            f"No configuration file at {path}", "Check the path; `tubelet VERB --example` prints one to start from"
+        )
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -191,12 +195,14 @@ def validate(
                 f"Give {field}=..." if in_python else f"Set it in the YAML file or with --{field}",
             ) from error
         message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            message = "it has fields of its own, `field: value`"
         raise TubeletError(
             # A fault between fields has no path of its own.
             f"Field '{field}' in {origin} does not fit: {message}{said}"
             if field
             else f"The fields in {origin} do not fit together: {message}",
-            f"help({model.__name__}) lists every field" if in_python else "See --print-config for every field",
+            f"help({model.__name__}) lists every field" if in_python else "`--help-all` lists every field",
         ) from error
 
 

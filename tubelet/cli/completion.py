@@ -36,7 +36,7 @@ def script(shell: str) -> str:
     return text
 
 
-def _add_options(parser: argparse.ArgumentParser, verb: Verb[Any], file: dict[str, str]) -> None:
+def _add_options(parser: argparse.ArgumentParser, verb: Verb[Any], file: Any) -> None:
     for name in ("--help-all", "--example", "--print-config"):
         parser.add_argument(name, action="store_true")
     fields = {field.path: field for field in fields_of(verb.config())}
@@ -49,7 +49,7 @@ def _add_options(parser: argparse.ArgumentParser, verb: Verb[Any], file: dict[st
         parser.add_argument("config_yaml", nargs="*").complete = file  # type: ignore[attr-defined]
 
 
-def _add(parser: argparse.ArgumentParser, name: str, field: Field, file: dict[str, str]) -> None:
+def _add(parser: argparse.ArgumentParser, name: str, field: Field, file: Any) -> None:
     # zsh takes brackets and colons for its own marks.
     meaning = field.meaning.partition(". ")[0].translate(str.maketrans("", "", "[]:`%'\"$\\"))
     optional: dict[str, Any] = {} if name.startswith("--") else {"nargs": "?"}
