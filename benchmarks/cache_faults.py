@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from faulty_proxy import KINDS, FaultyProxy, faulty_proxy
+from goals import Goal, goal_lines
 from object_server import create_bucket, s3_environment, s3_server
 from stores import make_plan, make_store
 from tubelet_store.cache import CacheConfig
@@ -193,12 +194,19 @@ def run() -> int:
             f"{'most bytes held / budget':<46}{most_training / budget:>8.3f}\n",
         ]
     )
+    goals = [
+        Goal("cache_faults/faults", faults.total(), at_least=given.faults),
+        Goal("cache_faults/wrong-shards-and-files", outcomes["WRONG"] + wrong_files, at_most=0),
+        Goal("cache_faults/unnamed-failures", outcomes["unnamed"], at_most=0),
+        Goal("cache_faults/processes-lost-or-idle", crashed + idle, at_most=0),
+        Goal("cache_faults/held-over-budget", max(most, most_training) / budget, at_most=1),
+        Goal("cache_faults/trainings-bit-equal", right, at_least=PROCESSES),
+    ]
+    text += "\n".join(goal_lines(goals)) + "\n"
     print(text, end="")
     if given.out is not None:
         given.out.write_text(text)
-    bad = outcomes["WRONG"] + outcomes["unnamed"] + crashed + idle + wrong_files + (max(most, most_training) > budget)
-    bad += PROCESSES - right
-    return 1 if bad or faults.total() < given.faults else 0
+    return 0 if all(goal.is_met for goal in goals) else 1
 
 
 def wrong_in(folder: Path) -> int:

@@ -28,6 +28,7 @@ import psutil
 import torch
 import zarr
 
+from goals import Goal, goal_lines
 from tubelet_pipeline.backbones import load_backbone
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.datasets import resolve_uri
@@ -239,7 +240,8 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
         (f"plain script, zarr defaults ({few} clips)", plain_wall * len(clips) / few, plain_cpu * len(clips) / few),
     ]
     shape = f"16x{options.size}x{options.size}"
-    print(f"{len(clips)} clips {shape}, {options.layers} layers of {options.width}, {CORES} cores")
+    small = "" if options.width >= 768 else " (smaller than the backbones that users have)"
+    print(f"{len(clips)} clips {shape}, {options.layers} layers of {options.width}{small}, {CORES} cores")
     print(f"load average {os.getloadavg()[0]:.1f}: other work on the machine makes walls longer, CPU seconds less so")
     print(f"{'':41}{'seconds':>9}{'CPU s':>9}{'wall/need':>11}{'CPU/CPU':>9}")
     for name, wall, used in rows:
@@ -251,6 +253,13 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
         print(f"decode cores that feed one GPU {decode[1] / forward_cost[0]:.1f}")
     else:
         print("GPU busy fraction, decode cores per GPU: not measured: no GPU")
+    goals = [Goal("extract/steady-over-need", per_all * float(steady[0]) / need, at_most=1.15)]
+    if on_gpu:
+        busy = forward_cost[0] / (per_all * float(steady[0]))
+        goals.append(Goal("extract/gpu-busy", busy, at_least=0.9))
+    else:
+        goals.append(Goal("extract/steady-cpu-over-need", per_all * float(steady[1]) / cpu, at_most=1.15))
+    print("\n".join(goal_lines(goals)))
 
 
 if __name__ == "__main__":

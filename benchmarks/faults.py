@@ -45,6 +45,7 @@ from typing import Any
 import psutil
 import yaml
 
+from goals import Goal, goal_lines
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 from tubelet_store.reader import open_store
@@ -427,9 +428,19 @@ def main() -> int:
     for end in result["local"]["ends"]:
         print(f"        {end}")
     print(f"store equals the undisturbed one         bytes {result['local']['bytes']}")
-    good = result["identity"] and result["bytes"] and result["clips_once"] and not result["damaged"]
-    good = good and not result["rerun"] and result["local"]["bytes"] and not result["missed"] and total >= options.least
-    return 0 if good and not any("TRACEBACK" in end for end in (*result["ends"], *result["local"]["ends"])) else 1
+    tracebacks = sum("TRACEBACK" in end for end in (*result["ends"], *result["local"]["ends"]))
+    stores_equal = (result["identity"] and result["bytes"]) + result["local"]["bytes"]
+    goals = [
+        Goal("faults/faults", total, at_least=options.least),
+        Goal("faults/strikes-missed", result["missed"], at_most=0),
+        Goal("faults/stores-equal-undisturbed", stores_equal, at_least=2),
+        Goal("faults/clips-once", int(result["clips_once"]), at_least=1),
+        Goal("faults/damaged-objects", result["damaged"], at_most=0),
+        Goal("faults/rerun-exit-status", result["rerun"], at_most=0),
+        Goal("faults/tracebacks", tracebacks, at_most=0),
+    ]
+    print("\n".join(goal_lines(goals)))
+    return 0 if all(goal.is_met for goal in goals) else 1
 
 
 if __name__ == "__main__":

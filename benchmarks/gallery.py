@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from goals import Goal, goal_lines
 from tubelet_lens.demo.demo import DemoConfig
 from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_lens.gallery.make_gallery import make_gallery
@@ -58,13 +59,15 @@ def main() -> None:
             }
         )
     )
-    text = "\n\n".join([_gallery(run, work / "validation.zarr"), _formats(work)]) + "\n"
+    goals: list[Goal] = []
+    parts = [_gallery(run, work / "validation.zarr", goals), _formats(work)]
+    text = "\n\n".join(parts) + "\n" + "\n".join(goal_lines(goals)) + "\n"
     print(text)
     if arguments.out is not None:
         arguments.out.write_text(text)
 
 
-def _gallery(run: Path, store: Path) -> str:
+def _gallery(run: Path, store: Path, goals: list[Goal]) -> str:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder) / "site"
@@ -74,6 +77,7 @@ def _gallery(run: Path, store: Path) -> str:
             made = make_gallery(config)
             wall, cpu = time.perf_counter() - began, time.process_time() - busy
             rows.append((name, made.pages, wall, 1000 * wall / made.pages, 1000 * cpu / made.pages))
+        goals.append(Goal("gallery/s-per-1000-latents", rows[0][3], at_most=600))
         pages = [path.stat().st_size for path in (site / "latents").iterdir()]
         sheets = [path.stat().st_size for path in (site / "clips").iterdir()]
         whole = sum(path.stat().st_size for path in site.rglob("*") if path.is_file())

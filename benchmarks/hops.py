@@ -52,6 +52,8 @@ import yaml
 from distributed import Client, LocalCluster
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from goals import Goal, goal_lines
+
 # What a restructured product may name differently, beside the verbs' fields in the settings below.
 COMMAND = "tubelet"
 COMMAND_LINE = re.compile(r"\.cli(\.|$)")
@@ -69,6 +71,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "hops.txt"
 NOT_COUNTED = ("<lambda>", "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<module>")
 NOT_PYTHON = (".html", ".css", ".js")
 SHORT_FILE = 60
+# Title of the section that has the hops before the restructuring, and the ways that it was to cut by half.
+BEFORE = "before"
+HALVED = ("train", "evaluate", "edit")
 TASK = "in a Dask task"
 WRITING = ("w", "x", "a", "+")
 
@@ -388,12 +393,14 @@ WAYS: dict[str, Callable[[Path], Chain]] = {
 """In this order: each leaves what the next ones need."""
 
 
-def ways() -> Iterator[str]:
-    """Lines of the table of hops, then each way."""
-    chains: dict[str, Chain] = {}
+def run_ways() -> dict[str, Chain]:
+    """The deepest stack of each way."""
     with tempfile.TemporaryDirectory() as name:
-        for way, run in WAYS.items():
-            chains[way] = run(Path(name))
+        return {way: run(Path(name)) for way, run in WAYS.items()}
+
+
+def ways(chains: dict[str, Chain]) -> Iterator[str]:
+    """Lines of the table of hops, then each way."""
     yield f"{'way':<14}{'hops':>6}{'files':>7}{'with the command line':>23}"
     parts = {}
     for way, chain in chains.items():
@@ -406,6 +413,16 @@ def ways() -> Iterator[str]:
         yield ""
         yield f"{way}:"
         yield from (f"{number:>4}  {hop}" for number, hop in enumerate(chain, 1))
+
+
+def goals(chains: dict[str, Chain]) -> Iterator[Goal]:
+    """Half of the hops that RESULTS has under the title BEFORE, for the ways HALVED."""
+    before = RESULTS.read_text().partition(f"## {BEFORE} (")[2].partition("\n## ")[0]
+    for way in HALVED:
+        hops = sum(not COMMAND_LINE.search(hop.module) for hop in chains[way])
+        found = re.search(rf"^{way} +(\d+)", before, re.MULTILINE)
+        if found is not None:
+            yield Goal(f"hops/{way}", hops, at_most=int(found[1]) / 2)
 
 
 @dataclass
@@ -496,8 +513,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [*sizes(), "", *ways()]
-    print("\n".join(lines))
+    chains = run_ways()
+    lines = [*sizes(), "", *ways(chains)]
+    print("\n".join([*lines, *goal_lines(goals(chains))]))
     if arguments.title:
         write(arguments.out, f"{arguments.title} (commit {commit()})", lines)
 

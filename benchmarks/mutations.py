@@ -29,6 +29,7 @@ import yaml
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from goals import Goal, goal_lines
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.datasets.dataset_root import VIDEO_SUFFIXES
@@ -284,7 +285,15 @@ def main() -> None:
         store, mutants = run_campaign(sound, broken, count, Path(scratch), _extract_by_command)
         extracted_s = time.perf_counter() - began
         print_table(store, inspect(store, mutants))
+        rows = store.clips().to_pylist()
+    lost = len(sound) + len(broken) + count - len(rows)
+    refused = sum(row["status"] != "ok" for row in rows if row["video_id"].startswith("sound/"))
     print(f"\nseed {SEED}; extraction {extracted_s:.0f} s, with the comparison {time.perf_counter() - began:.0f} s")
+    goals = [
+        Goal("mutations/files-without-a-row", lost, at_most=0),
+        Goal("mutations/sound-files-refused", refused, at_most=0),
+    ]
+    print("\n".join(goal_lines(goals)))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from goals import Goal, goal_lines
 from tubelet_pipeline.backbones.tiny import write_tiny_videomae
 from tubelet_pipeline.driver import extract
 from tubelet_pipeline.extract_config import ExtractConfig
@@ -189,13 +190,11 @@ def main() -> None:
         rows.append(row)
         print("".join(f"{value:11.3f}" if value % 1 else f"{value:11.0f}" for value in row.values()), flush=True)
     costs = [row["all"] for row in rows]
-    print(f"cost per clip, dearest size over cheapest: {max(costs) / min(costs):.2f}")
-    for who in ("client MB", "sched. MB"):
-        ends = [row[{"client MB": "peak", "sched. MB": "peak "}[who]] for row in rows]
-        print(
-            f"peak memory of the {who.split()[0].replace('sched.', 'scheduler')}, largest size over smallest: "
-            f"{ends[-1] / ends[0]:.2f}"
-        )
+    goals = [Goal("scale/cpu-per-clip-dearest-over-cheapest", max(costs) / min(costs), at_most=1.2)]
+    for who, column in (("client", "peak"), ("scheduler", "peak ")):
+        # Peak memory of the largest size over that of the smallest.
+        goals.append(Goal(f"scale/{who}-memory-growth", rows[-1][column] / rows[0][column], at_most=1.2))
+    print("\n".join(goal_lines(goals)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from goals import Goal, goal_lines
 from loader import GRID, HOOK, make_store
 from random_store import random_store
 from tubelet_store.plan import Hook
@@ -54,6 +55,9 @@ REPEATS = 3
 WARM_UP = 5
 
 TOGETHER_LATENTS = (1536, 6144)
+
+# Latents and k of the step that has a goal.
+GOAL_STEP = (8192, 32)
 
 FEED_LATENTS, FEED_BATCH, FEED_STEPS = 6144, 1024, 24
 
@@ -119,8 +123,8 @@ def dense_step(sae_trainer: SAETrainer, x_BD: Tensor) -> None:
     sae_trainer.update(Forward(sae, x_BD, pre_BF, codes, recon_BD, sae_trainer.dead_latents.dead_F), Term(error, {}))
 
 
-def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
-    """Lines of the table of steps."""
+def steps_table(device: torch.device, sizes: tuple[int, ...], goals: list[Goal]) -> Iterator[str]:
+    """Lines of the table of steps. Adds to `goals`."""
     cuda = device.type == "cuda"
     batch, precision = (GPU_BATCH, torch.bfloat16) if cuda else (CPU_BATCH, torch.float32)
     watch = Stopwatch(device)
@@ -138,6 +142,9 @@ def steps_table(device: torch.device, sizes: tuple[int, ...]) -> Iterator[str]:
             encoder = watch.best(lambda low=low, weight=weight: low @ weight.T)  # type: ignore[misc]
             step = watch.best(stepping([sae_trainer], x_BD))
             dense = watch.best(lambda sae_trainer=sae_trainer: dense_step(sae_trainer, x_BD), 1) if k == KS[0] else None  # type: ignore[misc]
+            if (latents, k) == GOAL_STEP:
+                limit = 1.5 if cuda else 2.0
+                goals.append(Goal(f"train_step/{device.type}-step-over-encoder", step / encoder, at_most=limit))
             line = f"{latents:>8} {k:>4} {encoder * 1e3:>11.1f} {step * 1e3:>9.1f} {step / encoder:>10.2f} "
             line += f"{dense / encoder:>8.2f}" if dense is not None else " " * 8
             if cuda:
@@ -229,8 +236,8 @@ def together_table(device: torch.device) -> Iterator[str]:
         yield f"SAEs of {latents} latents, k {KS[0]}: {', '.join(parts)} of the time of as many alone"
 
 
-def feeding_table(device: torch.device) -> Iterator[str]:
-    """Training fed by the store over training fed by a resident tensor."""
+def feeding_table(device: torch.device, goals: list[Goal]) -> Iterator[str]:
+    """Training fed by the store over training fed by a resident tensor. Adds to `goals`."""
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "store.zarr")
         clips = np.arange(store.plan.clips)
@@ -268,6 +275,9 @@ def feeding_table(device: torch.device) -> Iterator[str]:
             middle = time.perf_counter()
             processor.append(watch.once(from_memory) / stored)
             wall.append((time.perf_counter() - middle) / (middle - start))
+    # Processor time where it is a CPU's: the wall depends on what else runs.
+    fed = statistics.median(wall if device.type == "cuda" else processor)
+    goals.append(Goal(f"train_step/{device.type}-fed-over-resident", fed, at_least=0.97))
     yield (
         f"training fed by the store / by a resident tensor ({FEED_STEPS} steps of {FEED_BATCH}, "
         f"{FEED_LATENTS} latents, k {KS[0]}, windows of {8 * FEED_BATCH} tokens, page cache): "
@@ -302,21 +312,23 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_memory()
     cpu = torch.device("cpu")
-    tell(steps_table(cpu, tuple(arguments.sizes)))
+    goals: list[Goal] = []
+    tell(steps_table(cpu, tuple(arguments.sizes), goals))
     tell(iter([""]))
     tell(parts_table(cpu, 16384, 32))
     tell(kinds_table(cpu, 16384, 32))
     tell(together_table(cpu))
-    tell(feeding_table(cpu))
+    tell(feeding_table(cpu, goals))
     tell(iter(["", "CUDA: bf16 encoder product, fused Adam, Triton kernels"]))
     if torch.cuda.is_available():
         gpu = torch.device("cuda")
-        tell(steps_table(gpu, tuple(arguments.sizes)))
+        tell(steps_table(gpu, tuple(arguments.sizes), goals))
         tell(kinds_table(gpu, 16384, 32))
         tell(together_table(gpu))
-        tell(feeding_table(gpu))
+        tell(feeding_table(gpu, goals))
     else:
         tell(iter(["not measured: no CUDA device"]))
+    tell(iter(goal_lines(goals)))
     if arguments.out is not None:
         arguments.out.write_text("\n".join(lines) + "\n")
 
