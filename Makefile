@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SAELENS := .venv-saelens
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs check dist smoke saelens clean
+.PHONY: demo test lint types docs check dist smoke bench saelens clean
 
 demo: $(INSTALLED)  ## Render videos, extract, train, evaluate, gallery; print a table, and where report and gallery are.
 	$(BIN)/tubelet demo
@@ -32,6 +32,9 @@ dist: $(INSTALLED)  ## Wheel and source distribution, in dist/.
 
 smoke: dist  ## Every extra, installed from the wheel into an environment of its own and used.
 	$(BIN)/python tests/release/smoke.py dist/tubelet-*.whl
+
+bench: $(INSTALLED)  ## The benchmarks that fit a laptop, and a table of their goals (minutes).
+	$(BIN)/python benchmarks/goals.py
 
 saelens: $(INSTALLED)  ## SAEs to and from SAELens, asked of SAELens itself, in an environment of its own.
 	$(PYTHON) -m venv $(SAELENS)

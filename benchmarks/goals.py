@@ -51,7 +51,7 @@ class Goal:
     def __post_init__(self) -> None:
         """Exactly one limit; a name that is one word."""
         if (self.at_most is None) == (self.at_least is None) or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.name):
-            raise ValueError(f"not a goal: {self}")
+            raise ValueError(f"not a goal: {self.name!r}, {self.at_most} and {self.at_least}")
 
     @property
     def is_met(self) -> bool:
