@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from goals import LAPTOP, Goal, goal_lines, read_goals, table
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
