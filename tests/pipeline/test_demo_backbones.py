@@ -74,7 +74,7 @@ def test_card_and_report_name_these_very_weights(name: str) -> None:
 @pytest.mark.parametrize(("name", "recipe"), [("videomae-tiny", videomae.Recipe()), ("dinov2-tiny", dinov2.Recipe())])
 def test_card_states_recipe_data_and_limits(name: str, recipe: videomae.Recipe | dinov2.Recipe) -> None:
     card = (demo_backbone(name) / "README.md").read_text()
-    for heading in ("## Recipe", "## Data", "## What it knows", "## Limits"):
+    for heading in ("## Recipe", "## Data", "## Linear probes", "## Limits"):
         assert heading in card
     assert f"{recipe.steps} steps" in card
     assert f"seed {corpus.SEED}" in card

@@ -26,7 +26,7 @@ class DatasetBase(Config):
     root: str
     """Folder of the data set: a local path, or a URL such as s3://bucket/ssv2."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first videos, for trials."""
+    """Number of videos to use, from the first one; for trials. None: all."""
 
 
 @dataclass(frozen=True, slots=True)
