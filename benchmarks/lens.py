@@ -71,8 +71,9 @@ class Shape:
 
 SHAPES = (
     Shape("VideoMAE-base", Grid(time=8, height=14, width=14), 768, 6144, 32, 24),
+    Shape("VideoMAE-large", Grid(time=8, height=14, width=14), 1024, 8192, 32, 16),
     Shape("DINOv2-base, 16 frames", Grid(time=16, height=16, width=16), 768, 6144, 32, 10),
-    Shape("demo-sized", Grid(time=8, height=8, width=8), 96, 768, 16, 160),
+    Shape("demo-sized (smaller than users' backbones)", Grid(time=8, height=8, width=8), 96, 768, 16, 160),
 )
 
 
