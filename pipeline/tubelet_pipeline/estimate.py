@@ -22,6 +22,7 @@ from pydantic import Field
 
 from tubelet.errors import TubeletError
 from tubelet.formats import human_bytes, human_seconds
+from tubelet.tables import Table, Tabular
 from tubelet_pipeline.backbones import Backbone, load_backbone
 from tubelet_pipeline.datasets import resolve_uri
 from tubelet_pipeline.decode.decoded_clip import DecodedClip
@@ -91,8 +92,8 @@ class Calibration:
     """Device of the forward pass."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Tabular):
     """The costs of one extraction."""
 
     clips: int
@@ -112,6 +113,11 @@ class Estimate:
     """The slowest stage: `decode`, `forward`, `write`, or `cores`, which the workers of one machine share."""
     alternatives: dict[str, int] = field(default_factory=dict)
     """Total bytes with one setting changed."""
+
+    def table(self) -> Table:
+        """Size, requests and time, as `tubelet estimate` prints them."""
+        rows = [(line[:12].strip(), line[12:].strip()) for line in estimate_lines(self)]
+        return Table.of_rows(("estimate", "value"), rows)
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
