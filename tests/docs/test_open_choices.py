@@ -1,0 +1,45 @@
+"""The page of choices that papers leave open lists every tag in the code, with a reason, and the tag stands nowhere else."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import hooks
+import pages
+import pytest
+
+PAGE = pages.DOCS / "papers-leave-open.md"
+
+
+def test_every_tag_in_the_code_is_on_the_page():
+    in_code = sum(path.read_text().count(hooks.TAG) for room in hooks.ROOMS for path in (pages.ROOT / room).rglob("*.py"))
+    listed = hooks.open_choices()
+    assert in_code > 20
+    assert len(listed) == in_code
+    assert "<!-- open-choices -->" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("choice", hooks.open_choices(), ids=lambda choice: f"{choice.path.name}:{choice.line}")
+def test_a_choice_is_explained(choice):
+    assert len(choice.text.split()) >= 8
+    assert "[" not in choice.text.split()
+
+
+def test_no_other_page_and_no_help_text_has_the_tag():
+    from tubelet.cli.fields import fields_of
+
+    assert [page.name for page in pages.PAGES if page != PAGE and hooks.TAG in page.read_text()] == []
+    verbs = [hooks.load_verb(name) for name in entry_points(group="tubelet.verbs").names]
+    tagged = {field.path for verb in verbs for field in fields_of(verb.config()) if hooks.TAG in field.meaning}
+    assert tagged == set()
+
+
+def test_nothing_refers_to_notes_that_are_not_in_the_repository():
+    sources = [path for room in ("tubelet", *hooks.ROOMS) for path in (pages.ROOT / room).rglob("*.py")]
+    found = {
+        str(path.relative_to(pages.ROOT)): words
+        for path in [*sources, *pages.PAGES]
+        for words in ("science note", "Paper A", "Paper B", "../shared")
+        if words.lower() in path.read_text().lower()
+    }
+    assert found == {}
