@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SAELENS := .venv-saelens
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs check dist smoke bench saelens clean
+.PHONY: demo test lint types docs docs-run notebooks check dist smoke bench saelens clean
 
 demo: $(INSTALLED)  ## Render videos, extract, train, evaluate, gallery; print a table, and where report and gallery are.
 	$(BIN)/tubelet demo
@@ -23,6 +23,12 @@ types: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-run: $(INSTALLED)  ## The commands on the documentation's pages, run in a temporary folder.
+	$(BIN)/pytest -m docs_run -x --durations=10 tests/docs/test_docs_run.py
+
+notebooks: $(INSTALLED)  ## The documentation's site with its notebooks executed; fails where a cell does.
+	PATH="$(CURDIR)/$(BIN):$$PATH" TUBELET_NOTEBOOKS=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint types docs test
 

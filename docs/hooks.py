@@ -18,12 +18,11 @@ import textwrap
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from tubelet.cli.fields import REQUIRED, Field, fields_of
-from tubelet.cli.main import Verb
+from tubelet.cli.verb import load_verb
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"store": "Store", "pipeline": "Pipeline", "trainer": "Trainer", "lens": "Lens"}
@@ -45,12 +44,6 @@ def _generate(what: str, name: str | None, without: str | None) -> str:
 
 
 # Settings of verbs
-
-
-def load_verb(name: str) -> Verb[Any]:
-    """The verb called `name`."""
-    verb: Verb[Any] = entry_points(group="tubelet.verbs")[name].load()
-    return verb
 
 
 def fields_table(name: str, without: str | None = None) -> str:

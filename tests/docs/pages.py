@@ -1,4 +1,4 @@
-"""The documentation as the tests see it: its pages, and the pieces of them that can be held against the code."""
+"""The documentation as the tests see it: its pages, and the parts of them that can be compared with the code."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
-# docs/fields.py makes the tables; it is a script beside the pages, not part of a package.
+# docs/hooks.py fills the generated parts of the pages; it is a script beside the pages, not part of a package.
 sys.path.insert(0, str(DOCS))
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A block that is parsed and not run has a comment above it that says why: <!-- parsed: cluster -->
+_FENCE = re.compile(r"^(?:<!-- parsed: ([^\n]+) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 
 
@@ -25,6 +26,9 @@ class Snippet:
     page: Path
     line: int
     text: str
+    language: str = ""
+    parsed: str = ""
+    """Why it is not run here, such as `cluster` or `gpu`; empty: it runs."""
 
     @property
     def where(self) -> str:
@@ -32,14 +36,14 @@ class Snippet:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
-def snippets(language: str) -> list[Snippet]:
-    """The fenced blocks of `language` on all pages."""
+def snippets(language: str, page: Path | None = None) -> list[Snippet]:
+    """The fenced blocks of `language` (or of several, `bash|python`) on all pages, or on one, in order."""
     return [
-        Snippet(page, text.count("\n", 0, found.start()) + 1, found[2])
-        for page in PAGES
+        Snippet(page, text.count("\n", 0, block.start()) + 1, block[3], block[2], block[1] or "")
+        for page in (PAGES if page is None else [page])
         for text in [page.read_text()]
-        for found in _FENCE.finditer(text)
-        if found[1] == language
+        for block in _FENCE.finditer(text)
+        if block[2] in language.split("|")
     ]
 
 

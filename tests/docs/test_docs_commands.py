@@ -33,7 +33,8 @@ def _commands() -> list[tuple[str, str]]:
     found = []
     for snippet in pages.snippets("bash"):
         for line in snippet.text.splitlines():
-            words = line.partition(" #")[0].strip()
+            # With `torchrun` before it, too.
+            words = re.sub(r"^torchrun .* tubelet", "tubelet", line.partition(" #")[0].strip())
             if words.startswith("tubelet "):
                 found.append((snippet.where, words))
     for page in pages.PAGES:
@@ -51,6 +52,16 @@ def test_the_verb_exists_and_its_options_are_fields(where, command):
     verb = load_verb(name)
     _, overrides = parse_arguments(verb, [word for word in arguments if word not in _SWITCHES])
     assert set(overrides) <= {field.path for field in fields_of(verb.config())}
+
+
+@pytest.mark.parametrize("snippet", [s for s in pages.snippets("bash") if s.parsed], ids=lambda s: s.where)
+def test_the_configuration_of_a_command_that_is_not_run_is_on_its_page(snippet):
+    """So that it is parsed: `tubelet extract NAME.yaml` has a block or a generated table that begins with # NAME.yaml."""
+    from hooks import on_page_markdown
+
+    files = re.findall(r"^(?:torchrun .*)?tubelet \w+ ([\w-]+\.yaml)", snippet.text, re.MULTILINE)
+    page = on_page_markdown(snippet.page.read_text())
+    assert [file for file in files if f"# {file}" not in page and file not in ("extract.yaml", "job.yaml")] == []
 
 
 def test_there_are_commands_for_every_verb():

@@ -27,9 +27,10 @@ def test_a_choice_is_explained(choice):
 
 def test_no_other_page_and_no_help_text_has_the_tag():
     from tubelet.cli.fields import fields_of
+    from tubelet.cli.verb import load_verb
 
     assert [page.name for page in pages.PAGES if page != PAGE and hooks.TAG in page.read_text()] == []
-    verbs = [hooks.load_verb(name) for name in entry_points(group="tubelet.verbs").names]
+    verbs = [load_verb(name) for name in entry_points(group="tubelet.verbs").names]
     tagged = {field.path for verb in verbs for field in fields_of(verb.config()) if hooks.TAG in field.meaning}
     assert tagged == set()
 
