@@ -13,9 +13,9 @@
 # %% [markdown]
 # # First steps
 #
-# This notebook makes a small data set, opens its activation store, trains a sparse autoencoder (SAE) on it and evaluates
-# it. It needs no GPU and no download, and takes about a minute on two cores. The outputs below are those of a run when
-# this site was built.
+# This notebook makes a small data set, opens its activation store, trains a sparse autoencoder (SAE) on it and
+# evaluates it. It needs no GPU and no download, and takes about a minute on two cores. The outputs below are those of a
+# run when this site was built.
 #
 # It works in a temporary folder:
 

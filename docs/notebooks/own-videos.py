@@ -64,8 +64,8 @@ run
 # %% [markdown]
 # ## Evaluate
 #
-# Probes are fitted on the training videos and measured on the validation videos. A figure means little without what stands
-# beside it: the raw activations, an untrained SAE of the same width, a null.
+# Probes are fitted on the training videos and measured on the validation videos. A figure means little without what
+# stands beside it: the raw activations, an untrained SAE of the same width, a null.
 
 # %%
 report = tubelet.evaluate(
@@ -76,7 +76,8 @@ report
 # %% [markdown]
 # ## Choose a latent
 #
-# Latents have figures too. Here: those that fire on some but not most tokens, ordered by how coherent they are over time.
+# Latents have figures too. Here: those that fire on some but not most tokens, ordered by how coherent they are over
+# time.
 
 # %%
 table = report.latents.to_pandas()
@@ -108,8 +109,8 @@ site = tubelet.gallery(
 site
 
 # %% [markdown]
-# The page itself, `gallery/latents/`, plays the clips. The same frames, here as still pictures: where the latent fires on
-# its strongest clip, one picture per latent time step.
+# The page itself, in `gallery/latents/`, plays the clips. Here as still pictures: where the latent fires on its
+# strongest clip, one picture per latent time step.
 
 # %%
 import matplotlib.pyplot as plt
@@ -139,9 +140,9 @@ clips.groupby("label_name").mean().sort_values("largest activation", ascending=F
 # %% [markdown]
 # ## Edit it
 #
-# The last question is causal: what changes in the backbone's output when the latent is suppressed? Beside it stand other
-# latents with similar activation, and random directions with steps of the same length. If they change as much, the effect
-# does not belong to this latent.
+# The last question is causal: what changes in the backbone's output when the latent is suppressed? Beside it stand
+# other latents with similar activation, and random directions with steps of the same length. If these change as much,
+# the effect does not belong to this latent.
 
 # %%
 edited = tubelet.edit(

@@ -56,7 +56,7 @@ def test_the_verb_exists_and_its_options_are_fields(where, command):
 
 @pytest.mark.parametrize("snippet", [s for s in pages.snippets("bash") if s.parsed], ids=lambda s: s.where)
 def test_the_configuration_of_a_command_that_is_not_run_is_on_its_page(snippet):
-    """So that it is parsed: `tubelet extract NAME.yaml` has a block or a generated table that begins with # NAME.yaml."""
+    """So that it is parsed: for `tubelet extract NAME.yaml` a block, maybe a generated one, begins with # NAME.yaml."""
     from hooks import on_page_markdown
 
     files = re.findall(r"^(?:torchrun .*)?tubelet \w+ ([\w-]+\.yaml)", snippet.text, re.MULTILINE)

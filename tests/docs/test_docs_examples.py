@@ -34,8 +34,6 @@ def test_commands_in_a_notebook_are_commands(notebook):
 
     commands = re.findall(r"^# !tubelet (\w+) ([^\n>]*?)(?: 2>.*)?$", notebook.read_text(), re.MULTILINE)
     assert commands
-    import hooks
-
     from tubelet.cli.fields import fields_of
     from tubelet.cli.verb import load_verb
 

@@ -1,7 +1,7 @@
 """The commands and the Python on the pages, run in one folder in an order in which they work: `make docs-run`.
 
-The demo's data comes first, at a smaller size; the pages' configurations are written to the files that they name. Blocks
-with a comment such as `<!-- parsed: cluster -->` above them are not run; `test_docs_commands.py` parses those.
+The demo's data comes first, at a smaller size; the pages' configurations are written to the files that they name.
+Blocks with a comment such as `<!-- parsed: cluster -->` above them are not run; `test_docs_commands.py` parses those.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every verb has a page, and the page has a table of the verb's settings, which the site's build fills from the code."""
+"""Every verb has a page with a table of its settings, which the site's build fills from the code."""
 
 from __future__ import annotations
 
@@ -66,4 +66,5 @@ def test_a_page_names_only_fields_that_exist(verb):
 def test_the_navigation_has_every_page():
     navigation = (pages.ROOT / "mkdocs.yml").read_text()
     sources = [*pages.DOCS.rglob("*.md"), *(pages.DOCS / "notebooks").glob("*.py")]
-    assert [page for page in map(lambda path: str(path.relative_to(pages.DOCS)), sources) if page not in navigation] == []
+    names = [str(page.relative_to(pages.DOCS)) for page in sources]
+    assert [name for name in names if name not in navigation] == []
