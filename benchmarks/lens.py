@@ -38,8 +38,8 @@ from tubelet_store.clip_table import PLANNED, ClipOutcome
 from tubelet_store.plan import Grid, Hook, Plan
 from tubelet_store.reader import Store, open_store
 from tubelet_store.store_writer import StoreWriter
-from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.data.holdout import HoldoutConfig, held_out
+from tubelet_trainer.config import HoldoutConfig, TrainConfig
+from tubelet_trainer.data.holdout import held_out
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.sae_files import load_sae

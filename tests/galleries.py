@@ -16,8 +16,7 @@ from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.reader import Store, open_store
 from tubelet_store.store_writer import StoreWriter
-from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.data.holdout import HoldoutConfig
+from tubelet_trainer.config import HoldoutConfig, TrainConfig
 from tubelet_trainer.run.loop import train
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror=hacked=1> \"quoted\" 'too' & \u2028 more"

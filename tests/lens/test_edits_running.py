@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from in_process import extract_here
 from tubelet.config import validate
 from tubelet.errors import TubeletError
-from tubelet_lens.config import EvaluateConfig, Topic
+from tubelet_lens.config import EvaluateConfig, InBackboneConfig, Topic
 from tubelet_lens.evaluate import Result, evaluate
 from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_lens.gallery.effects import read_effects
@@ -36,7 +36,7 @@ from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
 from tubelet_lens.steering.classification_edits import classification_edits
 from tubelet_lens.steering.clip_source import Clip, ClipSource
-from tubelet_lens.steering.config import EditConfig, InBackboneConfig
+from tubelet_lens.steering.config import EditConfig
 from tubelet_lens.steering.edit import edit
 from tubelet_lens.steering.edit_report import EditReport
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits

@@ -23,8 +23,8 @@ from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.results.latent_table import read_latents
 from tubelet_lens.verbs import EVALUATE
 from tubelet_store.reader import open_store
-from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.data.holdout import HoldoutConfig, held_out
+from tubelet_trainer.config import HoldoutConfig, TrainConfig
+from tubelet_trainer.data.holdout import held_out
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.sae_files import load_record, load_sae, save_sae
 

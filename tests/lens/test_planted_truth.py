@@ -24,8 +24,8 @@ from tubelet_lens.codes.dictionary import directions, random_directions
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.evaluate import Result, evaluate
 from tubelet_lens.stats.matching import cosines, match, recovery
-from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.data.holdout import HoldoutConfig, held_out
+from tubelet_trainer.config import HoldoutConfig, TrainConfig
+from tubelet_trainer.data.holdout import held_out
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.sae_files import load_sae
 

@@ -38,8 +38,7 @@ from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
 from tubelet_store.clip_table import ClipOutcome
 from tubelet_store.reader import Store, open_store
 from tubelet_store.store_writer import StoreWriter
-from tubelet_trainer.config import TrainConfig
-from tubelet_trainer.data.holdout import HoldoutConfig
+from tubelet_trainer.config import HoldoutConfig, TrainConfig
 from tubelet_trainer.run.loop import train
 from tubelet_trainer.sae.config import TopKConfig
 from tubelet_trainer.sae.model import SAE

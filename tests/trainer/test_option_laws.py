@@ -25,9 +25,9 @@ from torch import Tensor
 from stores import make_plan, make_store
 from tubelet.config import Config
 from tubelet_store.reader import Store
-from tubelet_trainer.config import ObjectiveConfig, OptimizerConfig, PairsConfig, TrainConfig
+from tubelet_trainer.config import HoldoutConfig, ObjectiveConfig, OptimizerConfig, PairsConfig, TrainConfig
 from tubelet_trainer.data.batch import Batch
-from tubelet_trainer.data.holdout import HoldoutConfig, held_out
+from tubelet_trainer.data.holdout import held_out
 from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.source import Source
 from tubelet_trainer.run.training_run import Run

@@ -11,9 +11,15 @@ from test_option_laws import CASES, DEFAULTS, KINDS, NESTINGS
 
 from tubelet.config import Config
 from tubelet_store.cache import CacheConfig
-from tubelet_trainer.config import OptimizerConfig, TrainConfig
-from tubelet_trainer.data.holdout import HoldoutConfig
-from tubelet_trainer.run.trackers import MLflowConfig, NoTracker, TensorBoardConfig, WandbConfig
+from tubelet_trainer.config import (
+    HoldoutConfig,
+    MLflowConfig,
+    NoTracker,
+    OptimizerConfig,
+    TensorBoardConfig,
+    TrainConfig,
+    WandbConfig,
+)
 from tubelet_trainer.sae.config import Flat, InitConfig, TopKConfig
 
 Option = tuple[type[Config], str]

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tubelet_trainer.data.holdout import HoldoutConfig, held_out
+from tubelet_trainer.config import HoldoutConfig
+from tubelet_trainer.data.holdout import held_out
 from tubelet_trainer.data.order import Permutation
 
 keys = st.tuples(st.text(max_size=8), st.integers(-(2**40), 2**40), st.integers(0, 10**6))

@@ -21,9 +21,9 @@ from stores import make_plan, make_store
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_store.reader import open_store
-from tubelet_trainer.config import OptimizerConfig, TrainConfig
+from tubelet_trainer.config import HoldoutConfig, OptimizerConfig, TrainConfig
 from tubelet_trainer.data.clip_mixing import measure_mixing
-from tubelet_trainer.data.holdout import HoldoutConfig, held_out
+from tubelet_trainer.data.holdout import held_out
 from tubelet_trainer.optim.sae_group import SAEGroup
 from tubelet_trainer.run.checkpoint import Checkpoint, load_latest, save_checkpoint
 from tubelet_trainer.run.loop import train

@@ -10,9 +10,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from tubelet.config import Config
 from tubelet_store.cache import CacheConfig
-from tubelet_trainer.data.holdout import HoldoutConfig
 from tubelet_trainer.format_1 import current_fields
-from tubelet_trainer.run.trackers import AnyTracker, NoTracker
 from tubelet_trainer.sae.config import AnySAEConfig, TopKConfig
 
 
@@ -97,6 +95,54 @@ class ObjectiveConfig(Config):
     def spatial(self) -> bool:
         """Spatial pairs are needed."""
         return self.lambda_s > 0
+
+
+class HoldoutConfig(Config):
+    """Videos kept out of training, for evaluation."""
+
+    fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of videos held out; 0 trains on everything and evaluates nothing."""
+    seed: int = 0
+    """Chooses the videos. Not the training seed: runs with other seeds are evaluated on the same videos."""
+
+
+class NoTracker(Config):
+    """Nothing but metrics.jsonl."""
+
+    kind: Literal["none"] = "none"
+
+
+class TensorBoardConfig(Config):
+    """Event files in the run's folder, for `tensorboard --logdir`."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+
+class WandbConfig(Config):
+    """Weights & Biases. Credentials are the library's own business: `wandb login`, or its environment variables."""
+
+    kind: Literal["wandb"] = "wandb"
+    project: str = "tubelet"
+    """Project."""
+    name: str | None = None
+    """Name of the run; none: its folder's."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: keep the run in its folder, for `wandb sync` later."""
+
+
+class MLflowConfig(Config):
+    """MLflow."""
+
+    kind: Literal["mlflow"] = "mlflow"
+    uri: str | None = None
+    """Tracking server or folder; none: as the library is set up (MLFLOW_TRACKING_URI)."""
+    experiment: str = "tubelet"
+    """Experiment."""
+    name: str | None = None
+    """Name of the run; none: its folder's."""
+
+
+AnyTracker = Annotated[NoTracker | TensorBoardConfig | WandbConfig | MLflowConfig, Field(discriminator="kind")]
 
 
 class TrainConfig(Config):

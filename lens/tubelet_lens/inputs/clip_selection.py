@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
 from tubelet_store.reader import Store
-from tubelet_trainer.data.holdout import HoldoutConfig, held_out
+from tubelet_trainer.config import HoldoutConfig
+from tubelet_trainer.data.holdout import held_out
 
 
 def choose_clips(

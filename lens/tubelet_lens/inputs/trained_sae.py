@@ -10,7 +10,7 @@ from tubelet.errors import TubeletError
 from tubelet_lens.codes.sparse_codes import SparseCoder
 from tubelet_store.plan import differences
 from tubelet_store.reader import Store
-from tubelet_trainer.data.holdout import HoldoutConfig
+from tubelet_trainer.config import HoldoutConfig
 from tubelet_trainer.sae.sae_files import load_record, load_sae
 
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet.errors import TubeletError
+from tubelet_lens.config import InBackboneConfig
 from tubelet_lens.inputs.clip_selection import stratified_sample
 from tubelet_lens.inputs.pooled_clips import PooledSplit
 from tubelet_lens.metrics.metric import ClipSetting
 from tubelet_lens.steering.clip_source import Clip, ClipSource
-from tubelet_lens.steering.config import InBackboneConfig
 from tubelet_lens.steering.readout import (
     Readout,
     fit_probe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -86,35 +86,3 @@ class EditConfig(ChangeConfig):
     def changes(self) -> tuple[ChangeConfig, ...]:
         """All edits, in order."""
         return (ChangeConfig(latent=self.latent, operation=self.operation, where=self.where), *self.also)
-
-
-class InBackboneConfig(Config):
-    """Measurements in the backbone itself: it runs on the videos with its activations reconstructed or edited."""
-
-    root: str | None = None
-    """Folder of the data set; none: the folder recorded in each store."""
-    checkpoint: str | None = None
-    """Hub id or folder of the backbone; none: the one recorded in the store."""
-    fit_clips: int = Field(default=256, ge=2)
-    """Maximum number of clips to fit probes on, balanced over classes."""
-    test_clips: int = Field(default=64, ge=1)
-    """Maximum number of clips to measure on, balanced over classes; their pixels are held in memory."""
-    largest: int = Field(default=64, ge=1)
-    """Ablation: largest number of latents removed at once."""
-    draws: int = Field(default=20, ge=1)
-    """Ablation: random sets of latents per size."""
-    strengths: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(0.0, 1.0, 2.0, 4.0), min_length=1)
-    """Class edits: f' = -strength x the latent's largest activation; figures use the strength nearest to 2."""
-    control_draws: int = Field(default=2, ge=1)
-    """Class edits: random latents, matched latents and random directions per class and strength."""
-    effects: int = Field(default=32, ge=0)
-    """Number of latents switched off one by one, in order of importance to the probe. Results go to `effects.parquet`,
-    which the gallery shows. Each latent takes two passes over the test clips; 0: none."""
-    masks: Literal["color", "shape", "object"] = "color"
-    """Patch classes, for data sets with masks as `tubelet videos` writes them."""
-    max_frequency: float = Field(default=0.1, gt=0, le=1)
-    """Segmentation: ignore latents that fire on a larger share of tokens."""
-    label_threshold: float = Field(default=0.9, ge=0, le=1)
-    """Segmentation: ignore patches whose most common class covers a smaller share."""
-    decode: DecodeConfig = DecodeConfig(processes=1)
-    """Video decoding."""

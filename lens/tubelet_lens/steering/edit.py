@@ -48,7 +48,7 @@ from tubelet_lens.steering.readout import (
 from tubelet_pipeline.backbones import Backbone
 from tubelet_pipeline.redecode import backbone_of
 from tubelet_store.reader import Store, open_store
-from tubelet_trainer.data.holdout import HoldoutConfig
+from tubelet_trainer.config import HoldoutConfig
 from tubelet_trainer.run.environment import software
 from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.sae_files import load_record, load_sae

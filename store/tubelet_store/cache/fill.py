@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from tubelet.errors import TubeletError, nearest
 from tubelet_store.cache import CacheConfig
 from tubelet_store.cache.shard_object import ShardObject
-from tubelet_store.reader import Store
+
+if TYPE_CHECKING:
+    from tubelet_store.reader import Store
 
 # Shards fetched at once; the connections are shared, so the second only fills the gaps of the first.
 _AT_ONCE = 2

@@ -11,18 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from tubelet.config import Config
-
-
-class HoldoutConfig(Config):
-    """Videos kept out of training, for evaluation."""
-
-    fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of videos held out; 0 trains on everything and evaluates nothing."""
-    seed: int = 0
-    """Chooses the videos. Not the training seed: runs with other seeds are evaluated on the same videos."""
+from tubelet_trainer.config import HoldoutConfig
 
 
 def held_out(video_ids: Sequence[str], config: HoldoutConfig) -> NDArray[np.bool_]:

@@ -16,54 +16,13 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
-from pydantic import Field
-
-from tubelet.config import Config
 from tubelet.durable_files import replace_file
 from tubelet.errors import TubeletError
+from tubelet_trainer.config import AnyTracker, MLflowConfig, TensorBoardConfig, WandbConfig
 
 _RECORD = "tracker.json"
-
-
-class NoTracker(Config):
-    """Nothing but metrics.jsonl."""
-
-    kind: Literal["none"] = "none"
-
-
-class TensorBoardConfig(Config):
-    """Event files in the run's folder, for `tensorboard --logdir`."""
-
-    kind: Literal["tensorboard"] = "tensorboard"
-
-
-class WandbConfig(Config):
-    """Weights & Biases. Credentials are the library's own business: `wandb login`, or its environment variables."""
-
-    kind: Literal["wandb"] = "wandb"
-    project: str = "tubelet"
-    """Project."""
-    name: str | None = None
-    """Name of the run; none: its folder's."""
-    mode: Literal["online", "offline"] = "online"
-    """offline: keep the run in its folder, for `wandb sync` later."""
-
-
-class MLflowConfig(Config):
-    """MLflow."""
-
-    kind: Literal["mlflow"] = "mlflow"
-    uri: str | None = None
-    """Tracking server or folder; none: as the library is set up (MLFLOW_TRACKING_URI)."""
-    experiment: str = "tubelet"
-    """Experiment."""
-    name: str | None = None
-    """Name of the run; none: its folder's."""
-
-
-AnyTracker = Annotated[NoTracker | TensorBoardConfig | WandbConfig | MLflowConfig, Field(discriminator="kind")]
 
 
 class Tracker(Protocol):
