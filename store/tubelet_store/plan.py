@@ -170,11 +170,14 @@ class Plan(Config):
 def differences(before: JsonValue, after: JsonValue) -> list[str]:
     """Entries of two JSON values that differ, as short lines: `backbone.family: videomae -> dinov2`."""
     left, right = _flatten(before), _flatten(after)
-    return [
-        f"{field}: {_short(left.get(field))} -> {_short(right.get(field))}"
-        for field in sorted(left.keys() | right.keys())
-        if left.get(field) != right.get(field)
-    ]
+    lines = []
+    for field in sorted(left.keys() | right.keys()):
+        if (old := left.get(field)) != (new := right.get(field)):
+            texts = (_short(old), _short(new))
+            if texts[0] == texts[1]:
+                texts = (str(old), str(new))
+            lines.append(f"{field}: {texts[0]} -> {texts[1]}")
+    return lines
 
 
 def canonical_json(value: Any) -> bytes:

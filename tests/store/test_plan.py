@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from stores import make_plan, planned_table
 from tubelet.errors import TubeletError
-from tubelet_store.plan import Grid, Hook, Plan, TokenSelection, canonical_json, sha256_of_json
+from tubelet_store.plan import Grid, Hook, Plan, TokenSelection, canonical_json, differences, sha256_of_json
 from tubelet_store.store_writer import StoreWriter
 
 BASE = make_plan(
@@ -52,6 +52,22 @@ def test_every_field_changes_the_digest_and_is_named_as_the_difference(field):
     assert differences
     assert all(line.startswith(field) and " -> " in line for line in differences)
     assert BASE.differences(BASE) == []
+
+
+def test_differences_are_short_lines() -> None:
+    before = {"backbone": {"family": "videomae", "layers": 12}, "hooks": [{"name": "blocks.2", "channels": 96}], "x": 1}
+    after = {"backbone": {"family": "dinov2", "layers": 12}, "hooks": [{"name": "blocks.3", "channels": 96}]}
+    assert differences(before, after) == [
+        "backbone.family: videomae -> dinov2",
+        "hooks: blocks.2 -> blocks.3",
+        "x: 1 -> none",
+    ]
+    wider = [{"name": "blocks.2", "channels": 97}]
+    (line,) = differences({"hooks": before["hooks"]}, {"hooks": wider})
+    assert "96" in line
+    assert "97" in line
+    (line,) = differences({"text": "a" * 1000}, {"text": "b" * 1000})
+    assert len(line) < 200
 
 
 JSON = st.recursive(
