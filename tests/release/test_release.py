@@ -31,7 +31,7 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     pinned = {canonicalize_name(name): pin for name, pin in pins.items()}
-    every = [Requirement(line) for line in (*PROJECT["dependencies"], *sum(EXTRAS.values(), []))]
+    every = [Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines]
     wanted = [requirement for requirement in every if requirement.name != "tubelet"]
     assert wanted
     unpinned = {each.name for each in wanted if canonicalize_name(each.name) not in pinned}
