@@ -201,6 +201,8 @@ def _comments(source: str) -> Iterator[tuple[int, str, str]]:
 def _paragraph(text: str) -> str:
     """`text` on one line, without the tag."""
     one_line = " ".join(text.split())
+    # What stands behind a tag that ends a sentence begins the next one.
+    one_line = re.sub(r"(^|\. )\[RECON\] ([a-z])", lambda tag: tag[1] + tag[2].upper(), one_line)
     one_line = re.sub(r"\s*\[RECON(?:: ([^\]]*))?\]", lambda tag: f" ({tag[1]})" if tag[1] else "", one_line)
     return re.sub(r"\s+([.,:;])", r"\1", one_line).strip()
 
