@@ -27,7 +27,7 @@ from tubelet.cli.verb import load_verb
 ROOT = Path(__file__).parents[1]
 ROOMS = {"store": "Store", "pipeline": "Pipeline", "trainer": "Trainer", "lens": "Lens"}
 TAG = "[RECON"
-_MARKER = re.compile(r"<!-- (fields|backbones|backbone|open-choices)(?::(\w+))?(?: not:(\w+))? -->")
+_MARKER = re.compile(r"^<!-- (fields|backbones|backbone|open-choices)(?::(\w+))?(?: not:(\w+))? -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from tubelet.cli.fields import fields_of
+from tubelet.cli.verb import load_verb
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-
-# docs/hooks.py fills the generated parts of the pages; it is a script beside the pages, not part of a package.
-sys.path.insert(0, str(DOCS))
 
 # A block that is parsed and not run has a comment above it that says why: <!-- parsed: cluster -->
 _FENCE = re.compile(r"^(?:<!-- parsed: ([^\n]+) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -45,6 +45,12 @@ def snippets(language: str, page: Path | None = None) -> list[Snippet]:
         for block in _FENCE.finditer(text)
         if block[2] in language.split("|")
     ]
+
+
+@cache
+def field_names(verb: str) -> frozenset[str]:
+    """Paths of the settings of a verb."""
+    return frozenset(field.path for field in fields_of(load_verb(verb).config()))
 
 
 def inline(page: Path) -> list[str]:

@@ -13,7 +13,7 @@ from tubelet.cli.fields import fields_of
 from tubelet.cli.verb import load_verb
 
 VERBS = sorted(entry_points(group="tubelet.verbs").names)
-FILES = (".json", ".pt", ".safetensors", ".yaml")
+FILES = (".json", ".parquet", ".pt", ".safetensors", ".yaml")
 
 
 def test_a_page_is_filled_with_the_settings_of_its_verb():
@@ -51,7 +51,7 @@ def test_every_field_has_a_meaning(verb):
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_page_names_only_fields_that_exist(verb):
     """`decode.backend` in running text is a field, if its first part is a section of any verb."""
-    known = {field.path for name in VERBS for field in fields_of(load_verb(name).config())}
+    known = {path for name in VERBS for path in pages.field_names(name)}
     sections = {path.partition(".")[0] for path in known if "." in path}
     named = {
         word.partition(":")[0]
