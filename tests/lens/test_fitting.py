@@ -1,26 +1,20 @@
-"""Laws of what the clip metrics are fitted with: partition, basis, logistic regression, ridge, bootstrap, ranks."""
+"""Laws of what the clip metrics are fitted with: partition, logistic regression, ridge, bootstrap, ranks."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from tubelet_lens.inputs.clip_selection import partition
 from tubelet_lens.metrics.retrieval import ranks
 from tubelet_lens.stats.linear_models import (
-    Basis,
     choose_penalty,
-    fit_logistic,
-    fit_path,
     fit_probe,
     fit_ridge,
     interval,
 )
-
-CPU = torch.device("cpu")
 
 
 def test_a_partition_keeps_a_videos_clips_together_and_leaves_none_out() -> None:
@@ -40,56 +34,44 @@ def test_a_partition_depends_on_the_videos_not_on_the_order_of_clips() -> None:
     assert (there.validation != partition(videos, validation=0.3, ranking=0.2, seed=6).validation).any()
 
 
-@pytest.mark.parametrize("shape", [(40, 6), (12, 30)])
-def test_a_basis_keeps_every_inner_product_of_standardized_rows(shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal(shape).astype(np.float32) * rng.gamma(1, 1, shape[1]).astype(np.float32) + 3
-    rows[:, 2] = 1.5
-    basis = Basis.fit(rows, CPU)
-    assert 2 not in basis.kept
-    wide = rows.astype(np.float64)[:, basis.kept]
-    standard = (wide - wide.mean(0)) / wide.std(0)
-    found = basis.coordinates(rows).numpy()
-    assert found.shape[1] <= min(shape)
-    assert found @ found.T == pytest.approx(standard @ standard.T, abs=1e-8)
-    assert found.T @ found == pytest.approx(np.diag(basis.squares_R.numpy()), abs=1e-7)
-
-
-@pytest.mark.parametrize("shape", [(40, 6), (12, 30)])
-def test_weights_on_coordinates_are_weights_on_the_vectors(shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(1)
-    rows = rng.standard_normal(shape).astype(np.float32)
-    basis = Basis.fit(rows, CPU)
-    weights = torch.from_numpy(rng.standard_normal((3, basis.axes_KR.shape[1])))
-    on_vectors = rows.astype(np.float64) @ basis.weights(weights, shape[1]).T
-    difference = (basis.coordinates(rows) @ weights.T).numpy() - on_vectors
-    assert difference == pytest.approx(np.tile(difference[0], (shape[0], 1)), abs=1e-9)
-
-
+@pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("penalty", [1e-2, 1.0])
-def test_logistic_regression_reaches_the_optimum_that_scipy_finds(penalty: float) -> None:
+def test_a_probe_reaches_the_optimum_that_scipy_finds_on_standardized_rows(penalty: float, classes: int) -> None:
     rng = np.random.default_rng(2)
-    rows, classes = rng.standard_normal((50, 4)), rng.integers(0, 3, 50)
+    rows, class_N = rng.standard_normal((50, 4)) * [1, 2, 5, 0.1] + 3, rng.integers(0, classes, 50)
+    standard = (rows - rows.mean(0)) / rows.std(0)
 
     def loss(flat: np.ndarray) -> float:
-        weights, bias = flat[:12].reshape(3, 4), flat[12:]
-        chosen = log_softmax(rows @ weights.T + bias, axis=1)[np.arange(50), classes]
+        weights, bias = flat[: 4 * classes].reshape(classes, 4), flat[4 * classes :]
+        chosen = log_softmax(standard @ weights.T + bias, axis=1)[np.arange(50), class_N]
         return float(-chosen.mean() + penalty / 2 * (weights**2).sum())
 
-    best = minimize(loss, np.zeros(15), method="BFGS", options={"gtol": 1e-8})
-    found = fit_logistic(torch.from_numpy(rows), torch.from_numpy(classes), 3, penalty)
-    flat = np.concatenate([found.weights_CR.numpy().ravel(), found.bias_C.numpy()])
-    assert loss(flat) == pytest.approx(best.fun, abs=1e-9)
-    assert found.weights_CR.numpy() == pytest.approx(best.x[:12].reshape(3, 4), abs=1e-4)
+    best = minimize(loss, np.zeros(5 * classes), method="BFGS", options={"gtol": 1e-8})
+    probe = fit_probe(rows, class_N, classes, penalty)
+    weights = probe.weights_CF * rows.std(0)
+    bias = probe.bias_C + probe.weights_CF @ rows.mean(0)
+    assert loss(np.concatenate([weights.ravel(), bias])) == pytest.approx(best.fun, abs=1e-9)
+    assert weights == pytest.approx(best.x[: 4 * classes].reshape(classes, 4), abs=1e-4)
 
 
-def test_a_path_of_penalties_ends_where_each_would_alone() -> None:
+@pytest.mark.parametrize("classes", [2, 5])
+def test_probabilities_are_the_softmax_of_logits_and_constant_columns_weigh_nothing(classes: int) -> None:
+    rng = np.random.default_rng(1)
+    rows, class_N = rng.standard_normal((40, 6)).astype(np.float32), rng.integers(0, classes, 40)
+    rows[:, 2] = 1.5
+    probe = fit_probe(rows, class_N, classes, 0.1)
+    assert probe.probabilities(rows) == pytest.approx(np.exp(log_softmax(probe.logits(rows), axis=1)))
+    assert (probe.weights_CF[:, 2] == 0).all()
+    assert (probe.weights_CF[:, [0, 1]] != 0).all()
+
+
+def test_a_class_without_a_row_is_never_predicted_and_a_class_alone_always() -> None:
     rng = np.random.default_rng(3)
-    rows, classes = torch.from_numpy(rng.standard_normal((40, 5))), torch.from_numpy(rng.integers(0, 4, 40))
-    path = fit_path(rows, classes, 4, (0.01, 1.0))
-    alone = fit_logistic(rows, classes, 4, 0.01)
-    assert path[0.01].weights_CR.numpy() == pytest.approx(alone.weights_CR.numpy(), abs=1e-3)
-    assert path[1.0].weights_CR.norm() < path[0.01].weights_CR.norm()
+    rows, class_N = rng.standard_normal((40, 5)), rng.integers(0, 2, 40) * 2
+    assert (fit_probe(rows, class_N, 4, 0.1).probabilities(rows)[:, [1, 3]] == 0).all()
+    assert (fit_probe(rows, np.full(40, 1), 4, 0.1).probabilities(rows) == [0, 1, 0, 0]).all()
+    held = np.arange(40) < 10
+    assert choose_penalty(rows, np.where(held, 3, class_N), held, 4, (0.1, 1.0)) in (0.1, 1.0)
 
 
 def test_the_chosen_penalty_is_the_one_that_validation_likes_best() -> None:
@@ -100,23 +82,23 @@ def test_the_chosen_penalty_is_the_one_that_validation_likes_best() -> None:
     held, penalties = np.arange(200) >= 60, (1e-4, 1e-1, 10.0)
     scores = {}
     for penalty in penalties:
-        found = fit_probe(rows[~held], classes[~held], 3, penalty, CPU).probabilities(rows[held]).numpy()
+        found = fit_probe(rows[~held], classes[~held], 3, penalty).probabilities(rows[held])
         scores[penalty] = (found.argmax(1) == classes[held]).mean()
     assert len(set(scores.values())) == 3
-    assert choose_penalty(rows, classes, held, 3, penalties, CPU) == max(penalties, key=lambda p: scores[p])
+    assert choose_penalty(rows, classes, held, 3, penalties) == max(penalties, key=lambda p: scores[p])
 
 
 @pytest.mark.parametrize("shape", [(30, 5), (8, 20)])
 def test_ridge_solves_the_normal_equations(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(5)
     rows, targets = rng.standard_normal(shape).astype(np.float32), rng.standard_normal((shape[0], 3))
-    maps = fit_ridge(rows, torch.from_numpy(targets), (0.1, 10.0), CPU)
+    maps = fit_ridge(rows, targets, (0.1, 10.0))
     wide = rows.astype(np.float64)
     standard = (wide - wide.mean(0)) / wide.std(0)
     for penalty, found in maps.items():
         left = standard.T @ standard + penalty * len(rows) * np.eye(shape[1])
         solved = np.linalg.solve(left, standard.T @ (targets - targets.mean(0)))
-        assert found(rows).numpy() == pytest.approx(standard @ solved, abs=1e-9)
+        assert found(rows) == pytest.approx(standard @ solved, abs=1e-9)
 
 
 def test_the_bootstrap_interval_covers_as_often_as_it_says() -> None:

@@ -429,14 +429,14 @@ def test_setting_a_latent_to_zero_changes_the_probes_logits_as_said() -> None:
     codes[rng.random((90, 5)) < 0.3] = 0
     test = np.arange(90) >= 60
     videos = [str(i) for i in range(90)]
-    found = probe_effects(codes, class_N, videos, test, ["a", "b", "c"], 0, torch.device("cpu"))
+    found = probe_effects(codes, class_N, videos, test, ["a", "b", "c"], 0)
     assert sorted(found) == [0, 1, 2, 3]
     assert "of 30 other clips" in found[0][0].definition
     penalty = float(re.search(r"L2 penalty ([\d.e-]+)\)", found[0][0].definition)[1])  # type: ignore[index]
-    probe = fit_probe(codes[~test], class_N[~test], 3, penalty, torch.device("cpu"))
+    probe = fit_probe(codes[~test], class_N[~test], 3, penalty)
 
     def logits(rows: np.ndarray) -> np.ndarray:
-        return probe.model.logits(probe.basis.coordinates(rows)).numpy()
+        return probe.logits(rows)
 
     for latent in range(4):
         without = codes.copy()

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
@@ -97,7 +96,6 @@ def probe_effects(
     test_N: NDArray[np.bool_],
     names: Sequence[str],
     seed: int,
-    device: torch.device,
 ) -> dict[int, tuple[Effects, ...]]:
     """Change of the logits of a linear action probe when a latent is set to 0 in the code; {} where none can be fitted.
 
@@ -111,7 +109,6 @@ def probe_effects(
         test_N: bool, clips kept from the fit to measure the probe on; none: its accuracy is not known.
         names: [C]
         seed: Chooses the videos on which the penalty is chosen.
-        device: Where to compute.
     """
     fit_N = ~test_N
     if len(np.unique(class_N[fit_N])) < 2 or fit_N.sum() < _FEWEST_CLIPS:
@@ -119,11 +116,11 @@ def probe_effects(
     videos = [video for video, taken in zip(video_N, fit_N, strict=True) if taken]
     held = partition(videos, validation=_VALIDATION, ranking=0.0, seed=seed).validation
     rows_NF, classes = codes_NF[fit_N], len(names)
-    penalty = choose_penalty(rows_NF, class_N[fit_N], held, classes, _PENALTIES, device)
-    probe = fit_probe(rows_NF, class_N[fit_N], classes, penalty, device)
+    penalty = choose_penalty(rows_NF, class_N[fit_N], held, classes, _PENALTIES)
+    probe = fit_probe(rows_NF, class_N[fit_N], classes, penalty)
     worth = "it was measured on no other clips"
     if test_N.any():
-        named = probe.probabilities(codes_NF[test_N]).argmax(1).cpu().numpy()
+        named = probe.logits(codes_NF[test_N]).argmax(1)
         right = float((named == class_N[test_N]).mean())
         most = float(np.bincount(class_N[test_N]).max() / test_N.sum())
         worth = (
@@ -137,7 +134,7 @@ def probe_effects(
     )
     fires_F = (codes_NF != 0).sum(0)
     mean_where_F = codes_NF.sum(0, dtype=np.float64) / np.maximum(fires_F, 1)
-    change_CF = -probe.weights(codes_NF.shape[1]) * mean_where_F
+    change_CF = -probe.weights_CF * mean_where_F
     # A latent that is silent on the clips of the fit has no weight: nothing is known of it.
     known = np.flatnonzero((codes_NF[fit_N] != 0).any(0))
     return {

@@ -210,7 +210,6 @@ class _Reading:
                 test & ~test.all(),
                 labels.names,
                 self._config.seed,
-                self._device,
             )
         return survey.result(), probe
 

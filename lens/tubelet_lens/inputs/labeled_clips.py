@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tubelet.errors import TubeletError
 from tubelet_lens.inputs.pooled_clips import PooledSplit
@@ -40,11 +38,11 @@ class Labeled:
         """C."""
         return len(self.labels)
 
-    def by_video(self, values_NC: Tensor) -> Tensor:
-        """[V, C]: mean over the clips (views) of each video."""
-        video_N = torch.from_numpy(self.video).to(values_NC.device)
-        sums = values_NC.new_zeros(len(self.video_class), values_NC.shape[1]).index_add_(0, video_N, values_NC)
-        return sums / torch.bincount(video_N, minlength=len(sums)).to(values_NC)[:, None]
+    def by_video(self, values_NC: NDArray[np.float64]) -> NDArray[np.float64]:
+        """float64 [V, C]: mean over the clips (views) of each video."""
+        sums_VC = np.zeros((len(self.video_class), values_NC.shape[1]))
+        np.add.at(sums_VC, self.video, values_NC)
+        return sums_VC / np.bincount(self.video, minlength=len(sums_VC))[:, None]
 
 
 def labeled_clips(fit: PooledSplit | None, test: PooledSplit) -> Labeled | None:

@@ -1,4 +1,4 @@
-"""How much of what is done in a video can be read off its pooled code by a linear probe (science note 1.5 [RECON]).
+"""How well a linear probe reads the class of a video from its pooled code. [RECON: the paper's probe is not described]
 
 fit side ─ penalty chosen on validation videos ─▶ probe ─▶ test videos: top-1, top-5
 the same for raw activations, principal components, an untrained SAE and a random projection as wide as the SAE
@@ -10,17 +10,82 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tubelet_lens.inputs.clip_selection import Parts
 from tubelet_lens.inputs.labeled_clips import Labeled
 from tubelet_lens.inputs.pooled_clips import PooledSplit
 from tubelet_lens.metrics.clip_vectors import SUBJECT_WORDS, PoolingKind, subjects, vector_words, vectors
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 from tubelet_lens.results.section import Figure, Section, Subject
 from tubelet_lens.stats.linear_models import LEVEL, choose_penalty, fit_probe, interval
+
+_PROBE = (
+    "The probe is multinomial logistic regression on vectors standardized by the fitted-on clips, with an L2 penalty "
+    "(chosen: {penalty:g}) of best top-1 on validation videos, then fitted on all of them; of a video in several clips "
+    f"the probabilities are averaged. Range: {LEVEL:.0%} bootstrap interval over test videos."
+)
+_BOOTSTRAP = f"{LEVEL:.0%} bootstrap interval over test videos"
+
+FIGURES = FigureTable(
+    "action",
+    FigureSpec(
+        "top1",
+        "Top-1, {title}",
+        f"Share of test videos whose class is the most probable. A clip's vector is {{vector}}. {{draws}}{_PROBE}",
+        n_of="test videos",
+        style="percent",
+        better="high",
+        headline=True,
+        null="action.top1.permuted",
+        interval=_BOOTSTRAP,
+        name="action.top1{pooling}.{subject}",
+    ),
+    FigureSpec(
+        "top5",
+        "Top-5, {title}",
+        "Share of test videos whose class is among the 5 most probable. A clip's vector is {vector}. {draws}" + _PROBE,
+        n_of="test videos",
+        style="percent",
+        better="high",
+        null="exact: guessing gives 5 / number of classes",
+        interval=_BOOTSTRAP,
+        name="action.top5{pooling}.{subject}",
+        when="more than five classes",
+    ),
+    FigureSpec(
+        "permuted",
+        "Top-1, {title}",
+        "Null: the SAE's probe fitted to labels that were permuted among the fitted-on videos, with the same penalty; "
+        "mean, lowest and highest of {draws} draws.",
+        n_of="test videos",
+        style="percent",
+        interval="lowest and highest of the draws",
+        name="action.top1.permuted",
+    ),
+    FigureSpec(
+        "gain",
+        "SAE's lead in top-1, {title}",
+        "Top-1 of the SAE minus top-1 of {other}, in points of accuracy. Range: "
+        f"{LEVEL:.0%} bootstrap interval ({{resamples}} draws) over test videos, paired: both probes are scored on the "
+        "same drawn videos. An interval that holds 0 does not tell them apart.",
+        n_of="test videos",
+        style="percent",
+        better="high",
+        null="exact: 0 is no lead",
+        interval=f"paired {_BOOTSTRAP}",
+        name="action.gain{pooling}.{subject}",
+    ),
+    FigureSpec("chance", "Chance", "1 / number of classes: top-1 of guessing.", n_of="classes", style="percent"),
+    FigureSpec(
+        "commonest",
+        "Always the commonest class",
+        "Share of test videos of the class that most fitted-on clips have.",
+        n_of="test videos",
+        style="percent",
+    ),
+)
 
 _TITLES: dict[PoolingKind, str] = {
     "mean": "mean pooling",
@@ -58,7 +123,7 @@ def action(clips: ClipSetting) -> ClipResult | None:
         Section(
             name="action",
             title="Action probe",
-            lead="Can a linear probe tell from a clip's pooled code what is done in the video? "
+            lead="Can a linear probe tell the class of a video from a clip's pooled code? "
             f"{known.classes} classes; fitted on {len(set(fit.videos[known.fit_rows])):,} videos, tested on "
             f"{len(known.video_class):,} others.",
             figures=(*figures, *probing.guesses()),
@@ -76,23 +141,32 @@ class _Probing:
 
     def score(self, subject: Subject, kind: PoolingKind) -> _Score:
         """Fit and test every draw."""
-        known, device = self._known, self._clips.setting.device
-        found, penalty = [], None
+        known = self._known
+        right, penalty = [], None
         for rows, test_rows in vectors(self._clips, self._fit, subject, kind):
             here = rows[known.fit_rows]
             if penalty is None:
-                # Draws of one kind of control want the same penalty.
+                # One choice for all draws of a control.
                 penalties, held = self._config.penalties, self._validation
-                penalty = choose_penalty(here, known.fit_class, held, known.classes, penalties, device)
-            probe = fit_probe(here, known.fit_class, known.classes, penalty, device)
-            found.append(_right(known.by_video(probe.probabilities(test_rows[known.test_rows])), known.video_class))
+                penalty = choose_penalty(here, known.fit_class, held, known.classes, penalties)
+            right.append(self._right(here, known.fit_class, test_rows[known.test_rows], penalty))
         assert penalty is not None
-        top1, top5 = (np.stack(parts) for parts in zip(*found, strict=True))
+        top1, top5 = (np.stack(parts) for parts in zip(*right, strict=True))
         return _Score(top1.mean(0), top5.mean(0), tuple(float(draw.mean()) for draw in top1), penalty)
+
+    def _right(
+        self, rows: NDArray[np.float32], class_N: NDArray[np.int64], test_rows: NDArray[np.float32], penalty: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Whether each test video's class is the most probable, and among the five most probable."""
+        probe = fit_probe(rows, class_N, self._known.classes, penalty)
+        probabilities_VC = self._known.by_video(probe.probabilities(test_rows))
+        top_V5 = np.argsort(-probabilities_VC, axis=1, kind="stable")[:, :5]
+        hit_V5 = top_V5 == self._known.video_class[:, None]
+        return hit_V5[:, 0].astype(np.float64), hit_V5.any(1).astype(np.float64)
 
     def permuted(self, sae: _Score, kind: PoolingKind) -> Figure:
         """The null: labels of the fit side given to other videos."""
-        known, device = self._known, self._clips.setting.device
+        known, seed = self._known, self._clips.config.seed
         rows, test_rows = next(vectors(self._clips, self._fit, "sae", kind))
         here, there = rows[known.fit_rows], test_rows[known.test_rows]
         names, first, video = np.unique(
@@ -100,63 +174,36 @@ class _Probing:
         )
         draws = []
         for draw in range(self._clips.config.control_draws):
-            order = np.random.default_rng([self._clips.config.seed, draw]).permutation(len(names))
+            order = np.random.default_rng([seed, draw]).permutation(len(names))
             shuffled = known.fit_class[first][order][video]
-            probe = fit_probe(here, shuffled, known.classes, sae.penalty, device)
-            draws.append(_right(known.by_video(probe.probabilities(there)), known.video_class)[0].mean())
-        return Figure(
-            name="action.top1.permuted",
-            title=f"Top-1, {_TITLES[kind]}",
-            subject="permuted",
-            value=float(np.mean(draws)),
-            low=float(min(draws)),
-            high=float(max(draws)),
-            n=self._videos,
-            n_of="test videos",
-            definition="Null: the SAE's probe fitted to labels that were dealt out anew among the fitted-on videos, "
-            f"with the same penalty; mean, lowest and highest of {len(draws)} draws.",
-            style="percent",
+            draws.append(float(self._right(here, shuffled, there, sae.penalty)[0].mean()))
+        value, ends = spread(draws)
+        return FIGURES.fill(
+            "permuted", value, self._videos, subject="permuted", ends=ends, title=_TITLES[kind], draws=len(draws)
         )
 
     def accuracies(self, scores: dict[Subject, _Score], kind: PoolingKind, *, first: bool) -> list[Figure]:
         """Top-1 of every subject, and top-5 where there are more than five classes."""
         figures = []
-        for top in (1, 5) if self._known.classes > 5 else (1,):
+        for key in ("top1", "top5") if self._known.classes > 5 else ("top1",):
             for subject, score in scores.items():
-                values = score.top1_V if top == 1 else score.top5_V
-                low, high = interval(values, draws=self._config.bootstrap, seed=self._clips.config.seed)
+                values_V = score.top1_V if key == "top1" else score.top5_V
                 figures.append(
-                    Figure(
-                        name=f"action.top{top}{'' if first else f'_{kind}'}.{subject}",
-                        title=f"Top-{top}, {_TITLES[kind]}",
+                    FIGURES.fill(
+                        key,
+                        float(values_V.mean()),
+                        self._videos,
                         subject=subject,
-                        value=float(values.mean()),
-                        low=low,
-                        high=high,
-                        n=self._videos,
-                        n_of="test videos",
-                        definition=self._definition(top, subject, kind, score),
-                        style="percent",
-                        better="high",
-                        headline=first and top == 1 and subject == "sae",
+                        ends=self._interval(values_V),
+                        headline=first and subject == "sae",
+                        title=_TITLES[kind],
+                        pooling="" if first else f"_{kind}",
+                        vector=vector_words(subject, kind),
+                        draws=_draws(score, with_range=key == "top1"),
+                        penalty=score.penalty,
                     )
                 )
         return figures
-
-    def _definition(self, top: int, subject: Subject, kind: PoolingKind, score: _Score) -> str:
-        words = (
-            f"Share of test videos whose class is {'the most' if top == 1 else f'among the {top} most'} probable. "
-            f"A clip's vector is {vector_words(subject, kind)}. "
-        )
-        if len(score.by_draw) > 1:
-            words += f"Mean of {len(score.by_draw)} random draws"
-            words += f" (top-1 {min(score.by_draw):.1%} to {max(score.by_draw):.1%}). " if top == 1 else ". "
-        return (
-            f"{words}The probe is multinomial logistic regression on vectors standardized by the fitted-on clips, with "
-            f"an L2 penalty (chosen: {score.penalty:g}) of best top-1 on validation videos, then fitted on all of "
-            f"them; of a video in several clips the probabilities are averaged. Range: {LEVEL:.0%} bootstrap interval "
-            "over test videos."
-        )
 
     def gains(self, scores: dict[Subject, _Score], kind: PoolingKind, *, first: bool) -> list[Figure]:
         """SAE minus each control, paired."""
@@ -164,60 +211,43 @@ class _Probing:
         for subject, score in scores.items():
             if subject == "sae":
                 continue
-            difference = scores["sae"].top1_V - score.top1_V
-            low, high = interval(difference, draws=self._config.bootstrap, seed=self._clips.config.seed)
+            difference_V = scores["sae"].top1_V - score.top1_V
             figures.append(
-                Figure(
-                    name=f"action.gain{'' if first else f'_{kind}'}.{subject}",
-                    title=f"SAE's lead in top-1, {_TITLES[kind]}",
+                FIGURES.fill(
+                    "gain",
+                    float(difference_V.mean()),
+                    self._videos,
                     subject=subject,
-                    value=float(difference.mean()),
-                    low=low,
-                    high=high,
-                    n=self._videos,
-                    n_of="test videos",
-                    definition=f"Top-1 of the SAE minus top-1 of {SUBJECT_WORDS[subject]}, in points of accuracy. "
-                    f"Range: {LEVEL:.0%} bootstrap interval ({self._config.bootstrap:,} draws) over test videos, "
-                    "paired: both probes are scored on the same drawn videos. An interval that holds 0 does not tell "
-                    "them apart.",
-                    style="percent",
-                    better="high",
+                    ends=self._interval(difference_V),
+                    title=_TITLES[kind],
+                    pooling="" if first else f"_{kind}",
+                    other=SUBJECT_WORDS[subject],
+                    resamples=f"{self._config.bootstrap:,}",
                 )
             )
         return figures
+
+    def _interval(self, values_V: NDArray[np.float64]) -> tuple[float, float]:
+        return interval(values_V, draws=self._config.bootstrap, seed=self._clips.config.seed)
 
     def guesses(self) -> list[Figure]:
         """What needs no probe."""
         known = self._known
         commonest = int(np.bincount(known.fit_class).argmax())
         return [
-            Figure(
-                name="action.chance",
-                title="Chance",
-                value=1 / known.classes,
-                n=known.classes,
-                n_of="classes",
-                definition="1 / number of classes: top-1 of guessing.",
-                style="percent",
-            ),
-            Figure(
-                name="action.commonest",
-                title="Always the commonest class",
-                value=float((known.video_class == commonest).mean()),
-                n=self._videos,
-                n_of="test videos",
-                definition="Share of test videos of the class that most fitted-on clips have.",
-                style="percent",
-            ),
+            FIGURES.fill("chance", 1 / known.classes, known.classes),
+            FIGURES.fill("commonest", float((known.video_class == commonest).mean()), self._videos),
         ]
 
     def notes(self) -> tuple[str, ...]:
-        """How to read it."""
+        """How to read the figures."""
         notes = [
             "A code is wider than what it encodes, and width alone helps a linear probe: the SAE has learned something "
             "only as far as it leads the random projection and the untrained SAE.",
-            "The SAE and the partition of the videos are one draw each: the intervals say nothing of other training "
+            "The SAE and the partition of the videos are one draw each: the intervals do not cover other training "
             "seeds.",
+            "Other sections probe anew and report other accuracies: ablation fits without the videos on which it ranks "
+            "latents, and information scope probes raw activations.",
         ]
         unknown = int((self._known.video_class < 0).sum())
         if unknown:
@@ -225,8 +255,9 @@ class _Probing:
         return tuple(notes)
 
 
-def _right(probabilities_VC: Tensor, class_V: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Whether each video's class is the most probable, and among the five most probable."""
-    top = probabilities_VC.topk(min(5, probabilities_VC.shape[1]), dim=1).indices
-    hit = top == torch.from_numpy(class_V).to(top)[:, None]
-    return hit[:, 0].double().cpu().numpy(), hit.any(1).double().cpu().numpy()
+def _draws(score: _Score, *, with_range: bool) -> str:
+    """Words on the draws of a control; empty where there is one."""
+    if len(score.by_draw) == 1:
+        return ""
+    lowest_to_highest = f" (top-1 {min(score.by_draw):.1%} to {max(score.by_draw):.1%})" if with_range else ""
+    return f"Mean of {len(score.by_draw)} random draws{lowest_to_highest}. "

@@ -22,7 +22,6 @@ class Ranking:
     Attributes:
         known: Clips whose class is known.
         probe: Fitted without the ranking part.
-        weights_CF: float64 [C, F] Its weights, in units of the pooled codes.
         codes_NF: float32 [N, F] Mean codes of the clips of the ranking part.
         class_N: int64 [N] Their classes.
         importance_CF: float64 [C, F] See `class_ranking.importance`.
@@ -31,7 +30,6 @@ class Ranking:
 
     known: Labeled
     probe: Probe
-    weights_CF: NDArray[np.float64]
     codes_NF: NDArray[np.float32]
     class_N: NDArray[np.int64]
     importance_CF: NDArray[np.float64]
@@ -54,22 +52,20 @@ def rank_latents(clips: ClipSetting) -> Ranking | None:
     known, fit, parts = clips.labeled, clips.fit, clips.parts
     if known is None or fit is None or parts is None:
         return None
-    device, classes = clips.setting.device, known.classes
+    classes = known.classes
     codes_NF = fit.pooled["sae"].mean_NF[known.fit_rows]
     in_ranking, validation = parts.ranking[known.fit_rows], parts.validation[known.fit_rows]
     rest = ~in_ranking
     penalties = clips.config.action.penalties
-    penalty = choose_penalty(codes_NF[rest], known.fit_class[rest], validation[rest], classes, penalties, device)
-    probe = fit_probe(codes_NF[rest], known.fit_class[rest], classes, penalty, device)
-    weights_CF = probe.weights(codes_NF.shape[1])
+    penalty = choose_penalty(codes_NF[rest], known.fit_class[rest], validation[rest], classes, penalties)
+    probe = fit_probe(codes_NF[rest], known.fit_class[rest], classes, penalty)
     ranking_NF, ranking_class = codes_NF[in_ranking], known.fit_class[in_ranking]
     return Ranking(
         known=known,
         probe=probe,
-        weights_CF=weights_CF,
         codes_NF=ranking_NF,
         class_N=ranking_class,
-        importance_CF=importance(weights_CF, ranking_NF, ranking_class),
+        importance_CF=importance(probe.weights_CF, ranking_NF, ranking_class),
         mean_F=np.abs(ranking_NF).mean(axis=0, dtype=np.float64),
     )
 

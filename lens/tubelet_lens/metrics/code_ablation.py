@@ -1,30 +1,154 @@
-"""Ablation in the code that the action probe reads: how few latents carry a class (science note 1.8, level i [RECON]).
+"""Ablation in the code that the action probe reads: how few latents carry a class.
 
     fit side but its ranking part ─▶ probe     ranking part ─▶ importance     test side ─▶ accuracy with latents at 0
 
-Not causal about the backbone: nothing is run again, only what the probe is given changes.
+This says nothing causal about the backbone: it is not run again, only the probe's input changes. [RECON: the paper
+names no measure of importance and no matching of the random sets; both are chosen here.]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tubelet_lens.inputs.labeled_clips import Labeled
 from tubelet_lens.metrics.class_ranking import rank_latents, ranked
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section
 from tubelet_lens.stats.ablation_curve import Ablation, ablate, accuracy_lines, gini, set_sizes
+from tubelet_lens.stats.linear_models import softmax
 
 _HOW = (
     "The probe reads the mean of a clip's codes over its tokens and was fitted without the ranking part; importance of "
     "latent j for class c is |w_cj| |E[z_j | c]|, on the ranking part; accuracies are of test videos."
+)
+
+_AREA = (
+    "Mean over the sizes m = 1, 2, 4, ... of (accuracy before - accuracy with m latents at 0) / (accuracy before - "
+    "chance): the area over the curve, on a logarithmic axis. 1: all is lost at once. Undefined where the probe is not "
+    "above chance."
+)
+
+FIGURES = FigureTable(
+    "ablation",
+    FigureSpec(
+        "before",
+        "Accuracy before",
+        f"Top-1 with nothing at 0. {_HOW}",
+        n_of="test videos",
+        style="percent",
+        better="high",
+        null="action.chance",
+        name="ablation.before.sae",
+    ),
+    FigureSpec(
+        "m50",
+        "Latents that carry half (m_50)",
+        "Smallest m for which setting the m most important latents of all classes together to 0 costs half of "
+        "(accuracy - chance), chance {chance}; undefined if {largest} do not. The importance of a latent is its mean "
+        f"over the clips of the ranking part. {_HOW}",
+        n_of="alive latents",
+        style="count",
+        better="low",
+        headline=True,
+        null="ablation.m50.random",
+        name="ablation.m50.sae",
+    ),
+    FigureSpec(
+        "m50_random",
+        "Latents that carry half (m_50)",
+        "Smallest of m = 1, 2, 4, ... {largest} at which the mean accuracy of {draws} random sets has lost half; "
+        "undefined if none has. Each set is drawn among the other alive latents, one of nearest mean activation for "
+        "each of the m most important.",
+        n_of="alive latents",
+        style="count",
+        name="ablation.m50.random",
+    ),
+    FigureSpec(
+        "area",
+        "Area lost",
+        f"With the most important latents at 0. {_AREA}",
+        n_of="test videos",
+        better="high",
+        null="ablation.area.random",
+        name="ablation.area.sae",
+    ),
+    FigureSpec(
+        "area_random",
+        "Area lost",
+        f"With matched random latents at 0; mean, lowest and highest of {{draws}} draws. {_AREA}",
+        n_of="test videos",
+        interval="lowest and highest of the draws",
+        name="ablation.area.random",
+    ),
+    FigureSpec(
+        "area_bottom",
+        "Area lost with the least important latents",
+        f"With the m alive latents of least importance at 0. {_AREA}",
+        n_of="test videos",
+        better="low",
+        null="ablation.area.random",
+    ),
+    FigureSpec(
+        "match",
+        "Activity of the random latents, relative to the important ones",
+        "Mean activation of the {largest} random latents over that of the {largest} most important. 1: fully matched; "
+        "below 1 there were no other latents so active, and the comparison favors the important ones.",
+        n_of="draws",
+    ),
+    FigureSpec(
+        "class_m50",
+        "m_50 of a single class, median",
+        "Per class: smallest m for which setting the class's m most important latents to 0 costs half of (its accuracy "
+        f"- chance); median over the classes, undefined if most do not get there by {{largest}}. {_HOW}",
+        n_of="classes that the probe knows",
+        better="low",
+        name="ablation.class_m50.sae",
+        when="the probe is above chance on a class",
+    ),
+    FigureSpec(
+        "class_area",
+        "Area lost by a single class",
+        "The area lost of a class's own accuracy with its own most important latents at 0, mean over the classes.",
+        n_of="classes that the probe knows",
+        better="high",
+        null="ablation.class_area.random",
+        name="ablation.class_area.sae",
+        when="the probe is above chance on a class",
+    ),
+    FigureSpec(
+        "class_area_random",
+        "Area lost by a single class",
+        "The same with matched random latents at 0, {draws} draws per class and size.",
+        n_of="classes that the probe knows",
+        name="ablation.class_area.random",
+        when="the probe is above chance on a class",
+    ),
+    FigureSpec(
+        "class_others",
+        "Area lost by the other classes",
+        "With a class's most important latents at 0: share of the other classes' accuracy that is lost, mean over the "
+        "sizes and classes. Small beside the area lost by the class itself: the latents are its own.",
+        n_of="classes that the probe knows",
+        better="low",
+        null="ablation.class_area.sae",
+        when="the probe is above chance on a class",
+    ),
+    FigureSpec(
+        "gini",
+        "Concentration (Gini)",
+        "Gini coefficient over the alive latents of the effects |w_cj| E[z_j | c], on the test videos of class c; mean "
+        "over the classes. 0: all latents matter alike; toward 1: one carries everything.",
+        n_of="classes that the probe knows",
+        better="high",
+        when="the probe is above chance on a class",
+    ),
 )
 
 
@@ -33,14 +157,13 @@ class _Reading:
     """The probe and what it reads on the test side."""
 
     known: Labeled
-    weights_CF: Tensor
-    codes_NF: Tensor
-    logits_NC: Tensor
+    weights_CF: NDArray[np.float64]
+    codes_NF: NDArray[np.float32]
+    logits_NC: NDArray[np.float64]
 
     def of(self, videos: NDArray[np.bool_]) -> _Reading:
         """The reading of some of the videos alone."""
         rows = videos[self.known.video]
-        chosen = torch.from_numpy(np.flatnonzero(rows)).to(self.codes_NF.device)
         place = np.cumsum(videos) - 1
         known = replace(
             self.known,
@@ -48,7 +171,7 @@ class _Reading:
             video=place[self.known.video[rows]],
             video_class=self.known.video_class[videos],
         )
-        return _Reading(known, self.weights_CF, self.codes_NF[chosen], self.logits_NC[chosen])
+        return _Reading(known, self.weights_CF, self.codes_NF[rows], self.logits_NC[rows])
 
     def accuracy(self, latents: NDArray[np.int64]) -> float:
         """Share of the videos that the probe has right with `latents` at 0."""
@@ -56,10 +179,9 @@ class _Reading:
 
     def right(self, latents: NDArray[np.int64]) -> NDArray[np.bool_]:
         """bool [V]: test videos that the probe has right with `latents` at 0."""
-        chosen = torch.from_numpy(latents).to(self.codes_NF.device)
-        left = self.logits_NC - self.codes_NF[:, chosen].double() @ self.weights_CF[:, chosen].T
-        found = self.known.by_video(left.softmax(1)).argmax(1).cpu().numpy()
-        return np.asarray(found == self.known.video_class)
+        left_NC = self.logits_NC - self.codes_NF[:, latents].astype(np.float64) @ self.weights_CF[:, latents].T
+        right_V: NDArray[np.bool_] = self.known.by_video(softmax(left_NC)).argmax(1) == self.known.video_class
+        return right_V
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +199,7 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
     ranking = rank_latents(clips)
     if ranking is None:
         return None
-    settings, device = clips.config.ablation, clips.setting.device
-    known, probe, weights_CF = ranking.known, ranking.probe, ranking.weights_CF
+    settings, known, weights_CF = clips.config.ablation, ranking.known, ranking.probe.weights_CF
     importance_CF, mean_F, alive_F = ranking.importance_CF, ranking.mean_F, ranking.alive_F
     sizes = set_sizes(int(alive_F.sum()), settings.largest)
     if not sizes:
@@ -86,9 +207,9 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
     test_NF = clips.test.pooled["sae"].mean_NF[known.test_rows]
     reading = _Reading(
         known=known,
-        weights_CF=torch.from_numpy(weights_CF).to(device),
-        codes_NF=torch.from_numpy(test_NF).to(device),
-        logits_NC=probe.model.logits(probe.basis.coordinates(test_NF)),
+        weights_CF=weights_CF,
+        codes_NF=test_NF,
+        logits_NC=ranking.probe.logits(test_NF),
     )
     chance = 1 / known.classes
 
@@ -160,152 +281,41 @@ def _section(known: Labeled, whole: Ablation, by_class: dict[int, _OfClass], dra
             "Few latents (a small m_50, a Gini coefficient near 1) mean that what the probe uses is concentrated; the "
             "random latents show what taking away as much activity does by itself.",
             "The more latents are taken, the fewer are left to match: the random ones' activity stands in the table.",
+            "The accuracy before differs from the action probe's: this probe was fitted without the ranking part.",
         ),
     )
 
 
 def _figures(known: Labeled, whole: Ablation, draws: int, alive: int) -> list[Figure]:
     videos, largest = len(known.video_class), whole.sizes[-1]
-    random = whole.random.mean(axis=0)
-    areas = whole.random_areas
-    half = int(np.argmax(random <= _half(whole))) if (random <= _half(whole)).any() else None
-    area = (
-        "Mean over the sizes m = 1, 2, 4, ... of (accuracy before - accuracy with m latents at 0) / (accuracy before - "
-        "chance): the area over the curve, on a logarithmic axis. 1: all is lost at once. Undefined where the probe is "
-        "not above chance."
-    )
+    random_below_half = whole.random.mean(axis=0) <= _half(whole)
+    random_m50 = whole.sizes[int(np.argmax(random_below_half))] if random_below_half.any() else None
+    random_area, ends = spread(whole.random_areas)
+    words: dict[str, Any] = {"draws": draws, "largest": largest}
     return [
-        Figure(
-            name="ablation.before.sae",
-            title="Accuracy before",
-            value=whole.before,
-            n=videos,
-            n_of="test videos",
-            definition=f"Top-1 with nothing at 0. {_HOW}",
-            style="percent",
-            better="high",
-        ),
-        Figure(
-            name="ablation.m50.sae",
-            title="Latents that carry half (m_50)",
-            value=whole.m_50,
-            n=alive,
-            n_of="alive latents",
-            definition="Smallest m for which setting the m most important latents of all classes together to 0 costs "
-            f"half of (accuracy - chance), chance {whole.chance:.1%}; undefined if {largest} do not. The importance of "
-            f"a latent is its mean over the clips of the ranking part. {_HOW}",
-            style="count",
-            better="low",
-            headline=True,
-        ),
-        Figure(
-            name="ablation.m50.random",
-            title="Latents that carry half (m_50)",
-            subject="random",
-            value=None if half is None else whole.sizes[half],
-            n=alive,
-            n_of="alive latents",
-            definition=f"Smallest of m = 1, 2, 4, ... {largest} at which the mean accuracy of {draws} random sets has "
-            "lost half; undefined if none has. Each set is drawn among the other alive latents, one of nearest mean "
-            "activation for each of the m most important.",
-            style="count",
-        ),
-        Figure(
-            name="ablation.area.sae",
-            title="Area lost",
-            value=whole.area(whole.top),
-            n=videos,
-            n_of="test videos",
-            definition=f"With the most important latents at 0. {area}",
-            better="high",
-        ),
-        Figure(
-            name="ablation.area.random",
-            title="Area lost",
-            subject="random",
-            value=float(np.mean(areas)) if areas else None,
-            low=min(areas, default=None),
-            high=max(areas, default=None),
-            n=videos,
-            n_of="test videos",
-            definition=f"With matched random latents at 0; mean, lowest and highest of {draws} draws. {area}",
-        ),
-        Figure(
-            name="ablation.area_bottom",
-            title="Area lost with the least important latents",
-            value=whole.area(whole.bottom),
-            n=videos,
-            n_of="test videos",
-            definition=f"With the m alive latents of least importance at 0. {area}",
-            better="low",
-        ),
-        Figure(
-            name="ablation.match",
-            title="Activity of the random latents, in that of the important ones",
-            value=whole.mismatch,
-            n=draws,
-            n_of="draws",
-            definition=f"Mean activation of the {largest} random latents over that of the {largest} most important. 1: "
-            "fully matched; below 1 there were no other latents so active, and the comparison favors the important "
-            "ones.",
-        ),
+        FIGURES.fill("before", whole.before, videos),
+        FIGURES.fill("m50", whole.m_50, alive, chance=f"{whole.chance:.1%}", **words),
+        FIGURES.fill("m50_random", random_m50, alive, subject="random", **words),
+        FIGURES.fill("area", whole.area(whole.top), videos),
+        FIGURES.fill("area_random", random_area, videos, subject="random", ends=ends, **words),
+        FIGURES.fill("area_bottom", whole.area(whole.bottom), videos),
+        FIGURES.fill("match", whole.mismatch, draws, **words),
     ]
 
 
 def _figures_by_class(classes: dict[int, _OfClass], draws: int) -> list[Figure]:
-    of = [one.ablation for one in classes.values()]
-    halves = [np.inf if one.m_50 is None else one.m_50 for one in of]
-    median = float(np.median(halves))
+    of, count = [one.ablation for one in classes.values()], len(classes)
+    median = float(np.median([np.inf if one.m_50 is None else one.m_50 for one in of]))
     top = [area for one in of if (area := one.area(one.top)) is not None]
-    random = [np.mean([one.area(draw) for draw in one.random]) for one in of]
+    random = [float(np.mean([one.area(draw) for draw in one.random])) for one in of]
     concentrations = [one.gini for one in classes.values() if one.gini is not None]
-    shared = {"n": len(classes), "n_of": "classes that the probe knows"}
+    others = [float(one.others.mean()) for one in classes.values()]
     return [
-        Figure(
-            name="ablation.class_m50.sae",
-            title="m_50 of a single class, median",
-            value=median if np.isfinite(median) else None,
-            definition="Per class: smallest m for which setting the class's m most important latents to 0 costs half "
-            "of (its accuracy - chance); median over the classes, undefined if most do not get there by "
-            f"{of[0].sizes[-1]}. {_HOW}",
-            better="low",
-            **shared,
-        ),
-        Figure(
-            name="ablation.class_area.sae",
-            title="Area lost by a single class",
-            value=float(np.mean(top)),
-            definition="The area lost of a class's own accuracy with its own most important latents at 0, mean over "
-            "the classes.",
-            better="high",
-            **shared,
-        ),
-        Figure(
-            name="ablation.class_area.random",
-            title="Area lost by a single class",
-            subject="random",
-            value=float(np.mean(random)),
-            definition=f"The same with matched random latents at 0, {draws} draws per class and size.",
-            **shared,
-        ),
-        Figure(
-            name="ablation.class_others",
-            title="Area lost by the other classes",
-            value=float(np.mean([one.others.mean() for one in classes.values()])),
-            definition="With a class's most important latents at 0: share of the other classes' accuracy that is lost, "
-            "mean over the sizes and classes. Small beside the area lost by the class itself: the latents are its own.",
-            better="low",
-            **shared,
-        ),
-        Figure(
-            name="ablation.gini",
-            title="Concentration (Gini)",
-            value=float(np.mean(concentrations)) if concentrations else None,
-            definition="Gini coefficient over the alive latents of the effects |w_cj| E[z_j | c], on the test videos "
-            "of class c; mean over the classes. 0: all latents matter alike; toward 1: one carries everything.",
-            better="high",
-            **shared,
-        ),
+        FIGURES.fill("class_m50", median if np.isfinite(median) else None, count, largest=of[0].sizes[-1]),
+        FIGURES.fill("class_area", float(np.mean(top)), count),
+        FIGURES.fill("class_area_random", float(np.mean(random)), count, subject="random", draws=draws),
+        FIGURES.fill("class_others", float(np.mean(others)), count),
+        FIGURES.fill("gini", float(np.mean(concentrations)) if concentrations else None, count),
     ]
 
 

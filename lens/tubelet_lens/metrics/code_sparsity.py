@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from tubelet_lens.inputs.clip_stream import Window
 from tubelet_lens.metrics.metric import Setting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable
 from tubelet_lens.results.latent_table import LatentColumn
-from tubelet_lens.results.section import Curve, Figure, Line, Section, ratio
+from tubelet_lens.results.section import Curve, Line, Section, ratio
 
 _QUANTILES = (0.05, 0.5, 0.95)
 
@@ -17,6 +18,56 @@ _QUANTILES = (0.05, 0.5, 0.95)
 _ALWAYS_ON = 0.5
 
 _BINS_PER_DECADE = 4
+
+FIGURES = FigureTable(
+    "sparsity",
+    FigureSpec(
+        "l0",
+        "L0 (active latents per token)",
+        "Mean over tokens of the number of latents whose code is not exactly 0. It can be below a TopK's k where fewer "
+        "than k latents are positive.",
+        n_of="tokens",
+        headline=True,
+        null="exact: a count; it is a cost to read beside FVU, and has no null",
+    ),
+    FigureSpec(
+        "l0_quantile",
+        "L0, {words}",
+        "Smallest number of active latents that at least {percent}% of the tokens do not exceed.",
+        n_of="tokens",
+        name="sparsity.l0_p{percent:02d}",
+    ),
+    FigureSpec(
+        "dead_fraction",
+        "Dead latents",
+        "Fraction of latents that fired on none of the {tokens} evaluated tokens. On fewer tokens more latents appear "
+        "dead: compare only at equal numbers of tokens. The training log counts differently: latents silent for a "
+        "number of training tokens, or on its own, fewer, held-out tokens.",
+        n_of="latents",
+        style="percent",
+        better="low",
+        headline=True,
+        null="exact: 0 is the best value",
+    ),
+    FigureSpec(
+        "dead", "Dead latents, number", "The same as a number of latents.", n_of="latents", style="count", better="low"
+    ),
+    FigureSpec(
+        "always_on",
+        "Latents on more than half of the tokens",
+        f"Number of latents with density above {_ALWAYS_ON}. A few always-on latents make any code look coherent "
+        "through time: read temporal coherence beside this.",
+        n_of="latents",
+        style="count",
+        better="low",
+    ),
+    FigureSpec(
+        "median_density",
+        "Median density of alive latents",
+        "Density of a latent = fraction of evaluated tokens on which it fires.",
+        n_of="alive latents",
+    ),
+)
 
 
 class Sparsity:
@@ -30,7 +81,7 @@ class Sparsity:
         self._tokens_by_L0 = torch.zeros(setting.latents + 1, dtype=torch.int64, device=setting.device)
 
     def add(self, window: Window) -> None:
-        """Take in one window."""
+        """Add the clips of one window."""
         latents = len(self._fired_F)
         for codes in window.codes:
             tokens = codes.shape[0] * codes.shape[1]
@@ -49,78 +100,27 @@ class Sparsity:
         density_F = fired_F / max(tokens, 1)
         dead, always_on = int((fired_F == 0).sum()), int((density_F > _ALWAYS_ON).sum())
         alive_density = density_F[fired_F > 0]
-        quantiles = tuple(
-            Figure(
-                name=f"sparsity.l0_p{round(100 * level):02d}",
-                title=f"L0, {'median' if level == 0.5 else f'{level:.0%} quantile'}",
-                value=_quantile(by_L0, level),
-                n=tokens,
-                n_of="tokens",
-                definition=f"Smallest number of active latents that at least {level:.0%} of the tokens do not exceed.",
-            )
-            for level in _QUANTILES
-        )
+        median_density = float(np.median(alive_density)) if len(alive_density) else None
         return Section(
             name="sparsity",
             title="Sparsity",
-            lead="How many latents a token lights up, and how many of the dictionary's latents ever light up.",
+            lead="How many latents are active per token, and how many of the dictionary's latents are ever active.",
             figures=(
-                Figure(
-                    name="sparsity.l0",
-                    title="L0 (active latents per token)",
-                    value=ratio(float((by_L0 * np.arange(len(by_L0))).sum()), tokens),
-                    n=tokens,
-                    n_of="tokens",
-                    definition="Mean over tokens of the number of latents whose code is not exactly 0. It can "
-                    "lie below a "
-                    "TopK's k where fewer than k latents are positive.",
-                    headline=True,
+                FIGURES.fill("l0", ratio(float((by_L0 * np.arange(len(by_L0))).sum()), tokens), tokens),
+                *(
+                    FIGURES.fill(
+                        "l0_quantile",
+                        _quantile(by_L0, level),
+                        tokens,
+                        percent=round(100 * level),
+                        words="median" if level == 0.5 else f"{level:.0%} quantile",
+                    )
+                    for level in _QUANTILES
                 ),
-                *quantiles,
-                Figure(
-                    name="sparsity.dead_fraction",
-                    title="Dead latents",
-                    value=ratio(dead, latents),
-                    n=latents,
-                    n_of="latents",
-                    definition=f"Fraction of latents that fired on none of the {tokens:,} evaluated tokens. "
-                    "Fewer tokens "
-                    "find more latents dead: compare only at equal numbers of tokens. The training log counts "
-                    "otherwise: latents silent for a number of training tokens, or on its own, fewer, held-out tokens.",
-                    style="percent",
-                    better="low",
-                    headline=True,
-                ),
-                Figure(
-                    name="sparsity.dead",
-                    title="Dead latents, number",
-                    value=dead,
-                    n=latents,
-                    n_of="latents",
-                    definition="The same as a number of latents.",
-                    style="count",
-                    better="low",
-                ),
-                Figure(
-                    name="sparsity.always_on",
-                    title="Latents on more than half of the tokens",
-                    value=always_on,
-                    n=latents,
-                    n_of="latents",
-                    definition=f"Number of latents with density above {_ALWAYS_ON}. A few always-on latents "
-                    "make any code "
-                    "look coherent through time: read temporal coherence beside this.",
-                    style="count",
-                    better="low",
-                ),
-                Figure(
-                    name="sparsity.median_density",
-                    title="Median density of alive latents",
-                    value=float(np.median(alive_density)) if len(alive_density) else None,
-                    n=len(alive_density),
-                    n_of="alive latents",
-                    definition="Density of a latent = fraction of evaluated tokens on which it fires.",
-                ),
+                FIGURES.fill("dead_fraction", ratio(dead, latents), latents, tokens=f"{tokens:,}"),
+                FIGURES.fill("dead", dead, latents),
+                FIGURES.fill("always_on", always_on, latents),
+                FIGURES.fill("median_density", median_density, len(alive_density)),
             ),
             curves=(_density_histogram(alive_density, tokens, dead),) if len(alive_density) else (),
         )
@@ -160,7 +160,6 @@ def _density_histogram(alive_density: NDArray[np.float64], tokens: int, dead: in
         y_label="latents",
         x=tuple(float(edge) for edge in edges),
         lines=(Line(label="latents", y=tuple(float(count) for count in counts)),),
-        definition="Histogram of log10(density) over alive latents; density = fraction of evaluated tokens on "
-        "which a latent "
-        f"fires. The left end is one token of {tokens:,}. The {dead:,} dead latents are not shown.",
+        definition="Histogram of log10(density) over alive latents; density = fraction of evaluated tokens on which a "
+        f"latent fires. The left end is one token of {tokens:,}. The {dead:,} dead latents are not shown.",
     )

@@ -6,18 +6,63 @@ latents there are in a space, the nearer the nearest of them is by chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_lens.codes.dictionary import directions, effective_rank, nearest_latents, random_directions
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject
 
 _NEAR = 0.9
 _BINS = 40
+
+_LARGEST = "Of each latent the largest |cosine| between its direction and another's ({whose})."
+
+FIGURES = FigureTable(
+    "collinearity",
+    FigureSpec(
+        "mean",
+        "Largest |cosine| to another latent, mean",
+        _LARGEST,
+        n_of="{of}",
+        better="low",
+        null="collinearity.mean.random",
+        name="collinearity.mean{suffix}",
+    ),
+    FigureSpec(
+        "p95",
+        "Largest |cosine| to another latent, 95% quantile",
+        _LARGEST,
+        n_of="{of}",
+        better="low",
+        null="collinearity.p95.random",
+        name="collinearity.p95{suffix}",
+    ),
+    FigureSpec(
+        "above_09",
+        f"Latents with another above {_NEAR}",
+        f"Share of latents whose largest |cosine| to another is above {_NEAR} ({{whose}}).",
+        n_of="{of}",
+        style="percent",
+        better="low",
+        null="collinearity.above_09.random",
+        name="collinearity.above_09{suffix}",
+    ),
+    FigureSpec(
+        "effective_rank",
+        "Effective rank of the dictionary",
+        "exp of the entropy of the singular values of the unit directions, as shares of their sum (Roy & Vetterli "
+        "2007): how many dimensions the directions fill ({whose}).",
+        n_of="{of}",
+        better="high",
+        null="collinearity.effective_rank.random",
+        name="collinearity.effective_rank{suffix}",
+    ),
+)
 
 
 def measure_collinearity(clips: ClipSetting) -> ClipResult | None:
@@ -60,44 +105,21 @@ def measure_collinearity(clips: ClipSetting) -> ClipResult | None:
     )
 
 
-def _figures(subject: Subject, sizes_A: NDArray[np.float64], rank: float) -> Iterator[Figure]:
-    suffix = "" if subject == "sae" else f".{subject}"
-    whose = (
-        "alive latents (fired on an evaluated clip) and their directions in raw units"
+def _figures(subject: Subject, sizes_A: NDArray[np.float64], rank: float) -> tuple[Figure, ...]:
+    words: dict[str, Any] = {
+        "suffix": "" if subject == "sae" else f".{subject}",
+        "of": "alive latents" if subject == "sae" else "directions",
+        "whose": "alive latents (fired on an evaluated clip) and their directions in raw units"
         if subject == "sae"
-        else "null: as many random directions of as many dimensions, one draw"
-    )
-    shared = {"subject": subject, "n": len(sizes_A), "n_of": "alive latents" if subject == "sae" else "directions"}
-    for key, title, value in (
-        ("mean", "Largest |cosine| to another latent, mean", float(sizes_A.mean())),
-        ("p95", "Largest |cosine| to another latent, 95% quantile", float(np.quantile(sizes_A, 0.95))),
-    ):
-        yield Figure(
-            name=f"collinearity.{key}{suffix}",
-            title=title,
-            value=value,
-            definition=f"Of each latent the largest |cosine| between its direction and another's ({whose}).",
-            better="low",
-            **shared,
-        )
-    yield Figure(
-        name=f"collinearity.above_09{suffix}",
-        title=f"Latents with another above {_NEAR}",
-        value=float((sizes_A > _NEAR).mean()),
-        definition=f"Share of latents whose largest |cosine| to another is above {_NEAR} ({whose}).",
-        style="percent",
-        better="low",
-        **shared,
-    )
-    yield Figure(
-        name=f"collinearity.effective_rank{suffix}",
-        title="Effective rank of the dictionary",
-        value=rank,
-        definition="exp of the entropy of the singular values of the unit directions, as shares of their sum (Roy & "
-        f"Vetterli 2007): how many dimensions the directions fill ({whose}).",
-        better="high",
-        **shared,
-    )
+        else "null: as many random directions of as many dimensions, one draw",
+    }
+    values = {
+        "mean": float(sizes_A.mean()),
+        "p95": float(np.quantile(sizes_A, 0.95)),
+        "above_09": float((sizes_A > _NEAR).mean()),
+        "effective_rank": rank,
+    }
+    return tuple(FIGURES.fill(key, value, len(sizes_A), subject=subject, **words) for key, value in values.items())
 
 
 def _curve(sizes: dict[str, NDArray[np.float64]]) -> Curve:

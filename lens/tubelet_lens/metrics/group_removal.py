@@ -1,14 +1,17 @@
-"""What a group of latents carries: the action probe on activations from which the group was taken away.
+"""What a group of latents carries: the action probe on activations from which the group was removed.
 
-    fit side, test side ─▶ mean activations without the group (`removal`) ─▶ probe, fitted anew ─▶ top-1
+    x' = x - sum over the group of z_j d_j     raw units; the error term x - decode(z) and all other latents stay
+    fit side, test side ─▶ mean activations without the group ─▶ probe, fitted anew ─▶ top-1
 
-The probe reads the mean of a clip's raw activations, as linear probes on a frozen backbone do (Ro, Choi & Kim 2026). As
-many alive latents at random are the control.
+Decoding is affine, so the edit of a mean over tokens is the mean of the edits: no second pass over the store, exactly.
+The probe reads the mean of a clip's raw activations, as linear probes on a frozen backbone do (Ro, Choi & Kim 2026).
+The control removes as many alive latents at random.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +22,51 @@ from tubelet_lens.codes.sparse_codes import SparseCoder
 from tubelet_lens.inputs.labeled_clips import Labeled
 from tubelet_lens.inputs.pooled_clips import PooledSplit
 from tubelet_lens.metrics.metric import ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 from tubelet_lens.results.section import Figure
 from tubelet_lens.stats.linear_models import choose_penalty, fit_probe
 
+_TOP1 = (
+    "Top-1 on test videos of a linear probe on the mean of a clip's raw activations x (fitted like the action probe, "
+    "anew each time)"
+)
+_EDIT = "x minus the group's part of the reconstruction; the error term and all other latents stay"
+
+FIGURES = FigureTable(
+    "scope",
+    FigureSpec(
+        "all",
+        "Action probe on raw activations, all latents",
+        f"{_TOP1}, nothing removed.",
+        n_of="test videos",
+        style="percent",
+        name="scope.action.raw",
+        when="labels on both sides, and two groups of latents",
+    ),
+    FigureSpec(
+        "without",
+        "Action probe without the {group} group",
+        f"{_TOP1}, without the {{latents}} latents of the {{group}} group: {_EDIT}.",
+        n_of="test videos",
+        style="percent",
+        null="scope.action_without_{group}.random",
+        name="scope.action_without_{group}.raw",
+        when="labels on both sides, and two groups of latents",
+    ),
+    FigureSpec(
+        "without_random",
+        "Action probe without the {group} group",
+        f"Control: {_TOP1}, without as many alive latents at random, whatever their group; mean, lowest and highest of "
+        f"{{draws}} draws. {_EDIT}.",
+        n_of="test videos",
+        style="percent",
+        interval="lowest and highest of the draws",
+        name="scope.action_without_{group}.random",
+        when="labels on both sides, and two groups of latents",
+    ),
+)
+
+# Rows edited at once.
 _ROWS = 4096
 
 
@@ -64,13 +109,12 @@ def remove_from_means(
     return np.concatenate(edited)
 
 
-def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]], key: str) -> Iterator[Figure]:
+def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]]) -> Iterator[Figure]:
     """Top-1 of the probe with all latents, and without each group; nothing where there are no labels on both sides.
 
     Args:
         clips: The evaluation.
         groups: Latents by name; the name stands in the figure's.
-        key: Of the figures, such as `scope.action`.
     """
     known, fit, parts = clips.labeled, clips.fit, clips.parts
     if known is None or fit is None or parts is None:
@@ -81,49 +125,20 @@ def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]],
         rows, test_rows = (_without(clips, side, group) for side in (fit, clips.test))
         return _top1(clips, known, validation, rows, test_rows)
 
-    shared = {"n": len(known.video_class), "n_of": "test videos", "style": "percent", "better": "neither"}
-    how = (
-        "Top-1 on test videos of a linear probe on the mean of a clip's raw activations x (fitted as the action "
-        "probe is, "
-        "anew each time)"
-    )
-    yield Figure(
-        name=f"{key}.raw",
-        title="Action probe on raw activations, all latents",
-        subject="raw",
-        value=top1(np.array([], dtype=np.int64)),
-        definition=f"{how}, nothing removed.",
-        **shared,
-    )
+    videos = len(known.video_class)
+    yield FIGURES.fill("all", top1(np.array([], dtype=np.int64)), videos, subject="raw")
     alive = np.flatnonzero((clips.test.pooled["sae"].mean_NF != 0).any(0))
     rng = np.random.default_rng([clips.config.seed, 29])
     for name, group in groups.items():
-        edit = "x less the group's part of the reconstruction; the error term and all other latents stay"
-        title = f"Action probe without the {name} group"
-        yield Figure(
-            name=f"{key}_without_{name}.raw",
-            title=title,
-            subject="raw",
-            value=top1(group),
-            definition=f"{how}, without the {len(group):,} latents of the {name} group: {edit}.",
-            **shared,
+        words: dict[str, Any] = {"group": name, "latents": f"{len(group):,}", "draws": clips.config.control_draws}
+        yield FIGURES.fill("without", top1(group), videos, subject="raw", **words)
+        value, ends = spread(
+            [
+                top1(rng.choice(alive, min(len(group), len(alive)), replace=False))
+                for _ in range(clips.config.control_draws)
+            ]
         )
-        drawn = [
-            top1(rng.choice(alive, min(len(group), len(alive)), replace=False))
-            for _ in range(clips.config.control_draws)
-        ]
-        yield Figure(
-            name=f"{key}_without_{name}.random",
-            title=title,
-            subject="random",
-            value=sum(drawn) / len(drawn),
-            low=min(drawn),
-            high=max(drawn),
-            definition=f"Control: {how}, without as many alive latents at random, whatever their group; mean, lowest "
-            "and "
-            f"highest of {len(drawn)} draws. {edit}.",
-            **shared,
-        )
+        yield FIGURES.fill("without_random", value, videos, subject="random", ends=ends, **words)
 
 
 def _without(clips: ClipSetting, side: PooledSplit, group: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -140,9 +155,8 @@ def _top1(
     rows_ND: NDArray[np.float32],
     test_ND: NDArray[np.float32],
 ) -> float:
-    here, device = rows_ND[known.fit_rows], clips.setting.device
-    penalties = clips.config.action.penalties
-    penalty = choose_penalty(here, known.fit_class, validation, known.classes, penalties, device)
-    probe = fit_probe(here, known.fit_class, known.classes, penalty, device)
-    predicted = known.by_video(probe.probabilities(test_ND[known.test_rows])).argmax(1).cpu().numpy()
-    return float((predicted == known.video_class).mean())
+    here, penalties = rows_ND[known.fit_rows], clips.config.action.penalties
+    penalty = choose_penalty(here, known.fit_class, validation, known.classes, penalties)
+    probe = fit_probe(here, known.fit_class, known.classes, penalty)
+    predicted_V = known.by_video(probe.probabilities(test_ND[known.test_rows])).argmax(1)
+    return float((predicted_V == known.video_class).mean())

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import Progress
 
 from tubelet.errors import TubeletError
+from tubelet.progress import Progress
 from tubelet_lens.inputs.clip_selection import choose_clips
 from tubelet_lens.inputs.shifted_pairs import Axis, ShiftedPairs, shifted_pairs
 from tubelet_lens.inputs.trained_sae import check_store
 from tubelet_lens.metrics.contextual_dependency import Scope, Split, measure_scope, otsu
 from tubelet_lens.metrics.group_removal import removal_figures
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject, ratio
 from tubelet_store.reader import Store, open_store
@@ -22,6 +24,78 @@ from tubelet_store.reader import Store, open_store
 _BINS = 40
 
 _PLACE = {"spatial": "space", "temporal": "time"}
+
+_NULL = "Null: M1 of each of a latent's pairs against M2 of its next one of another video. "
+_CUT = "cut where the variance within both groups is least (Otsu, over all possible cuts)"
+
+FIGURES = FigureTable(
+    "scope",
+    FigureSpec(
+        "mean",
+        "Scope in {place}, mean",
+        "The mean of CDS over the latents for which it is defined. {how}",
+        n_of="latents of {latents}",
+        headline=True,
+        null="scope.{axis}.permuted",
+        name="scope.{axis}.{subject}",
+    ),
+    FigureSpec(
+        "median",
+        "Scope in {place}, median",
+        "The median of CDS over the latents for which it is defined. {how}",
+        n_of="latents of {latents}",
+        null="scope.{axis}_median.permuted",
+        name="scope.{axis}_median.{subject}",
+    ),
+    FigureSpec(
+        "mean_permuted",
+        "Scope in {place}, mean",
+        _NULL + "The mean of CDS over the latents for which it is defined. {how}",
+        n_of="latents of {latents}",
+        name="scope.{axis}.{subject}",
+    ),
+    FigureSpec(
+        "median_permuted",
+        "Scope in {place}, median",
+        _NULL + "The median of CDS over the latents for which it is defined. {how}",
+        n_of="latents of {latents}",
+        name="scope.{axis}_median.{subject}",
+    ),
+    FigureSpec(
+        "vanished",
+        "Vanished in {place}",
+        "Share of the latents' strongest pairs in which the latent fires in one view only. {how}",
+        n_of="pairs of views of all latents",
+        style="percent",
+        better="low",
+        name="scope.{axis}_vanished",
+    ),
+    FigureSpec(
+        "threshold",
+        "Scope in {place}, threshold",
+        f"Threshold between latents of low and of high scope: {_CUT}. Undefined where CDS does not vary. {{how}}",
+        n_of="latents",
+        name="scope.{axis}_threshold",
+    ),
+    FigureSpec(
+        "separation",
+        "Scope in {place}, separation of the groups",
+        f"Share of the variance of CDS that lies between the groups, {_CUT}. 1: two values; an even spread still gives "
+        "0.75. {how}",
+        n_of="latents",
+        style="percent",
+        null="exact: an even spread gives 75 %",
+        name="scope.{axis}_separation",
+    ),
+    FigureSpec(
+        "high",
+        "Latents of high scope in {place}",
+        f"Share of latents above the threshold: {_CUT}. {{how}}",
+        n_of="latents",
+        style="percent",
+        name="scope.{axis}_high",
+    ),
+)
 
 
 def measure_information_scope(clips: ClipSetting) -> ClipResult | None:
@@ -48,7 +122,7 @@ def measure_information_scope(clips: ClipSetting) -> ClipResult | None:
         curves.append(_curve(scope, split, how))
         columns += _columns(scope, how)
         if axis == "spatial" and split is not None:
-            figures += removal_figures(clips, _groups(scope, split), "scope.action")
+            figures += removal_figures(clips, _groups(scope, split))
     if not figures:
         if config.store is None:
             return None
@@ -97,8 +171,7 @@ def _videos(clips: ClipSetting, store: Store) -> list[str]:
 
 def _measure(clips: ClipSetting, store: Store, pairs: ShiftedPairs) -> Scope:
     config = clips.config.scope
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"Scope in {_PLACE[pairs.axis]}", total=2 * len(pairs.pairs))
+    with Progress(f"scope in {_PLACE[pairs.axis]}", 2 * len(pairs.pairs), "pairs of views") as progress:
         return measure_scope(
             store,
             clips.setting.hook,
@@ -107,7 +180,7 @@ def _measure(clips: ClipSetting, store: Store, pairs: ShiftedPairs) -> Scope:
             clips=config.clips,
             vanished=config.vanished,
             device=clips.setting.device,
-            progress=lambda: progress.advance(task),
+            progress=progress.advance,
         )
 
 
@@ -133,67 +206,27 @@ def _how(clips: ClipSetting, pairs: ShiftedPairs) -> str:
 
 
 def _figures(scope: Scope, split: Split | None, how: str) -> Iterator[Figure]:
-    key, place = f"scope.{scope.axis}", _PLACE[scope.axis]
-    for subject, values_F, prefix in (
-        ("sae", scope.cds_F, ""),
-        (
-            "permuted",
-            scope.null_F,
-            "Null: M1 of each of a latent's pairs against M2 of its next one of another video. ",
-        ),
-    ):
+    words: dict[str, Any] = {
+        "axis": scope.axis,
+        "place": _PLACE[scope.axis],
+        "how": how,
+        "latents": f"{len(scope.cds_F):,}",
+    }
+    shown: tuple[tuple[str, Subject, NDArray[np.float64]], ...] = (
+        ("", "sae", scope.cds_F),
+        ("_permuted", "permuted", scope.null_F),
+    )
+    for suffix, subject, values_F in shown:
         finite = values_F[np.isfinite(values_F)]
-        for name, words, value in (("", "mean", np.mean), ("_median", "median", np.median)):
-            yield Figure(
-                name=f"{key}{name}.{subject}",
-                title=f"Scope in {place}, {words}",
-                subject=subject,
-                value=float(value(finite)) if len(finite) else None,
-                n=len(finite),
-                n_of=f"latents of {len(values_F):,}",
-                definition=f"{prefix}The {words} of CDS over the latents for which it is defined. {how}",
-                headline=subject == "sae" and not name,
-            )
+        for name, value in (("mean", np.mean), ("median", np.median)):
+            scored = float(value(finite)) if len(finite) else None
+            yield FIGURES.fill(name + suffix, scored, len(finite), subject=subject, **words)
     pairs_seen, vanished = int(scope.pairs_F.sum()), int(scope.vanished_F.sum())
-    yield Figure(
-        name=f"{key}_vanished",
-        title=f"Vanished in {place}",
-        value=ratio(vanished, pairs_seen),
-        n=pairs_seen,
-        n_of="pairs of views of all latents",
-        definition=f"Share of the latents' strongest pairs in which the latent fires in one view only. {how}",
-        style="percent",
-        better="low",
-    )
+    yield FIGURES.fill("vanished", ratio(vanished, pairs_seen), pairs_seen, **words)
     finite = scope.cds_F[np.isfinite(scope.cds_F)]
-    group = "cut where the variance within both groups is least (Otsu, over all possible cuts)"
-    yield Figure(
-        name=f"{key}_threshold",
-        title=f"Scope in {place}, threshold",
-        value=split.threshold if split else None,
-        n=len(finite),
-        n_of="latents",
-        definition=f"Where latents of low and of high scope part: {group}. Undefined where CDS does not vary. {how}",
-    )
-    yield Figure(
-        name=f"{key}_separation",
-        title=f"Scope in {place}, separation of the groups",
-        value=split.separation if split else None,
-        n=len(finite),
-        n_of="latents",
-        definition=f"Share of the variance of CDS that lies between the groups, {group}. 1: two values; an even spread "
-        f"still gives 0.75. {how}",
-        style="percent",
-    )
-    yield Figure(
-        name=f"{key}_high",
-        title=f"Latents of high scope in {place}",
-        value=float((finite > split.threshold).mean()) if split else None,
-        n=len(finite),
-        n_of="latents",
-        definition=f"Share of latents above the threshold: {group}. {how}",
-        style="percent",
-    )
+    yield FIGURES.fill("threshold", split.threshold if split else None, len(finite), **words)
+    yield FIGURES.fill("separation", split.separation if split else None, len(finite), **words)
+    yield FIGURES.fill("high", float((finite > split.threshold).mean()) if split else None, len(finite), **words)
 
 
 def _curve(scope: Scope, split: Split | None, how: str) -> Curve:

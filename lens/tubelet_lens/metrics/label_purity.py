@@ -1,11 +1,11 @@
-"""Whether single latents keep to one label: purity of their strongest videos.
+"""Whether single latents stand for one label: purity of their strongest videos.
 
-    purity@16 of a latent = share of the commonest label among the 16 videos on which it fires strongest
+    purity@16 of a latent = share of the commonest label among the 16 videos on which it fires most strongly
 
-[RECON] Science note 2.7 has the name and the 16 from saev, where a latent is scored against a class that is given; it
-says nothing of videos. Ours: the class is whichever label is commonest; a video's value is the largest over its clips
-and their tokens; latents that fire in fewer than 16 videos have none; the null permutes the labels of the videos. The
-share of the top label over all clips (`top_label_share`) is ours too.
+[RECON] saev has the name and the 16, scores a latent against a class that is given, and does not treat videos. Chosen
+here: the class is whichever label is commonest; a video's value is the largest over its clips and their tokens; latents
+that fire in fewer than 16 videos have none; the null permutes the labels of the videos. The share of the top label over
+all clips (`top_label_share`) is not in saev.
 """
 
 from __future__ import annotations
@@ -14,11 +14,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 from tubelet_lens.results.latent_table import LatentColumn
-from tubelet_lens.results.section import Curve, Figure, Line, Section
+from tubelet_lens.results.section import Curve, Line, Section
 
 _STRONGEST = 16
 _BINS = 16
+
+FIGURES = FigureTable(
+    "labels",
+    FigureSpec(
+        "purity",
+        f"Purity of the {_STRONGEST} strongest videos",
+        "{how} Mean over the latents.",
+        n_of="latents of {latents}",
+        style="percent",
+        better="high",
+        null="labels.purity.permuted",
+        name="labels.purity.sae",
+    ),
+    FigureSpec(
+        "purity_permuted",
+        f"Purity of the {_STRONGEST} strongest videos",
+        "Null: the same with the labels of the test videos permuted; mean, lowest and highest of {draws} draws. The "
+        f"commonest of {_STRONGEST} labels drawn at random has a share well above 1 / {{labels}}.",
+        n_of="latents of {latents}",
+        style="percent",
+        interval="lowest and highest of the draws",
+        name="labels.purity.permuted",
+    ),
+    FigureSpec(
+        "pure",
+        "Latents purer than the null",
+        "Share of latents whose purity is above that of 99 % of the latents under permuted labels. By chance it would "
+        "be 1 % or less.",
+        n_of="latents of {latents}",
+        style="percent",
+        better="high",
+        null="exact: 1 % by construction",
+    ),
+)
 
 
 def label_purity(clips: ClipSetting) -> ClipResult | None:
@@ -44,50 +79,34 @@ def label_purity(clips: ClipSetting) -> ClipResult | None:
     defined = np.isfinite(purity_F)
     how = (
         f"Share of the commonest label among the {_STRONGEST} test videos on which the latent's largest activation is "
-        f"highest; undefined where it fires in fewer than {_STRONGEST} of {len(first):,} videos. [RECON]"
+        f"highest; undefined where it fires in fewer than {_STRONGEST} of {len(first):,} videos."
     )
-    null = [float(np.mean(draw[defined])) for draw in draws] if defined.any() else []
+    null, ends = spread([float(np.mean(draw[defined])) for draw in draws] if defined.any() else [])
+    purity = float(np.mean(purity_F[defined])) if defined.any() else None
+    count, latents = int(defined.sum()), f"{len(purity_F):,}"
     return ClipResult(
         Section(
             name="labels",
             title="Latents and labels",
-            lead="Do the videos that light up a latent most share a label? A latent may stand for a color, a place or "
-            "a speed instead, and score low here without being any the worse.",
+            lead="Do the videos on which a latent fires most share a label? A latent may stand for a color, a place or "
+            "a speed instead: a low score here does not make it a bad latent.",
             figures=(
-                Figure(
-                    name="labels.purity.sae",
-                    title=f"Purity of the {_STRONGEST} strongest videos",
-                    value=float(np.mean(purity_F[defined])) if defined.any() else None,
-                    n=int(defined.sum()),
-                    n_of=f"latents of {len(purity_F):,}",
-                    definition=f"{how} Mean over the latents.",
-                    style="percent",
-                    better="high",
-                ),
-                Figure(
-                    name="labels.purity.permuted",
-                    title=f"Purity of the {_STRONGEST} strongest videos",
+                FIGURES.fill("purity", purity, count, how=how, latents=latents),
+                FIGURES.fill(
+                    "purity_permuted",
+                    null,
+                    count,
                     subject="permuted",
-                    value=float(np.mean(null)) if null else None,
-                    low=min(null, default=None),
-                    high=max(null, default=None),
-                    n=int(defined.sum()),
-                    n_of=f"latents of {len(purity_F):,}",
-                    definition="Null: the same with the labels of the test videos permuted; mean, lowest and highest "
-                    f"of {len(draws)} draws. The commonest of {_STRONGEST} labels drawn at random has a share well "
-                    f"above 1 / {len(labels)}.",
-                    style="percent",
+                    ends=ends,
+                    draws=len(draws),
+                    labels=len(labels),
+                    latents=latents,
                 ),
-                Figure(
-                    name="labels.pure",
-                    title="Latents purer than the null",
-                    value=_purer(purity_F[defined], np.stack(draws)[:, defined]) if defined.any() else None,
-                    n=int(defined.sum()),
-                    n_of=f"latents of {len(purity_F):,}",
-                    definition="Share of latents whose purity is above that of 99 % of the latents under permuted "
-                    "labels. By chance it would be 1 % or less.",
-                    style="percent",
-                    better="high",
+                FIGURES.fill(
+                    "pure",
+                    _purer(purity_F[defined], np.stack(draws)[:, defined]) if defined.any() else None,
+                    count,
+                    latents=latents,
                 ),
             ),
             curves=(_histogram(purity_F[defined], np.stack(draws)[:, defined]),) if defined.any() else (),
@@ -115,8 +134,8 @@ def _purity(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Purity [F] (NaN where too few videos fire) and its class [F]."""
     strongest_SF = np.argpartition(-largest_VF, _STRONGEST - 1, axis=0)[:_STRONGEST]
-    found_SF = class_V[strongest_SF]
-    counts_CF = np.stack([(found_SF == number).sum(axis=0) for number in range(classes)])
+    class_SF = class_V[strongest_SF]
+    counts_CF = np.stack([(class_SF == number).sum(axis=0) for number in range(classes)])
     purity_F = counts_CF.max(axis=0) / _STRONGEST
     purity_F[(largest_VF > 0).sum(axis=0) < _STRONGEST] = np.nan
     return purity_F, counts_CF.argmax(axis=0)

@@ -1,4 +1,4 @@
-"""Monosemanticity: are the clips on which a latent fires alike, by the judgment of another model?
+"""Monosemanticity: are the clips on which a latent fires alike, as judged by another model?
 
     a~_nj = (a_nj - min_n) / (max_n - min_n)                     activation of latent j on clip n, scaled to 0 ... 1
     s_nm  = cos(e_n, e_m)                                        likeness of two clips
@@ -8,14 +8,14 @@ With ||e_n|| = 1 both sums have a closed form, linear in the number of clips and
 
     MS_j = ( ||sum_n a~_nj e_n||^2 - sum_n a~_nj^2 ) / ( (sum_n a~_nj)^2 - sum_n a~_nj^2 )
 
-For a clip, a_nj is the largest (default) or mean code over its tokens. [RECON: the paper has images.]
+For a clip, a_nj is the largest (default) or mean code over its tokens. [RECON: the paper has images, not clips.]
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tubelet_lens.inputs.pooled_clips import Pooled, PooledSplit
 from tubelet_lens.inputs.references import Reference, own_reference, read_reference
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject
 
@@ -74,6 +75,57 @@ _WORDS: dict[Subject, str] = {
 }
 
 _SUMMARIES = {"mean": "mean", "median": "median", "p95": "95% quantile", "max": "largest"}
+
+FIGURES = FigureTable(
+    "monosemanticity",
+    FigureSpec(
+        "summary",
+        "Monosemanticity by {reference}, {statistic}",
+        "The {statistic} over {units} for which it is defined. {definition}{signs}",
+        n_of="{units}, of {of}",
+        better="high",
+        headline=True,
+        null="monosemanticity.{summary}{suffix}.permuted",
+        name="monosemanticity.{summary}{suffix}.{subject}",
+    ),
+    FigureSpec(
+        "null_mean",
+        "Monosemanticity by {reference}, {statistic}",
+        "Null: the mean cosine of two different clips, which is what every latent (and every raw dimension) scores in "
+        "expectation when each clip is given another clip's embedding at random. Range: lowest and highest mean of "
+        "{draws} such draws. {definition}",
+        n_of="latents",
+        interval="lowest and highest of the draws",
+        name="monosemanticity.{summary}{suffix}.permuted",
+    ),
+    FigureSpec(
+        "null_quantile",
+        "Monosemanticity by {reference}, {statistic}",
+        "Null: the {statistic} over the SAE's latents when each clip is given another clip's embedding at random; "
+        "mean, lowest and highest of {draws} draws. {definition}",
+        n_of="latents",
+        interval="lowest and highest of the draws",
+        name="monosemanticity.{summary}{suffix}.permuted",
+    ),
+    FigureSpec(
+        "above_null",
+        "Monosemanticity by {reference}, above the null",
+        "Mean MS less its null, the mean cosine of two evaluated clips ({floor:.4f}). {definition}",
+        n_of="{units}",
+        better="high",
+        null="exact: 0 is the null itself",
+        name="monosemanticity.above_null{suffix}{ending}",
+    ),
+    FigureSpec(
+        "undefined",
+        "Latents without a score by {reference}",
+        "Latents that are left out of the figures above, because they are constant over the clips (dead ones among "
+        "them) or fire on one clip alone.{signs}",
+        n_of="latents",
+        style="count",
+        name="monosemanticity.undefined{suffix}",
+    ),
+)
 
 _LEVELS = np.linspace(0, 1, 41)
 """Shares of latents at which the distribution is shown: the same of every SAE, so that curves can be laid over each
@@ -141,7 +193,7 @@ def measure_monosemanticity(clips: ClipSetting) -> ClipResult | None:
     section = Section(
         name="monosemanticity",
         title="Monosemanticity",
-        lead="Are the clips on which a latent fires alike, by the judgment of another model? "
+        lead="Are the clips on which a latent fires alike, as judged by another model? "
         f"Judged by {_list(one.reference for one in scores)}.",
         figures=(*(figure for one in scores for figure in _figures(one, head, how, units)),),
         curves=tuple(_curve(one, head, how) for one in scores),
@@ -181,76 +233,52 @@ def _score(reference: Reference, units: Mapping[Subject, _Units], draws: int, rn
 
 def _figures(scores: _Scores, head: Reference, how: str, units: Mapping[Subject, _Units]) -> Iterator[Figure]:
     reference = scores.reference
-    suffix = "" if reference is head else f"_{reference.name}"
-    definition = _definition(reference, how)
-    for summary, words in _SUMMARIES.items():
-        key, title = f"monosemanticity.{summary}{suffix}", f"Monosemanticity by {reference.name}, {words}"
+    words: dict[str, Any] = {
+        "reference": reference.name,
+        "suffix": "" if reference is head else f"_{reference.name}",
+        "definition": _definition(reference, how),
+        "draws": len(scores.permuted),
+    }
+    defined = {subject: int(np.isfinite(values).sum()) for subject, values in scores.by_subject.items()}
+    for summary, statistic in _SUMMARIES.items():
+        summarized: dict[str, Any] = {**words, "summary": summary, "statistic": statistic}
         for subject, values in scores.by_subject.items():
-            yield Figure(
-                name=f"{key}.{subject}",
-                title=title,
+            yield FIGURES.fill(
+                "summary",
+                _summary(values, summary),
+                defined[subject],
                 subject=subject,
-                value=_summary(values, summary),
-                n=int(np.isfinite(values).sum()),
-                n_of=f"{_WORDS[subject]}, of {len(values):,}",
-                definition=f"The {words} over {_WORDS[subject]} for which it is defined. {definition}"
-                + _signs(units[subject]),
-                better="high",
                 headline=summary == "mean" and subject == "sae" and reference is head,
+                units=_WORDS[subject],
+                of=f"{len(values):,}",
+                signs=_signs(units[subject]),
+                **summarized,
             )
-        yield _null(scores, summary, f"{key}.permuted", title, definition)
+        drawn = [value for values in scores.permuted if (value := _summary(values, summary)) is not None]
+        mean_of_draws, ends = spread(drawn)
+        # A mean has an exact expectation, the floor; a quantile's has no closed form and is drawn.
+        yield FIGURES.fill(
+            "null_mean" if summary == "mean" else "null_quantile",
+            scores.floor if drawn and summary == "mean" else mean_of_draws,
+            int(np.isfinite(scores.permuted[0]).sum()),
+            subject="permuted",
+            ends=ends,
+            **summarized,
+        )
     for subject in ("sae", "raw"):
         mean = _summary(scores.by_subject[subject], "mean")
-        yield Figure(
-            name=f"monosemanticity.above_null{suffix}" + (".raw" if subject == "raw" else ""),
-            title=f"Monosemanticity by {reference.name}, above the null",
+        yield FIGURES.fill(
+            "above_null",
+            None if mean is None else mean - scores.floor,
+            defined[subject],
             subject=subject,
-            value=None if mean is None else mean - scores.floor,
-            n=int(np.isfinite(scores.by_subject[subject]).sum()),
-            n_of=_WORDS[subject],
-            definition=f"Mean MS less its null, the mean cosine of two evaluated clips ({scores.floor:.4f}). "
-            f"{definition}",
-            better="high",
+            ending="" if subject == "sae" else ".raw",
+            units=_WORDS[subject],
+            floor=scores.floor,
+            **words,
         )
     values = scores.by_subject["sae"]
-    yield Figure(
-        name=f"monosemanticity.undefined{suffix}",
-        title=f"Latents without a score by {reference.name}",
-        value=int(np.isnan(values).sum()),
-        n=len(values),
-        n_of="latents",
-        definition="Latents that are left out of the figures above, because they are constant over the clips (dead "
-        "ones among them) or fire on one clip alone." + _signs(units["sae"]),
-        style="count",
-    )
-
-
-def _null(scores: _Scores, summary: str, name: str, title: str, definition: str) -> Figure:
-    """Of a mean its expectation, the floor; a quantile's expectation has no closed form and is drawn."""
-    words, draws = _SUMMARIES[summary], len(scores.permuted)
-    drawn = [value for values in scores.permuted if (value := _summary(values, summary)) is not None]
-    if summary == "mean":
-        how = (
-            "Null: the mean cosine of two different clips, which is what every latent (and every raw dimension) scores "
-            "in expectation when each clip is given another clip's embedding at random. Range: lowest and highest "
-            f"mean of {draws} such draws."
-        )
-    else:
-        how = (
-            f"Null: the {words} over the SAE's latents when each clip is given another clip's embedding at random; "
-            f"mean, lowest and highest of {draws} draws."
-        )
-    return Figure(
-        name=name,
-        title=title,
-        subject="permuted",
-        value=None if not drawn else scores.floor if summary == "mean" else sum(drawn) / len(drawn),
-        low=min(drawn, default=None),
-        high=max(drawn, default=None),
-        n=int(np.isfinite(scores.permuted[0]).sum()),
-        n_of="latents",
-        definition=f"{how} {definition}",
-    )
+    yield FIGURES.fill("undefined", int(np.isnan(values).sum()), len(values), signs=_signs(units["sae"]), **words)
 
 
 def _curve(scores: _Scores, head: Reference, how: str) -> Curve:
@@ -280,9 +308,8 @@ def _curve(scores: _Scores, head: Reference, how: str) -> Curve:
 def _definition(reference: Reference, how: str) -> str:
     return (
         "MS_j = sum over pairs of clips n < m of a~_nj a~_mj s_nm / sum of a~_nj a~_mj (Pach et al. 2025); a~ is a "
-        "scaled "
-        f"to 0 ... 1 over the clips, {how}; s_nm is the cosine of the clips' embeddings, here {reference.source}, over "
-        f"{len(reference.places):,} clips."
+        f"scaled to 0 ... 1 over the clips, {how}; s_nm is the cosine of the clips' embeddings, here "
+        f"{reference.source}, over {len(reference.places):,} clips."
     )
 
 
@@ -306,21 +333,19 @@ def _list(references: Iterator[Reference]) -> str:
 def _notes(head: Reference, references: Sequence[Reference], *, several_views: bool) -> tuple[str, ...]:
     floor = (
         "MS has a floor at the mean cosine of any two clips, whatever the latent does: read it above the null, and "
-        "read "
-        "the upper tail, since means hardly differ."
+        "read the upper tail, since means hardly differ."
     )
     views = ("Several views of one video count as clips here; that they are alike raises MS.",) if several_views else ()
     if head.neutral:
-        return (f"The headline is judged by {head.name}, a model that none of the compared SAEs reads.", floor, *views)
-    if len(references) == 1:
-        flattery = (
-            "Only the backbone's own embedding judges here. That flatters: clips that the SAE's input holds to be "
-            "alike "
-            "are called alike. To compare backbones give a neutral reference (`monosemanticity.references`)."
+        first = f"The headline is by {head.name}, a model that none of the compared SAEs reads."
+    elif len(references) == 1:
+        first = (
+            "The only reference is the backbone's own embedding, which is biased: clips that are alike in the SAE's "
+            "input count as alike. To compare backbones give a neutral reference (`monosemanticity.references`)."
         )
     else:
-        flattery = (
-            f"No reference is called neutral, so {head.name} stands at the top. If it, or a model trained like it, is "
+        first = (
+            f"No reference is marked neutral, so the headline is by {head.name}. If it, or a model trained like it, is "
             "among the backbones that are compared, it favors that one."
         )
-    return (flattery, floor, *views)
+    return (first, floor, *views)

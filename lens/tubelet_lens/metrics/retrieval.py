@@ -1,26 +1,25 @@
-"""Text-video retrieval: can a linear map take pooled codes to the embeddings of their captions (science note 1.6)?
+"""Text-video retrieval: can a linear map take pooled codes to the embeddings of their captions ?
 
     fit side ─ ridge map M (penalty chosen on validation videos) ─▶ test videos: M z beside the captions' embeddings
     text ─▶ video: each distinct caption asks, all test videos answer       video ─▶ text: the other way round
 
-[RECON] the paper's text side is unknown. Neither DINOv2 nor VideoMAE has a text tower, so a map must be fitted.
+[RECON] The paper does not describe its text side. Neither DINOv2 nor VideoMAE has a text tower: a map must be fitted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as nnf
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tubelet_lens.inputs.captions import described, embed
 from tubelet_lens.inputs.clip_selection import Parts
 from tubelet_lens.inputs.pooled_clips import PooledSplit
 from tubelet_lens.metrics.clip_vectors import POOLING_WORDS, SUBJECT_WORDS, subjects, vectors
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable
 from tubelet_lens.results.section import Figure, Section, Subject
 from tubelet_lens.stats.linear_models import LEVEL, Ridge, fit_ridge, interval
 
@@ -63,6 +62,54 @@ def ranks(scores_QG: NDArray[np.float64], right_QG: NDArray[np.bool_]) -> Ranks:
     return Ranks(1 + greater, 1 + greater + equal, float(right_QG.mean()))
 
 
+FIGURES = FigureTable(
+    "retrieval",
+    FigureSpec(
+        "recall",
+        "{title}, R@{top}",
+        "Share of {asked} whose right answer is among the nearest {top} of all {gallery}, by the cosine of the "
+        "caption's embedding and the mapped {vector}{draws}. The map is ridge regression from vectors standardized by "
+        "the fitted-on clips to embeddings less their mean there, with the penalty per clip (chosen: {penalties}) of "
+        "best mean reciprocal rank on validation videos; views of a video are summed. Embeddings: {embeddings}. Rank = "
+        f"1 + greater + ties / 2. Range: {LEVEL:.0%} bootstrap interval over {{asked}}.",
+        n_of="{asked}",
+        style="percent",
+        better="high",
+        headline=True,
+        null="retrieval.{direction}_chance",
+        interval=f"{LEVEL:.0%} bootstrap interval over queries",
+        name="retrieval.{direction}_r{top}.{subject}",
+    ),
+    FigureSpec(
+        "median_rank",
+        "{title}, median rank",
+        "Median rank of the best right answer among all {gallery}, over the {asked}; 1 is best.{draws} Rank = 1 + "
+        "greater + ties / 2; a range, where one is given, counts ties for and against the right answer.",
+        n_of="{asked}",
+        better="low",
+        interval="ties counted for and against the right answer",
+        name="retrieval.{direction}_medr.{subject}",
+    ),
+    FigureSpec(
+        "mean_rank",
+        "{title}, mean rank",
+        "Mean rank of the best right answer among all {gallery}, over the {asked}; 1 is best.{draws} Rank = 1 + "
+        "greater + ties / 2; a range, where one is given, counts ties for and against the right answer.",
+        n_of="{asked}",
+        better="low",
+        interval="ties counted for and against the right answer",
+        name="retrieval.{direction}_meanr.{subject}",
+    ),
+    FigureSpec(
+        "chance",
+        "{title}, chance R@1",
+        "Share of the {gallery} that are right, mean over the {asked}: R@1 of guessing.",
+        n_of="{asked}",
+        style="percent",
+        name="retrieval.{direction}_chance",
+    ),
+)
+
 _TOPS = (1, 5, 10)
 _DIRECTIONS = {"text_to_video": "Text to video", "video_to_text": "Video to text"}
 
@@ -71,7 +118,7 @@ _TIE_DIGITS = 10
 
 @dataclass(frozen=True, eq=False)
 class _Gallery:
-    """Clips with captions, put together into videos.
+    """Clips with captions, grouped into videos.
 
     Attributes:
         rows: int64 Clips of the side.
@@ -83,14 +130,13 @@ class _Gallery:
     rows: NDArray[np.int64]
     video: NDArray[np.int64]
     caption_V: NDArray[np.int64]
-    texts_CE: Tensor
+    texts_CE: NDArray[np.float64]
 
-    def ranks(self, predicted_NE: Tensor) -> dict[str, Ranks]:
+    def ranks(self, predicted_NE: NDArray[np.float64]) -> dict[str, Ranks]:
         """Ranks in both directions, given the clips' predicted embeddings."""
-        device = predicted_NE.device
-        sums = predicted_NE.new_zeros(len(self.caption_V), predicted_NE.shape[1])
-        sums.index_add_(0, torch.from_numpy(self.video).to(device), predicted_NE)
-        cosine_CV = (nnf.normalize(self.texts_CE, dim=1) @ nnf.normalize(sums, dim=1).T).cpu().numpy()
+        sums_VE = np.zeros((len(self.caption_V), predicted_NE.shape[1]))
+        np.add.at(sums_VE, self.video, predicted_NE)
+        cosine_CV = _unit(self.texts_CE) @ _unit(sums_VE).T
         # Equal vectors may get products that differ in their last bits; they are to tie.
         cosine_CV = cosine_CV.round(_TIE_DIGITS)
         right_CV = np.arange(len(cosine_CV))[:, None] == self.caption_V
@@ -98,11 +144,20 @@ class _Gallery:
 
 
 def _gallery(
-    side: PooledSplit, rows: NDArray[np.int64], place: dict[str, int], texts: NDArray[np.float64], mean_E: Tensor
+    side: PooledSplit,
+    rows: NDArray[np.int64],
+    place: dict[str, int],
+    texts: NDArray[np.float64],
+    mean_E: NDArray[np.float64],
 ) -> _Gallery:
     _, first, video = np.unique(side.videos[rows].astype(str), return_index=True, return_inverse=True)
     used, caption_V = np.unique([place[caption] for caption in side.captions[rows][first]], return_inverse=True)
-    return _Gallery(rows, video, caption_V, torch.from_numpy(texts[used]).to(mean_E) - mean_E)
+    return _Gallery(rows, video, caption_V, texts[used] - mean_E)
+
+
+def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
 def retrieval(clips: ClipSetting) -> ClipResult | None:
@@ -119,24 +174,22 @@ def retrieval(clips: ClipSetting) -> ClipResult | None:
     captions = sorted(set(known) | set(test.captions[test_rows]))
     if len(known) < 2 or len(set(test.captions[test_rows])) < 2:
         return None
-    device = clips.setting.device
-    texts = embed(captions, known, config.text, device)
+    texts = embed(captions, known, config.text, clips.setting.device)
     place = {caption: row for row, caption in enumerate(captions)}
     fitting = _Fitting(clips, fit, fit_rows, place, texts, parts)
-    found = {subject: fitting.ranks(subject, test_rows) for subject in subjects(clips)}
-    one = found["sae"][0]
+    by_subject = {subject: fitting.ranks(subject, test_rows) for subject in subjects(clips)}
+    one = by_subject["sae"][0]
     figures = [
-        figure
+        _recall(clips, direction, top, subject, [draw[direction] for draw in draws], fitting)
         for direction in _DIRECTIONS
         for top in _TOPS
-        for subject, draws in found.items()
-        for figure in (_recall(clips, direction, top, subject, [draw[direction] for draw in draws], fitting),)
+        for subject, draws in by_subject.items()
     ]
     figures += [
         figure
         for direction in _DIRECTIONS
-        for subject, draws in found.items()
-        for figure in _ranks(direction, subject, [draw[direction] for draw in draws])
+        for subject, draws in by_subject.items()
+        for figure in _rank_figures(direction, subject, [draw[direction] for draw in draws])
     ]
     queries = {direction: len(one[direction].optimistic) for direction in _DIRECTIONS}
     return ClipResult(
@@ -146,7 +199,13 @@ def retrieval(clips: ClipSetting) -> ClipResult | None:
             lead=f"Does a linear map find a video by its caption? Captions are embedded by {described(config.text)}; "
             f"{queries['text_to_video']:,} distinct captions ask among {queries['video_to_text']:,} test videos, and "
             "the other way round.",
-            figures=(*figures, *_chances(one, queries)),
+            figures=(
+                *figures,
+                *(
+                    FIGURES.fill("chance", one[direction].chance_r1, queries[direction], **_words(direction))
+                    for direction in _DIRECTIONS
+                ),
+            ),
             notes=(
                 "Every video that shares the caption asked for, to the letter, is a right answer, and captions are "
                 "asked once each: so chance is above 1 / gallery where captions repeat.",
@@ -174,28 +233,24 @@ class _Fitting:
 
     def ranks(self, subject: Subject, test_rows: NDArray[np.int64]) -> list[dict[str, Ranks]]:
         """Of every draw, both directions."""
-        config, device = self._clips.config.retrieval, self._clips.setting.device
-        targets = torch.from_numpy(self._texts[[self._place[text] for text in self._fit.captions[self._rows]]]).to(
-            device
-        )
-        found, penalties = [], []
-        for rows, test in vectors(self._clips, self._fit, subject, config.pooling):
+        targets_NE = self._texts[[self._place[text] for text in self._fit.captions[self._rows]]]
+        ranks_of_draws, penalties = [], []
+        for rows, test in vectors(self._clips, self._fit, subject, self._clips.config.retrieval.pooling):
             here = rows[self._rows]
-            penalty = self._choose(here, targets)
-            ridge = fit_ridge(here, targets, (penalty,), device)[penalty]
+            penalty = self._choose(here, targets_NE)
+            ridge = fit_ridge(here, targets_NE, (penalty,))[penalty]
             gallery = _gallery(self._clips.test, test_rows, self._place, self._texts, ridge.mean_E)
-            found.append(gallery.ranks(ridge(test[test_rows])))
+            ranks_of_draws.append(gallery.ranks(ridge(test[test_rows])))
             penalties.append(penalty)
         self.chosen[subject] = tuple(penalties)
-        return found
+        return ranks_of_draws
 
-    def _choose(self, rows_NF: NDArray[np.float32], targets_NE: Tensor) -> float:
+    def _choose(self, rows_NF: NDArray[np.float32], targets_NE: NDArray[np.float64]) -> float:
         """The penalty with the largest mean reciprocal rank, text to video, on the validation videos."""
         penalties, held = self._clips.config.retrieval.penalties, self._validation
         if len(set(penalties)) == 1 or not held.any() or held.all():
             return max(penalties)
-        outside = torch.from_numpy(~held).to(targets_NE.device)
-        maps = fit_ridge(rows_NF[~held], targets_NE[outside], sorted(penalties, reverse=True), targets_NE.device)
+        maps = fit_ridge(rows_NF[~held], targets_NE[~held], sorted(penalties, reverse=True))
 
         def score(ridge: Ridge) -> float:
             gallery = _gallery(self._fit, self._rows[held], self._place, self._texts, ridge.mean_E)
@@ -209,73 +264,35 @@ def _recall(
 ) -> Figure:
     config = clips.config.retrieval
     values_Q = np.mean([draw.recall(top) for draw in draws], axis=0)
-    low, high = interval(values_Q, draws=clips.config.action.bootstrap, seed=clips.config.seed)
-    asked, gallery = _asked(direction)
-    penalties = ", ".join(f"{penalty:g}" for penalty in sorted(set(fitting.chosen[subject])))
-    return Figure(
-        name=f"retrieval.{direction}_r{top}.{subject}",
-        title=f"{_DIRECTIONS[direction]}, R@{top}",
+    return FIGURES.fill(
+        "recall",
+        float(values_Q.mean()),
+        len(values_Q),
         subject=subject,
-        value=float(values_Q.mean()),
-        low=low,
-        high=high,
-        n=len(values_Q),
-        n_of=asked,
-        definition=f"Share of {asked} whose right answer is among the nearest {top} of all {gallery}, by the cosine of "
-        f"the caption's embedding and the mapped {POOLING_WORDS[config.pooling]} of {SUBJECT_WORDS[subject]}"
-        f"{f' (mean of {len(draws)} draws)' if len(draws) > 1 else ''}. The map is ridge regression from vectors "
-        "standardized by the fitted-on clips to embeddings less their mean there, with the penalty per clip (chosen: "
-        f"{penalties}) of best mean reciprocal rank on validation videos; views of a video are summed. Embeddings: "
-        f"{described(config.text)}. Rank = 1 + greater + ties / 2. Range: {LEVEL:.0%} bootstrap interval over {asked}.",
-        style="percent",
-        better="high",
+        ends=interval(values_Q, draws=clips.config.action.bootstrap, seed=clips.config.seed),
         headline=direction == "text_to_video" and top == 1 and subject == "sae",
+        top=top,
+        vector=f"{POOLING_WORDS[config.pooling]} of {SUBJECT_WORDS[subject]}",
+        draws=f" (mean of {len(draws)} draws)" if len(draws) > 1 else "",
+        penalties=", ".join(f"{penalty:g}" for penalty in sorted(set(fitting.chosen[subject]))),
+        embeddings=described(config.text),
+        **_words(direction),
     )
 
 
-def _ranks(direction: str, subject: Subject, draws: list[Ranks]) -> tuple[Figure, ...]:
-    asked, gallery = _asked(direction)
-    shared = {"subject": subject, "n": len(draws[0].optimistic), "n_of": asked, "better": "low"}
-    words = f"of the best right answer among all {gallery}, over the {asked}; 1 is best."
-    if len(draws) > 1:
-        words += f" Mean of {len(draws)} draws."
-
+def _rank_figures(direction: str, subject: Subject, draws: list[Ranks]) -> tuple[Figure, ...]:
+    words: dict[str, Any] = {**_words(direction), "draws": f" Mean of {len(draws)} draws." if len(draws) > 1 else ""}
     figures = []
-    for key, title, statistic in (("medr", "median", np.median), ("meanr", "mean", np.mean)):
+    for key, statistic in (("median_rank", np.median), ("mean_rank", np.mean)):
         value, low, high = (
             float(np.mean([statistic(of(draw)) for draw in draws]))
             for of in (lambda draw: draw.rank, lambda draw: draw.optimistic, lambda draw: draw.pessimistic)
         )
-        figures.append(
-            Figure(
-                name=f"retrieval.{direction}_{key}.{subject}",
-                title=f"{_DIRECTIONS[direction]}, {title} rank",
-                value=value,
-                low=low if low < high else None,
-                high=high if low < high else None,
-                definition=f"{title.capitalize()} rank {words} Rank = 1 + greater + ties / 2; a range, where one is "
-                "given, counts ties for and against the right answer.",
-                **shared,
-            )
-        )
+        ends = (low, high) if low < high else None
+        figures.append(FIGURES.fill(key, value, len(draws[0].optimistic), subject=subject, ends=ends, **words))
     return tuple(figures)
 
 
-def _asked(direction: str) -> tuple[str, str]:
-    return ("captions", "test videos") if direction == "text_to_video" else ("test videos", "captions")
-
-
-def _chances(one: dict[str, Ranks], queries: dict[str, int]) -> list[Figure]:
-    return [
-        Figure(
-            name=f"retrieval.{direction}_chance",
-            title=f"{_DIRECTIONS[direction]}, chance R@1",
-            value=one[direction].chance_r1,
-            n=queries[direction],
-            n_of=_asked(direction)[0],
-            definition=f"Share of the {_asked(direction)[1]} that are right, mean over the {_asked(direction)[0]}: R@1 "
-            "of guessing.",
-            style="percent",
-        )
-        for direction in _DIRECTIONS
-    ]
+def _words(direction: str) -> dict[str, Any]:
+    asked, gallery = ("captions", "test videos") if direction == "text_to_video" else ("test videos", "captions")
+    return {"direction": direction, "title": _DIRECTIONS[direction], "asked": asked, "gallery": gallery}

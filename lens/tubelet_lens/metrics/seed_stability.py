@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
@@ -22,13 +23,48 @@ from tubelet_lens.codes.dictionary import directions, random_directions
 from tubelet_lens.inputs.clip_selection import some_of
 from tubelet_lens.inputs.clip_stream import read_clip
 from tubelet_lens.inputs.trained_sae import TrainedSae, check_store, load_trained
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 from tubelet_lens.results.latent_table import read_latents
 from tubelet_lens.results.section import Figure, Subject
 from tubelet_lens.stats.matching import Matching, cosines, match
 from tubelet_store.reader import Store
 
 _CLIPS = 64
-_THRESHOLDS = {"07": 0.7, "09": 0.9}
+
+_MATCHED = (
+    "Of two SAEs that differ in their seed, latents are matched one to one so that the sum of their likenesses is "
+    "largest (Hungarian assignment); then the {statistic}; mean, lowest and highest over every two seeds. Likeness: "
+)
+
+
+def _specs(kind: str, words: str, null: Subject) -> Iterator[FigureSpec]:
+    """Rows of one likeness: of the seeds, and of its null."""
+    for key, name, title, statistic, style in (
+        ("mean", kind, f"Matched {words}", "mean likeness of the matched latents", "number"),
+        ("above_07", f"{kind}_above_07", f"Matched above 0.7, by {words}", "share alike by more than 0.7", "percent"),
+        ("above_09", f"{kind}_above_09", f"Matched above 0.9, by {words}", "share alike by more than 0.9", "percent"),
+    ):
+        figure = f"seeds.{name.removeprefix('cosine_')}"
+        shared: dict[str, Any] = {
+            "title": title,
+            "definition": _MATCHED.format(statistic=statistic) + "{how}.",
+            "style": style,
+        }
+        yield FigureSpec(
+            f"{kind}_{key}",
+            n_of="pairs of seeds",
+            better="high",
+            null=f"{figure}.{null}",
+            interval="lowest and highest over every two seeds",
+            name=figure,
+            **shared,
+        )
+        yield FigureSpec(f"{kind}_{key}_null", n_of="draws", name=f"{figure}.{null}", **shared)
+
+
+FIGURES = FigureTable(
+    "seeds", *_specs("cosine", "cosine", "random"), *_specs("correlation", "correlation of codes", "permuted")
+)
 
 
 def seed_figures(
@@ -61,8 +97,7 @@ def seed_figures(
         if len(alive_F) != sae.coder.latents or alive_F.sum() < 2:
             raise TubeletError(
                 f"{sae.folder}: {int(alive_F.sum())} of {len(alive_F)} latents are alive in its evaluation, the SAE "
-                "has "
-                f"{sae.coder.latents}",
+                f"has {sae.coder.latents}",
                 "Evaluate the run again, on clips on which it fires",
             )
     signed = all(sae.recipe["kind"] != "abstopk" for sae in trained)
@@ -70,18 +105,12 @@ def seed_figures(
     matched = [match(cosines(one, other, signed)) for one, other in combinations(rows, 2)]
     sizes = sorted(len(part) for part in rows)[-2:]
     by_chance = [random_directions(size, rows[0].shape[1], seed) for seed, size in enumerate(sizes)]
-    null = [match(cosines(by_chance[0], by_chance[1], signed))]
+    null = match(cosines(by_chance[0], by_chance[1], signed))
     likeness = "cosine of their directions in raw units" + ("" if signed else " (its size: codes have both signs)")
     who = "alive latents" if evaluations is not None else "all latents"
     figures = [
-        *_figures("cosine", "cosine", matched, f"{likeness}, {who}"),
-        *_figures(
-            "cosine",
-            "cosine",
-            null,
-            "null: as many random directions of as many dimensions, one draw",
-            subject="random",
-        ),
+        *_figures("cosine", matched, f"{likeness}, {who}"),
+        *_null_figures("cosine", null, "null: as many random directions of as many dimensions, one draw"),
     ]
     if store is not None:
         figures += _correlation_figures(trained, alive, store, limit_clips, signed)
@@ -113,12 +142,10 @@ def _correlation_figures(
     away = tokens * max(1, len(clips) // 2)
     rolled = np.roll(np.arange(codes[0].shape[0]), away)
     matched = [match(_correlations(one, other, signed)) for one, other in combinations(codes, 2)]
-    null = [match(_correlations(codes[0], codes[1][rolled], signed))]
+    null = match(_correlations(codes[0], codes[1][rolled], signed))
     over = f"Pearson correlation of their codes over {len(clips) * tokens:,} tokens"
-    yield from _figures("correlation", "correlation of codes", matched, over)
-    yield from _figures(
-        "correlation", "correlation of codes", null, f"null: {over}, the second's of another clip", subject="permuted"
-    )
+    yield from _figures("correlation", matched, over)
+    yield from _null_figures("correlation", null, f"null: {over}, the second's of another clip")
 
 
 def _codes(
@@ -145,28 +172,17 @@ def _correlations(one: scipy.sparse.csr_array, other: scipy.sparse.csr_array, si
     return found if signed else np.abs(found)
 
 
-def _figures(key: str, name: str, matched: Sequence[Matching], how: str, subject: Subject = "sae") -> Iterator[Figure]:
-    suffix = "" if subject == "sae" else f".{subject}"
-    kind = "" if key == "cosine" else f"{key}_"
-    summaries = {key: (f"Matched {name}", [one.mean for one in matched], "mean likeness of the matched latents")}
-    for digits, threshold in _THRESHOLDS.items():
-        values = [one.above(threshold) for one in matched]
-        words = f"share of matched latents alike by more than {threshold}"
-        summaries[f"{kind}above_{digits}"] = (f"Matched above {threshold}, by {name}", values, words)
-    for quantity, (title, values, words) in summaries.items():
-        yield Figure(
-            name=f"seeds.{quantity}{suffix}",
-            title=title,
-            subject=subject,
-            value=sum(values) / len(values),
-            low=min(values),
-            high=max(values),
-            n=len(values),
-            n_of="pairs of seeds" if subject == "sae" else "draws",
-            definition="Of two SAEs that differ in their seed, latents are matched one to one so that the sum of "
-            "their "
-            f"likenesses is largest (Hungarian assignment); then the {words}; mean, lowest and highest over every two "
-            f"seeds. Likeness: {how}.",
-            style="number" if quantity == key else "percent",
-            better="high" if subject == "sae" else "neither",
-        )
+def _figures(kind: Literal["cosine", "correlation"], matched: Sequence[Matching], how: str) -> Iterator[Figure]:
+    for key, values in (
+        ("mean", [one.mean for one in matched]),
+        ("above_07", [one.above(0.7) for one in matched]),
+        ("above_09", [one.above(0.9) for one in matched]),
+    ):
+        value, ends = spread(values)
+        yield FIGURES.fill(f"{kind}_{key}", value, len(values), ends=ends, how=how)
+
+
+def _null_figures(kind: Literal["cosine", "correlation"], null: Matching, how: str) -> Iterator[Figure]:
+    for key, value in (("mean", null.mean), ("above_07", null.above(0.7)), ("above_09", null.above(0.9))):
+        subject: Subject = "random" if kind == "cosine" else "permuted"
+        yield FIGURES.fill(f"{kind}_{key}_null", value, 1, subject=subject, ends=(value, value), how=how)

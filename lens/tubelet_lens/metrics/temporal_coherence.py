@@ -1,16 +1,16 @@
-"""Does the code stay the same while the scene stays the same? Temporal coherence of codes and of raw activations.
+"""Temporal coherence of codes and of raw activations: how stable they are from one latent step to the next.
 
     headline   pooled lag-1 autocorrelation of the codes, beside the same statistic of the raw dimensions
     null       time shuffled within each clip: what is left is the difference between clips and patches
     drop       (raw - SAE) / raw
 
-Definitions: science note 1.4 [RECON]; the paper that reports a drop of 36 % does not give its own.
+[RECON] The paper that reports a drop of 36 % does not define its autocorrelation; the definitions here are chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from tubelet_lens.codes.series import FeatureProducts, Series, pairs_at_lags, patch_products, shuffled_steps
 from tubelet_lens.inputs.clip_stream import Window
 from tubelet_lens.metrics.metric import Setting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 from tubelet_lens.results.latent_table import LatentColumn
 from tubelet_lens.results.section import Curve, Figure, Line, Section, Subject
 from tubelet_lens.stats.step_pairs import (
@@ -29,6 +30,139 @@ from tubelet_lens.stats.step_pairs import (
 )
 
 _PAIRS = "Pairs in which either step covers a repeated (padding) frame are left out."
+
+_LAG1 = (
+    "Per {{unit}}: Pearson correlation over all pairs of tokens one latent step apart (same clip, same patch), pooled "
+    "over clips, steps and patches ({{pairs}} pairs); then the {summary} over the {{unit}}s {weights}for which it is "
+    f"defined, that is which vary over the pairs. {_PAIRS}"
+)
+_SHUFFLED = (
+    "Null: the same statistic with the latent steps of each clip in random order (one order per clip, shared by all "
+    "patches and features, seed {seed}); mean, lowest and highest of {draws} draws. What is left is the difference "
+    "between clips and between patches. "
+)
+_ONE_DRAW = "Null: the same with the steps of each clip in random order (one draw). "
+_COSINE = (
+    "Mean over pairs of tokens one latent step apart of the cosine of their vectors, no mean subtracted; pairs with a "
+    f"zero vector are left out. {_PAIRS}"
+)
+_JACCARD = (
+    "Mean over pairs one latent step apart of |A and B| / |A or B|, where A and B are the sets of active latents; "
+    f"pairs in which both are empty are left out. {_PAIRS}"
+)
+_FLIP = (
+    "Mean over pairs one latent step apart of 1 - |A and B| / |A|: the share of a token's active latents that are off "
+    "one step later; pairs in which the earlier token has none are left out. Where k latents are active on every "
+    f"token, |A| = k; where the count varies, |A| is the token's own. {_PAIRS}"
+)
+_STEP = "Median over clips of the distance between neighboring latent steps, repeated frames left out"
+
+
+def _lag1(key: str, title: str, summary: str, weights: str = "") -> Iterator[FigureSpec]:
+    """A pooled lag-1 figure and its null."""
+    definition, name = _LAG1.format(summary=summary, weights=weights), f"coherence.{key}.{{subject}}"
+    yield FigureSpec(
+        key,
+        title,
+        definition,
+        n_of="{unit}s of {of}",
+        better="high",
+        headline=key == "lag1",
+        null=f"coherence.{key}.{{subject}}_shuffled",
+        name=name,
+    )
+    yield FigureSpec(
+        f"{key}_null",
+        title,
+        _SHUFFLED + definition,
+        n_of="{unit}s of {of}",
+        interval="lowest and highest of the draws",
+        name=name,
+    )
+
+
+def _step(key: str, title: str, definition: str, better: Literal["high", "low"], style: str) -> Iterator[FigureSpec]:
+    """A figure of pairs of steps and its null."""
+    name, null = f"coherence.{key}.{{subject}}", f"coherence.{key}.{{subject}}_shuffled"
+    shared: dict[str, Any] = {"n_of": "pairs of tokens", "style": style, "name": name}
+    yield FigureSpec(key, title, definition, better=better, null=null, **shared)
+    yield FigureSpec(f"{key}_null", title, _ONE_DRAW + definition, **shared)
+
+
+FIGURES = FigureTable(
+    "coherence",
+    *_lag1("lag1", "Pooled lag-1 autocorrelation", "mean"),
+    *_lag1("lag1_median", "Pooled lag-1, median", "median"),
+    *_lag1(
+        "lag1_weighted",
+        "Pooled lag-1, weighted by activity",
+        "mean",
+        "(each weighted by the number of tokens on which it is active) ",
+    ),
+    FigureSpec(
+        "drop",
+        "Drop in coherence, raw to SAE",
+        "(raw - SAE) / raw of the pooled lag-1 autocorrelation (means over features). Positive: the code is less "
+        "coherent than what it encodes; negative: more. Undefined where raw is not above 0.",
+        n_of="pairs of tokens",
+        style="percent",
+        better="low",
+        headline=True,
+        null="exact: 0 is the coherence of the raw activations",
+    ),
+    FigureSpec(
+        "drop_weighted",
+        "Drop, weighted by activity",
+        "The same drop of the activity-weighted means: latents that fire often count more.",
+        n_of="pairs of tokens",
+        style="percent",
+        better="low",
+    ),
+    FigureSpec(
+        "drop_above_null",
+        "Drop above the null",
+        "(R - C) / R with R = raw - shuffled raw and C = SAE - shuffled SAE: the drop in the part of coherence that "
+        "depends on the order of time. Undefined where R is not above 0.",
+        n_of="pairs of tokens",
+        style="percent",
+        better="low",
+    ),
+    FigureSpec(
+        "within",
+        "Within-series lag-1",
+        "Mean over series (clip, patch, feature) of sum (z_t - z̄)(z_t+1 - z̄) / sum (z_t - z̄)², each about its own "
+        "mean. Biased: shuffled time gives -1/{steps} = {bias} on average, so figures of different numbers of steps "
+        "are not comparable. Series that never change are undefined and left out, the perfectly coherent ones among "
+        "them. Clips with repeated frames are left out.",
+        n_of="series that vary, of {active} active",
+        better="high",
+        null="coherence.within.{subject}_shuffled",
+        name="coherence.within.{subject}",
+    ),
+    FigureSpec(
+        "within_null",
+        "Within-series lag-1",
+        "Null, exact: the expectation over all orders of time is -1/T = -1/{steps} for any values.",
+        n_of="series that vary",
+        name="coherence.within.{subject}",
+    ),
+    *_step("cosine", "Step-to-step cosine", _COSINE, "high", "number"),
+    *_step("jaccard", "Support Jaccard", _JACCARD, "high", "number"),
+    *_step("flip_rate", "Flip rate", _FLIP, "low", "percent"),
+    FigureSpec(
+        "step_frames",
+        "One latent step, frames",
+        f"{_STEP}, in frames of the source video (tubelet length x frame stride).",
+        n_of="clips",
+    ),
+    FigureSpec(
+        "step_seconds",
+        "One latent step, seconds",
+        f"{_STEP}, in seconds, from the frames' timestamps or else the frame rate.",
+        n_of="clips",
+        style="seconds",
+    ),
+)
 
 
 class _Order(NamedTuple):
@@ -44,6 +178,7 @@ class _Temporal:
     def __init__(self, subject: Subject, shuffled: Subject, features: int, lags: int, setting: Setting) -> None:
         self.subject, self.shuffled = subject, shuffled
         self.features = features
+        self.unit = "latent" if subject == "sae" else "raw dimension"
         self.pooled = PooledAutocorrelation(features, lags, setting.device)
         self.nulls = [PooledAutocorrelation(features, lags, setting.device) for _ in range(setting.null_draws)]
         self.within = WithinAutocorrelation()
@@ -75,7 +210,7 @@ class Coherence:
         self._support, self._null_support = SupportOverlap(), SupportOverlap()
 
     def add(self, window: Window) -> None:
-        """Take in one window."""
+        """Add the clips of one window."""
         if not self._lags:
             return
         seed, valid_CT = self._setting.seed, window.valid_CT
@@ -112,9 +247,8 @@ class Coherence:
         return Section(
             name="coherence",
             title=title,
-            lead="Does the code of a patch stay the same from one latent step to the next, as much as the raw "
-            "activation "
-            f"does? {self._distance()}",
+            lead="Is the code of a patch as stable from one latent step to the next as the raw activation? "
+            f"{self._distance()}",
             figures=(
                 *(figure for summary in summaries for part in both for figure in self._pooled(part, summary)),
                 *self._drops(),
@@ -124,13 +258,11 @@ class Coherence:
             ),
             curves=(self._curve(),),
             notes=(
-                "A dictionary with a few always-on latents scores high whatever it says about the video: read "
-                "these figures "
-                "beside FVU, L0, dead latents and the density histogram.",
+                "A dictionary with a few always-on latents scores high whatever it says about the video: read these "
+                "figures beside FVU, L0, dead latents and the density histogram.",
                 "Two backbones are comparable only at an equal distance in time, and at the same sampling of frames.",
-                "Differences between clips and between patches count as coherence: the shuffled columns say "
-                "how much of a "
-                "figure they make up.",
+                "Differences between clips and between patches count as coherence: the shuffled columns say how much "
+                "of a figure they make up.",
             ),
         )
 
@@ -162,194 +294,59 @@ class Coherence:
         above = None
         if None not in (sae.mean, raw.mean, sae_null, raw_null):
             above = _drop(_minus(raw.mean, raw_null), _minus(sae.mean, sae_null))
-        shared = {"n": sae.pairs, "n_of": "pairs of tokens", "style": "percent", "better": "low"}
         return (
-            Figure(
-                name="coherence.drop",
-                title="Drop in coherence, raw to SAE",
-                value=_drop(raw.mean, sae.mean),
-                definition="(raw - SAE) / raw of the pooled lag-1 autocorrelation (means over features). "
-                "Positive: the code is "
-                "less coherent than what it encodes; negative: more. Undefined where raw is not above 0.",
-                headline=True,
-                **shared,
-            ),
-            Figure(
-                name="coherence.drop_weighted",
-                title="Drop, weighted by activity",
-                value=_drop(raw.weighted_mean, sae.weighted_mean),
-                definition="The same drop of the activity-weighted means: latents that fire often count more.",
-                **shared,
-            ),
-            Figure(
-                name="coherence.drop_above_null",
-                title="Drop above the null",
-                value=above,
-                definition="(R - C) / R with R = raw - shuffled raw and C = SAE - shuffled SAE: the drop in "
-                "the part of "
-                "coherence that depends on the order of time. Undefined where R is not above 0.",
-                **shared,
-            ),
+            FIGURES.fill("drop", _drop(raw.mean, sae.mean), sae.pairs),
+            FIGURES.fill("drop_weighted", _drop(raw.weighted_mean, sae.weighted_mean), sae.pairs),
+            FIGURES.fill("drop_above_null", above, sae.pairs),
         )
 
     def _pooled(self, part: _Temporal, summary: str) -> tuple[Figure, ...]:
         value = part.pooled.value(1)
-        unit = _unit(part)
-        how = {
-            "mean": f"mean over the {unit}s",
-            "median": f"median over the {unit}s",
-            "weighted_mean": f"mean over the {unit}s, weighted by the number of tokens on which each is active,",
-        }[summary]
-        definition = (
-            f"Per {unit}: Pearson correlation over all pairs of tokens one latent step apart (same clip, same "
-            "patch), pooled "
-            f"over clips, steps and patches ({value.pairs:,} pairs); then the {how} for which it is defined, "
-            "that is which "
-            f"vary over the pairs. {_PAIRS}"
-        )
-        draws = [figure for null in part.null_values(1) if (figure := _of(null, summary)) is not None]
+        words: dict[str, Any] = {
+            "unit": part.unit,
+            "of": f"{part.features:,}",
+            "pairs": f"{value.pairs:,}",
+            "draws": len(part.nulls),
+            "seed": self._setting.seed,
+        }
         key = {"mean": "lag1", "median": "lag1_median", "weighted_mean": "lag1_weighted"}[summary]
-        title = {
-            "mean": "Pooled lag-1 autocorrelation",
-            "median": "Pooled lag-1, median",
-            "weighted_mean": "Pooled lag-1, weighted by activity",
-        }[summary]
+        null, ends = spread([of for null in part.null_values(1) if (of := _of(null, summary)) is not None])
         null_features = max((null.features for null in part.null_values(1)), default=0)
+        headline = part.subject == "sae"
         return (
-            Figure(
-                name=f"coherence.{key}.{part.subject}",
-                title=title,
-                subject=part.subject,
-                value=_of(value, summary),
-                n=value.features,
-                n_of=f"{unit}s of {part.features:,}",
-                definition=definition,
-                better="high",
-                headline=summary == "mean" and part.subject == "sae",
-            ),
-            Figure(
-                name=f"coherence.{key}.{part.shuffled}",
-                title=title,
-                subject=part.shuffled,
-                value=sum(draws) / len(draws) if draws else None,
-                low=min(draws, default=None),
-                high=max(draws, default=None),
-                n=null_features,
-                n_of=f"{unit}s of {part.features:,}",
-                definition=f"Null: the same statistic with the latent steps of each clip in random order (one "
-                "order per clip, "
-                f"shared by all patches and features, seed {self._setting.seed}); mean, lowest and highest of "
-                f"{len(part.nulls)} draws. What is left is the difference between clips and between patches. "
-                + definition,
-            ),
+            FIGURES.fill(key, _of(value, summary), value.features, subject=part.subject, headline=headline, **words),
+            FIGURES.fill(f"{key}_null", null, null_features, subject=part.shuffled, ends=ends, **words),
         )
 
     def _within(self, part: _Temporal) -> tuple[Figure, ...]:
-        within = part.within
-        bias = -1 / self._steps
+        within, bias = part.within, -1 / self._steps
+        words: dict[str, Any] = {"steps": self._steps, "bias": f"{bias:.3f}", "active": f"{within.active:,}"}
+        null = bias if within.defined else None
         return (
-            Figure(
-                name=f"coherence.within.{part.subject}",
-                title="Within-series lag-1",
-                subject=part.subject,
-                value=within.mean,
-                n=within.defined,
-                n_of=f"series that vary, of {within.active:,} active",
-                definition="Mean over series (clip, patch, feature) of sum (z_t - z̄)(z_t+1 - z̄) / sum (z_t - "
-                "z̄)², each about "
-                f"its own mean. Biased: shuffled time gives -1/{self._steps} = {bias:.3f} on average, so "
-                "figures of different "
-                "numbers of steps are not comparable. Series that never change are undefined and left out, the "
-                "perfectly "
-                "coherent ones among them. Clips with repeated frames are left out.",
-                better="high",
-            ),
-            Figure(
-                name=f"coherence.within.{part.shuffled}",
-                title="Within-series lag-1",
-                subject=part.shuffled,
-                value=bias if within.defined else None,
-                n=within.defined,
-                n_of="series that vary",
-                definition=f"Null, exact: the expectation over all orders of time is -1/T = -1/{self._steps} "
-                "for any values.",
-            ),
+            FIGURES.fill("within", within.mean, within.defined, subject=part.subject, **words),
+            FIGURES.fill("within_null", null, within.defined, subject=part.shuffled, **words),
         )
 
-    def _stability(self, both: Iterable[_Temporal]) -> tuple[Figure, ...]:
-        null = "Null: the same with the steps of each clip in random order (one draw). "
-        cosine = (
-            "Mean over pairs of tokens one latent step apart of the cosine of their vectors, no mean "
-            "subtracted; pairs with a "
-            f"zero vector are left out. {_PAIRS}"
-        )
-        figures = []
+    def _stability(self, both: Iterable[_Temporal]) -> Iterator[Figure]:
         for part in both:
-            for subject, seen, prefix in (
-                (part.subject, part.cosine, ""),
-                (part.shuffled, part.null_cosine, null),
+            for key, subject, cosine in (
+                ("cosine", part.subject, part.cosine),
+                ("cosine_null", part.shuffled, part.null_cosine),
             ):
-                figures.append(
-                    Figure(
-                        name=f"coherence.cosine.{subject}",
-                        title="Step-to-step cosine",
-                        subject=subject,
-                        value=seen.mean,
-                        n=seen.pairs,
-                        n_of="pairs of tokens",
-                        definition=prefix + cosine,
-                        better="high" if not prefix else "neither",
-                    )
-                )
-        for subject, overlap, prefix in (("sae", self._support, ""), ("sae_shuffled", self._null_support, null)):
-            figures += [
-                Figure(
-                    name=f"coherence.jaccard.{subject}",
-                    title="Support Jaccard",
-                    subject=subject,
-                    value=overlap.jaccard,
-                    n=overlap.jaccard_pairs,
-                    n_of="pairs of tokens",
-                    definition=f"{prefix}Mean over pairs one latent step apart of |A and B| / |A or B|, where A "
-                    "and B are the sets "
-                    f"of active latents; pairs in which both are empty are left out. {_PAIRS}",
-                    better="high" if not prefix else "neither",
-                ),
-                Figure(
-                    name=f"coherence.flip_rate.{subject}",
-                    title="Flip rate",
-                    subject=subject,
-                    value=overlap.flip_rate,
-                    n=overlap.flip_pairs,
-                    n_of="pairs of tokens",
-                    definition=f"{prefix}Mean over pairs one latent step apart of 1 - |A and B| / |A|: the share "
-                    "of a token's active latents that are off one step later; pairs in which the earlier token has "
-                    "none are left out. Where k latents are active on every token, |A| = k; where the count varies, "
-                    f"|A| is the token's own [RECON]. {_PAIRS}",
-                    style="percent",
-                    better="low" if not prefix else "neither",
-                ),
-            ]
-        return tuple(figures)
+                yield FIGURES.fill(key, cosine.mean, cosine.pairs, subject=subject)
+        shown: tuple[tuple[str, Subject, SupportOverlap], ...] = (
+            ("", "sae", self._support),
+            ("_null", "sae_shuffled", self._null_support),
+        )
+        for suffix, subject, overlap in shown:
+            yield FIGURES.fill(f"jaccard{suffix}", overlap.jaccard, overlap.jaccard_pairs, subject=subject)
+            yield FIGURES.fill(f"flip_rate{suffix}", overlap.flip_rate, overlap.flip_pairs, subject=subject)
 
     def _distances(self) -> tuple[Figure, ...]:
-        time = self._setting.time
-        shared = {"title": "One latent step", "n": len(self._setting.clips), "n_of": "clips"}
-        how = "Median over clips of the distance between neighboring latent steps, repeated frames left out"
+        time, clips = self._setting.time, len(self._setting.clips)
         return (
-            Figure(
-                name="coherence.step_frames",
-                value=time.step_frames,
-                definition=f"{how}, in frames of the source video (tubelet length x frame stride).",
-                **{**shared, "title": "One latent step, frames"},
-            ),
-            Figure(
-                name="coherence.step_seconds",
-                value=time.step_seconds,
-                definition=f"{how}, in seconds, from the frames' timestamps or else the frame rate.",
-                style="seconds",
-                **{**shared, "title": "One latent step, seconds"},
-            ),
+            FIGURES.fill("step_frames", time.step_frames, clips),
+            FIGURES.fill("step_seconds", time.step_seconds, clips),
         )
 
     def _curve(self) -> Curve:
@@ -376,16 +373,12 @@ class Coherence:
             y_label="pooled autocorrelation",
             x=tuple(float(lag) for lag in lags),
             lines=tuple(lines),
-            definition="Pooled autocorrelation (mean over features) of tokens of the same patch so many latent "
-            "steps apart. Dashed "
-            f"with a band: time shuffled within each clip, mean and range of {self._setting.null_draws} draws.",
+            definition="Pooled autocorrelation (mean over features) of tokens of the same patch so many latent steps "
+            "apart. Dashed with a band: time shuffled within each clip, mean and range of "
+            f"{self._setting.null_draws} draws.",
             zero_line=True,
             integer_x=True,
         )
-
-
-def _unit(part: _Temporal) -> str:
-    return "latent" if part.subject == "sae" else "raw dimension"
 
 
 def _of(value: PooledValue, summary: str) -> float | None:

@@ -172,17 +172,16 @@ def fit_probe(
         )
     rows, device = rows_ND.cpu().numpy(), backbone.device
     validation_N = partition(videos, validation=_VALIDATION, ranking=0, seed=seed).validation
-    penalty = choose_penalty(rows, class_N, validation_N, len(classes), PENALTIES, device)
-    model = fit_logistic_probe(rows, class_N, len(classes), penalty, device)
-    rest = fit_logistic_probe(rows[~validation_N], class_N[~validation_N], len(classes), penalty, device)
-    right = rest.probabilities(rows[validation_N]).argmax(1).cpu().numpy() == class_N[validation_N]
-    at_zero = model.model.logits(model.basis.coordinates(np.zeros((1, rows.shape[1]))))[0]
+    penalty = choose_penalty(rows, class_N, validation_N, len(classes), PENALTIES)
+    model = fit_logistic_probe(rows, class_N, len(classes), penalty)
+    rest = fit_logistic_probe(rows[~validation_N], class_N[~validation_N], len(classes), penalty)
+    right = rest.logits(rows[validation_N]).argmax(1) == class_N[validation_N]
     return LastTokenProbe(
         backbone=backbone,
         hook=final_hook(backbone),
         classes=tuple(classes),
-        weights_CD=torch.from_numpy(model.weights(rows.shape[1])).float().to(device),
-        bias_C=at_zero.float(),
+        weights_CD=torch.from_numpy(model.weights_CF).float().to(device),
+        bias_C=torch.from_numpy(model.bias_C).float().to(device),
         clips=len(class_N),
         accuracy=float(right.mean()) if len(right) else None,
     )

@@ -231,11 +231,10 @@ def _fit(session: BackboneSession, source: ClipSource, side: PooledSplit, seed: 
         kept_of.append(len(kept))
     rows_ND, class_N = np.concatenate(tokens), np.concatenate(truth)
     validation_N = validation_rows(side.videos[session.fit_rows].tolist(), kept_of, seed)
-    device = session.backbone.device
-    penalty = choose_penalty(rows_ND, class_N, validation_N, classes, (1e-4, 1e-3, 1e-2), device)
+    penalty = choose_penalty(rows_ND, class_N, validation_N, classes, (1e-4, 1e-3, 1e-2))
     latent_of, f1_of = marks.best(config.max_frequency)
     return _Fit(
-        probe=fit_probe(rows_ND, class_N, classes, penalty, device),
+        probe=fit_probe(rows_ND, class_N, classes, penalty),
         latent_of=latent_of,
         f1_of=f1_of,
         largest_F=marks.largest_F.numpy(),
@@ -269,8 +268,8 @@ def _share(label_N: NDArray[np.int64], classes: int, each: float, rng: np.random
 
 
 def _classes(probe: Probe, rows_ND: NDArray[np.float32]) -> NDArray[np.int64]:
-    found: NDArray[np.int64] = probe.model.logits(probe.basis.coordinates(rows_ND)).argmax(1).cpu().numpy()
-    return found
+    predicted_N: NDArray[np.int64] = probe.logits(rows_ND).argmax(1)
+    return predicted_N
 
 
 def _mean_iou(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
