@@ -15,7 +15,8 @@ import tubelet_lens.metrics
 from tubelet_lens.results.evaluation import Evaluation
 from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 
-METRICS = [import_module(f"tubelet_lens.metrics.{module.name}") for module in iter_modules(tubelet_lens.metrics.__path__)]
+NAMES = [module.name for module in iter_modules(tubelet_lens.metrics.__path__)]
+METRICS = [import_module(f"tubelet_lens.metrics.{name}") for name in NAMES]
 TABLES = [module.FIGURES for module in METRICS if hasattr(module, "FIGURES")]
 
 
