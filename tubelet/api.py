@@ -16,9 +16,9 @@ from tubelet.extras import require_extra
 
 if TYPE_CHECKING:
     from tubelet_lens.config import EvaluateConfig
-    from tubelet_lens.evaluate import Result
     from tubelet_lens.gallery.config import GalleryConfig
     from tubelet_lens.gallery.make_gallery import Summary
+    from tubelet_lens.report.evaluation_result import EvaluationResult
     from tubelet_lens.steering.config import EditConfig
     from tubelet_lens.steering.edit_report import EditReport
     from tubelet_lens.study.config import StudyConfig
@@ -79,7 +79,7 @@ def train(config: Source | TrainConfig = None, /, **fields: Any) -> TrainResult:
     return read_run(train(configure(TrainConfig, config, fields)))
 
 
-def evaluate(config: Source | EvaluateConfig = None, /, **fields: Any) -> Result:
+def evaluate(config: Source | EvaluateConfig = None, /, **fields: Any) -> EvaluationResult:
     """Measure a trained SAE on a store; the report is written into `out`, by default `evaluation` in the run's folder.
 
     Raises:

@@ -27,34 +27,34 @@ Topic = Literal[
     "classification_edits",
     "segmentation_edits",
 ]
-"""What an evaluation can look at, in the report's order."""
+"""What an evaluation can measure, in the report's order."""
 
 
 class ActionConfig(Config):
-    """Linear probe of what is done in a video, on pooled vectors."""
+    """Linear probe of the class of a video, on pooled vectors."""
 
     poolings: tuple[Literal["mean", "max", "mean_max", "mean_then_encode"], ...] = Field(
         default=("mean", "max", "mean_max"), min_length=1
     )
-    """How a clip's tokens become one vector; the first one's figures stand at the top. mean_max: both, end to end.
-    These pool the codes of tokens; mean_then_encode: the clip's mean token is encoded, which is another model."""
+    """How a clip's tokens become one vector; the first gives the headline. mean_max: both, concatenated. These pool the
+    codes of tokens; mean_then_encode: encodes the clip's mean token instead, a different model."""
     penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-3, 1e-2, 1e-1, 1.0), min_length=1)
-    """L2 penalties to choose from on the validation videos; C of other programs is 1 / (penalty x clips)."""
+    """L2 penalties to choose from on the validation videos; C of scikit-learn is 1 / (penalty x clips)."""
     bootstrap: int = Field(default=2000, ge=1)
-    """Draws of the test videos behind the intervals."""
+    """Bootstrap draws of the test videos behind each interval."""
 
 
 class AblationConfig(Config):
-    """Latents of the probe's classes set to 0."""
+    """Ablation of the latents that the action probe reads."""
 
     largest: int = Field(default=256, ge=1)
-    """Most latents taken away at once; never more than half of those alive."""
+    """Most latents set to 0 at once; never more than half of those alive."""
     draws: int = Field(default=20, ge=1)
     """Random sets of latents per size."""
 
 
 class Words(Config):
-    """Bag of words, no model: unit vectors of the words of a caption, rare ones weighing more (tf-idf)."""
+    """Bag of words, no model: tf-idf unit vectors of the words of a caption."""
 
     kind: Literal["words"] = "words"
 
@@ -74,21 +74,21 @@ class TransformersText(Config):
 
 
 class PrecomputedText(Config):
-    """Embeddings that something else has made."""
+    """Embeddings made elsewhere."""
 
     kind: Literal["array"] = "array"
     path: Path
-    """Parquet with columns `caption` and `embedding`, or .npy [captions, E] beside a .txt of one caption a line."""
+    """Parquet with columns `caption` and `embedding`, or .npy [captions, E] beside a .txt with one caption per line."""
 
 
 AnyText = Annotated[Words | TransformersText | PrecomputedText, Field(discriminator="kind")]
 
 
 class RetrievalConfig(Config):
-    """Text to video and back, through a ridge map from pooled vectors to frozen text embeddings."""
+    """Text-to-video and video-to-text retrieval, by a ridge map from pooled vectors to frozen text embeddings."""
 
     text: AnyText = Words()
-    """What embeds the captions."""
+    """Text model that embeds the captions."""
     pooling: Literal["mean", "max", "mean_max"] = "mean"
     """How a clip's tokens become one vector."""
     penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(
@@ -99,9 +99,9 @@ class RetrievalConfig(Config):
 
 class _Reference(Config):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """What figures and columns call it, such as `clip`."""
+    """Its name in figures and columns, such as `clip`."""
     neutral: bool = False
-    """None of the SAEs that are compared reads this model: its figures are the headline."""
+    """None of the compared SAEs reads this model; its figures are the headline."""
 
 
 class StoreReference(_Reference):
@@ -134,11 +134,11 @@ class MonosemanticityConfig(Config):
     activation: Literal["max", "mean"] = "max"
     """A clip's activation: the largest or the mean over its tokens."""
     references: tuple[AnyReference, ...] = ()
-    """Whose embeddings judge, beside the backbone itself."""
+    """Models whose embeddings measure likeness, beside the backbone itself."""
 
 
 class ScopeConfig(Config):
-    """Whether a latent follows the content when the view shifts."""
+    """Whether a latent follows the content when the view is shifted."""
 
     store: str | None = None
     """Store with shifted views (`views.kind: shifted` when extracting), same backbone and hook; none: the evaluated
@@ -146,9 +146,9 @@ class ScopeConfig(Config):
     clips: int = Field(default=32, ge=1)
     """Strongest clips per latent, k_CDS."""
     vanished: Literal["left_out", "one"] = "left_out"
-    """What a pair counts in which the latent fires in one view only: nothing, or the largest distance."""
+    """Pairs in which the latent fires in one view only: left out of the mean, or counted as the largest distance."""
     limit_pairs: int | None = Field(default=None, ge=1)
-    """Look at no more than this many pairs of views, drawn at random; none: all of them."""
+    """Use at most this many pairs of views, drawn at random; none: all."""
 
 
 class InBackboneConfig(Config):
@@ -184,7 +184,7 @@ class InBackboneConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """One evaluation: a trained SAE, a store, a folder for what comes out."""
+    """Evaluate a trained SAE on a store."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "run",
@@ -207,9 +207,9 @@ class EvaluateConfig(Config):
     out: Path | None = None
     """Folder for evaluation.json and report.html; none: `evaluation` inside the run."""
     split: Literal["held_out", "train", "all"] = "held_out"
-    """Which videos: those held out of training, those trained on, or both."""
+    """Videos to evaluate: those held out of training, those trained on, or all."""
     other_store: bool = False
-    """Accept a store other than the one trained on (another data set or sampling); hook and backbone must agree."""
+    """Accept a store other than the one trained on (another data set or sampling); hook and backbone must be equal."""
     fit_store: str | None = None
     """Store whose clips probes and maps are fitted on; none: the clips of `store` that the SAE was trained on."""
     fit_clips: int = Field(default=20_000, ge=1)
@@ -219,9 +219,9 @@ class EvaluateConfig(Config):
     fit_ranking: float = Field(default=0.25, gt=0, lt=0.5)
     """Share of the fitted-on videos on which latents are ranked for ablation."""
     controls: bool = True
-    """Measure an untrained SAE and a random projection with TopK beside the SAE."""
+    """Also measure an untrained SAE and a random projection with TopK."""
     control_draws: int = Field(default=3, ge=1)
-    """Draws of each of these two."""
+    """Random draws of each control."""
     action: ActionConfig = ActionConfig()
     """The action probe."""
     ablation: AblationConfig = AblationConfig()
@@ -236,21 +236,21 @@ class EvaluateConfig(Config):
     """Also measure in the backbone itself (recovery, ablation, class edits); needs the videos. null: do not; `{}`: with
     the defaults."""
     about: str | None = None
-    """A sentence or two at the top of the report: what the data are, what is to be learned from them."""
+    """Text shown at the top of the report, such as what the data are."""
     skip: tuple[Topic, ...] = ()
     """Topics to leave out."""
     limit_clips: int | None = Field(default=None, ge=1)
-    """Evaluate at most this many clips, drawn at random; none: all of them."""
+    """Evaluate at most this many clips, drawn at random; none: all."""
     lags: int = Field(default=4, ge=1)
     """Largest distance in latent steps of the autocorrelation curve."""
     null_draws: int = Field(default=4, ge=1)
-    """Random orders of time behind the shuffled-time null."""
+    """Draws of the shuffled-time and permuted nulls."""
     seed: int = 0
-    """Chooses those orders, and whatever else is drawn at random."""
+    """Seed of every random draw."""
     window_mib: int = Field(default=512, ge=1)
-    """Memory for the clips held at once; never less than one clip."""
+    """Memory for clips held at once, MiB; at least one clip is held."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: CUDA if there is one."""
+    """Device; auto: CUDA if available."""
 
     @property
     def report_folder(self) -> Path:

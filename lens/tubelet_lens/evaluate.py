@@ -1,34 +1,33 @@
-"""One evaluation: stream the chosen clips once through every metric.
+"""One evaluation: the chosen clips pass every metric once.
 
 run folder ─▶ SAE ┐            ┌─▶ metrics over tokens ────────────────┐
 store ─▶ clips ───┴─▶ windows ─┴─▶ pooled clips ─▶ metrics over clips ─┴─▶ evaluation.json, report.html, latents.parquet
 
-Probes and maps are fitted on the side of the split that the SAE was trained on and measured on the other.
+Probes and maps are fitted on the fit side (clips that the SAE was trained on, or `fit_store`) and measured on the test
+side; no video is on both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import JsonValue
-from rich.progress import Progress
 
 from tubelet.device import choose_device
 from tubelet.errors import TubeletError
-from tubelet.formats import styled
-from tubelet.tables import Table, Tabular
-from tubelet_lens.codes.sparse_codes import Encoder, SparseCoder
+from tubelet.progress import Progress
+from tubelet_lens.codes.sparse_codes import SparseCoder
 from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.inputs.clip_selection import choose_clips
-from tubelet_lens.inputs.clip_stream import clip_bytes, windows
+from tubelet_lens.inputs.clip_stream import Window, clip_bytes, windows
 from tubelet_lens.inputs.control_encoders import controls
 from tubelet_lens.inputs.latent_time import latent_time
-from tubelet_lens.inputs.pooled_clips import PooledSplit, Pooling, pooled_split
+from tubelet_lens.inputs.pooled_clips import Pooling, pooled_split
 from tubelet_lens.inputs.trained_sae import TrainedSae, check_store, load_trained
 from tubelet_lens.metrics.action_probe import action
 from tubelet_lens.metrics.code_ablation import code_ablation
@@ -41,10 +40,9 @@ from tubelet_lens.metrics.monosemanticity import measure_monosemanticity
 from tubelet_lens.metrics.reconstruction import Reconstruction
 from tubelet_lens.metrics.retrieval import retrieval
 from tubelet_lens.metrics.temporal_coherence import Coherence
-from tubelet_lens.report.render import SUBJECTS, render_report
+from tubelet_lens.report.evaluation_result import EvaluationResult
 from tubelet_lens.results.evaluation import Coverage, Evaluation
-from tubelet_lens.results.latent_table import LatentEffect, latent_table, write_effects, write_latents
-from tubelet_lens.results.section import Subject
+from tubelet_lens.results.latent_table import latent_table
 from tubelet_lens.results.training_curves import training_section
 from tubelet_lens.steering.backbone_ablation import backbone_ablation
 from tubelet_lens.steering.backbone_session import BackboneSession, start_session
@@ -71,7 +69,7 @@ CLIP_METRICS: dict[Topic, ClipMetric] = {
     "collinearity": measure_collinearity,
     "scope": measure_information_scope,
 }
-"""What is measured over clips, in the report's order."""
+"""What is measured over pooled clips, in the report's order."""
 
 BACKBONE_METRICS: dict[Topic, Callable[[ClipSetting, BackboneSession], ClipResult | None]] = {
     "recovery": recovery,
@@ -80,63 +78,29 @@ BACKBONE_METRICS: dict[Topic, Callable[[ClipSetting, BackboneSession], ClipResul
     "classification_edits": classification_edits,
     "segmentation_edits": segmentation_edits,
 }
-"""What is measured in the backbone itself, in the report's order; each gives None where it lacks what it needs."""
+"""What is measured in the running backbone, in the report's order."""
+
+_LABELS = "it needs labels of two classes or more, and labeled clips to fit on"
+_READOUT = "it needs a classifier in the checkpoint, or labeled clips to fit one on"
+
+NEEDS: dict[Topic, str] = {
+    "action": _LABELS,
+    "labels": "it needs labels of two classes or more on 16 evaluated videos",
+    "ablation": f"{_LABELS}, and two alive latents",
+    "retrieval": "it needs two captions or more, and clips with captions to fit on",
+    "monosemanticity": "it needs two evaluated clips",
+    "collinearity": "it needs two alive latents",
+    "scope": "it needs shifted views, in this store or in `scope.store`",
+    "recovery": _READOUT,
+    "backbone_ablation": f"{_READOUT}, labels, and two alive latents",
+    "effects": f"{_READOUT}, and a latent that fires",
+    "classification_edits": f"{_READOUT}, and labels on the fitted-on clips",
+    "segmentation_edits": "it needs clips to fit on, and masks of the videos",
+}
+"""What a metric lacks when it returns None."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Result(Tabular):
-    """What an evaluation found; shown as the table of its headline figures."""
-
-    evaluation: Evaluation
-    latent_columns: pa.Table
-    """One row per latent, see `latent_table`."""
-    effects: tuple[LatentEffect, ...] = ()
-    """What edits of single latents do, where the backbone ran."""
-
-    @property
-    def latents(self) -> Table:
-        """What each metric says of every single latent; undefined values are NaN."""
-        columns = {name: self.latent_columns[name].to_numpy() for name in self.latent_columns.column_names}
-        definitions = {
-            field.name: (field.metadata or {}).get(b"definition", b"").decode() for field in self.latent_columns.schema
-        }
-        return Table(columns, title=f"{len(self.latent_columns):,} latents", definitions=definitions)
-
-    def table(self) -> Table:
-        """A row per headline figure: its value, interval, the same figure of controls, and what it counts."""
-        rows, texts = [], []
-        for section in self.evaluation.sections:
-            for figure in section.figures:
-                if not figure.headline:
-                    continue
-                same = [each for each in section.figures if each.title == figure.title and each is not figure]
-                controls = ", ".join(f"{SUBJECTS[each.subject]} {styled(each.value, each.style)}" for each in same)
-                rows.append(
-                    (figure.title, figure.value, figure.low, figure.high, controls, figure.n, figure.n_of, figure.name)
-                )
-                texts.append([styled(value, figure.style) for value in (figure.value, figure.low, figure.high)])
-        covered = self.evaluation.coverage
-        return Table.of_rows(
-            ("figure", "value", "low", "high", "controls", "n", "of", "name"),
-            rows,
-            title=f"{self.evaluation.sae['run']} on {self.evaluation.store['name']}: {covered.clips:,} clips of "
-            f"{covered.videos:,} videos ({covered.split.replace('_', ' ')})",
-            texts={name: [row[place] for row in texts] for place, name in enumerate(("value", "low", "high"))},
-        )
-
-    def write(self, out: Path) -> Path:
-        """Write `evaluation.json`, `report.html`, `latents.parquet` and, where the backbone ran, `effects.parquet` into
-        `out`; the report's path."""
-        out.mkdir(parents=True, exist_ok=True)
-        self.evaluation.write(out / "evaluation.json")
-        write_latents(self.latent_columns, out)
-        write_effects(self.effects, out)
-        report = out / "report.html"
-        report.write_text(render_report(self.evaluation))
-        return report
-
-
-def evaluate(config: EvaluateConfig) -> Result:
+def evaluate(config: EvaluateConfig) -> EvaluationResult:
     """Evaluate the SAE of a training run on a store.
 
     Raises:
@@ -148,7 +112,7 @@ def evaluate(config: EvaluateConfig) -> Result:
     store = open_store(config.store)
     check_store(trained, store, config.other_store)
     clips = choose_clips(store, config.split, trained.holdout, config.limit_clips)
-    setting = Setting(
+    test = Setting(
         store=store,
         hook=trained.hook,
         clips=clips,
@@ -159,50 +123,86 @@ def evaluate(config: EvaluateConfig) -> Result:
         seed=config.seed,
         device=device,
     )
-    metrics = [make(setting) for topic, make in METRICS.items() if topic not in config.skip]
-    to_fit = _clips_to_fit(config, trained, setting)
-    standing_in: dict[Subject, tuple[Encoder, ...]] = {}
+    fit = _fit_setting(config, trained, test)
+    start = fit or test
+    encoders = {}
     if config.controls:
-        where = to_fit or setting
-        standing_in = controls(
-            trained, where.store, where.clips, draws=config.control_draws, seed=config.seed, device=device
+        encoders = controls(
+            trained, start.store, start.clips, draws=config.control_draws, seed=config.seed, device=device
         )
-    pooling = Pooling(standing_in)
-    per_window = _clips_per_window(config, trained, store)
-    stream(setting, trained.coder, [*metrics, pooling], clips_per_window=per_window)
-    sections = [metric.section() for metric in metrics]
-    columns = [column for metric in metrics for column in metric.latents()]
-    effects: list[LatentEffect] = []
+
+    metrics = [make(test) for topic, make in METRICS.items() if topic not in config.skip]
+    test_pooling, fit_pooling = Pooling(encoders), Pooling(encoders)
+    for window in stream(test, trained.coder, config.window_mib, "evaluating"):
+        for metric in metrics:
+            metric.add(window)
+        test_pooling.add(window)
+    if fit is not None:
+        for window in stream(fit, trained.coder, config.window_mib, "pooling clips to fit on"):
+            fit_pooling.add(window)
+
     over_clips = ClipSetting(
-        setting=setting,
+        setting=test,
         config=config,
         sae=trained.coder,
         trained=trained,
-        fit=_fit_side(config, trained, to_fit, standing_in) if to_fit is not None else None,
-        test=pooled_split(store, pooling),
-        encoders={"sae": (trained.coder,), **standing_in},
+        fit=pooled_split(fit.store, fit_pooling) if fit is not None else None,
+        test=pooled_split(store, test_pooling),
+        encoders={"sae": (trained.coder,), **encoders},
     )
-    results = [measure(over_clips) for topic, measure in CLIP_METRICS.items() if topic not in config.skip]
-    in_backbone = [measure for topic, measure in BACKBONE_METRICS.items() if topic not in config.skip]
-    if config.in_backbone is not None and in_backbone:
-        session = start_session(over_clips, config.in_backbone)
-        results += [measure(over_clips, session) for measure in in_backbone]
-    for result in results:
-        if result is not None:
-            sections.append(result.section)
-            columns += result.latents
-            effects += result.effects
+    results = _clip_results(over_clips)
+
+    measured = [result for result in results.values() if result is not None]
+    columns = [column for metric in metrics for column in metric.latents()]
+    columns += [column for result in measured for column in result.latents]
     training = training_section(config.run)
     evaluation = Evaluation(
-        coverage=_coverage(setting, config.split),
+        coverage=_coverage(test, config.split),
         config=config.model_dump(mode="json"),
         sae={"run": trained.folder.name, "latents": trained.coder.latents, "recipe": trained.recipe}
         | {"provenance": trained.provenance},
         store=_describe(store, trained.hook),
         software={**software(), "numpy": np.__version__, "device": device.type},
-        sections=(*sections, training) if training is not None else tuple(sections),
+        sections=(
+            *(metric.section() for metric in metrics),
+            *(result.section for result in measured),
+            *([training] if training is not None else ()),
+        ),
+        not_measured={topic: _reason(topic, over_clips) for topic, result in results.items() if result is None},
     )
-    return Result(evaluation, latent_table(columns, trained.coder.latents), tuple(effects))
+    effects = tuple(effect for result in measured for effect in result.effects)
+    return EvaluationResult(evaluation, latent_table(columns, trained.coder.latents), effects)
+
+
+def stream(setting: Setting, sae: SparseCoder, window_mib: int, label: str = "evaluating") -> Iterator[Window]:
+    """The clips of `setting` in windows of at most `window_mib` MiB, one clip at least; with progress."""
+    clips_per_window = max(1, window_mib * 2**20 // clip_bytes(setting.store, setting.hook, sae.latents))
+    with Progress(label, len(setting.clips), "clips") as progress:
+        for window in windows(
+            setting.store,
+            setting.hook,
+            sae,
+            setting.clips,
+            setting.time.valid_CT,
+            clips_per_window=clips_per_window,
+            device=setting.device,
+        ):
+            yield window
+            progress.advance(len(window.clips))
+
+
+def _fit_setting(config: EvaluateConfig, trained: TrainedSae, test: Setting) -> Setting | None:
+    """Clips to fit probes and maps on, of other videos than those evaluated; None if there are none."""
+    store = test.store
+    if config.fit_store is not None:
+        store = open_store(config.fit_store)
+        check_store(trained, store, other_store=True)
+        clips = _not_evaluated(store, choose_clips(store, "all", trained.holdout, config.fit_clips), test)
+    elif config.split == "held_out":
+        clips = choose_clips(store, "train", trained.holdout, config.fit_clips)
+    else:
+        return None
+    return replace(test, store=store, clips=clips, time=latent_time(store, clips))
 
 
 def _not_evaluated(store: Store, clips: NDArray[np.int64], setting: Setting) -> NDArray[np.int64]:
@@ -222,50 +222,32 @@ def _not_evaluated(store: Store, clips: NDArray[np.int64], setting: Setting) -> 
     return apart
 
 
-def _clips_to_fit(config: EvaluateConfig, trained: TrainedSae, setting: Setting) -> Setting | None:
-    """Clips to fit probes and maps on, apart by video from those evaluated; None if there are none."""
-    store = setting.store
-    if config.fit_store is not None:
-        store = open_store(config.fit_store)
-        check_store(trained, store, other_store=True)
-        clips = _not_evaluated(store, choose_clips(store, "all", trained.holdout, config.fit_clips), setting)
-    elif config.split == "held_out":
-        clips = choose_clips(store, "train", trained.holdout, config.fit_clips)
-    else:
-        return None
-    return replace(setting, store=store, clips=clips, time=latent_time(store, clips))
+def _clip_results(clips: ClipSetting) -> dict[Topic, ClipResult | None]:
+    """What each metric over clips measures; None: it lacks something."""
+    config = clips.config
+    measures: dict[Topic, Callable[[], ClipResult | None]] = {
+        topic: partial(measure, clips) for topic, measure in CLIP_METRICS.items() if topic not in config.skip
+    }
+    in_backbone = {topic: measure for topic, measure in BACKBONE_METRICS.items() if topic not in config.skip}
+    if config.in_backbone is not None and in_backbone:
+        session = start_session(clips, config.in_backbone)
+        measures |= {topic: partial(measure, clips, session) for topic, measure in in_backbone.items()}
+    results: dict[Topic, ClipResult | None] = {}
+    with Progress("measuring", len(measures), "topics") as progress:
+        for topic, measure in measures.items():
+            results[topic] = measure()
+            progress.advance(text=f"{topic} done")
+    return results
 
 
-def _fit_side(
-    config: EvaluateConfig, trained: TrainedSae, setting: Setting, standing_in: Mapping[Subject, Sequence[Encoder]]
-) -> PooledSplit:
-    pooling = Pooling(standing_in)
-    per_window = _clips_per_window(config, trained, setting.store)
-    stream(setting, trained.coder, [pooling], clips_per_window=per_window)
-    return pooled_split(setting.store, pooling)
-
-
-def _clips_per_window(config: EvaluateConfig, trained: TrainedSae, store: Store) -> int:
-    return max(1, config.window_mib * 2**20 // clip_bytes(store, trained.hook, trained.coder.latents))
-
-
-def stream(setting: Setting, sae: SparseCoder, takers: Sequence[Metric | Pooling], *, clips_per_window: int) -> None:
-    """Stream `setting.clips` once through all `takers`, `clips_per_window` at a time."""
-    passing = windows(
-        setting.store,
-        setting.hook,
-        sae,
-        setting.clips,
-        setting.time.valid_CT,
-        clips_per_window=clips_per_window,
-        device=setting.device,
-    )
-    with Progress(transient=True) as progress:
-        task = progress.add_task("Evaluating clips", total=len(setting.clips))
-        for window in passing:
-            for taker in takers:
-                taker.add(window)
-            progress.advance(task, len(window.clips))
+def _reason(topic: Topic, clips: ClipSetting) -> str:
+    """Why `topic` was not measured."""
+    if clips.fit is None and "fit" in NEEDS[topic]:
+        return (
+            f"there are no clips to fit on: split {clips.config.split} without fit_store keeps no videos for it. Give "
+            "--fit_store, or evaluate --split held_out"
+        )
+    return NEEDS[topic]
 
 
 def _coverage(setting: Setting, split: str) -> Coverage:

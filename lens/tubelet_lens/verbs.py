@@ -25,14 +25,12 @@ def _evaluate_config() -> type[EvaluateConfig]:
 
 
 def _evaluate(config: EvaluateConfig) -> int:
-    from tubelet.formats import styled
     from tubelet_lens.evaluate import evaluate
 
     result = evaluate(config)
     report = result.write(config.report_folder)
-    for figure in result.evaluation.figures():
-        if figure.headline:
-            print(f"{figure.title}: {styled(figure.value, figure.style)}")
+    for line in result.lines():
+        print(line)
     print(report)
     return 0
 

@@ -24,12 +24,13 @@ from in_process import extract_here
 from tubelet.config import validate
 from tubelet.errors import TubeletError
 from tubelet_lens.config import EvaluateConfig, InBackboneConfig, Topic
-from tubelet_lens.evaluate import Result, evaluate
+from tubelet_lens.evaluate import evaluate
 from tubelet_lens.gallery.config import GalleryConfig
 from tubelet_lens.gallery.effects import read_effects
 from tubelet_lens.gallery.make_gallery import make_gallery
 from tubelet_lens.inputs.labeled_clips import labeled_clips
 from tubelet_lens.inputs.pooled_clips import Pooled, PooledSplit
+from tubelet_lens.report.evaluation_result import EvaluationResult
 from tubelet_lens.results.latent_table import LatentEffect, write_effects
 from tubelet_lens.steering.backbone_ablation import accuracy_without
 from tubelet_lens.steering.backbone_session import BackboneSession
@@ -487,7 +488,7 @@ IN_THE_BACKBONE = ["recovery", "backbone_ablation", "effects", "classification_e
 
 
 @pytest.fixture(scope="module")
-def measured(made: Path) -> Result:
+def measured(made: Path) -> EvaluationResult:
     settings = {
         "run": made / "run",
         "store": str(made / "s.zarr"),
@@ -510,7 +511,7 @@ def measured(made: Path) -> Result:
     return evaluate(EvaluateConfig.model_validate(settings))
 
 
-def test_an_evaluation_measures_in_the_running_backbone(measured: Result) -> None:
+def test_an_evaluation_measures_in_the_running_backbone(measured: EvaluationResult) -> None:
     figures = {figure.name: figure for figure in measured.evaluation.figures()}
     assert figures["recovery.kl.raw"].value == 0
     assert figures["recovery.kl.sae"].value < figures["recovery.kl.mean"].value  # type: ignore[operator]
@@ -527,7 +528,7 @@ def test_an_evaluation_measures_in_the_running_backbone(measured: Result) -> Non
 
 
 def test_the_gallery_shows_the_effects_that_an_evaluation_measured(
-    made: Path, store: Store, measured: Result, tmp_path: Path
+    made: Path, store: Store, measured: EvaluationResult, tmp_path: Path
 ) -> None:
     measured.write(tmp_path / "evaluation")
     assert len({row.latent for row in measured.effects}) == measured.evaluation.figure("effects.largest.sae").n == 3

@@ -12,13 +12,16 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from test_figure_tables import unlisted, unreported
 
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
 from tubelet.formats import styled
 from tubelet_lens.config import EvaluateConfig, Topic
-from tubelet_lens.evaluate import BACKBONE_METRICS, CLIP_METRICS, METRICS, Result, evaluate
+from tubelet_lens.evaluate import BACKBONE_METRICS, CLIP_METRICS, METRICS, evaluate
 from tubelet_lens.inputs.clip_selection import some_of
+from tubelet_lens.report.evaluation_result import EvaluationResult
+from tubelet_lens.report.render import count, why_undefined
 from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.results.latent_table import read_latents
 from tubelet_lens.verbs import EVALUATE
@@ -52,17 +55,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(trained: Path) -> Result:
+def found(trained: Path) -> EvaluationResult:
     return evaluate(EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), device="cpu"))
 
 
 @pytest.fixture(scope="module")
-def result(found: Result) -> Evaluation:
+def result(found: EvaluationResult) -> Evaluation:
     return found.evaluation
 
 
 @pytest.fixture(scope="module")
-def written(found: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(found: EvaluationResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with its report, JSON and table."""
     return found.write(tmp_path_factory.mktemp("written")).parent
 
@@ -124,12 +127,68 @@ def test_every_topic_that_may_be_skipped_is_measured_and_none_other() -> None:
     assert set(get_args(Topic)) == set(METRICS) | set(CLIP_METRICS) | set(BACKBONE_METRICS)
 
 
+def test_every_figure_is_in_its_metrics_table_and_every_row_is_reported(result: Evaluation) -> None:
+    assert unlisted(result) == []
+    assert unreported(result) == []
+
+
+def test_what_cannot_be_measured_is_named_with_what_it_lacks(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = str(trained / "s.zarr")
+    settings = {**QUICK, "skip": ("coherence",), "split": "all", "out": tmp_path}
+    result = evaluate(EvaluateConfig(run=trained / "run", store=url, **settings))
+    reasons = result.evaluation.not_measured
+    assert set(reasons) == {"action", "ablation", "retrieval", "scope", "labels"}
+    for topic in ("action", "ablation", "retrieval"):
+        assert "no clips to fit on" in reasons[topic]
+        assert "--fit_store" in reasons[topic]
+    assert "shifted views" in reasons["scope"]
+    page = result.write(tmp_path).read_text()
+    assert EVALUATE.run(EvaluateConfig(run=trained / "run", store=url, **settings)) == 0
+    printed, progress = capsys.readouterr()
+    for text in (page, printed, repr(result)):
+        assert "Not measured: action, ablation, retrieval" in text
+    assert printed.lstrip() == printed
+    assert printed.splitlines()[-1].endswith("report.html")
+    assert "evaluating: 28 of 28 clips" in progress
+
+
+def test_too_few_videos_are_called_too_few_and_counts_stand_beside_figures(trained: Path) -> None:
+    url = str(trained / "s.zarr")
+    few = evaluate(EvaluateConfig(run=trained / "run", store=url, limit_clips=2, **QUICK))
+    assert any(line.startswith("Too few videos") for line in few.evaluation.cautions)
+    assert all(", from " in line for line in list(few.lines())[: -len(few.evaluation.cautions)])
+    fields = {"name": "a.b", "title": "t", "value": 0.5, "definition": "d"}
+    assert count(Figure(n=5, n_of="test videos", **fields)).startswith("5 test videos: too few")
+    assert count(Figure(n=1200, n_of="test videos", **fields)) == "1,200 test videos"
+    assert count(Figure(n=5, n_of="tokens", **fields)) == "5 tokens"
+
+
+def test_an_undefined_figure_says_when_it_is() -> None:
+    fields = {"name": "a.b", "title": "t", "n": 5, "n_of": "latents"}
+    definition = "Smallest m that costs half; undefined if none does. Sets are drawn."
+    assert why_undefined(Figure(value=None, definition=definition, **fields)) == " (undefined if none does)"
+    assert why_undefined(Figure(value=3, definition=definition, **fields)) == ""
+
+
+def test_the_result_is_a_table_of_headlines_and_one_of_latents(found: EvaluationResult) -> None:
+    headlines = [figure for figure in found.evaluation.figures() if figure.headline]
+    frame = found.to_pandas()
+    assert list(frame["name"]) == [figure.name for figure in headlines]
+    assert list(frame["value"])[0] == headlines[0].value
+    assert "<table>" in found._repr_html_()
+    order = found.latents.sort_by("frequency", descending=True)["frequency"]
+    assert list(order) == sorted(found.latents["frequency"], reverse=True)
+
+
 def test_a_topic_that_is_skipped_is_not_there(trained: Path) -> None:
     skipped = tuple(topic for topic in get_args(Topic) if topic != "sparsity")
     there = evaluation(
         EvaluateConfig(run=trained / "run", store=str(trained / "s.zarr"), skip=skipped, controls=False, device="cpu")
     )
     assert [section.name for section in there.sections] == ["sparsity", "training"]
+    assert there.not_measured == {}
 
 
 def test_no_video_is_both_fitted_on_and_evaluated(trained: Path) -> None:
@@ -214,11 +273,11 @@ def test_every_latent_has_a_row_that_agrees_with_the_figures(result: Evaluation,
     assert all(field.metadata[b"definition"] for field in table.schema if field.name != "latent")
 
 
-def test_names_from_a_store_cannot_break_the_page(found: Result, result: Evaluation, tmp_path: Path) -> None:
+def test_names_from_a_store_cannot_break_the_page(found: EvaluationResult, result: Evaluation, tmp_path: Path) -> None:
     plotless = tuple(section.model_copy(update={"curves": ()}) for section in result.sections)
     store = {**result.store, "name": "<script>alert(1)</script>"}
     hostile = result.model_copy(update={"store": store, "sections": plotless})
-    page = Result(hostile, found.latent_columns).write(tmp_path).read_text()
+    page = EvaluationResult(hostile, found.latent_columns).write(tmp_path).read_text()
     assert "<script" not in page
 
 

@@ -13,7 +13,7 @@ from stores import make_plan, make_store, planned_table
 from tubelet.errors import TubeletError
 from tubelet_lens.codes.series import FeatureProducts, Series, pairs_at_lags, patch_products, shuffled_steps
 from tubelet_lens.codes.sparse_codes import SparseCodes
-from tubelet_lens.evaluate import METRICS, stream
+from tubelet_lens.evaluate import METRICS
 from tubelet_lens.inputs.clip_stream import windows
 from tubelet_lens.inputs.latent_time import LatentTime, latent_time
 from tubelet_lens.metrics.metric import Setting
@@ -75,7 +75,17 @@ def setting_of(store: Store, latents: int, clips: np.ndarray | None = None, **fi
 
 def measure(setting: Setting, sae: Identity, *, clips_per_window: int) -> list[Section]:
     metrics = [make(setting) for make in METRICS.values()]
-    stream(setting, sae, metrics, clips_per_window=clips_per_window)
+    for window in windows(
+        setting.store,
+        HOOK,
+        sae,
+        setting.clips,
+        setting.time.valid_CT,
+        clips_per_window=clips_per_window,
+        device=CPU,
+    ):
+        for metric in metrics:
+            metric.add(window)
     return [metric.section() for metric in metrics]
 
 

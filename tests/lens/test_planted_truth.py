@@ -22,7 +22,8 @@ import torch
 from stores import make_plan, make_store, planned_table
 from tubelet_lens.codes.dictionary import directions, random_directions
 from tubelet_lens.config import EvaluateConfig
-from tubelet_lens.evaluate import Result, evaluate
+from tubelet_lens.evaluate import evaluate
+from tubelet_lens.report.evaluation_result import EvaluationResult
 from tubelet_lens.stats.matching import cosines, match, recovery
 from tubelet_trainer.config import HoldoutConfig, TrainConfig
 from tubelet_trainer.data.holdout import held_out
@@ -43,7 +44,7 @@ class Planted:
     """An evaluation, and what it ought to have found."""
 
     root: Path
-    result: Result
+    result: EvaluationResult
     latent_of: np.ndarray
     """[FEATURES] The SAE's latent that matches each planted feature."""
     true: torch.Tensor

@@ -184,13 +184,6 @@ class _Temporal:
         self.within = WithinAutocorrelation()
         self.cosine, self.null_cosine = StepCosine(), StepCosine()
 
-    def add(self, by_feature: FeatureProducts, by_patch_TTS: Tensor, valid_T: Tensor, orders: list[_Order]) -> None:
-        """Add a clip; `orders` are the true one and the null's."""
-        for pooled, order in zip((self.pooled, *self.nulls), orders, strict=True):
-            pooled.add(by_feature, valid_T, order.pairs_LTT)
-        self.cosine.add(by_patch_TTS, valid_T, orders[0].steps_T)
-        self.null_cosine.add(by_patch_TTS, valid_T, orders[1].steps_T)
-
     def null_values(self, lag: int) -> list[PooledValue]:
         """The null's draws at `lag`."""
         return [null.value(lag) for null in self.nulls]
@@ -225,16 +218,21 @@ class Coherence:
                 for order_T in (in_order_T, *(order_CT[place] for order_CT in shuffled_DCT))
             ]
             series = Series.of(codes)
-            self._sae.add(series.by_feature(), series.by_patch(), valid_T, orders)
-            self._sae.within.add(series.values_TM, valid_T)
-            common_TTS = series.common()
-            self._support.add(common_TTS, valid_T, orders[0].steps_T)
-            self._null_support.add(common_TTS, valid_T, orders[1].steps_T)
             # Correlations are taken of centered values, so that their sums do not cancel.
             x_TSD = x_TSD.double()
             centered_TSD = x_TSD - self._center_D
-            self._raw.add(FeatureProducts.of(centered_TSD), patch_products(x_TSD), valid_T, orders)
-            self._raw.within.add(centered_TSD.flatten(1), valid_T)
+            for part, by_feature, by_patch_TTS, values_TM in (
+                (self._sae, series.by_feature(), series.by_patch(), series.values_TM),
+                (self._raw, FeatureProducts.of(centered_TSD), patch_products(x_TSD), centered_TSD.flatten(1)),
+            ):
+                for pooled, order in zip((part.pooled, *part.nulls), orders, strict=True):
+                    pooled.add(by_feature, valid_T, order.pairs_LTT)
+                part.cosine.add(by_patch_TTS, valid_T, orders[0].steps_T)
+                part.null_cosine.add(by_patch_TTS, valid_T, orders[1].steps_T)
+                part.within.add(values_TM, valid_T)
+            common_TTS = series.common()
+            self._support.add(common_TTS, valid_T, orders[0].steps_T)
+            self._null_support.add(common_TTS, valid_T, orders[1].steps_T)
 
     def section(self) -> Section:
         """Figures over everything added."""

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tubelet.formats import styled
 from tubelet_lens.report.svg_plots import svg
-from tubelet_lens.results.evaluation import Evaluation
+from tubelet_lens.results.evaluation import FEWEST_VIDEOS, Evaluation
 from tubelet_lens.results.section import Figure, Section
 
 SUBJECTS = {
@@ -37,12 +37,12 @@ def render_report(evaluation: Evaluation) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"show": _show, "anchor": anchor, "range": _range}
+    environment.filters |= {"show": _show, "anchor": anchor, "range": range_of, "why": why_undefined, "count": count}
     return environment.get_template("report.html").render(
         evaluation=evaluation,
         headlines=[figure for figure in evaluation.figures() if figure.headline],
         topic={figure.name: section.title for section in evaluation.sections for figure in section.figures},
-        beside={figure.name: _beside(evaluation, figure) for figure in evaluation.figures() if figure.headline},
+        beside={figure.name: beside(evaluation, figure) for figure in evaluation.figures() if figure.headline},
         tables={section.name: _table(section) for section in evaluation.sections},
         drawings={curve.name: svg(curve) for section in evaluation.sections for curve in section.curves},
         subjects=SUBJECTS,
@@ -64,12 +64,24 @@ def _show(figure: Figure) -> str:
     return styled(figure.value, figure.style)
 
 
-def _range(figure: Figure) -> str:
+def range_of(figure: Figure) -> str:
     """The lower and upper end beside the value, if it has them."""
     if figure.low is None or figure.high is None:
         return ""
     low, high = (styled(end, figure.style) for end in (figure.low, figure.high))
     return f" ({low.removesuffix(' %')} … {high})"
+
+
+def count(figure: Figure) -> str:
+    """How many things the figure is computed from, and whether they are too few."""
+    few = ": too few to rely on" if "video" in figure.n_of and figure.n < FEWEST_VIDEOS else ""
+    return f"{figure.n:,} {figure.n_of}{few}"
+
+
+def why_undefined(figure: Figure) -> str:
+    """The clause of the definition that says when the figure is undefined, if it is."""
+    clause = _UNDEFINED.search(figure.definition) if figure.value is None else None
+    return f" ({clause[0].strip()})" if clause else ""
 
 
 def anchor(name: str) -> str:
@@ -83,13 +95,13 @@ def _table(section: Section) -> dict[str, Any]:
     for figure in section.figures:
         rows.setdefault(figure.title, {})[figure.subject] = figure
     columns = [subject for subject in SUBJECTS if any(subject in row for row in rows.values())]
-    # Rows that say nothing but about the SAE would leave the other columns empty: they get a table of their own.
+    # Rows about the SAE alone would leave the other columns empty: they get their own table.
     wide = {title: row for title, row in rows.items() if len(row) > 1}
     narrow = {title: row["sae"] for title, row in rows.items() if len(row) == 1 and "sae" in row}
     return {"columns": columns, "wide": wide, "narrow": narrow}
 
 
-def _beside(evaluation: Evaluation, headline: Figure) -> list[Figure]:
+def beside(evaluation: Evaluation, headline: Figure) -> list[Figure]:
     """The same figure of other subjects: what a headline must be read beside."""
     others = [
         figure
@@ -126,6 +138,8 @@ def _definitions(section: Section) -> list[_Definition]:
         found.append(_Definition(title, " ".join(common), own))
     return found
 
+
+_UNDEFINED = re.compile(r"[^.;]*\b[Uu]ndefined\b[^.;]*")
 
 _SENTENCE = re.compile(r"(?<=[.;]) (?=[A-Z0-9|])")
 

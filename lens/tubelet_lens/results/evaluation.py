@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from tubelet.config import Config, validate
 from tubelet.errors import TubeletError, nearest
 from tubelet_lens.results.section import Figure, Section
+
+FEWEST_VIDEOS = 20
+"""Below this many videos a share or an interval says little."""
 
 
 class Coverage(Config):
@@ -45,6 +48,19 @@ class Evaluation(Config):
     """Identity and plan of the store."""
     software: dict[str, JsonValue]
     sections: tuple[Section, ...]
+    not_measured: dict[str, str] = Field(default_factory=dict)
+    """Topics that were asked for and not measured, with what they lack."""
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What limits the evaluation: too few videos, topics that were not measured."""
+        videos = self.coverage.videos
+        few = (f"Too few videos ({videos}): below {FEWEST_VIDEOS}, shares and intervals over videos say little.",)
+        by_reason: dict[str, list[str]] = {}
+        for topic, reason in self.not_measured.items():
+            by_reason.setdefault(reason, []).append(topic)
+        missing = (f"Not measured: {', '.join(topics)}: {reason}." for reason, topics in by_reason.items())
+        return (*(few if videos < FEWEST_VIDEOS else ()), *missing)
 
     def figures(self) -> Iterator[Figure]:
         """All figures, in the report's order."""
