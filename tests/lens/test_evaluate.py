@@ -24,6 +24,7 @@ from tubelet_lens.report.evaluation_result import EvaluationResult
 from tubelet_lens.report.render import count, why_undefined
 from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.results.latent_table import read_latents
+from tubelet_lens.results.section import Figure
 from tubelet_lens.verbs import EVALUATE
 from tubelet_store.reader import open_store
 from tubelet_trainer.config import HoldoutConfig, TrainConfig
@@ -176,7 +177,7 @@ def test_the_result_is_a_table_of_headlines_and_one_of_latents(found: Evaluation
     headlines = [figure for figure in found.evaluation.figures() if figure.headline]
     frame = found.to_pandas()
     assert list(frame["name"]) == [figure.name for figure in headlines]
-    assert list(frame["value"])[0] == headlines[0].value
+    assert frame["value"][0] == headlines[0].value
     assert "<table>" in found._repr_html_()
     order = found.latents.sort_by("frequency", descending=True)["frequency"]
     assert list(order) == sorted(found.latents["frequency"], reverse=True)
@@ -349,7 +350,8 @@ def test_the_verb_writes_its_files_into_the_run(trained: Path, capsys: pytest.Ca
 
 def test_the_verb_is_described_without_torch_or_matplotlib() -> None:
     code = (
-        "import sys; from tubelet_lens.verbs import EVALUATE; EVALUATE.config();"
+        "import sys; from tubelet_lens.results.section import Figure
+from tubelet_lens.verbs import EVALUATE; EVALUATE.config();"
         "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'jinja2')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
