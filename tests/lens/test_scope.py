@@ -27,9 +27,9 @@ from tubelet_lens.metrics.contextual_dependency import (
     Scope,
     line_distance,
     measure_scope,
+    next_of_another_video,
     otsu,
     plane_distance,
-    strangers,
 )
 from tubelet_lens.metrics.group_removal import remove_from_means, remove_latents
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2
@@ -247,8 +247,8 @@ def test_pairs_that_do_not_show_the_same_are_left_out_and_counted(tmp_path: Path
 
 
 def test_the_null_takes_its_other_map_from_another_video() -> None:
-    assert strangers(["a", "a", "b", "a", "c", "c"]).tolist() == [2, 2, 3, 4, 0, 0]
-    assert strangers(["a", "a"]).tolist() == strangers([]).tolist() == []
+    assert next_of_another_video(["a", "a", "b", "a", "c", "c"]).tolist() == [2, 2, 3, 4, 0, 0]
+    assert next_of_another_video(["a", "a"]).tolist() == next_of_another_video([]).tolist() == []
 
 
 @pytest.mark.parametrize("axis", ["spatial", "temporal"])

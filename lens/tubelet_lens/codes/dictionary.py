@@ -1,4 +1,4 @@
-"""The dictionary of an SAE: the direction each latent adds to the raw activation, and how the directions lie.
+"""The dictionary of an SAE: the direction that each latent adds to the raw activation, and how directions relate.
 
 SparseCoder ─▶ directions [F, D] ─▶ each latent's nearest others (chunked) · effective rank
 """
@@ -51,11 +51,11 @@ def nearest_latents(directions_FD: Tensor, count: int = 5, among: NDArray[np.boo
     """
     latents = len(directions_FD)
     chosen = np.arange(latents) if among is None else np.flatnonzero(among)
-    found = Nearest(np.full((latents, count), -1, dtype=np.int64), np.full((latents, count), np.nan))
+    nearest = Nearest(np.full((latents, count), -1, dtype=np.int64), np.full((latents, count), np.nan))
     unit_AD = nnf.normalize(directions_FD[torch.from_numpy(chosen).to(directions_FD.device)].float(), dim=1)
     kept = min(count, len(chosen) - 1)
     if kept < 1:
-        return found
+        return nearest
     rows = max(1, _CELLS // len(chosen))
     for start in range(0, len(chosen), rows):
         cosines = unit_AD[start : start + rows] @ unit_AD.T
@@ -64,9 +64,9 @@ def nearest_latents(directions_FD: Tensor, count: int = 5, among: NDArray[np.boo
         sizes[itself, itself + start] = -1
         places = sizes.topk(kept, dim=1).indices
         into = chosen[start : start + rows]
-        found.latents_Fk[into, :kept] = chosen[places.cpu().numpy()]
-        found.cosines_Fk[into, :kept] = cosines.gather(1, places).double().clamp(-1, 1).cpu().numpy()
-    return found
+        nearest.latents_Fk[into, :kept] = chosen[places.cpu().numpy()]
+        nearest.cosines_Fk[into, :kept] = cosines.gather(1, places).double().clamp(-1, 1).cpu().numpy()
+    return nearest
 
 
 def effective_rank(directions_FD: Tensor) -> float:
@@ -81,6 +81,6 @@ def effective_rank(directions_FD: Tensor) -> float:
 
 
 def random_directions(latents: int, channels: int, seed: int) -> Tensor:
-    """float32 [F, D] Random unit vectors: the null of everything that compares directions."""
+    """float32 [F, D] Random unit vectors: the null of every comparison of directions."""
     generator = torch.Generator().manual_seed(seed)
     return nnf.normalize(torch.randn(latents, channels, generator=generator), dim=1)

@@ -1,10 +1,10 @@
-"""A clip through time: the series of single features, and the products of its latent steps with each other.
+"""A clip as time series of single features, and the products of its latent steps with each other.
 
     x [T, S, F] ─▶ by feature  G_f[t, u] = sum over patches of x_tpf x_upf
                 ─▶ by patch    H_p[t, u] = sum over features of x_tpf x_upf
 
-A lag, or another order of time, only chooses entries (t, u) of these. So all lags and all draws of the shuffled null
-together cost one pass over the values, and sparse codes cost what is active, not F.
+A lag, or another order of time, only selects entries (t, u) of these: all lags and all draws of the shuffled null cost
+one pass over the values together, and sparse codes cost their active entries, not F.
 """
 
 from __future__ import annotations

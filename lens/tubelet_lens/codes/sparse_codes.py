@@ -1,9 +1,9 @@
-"""Codes of one clip as the entries that are not 0: what every statistic of codes reads.
+"""Encoders, and the codes of one clip as the entries that are not 0.
 
-    SAE ─▶ k (value, latent) pairs per token ─▶ Active: E entries (token, latent, value)
+    SAE ─▶ k (value, latent) pairs per token ─▶ SparseCodes: E entries (token, latent, value)
 
-Of 6,144 latents a token lights 32: statistics over entries cost 1/192 of those over dense codes, and take as little of
-the memory. Where a dense code is wanted all the same, `dense` makes it.
+With 32 of 6,144 latents active per token, statistics over entries take 1/192 of the time and memory of those over dense
+codes. `dense` makes a dense code where one is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tubelet_trainer.sae.sparse_ops import is_dense
 
 
 class Encoder(Protocol):
-    """From raw activations to codes. Normalization is its own business."""
+    """From raw activations to codes. It normalizes by itself."""
 
     def encode(self, x_ND: Tensor, /) -> Tensor:
         """Dense codes [N, F] of raw activations [N, D]; a latent that does not fire is exactly 0."""

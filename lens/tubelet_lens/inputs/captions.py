@@ -1,4 +1,4 @@
-"""Captions as vectors, by something that is not trained here.
+"""Captions as vectors, by a frozen text model, a bag of words or a file.
 
 captions, each once ─▶ words (tf-idf) | a transformers text model | a file ─▶ unit vectors [captions, E]
 """
@@ -30,7 +30,7 @@ def embed(captions: Sequence[str], known: Sequence[str], config: AnyText, device
     Args:
         captions: Distinct texts.
         known: Those of them on the fit side: words are weighed by these alone.
-        config: What embeds.
+        config: The text model.
         device: Where a model computes.
 
     Raises:
@@ -49,21 +49,21 @@ def embed(captions: Sequence[str], known: Sequence[str], config: AnyText, device
 def described(config: AnyText) -> str:
     """Words for a definition: what embeds the captions."""
     if isinstance(config, Words):
-        return "a bag of words (tf-idf over the captions fitted on; no language model, synonyms are strangers)"
+        return "a bag of words (tf-idf over the captions fitted on; no language model: synonyms are unrelated)"
     if isinstance(config, TransformersText):
         return f"the frozen text model {Path(config.id).name if Path(config.id).is_dir() else config.id}"
     return f"precomputed vectors ({config.path.name})"
 
 
 def _words(captions: Sequence[str], known: Sequence[str]) -> NDArray[np.float64]:
-    found = [Counter(_WORD.findall(caption.lower())) for caption in captions]
+    counts = [Counter(_WORD.findall(caption.lower())) for caption in captions]
     wanted = set(known)
     documents = Counter(
-        word for caption, words in zip(captions, found, strict=True) if caption in wanted for word in words
+        word for caption, words in zip(captions, counts, strict=True) if caption in wanted for word in words
     )
     column = {word: place for place, word in enumerate(sorted(documents))}
     values = np.zeros((len(captions), len(column)))
-    for row, words in enumerate(found):
+    for row, words in enumerate(counts):
         for word, times in words.items():
             if word in column:
                 values[row, column[word]] = times * (1 + np.log((1 + len(wanted)) / (1 + documents[word])))
@@ -131,8 +131,8 @@ def _embedded(model: nn.Module, batch: dict[str, Tensor], pooling: str) -> Tenso
     """[N, E]. Models with a vision half give their text embedding by `get_text_features`."""
     features = getattr(model, "get_text_features", None)
     if pooling == "auto" and features is not None:
-        found = features(**batch)
-        return found if isinstance(found, Tensor) else found.pooler_output
+        output = features(**batch)
+        return output if isinstance(output, Tensor) else output.pooler_output
     tower: nn.Module = getattr(model, "text_model", model)
     states_NLE = tower(**batch).last_hidden_state
     if pooling == "cls":

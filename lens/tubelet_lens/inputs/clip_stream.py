@@ -1,11 +1,11 @@
-"""The stream that every metric reads: whole clips, raw and encoded, a few at a time.
+"""Whole clips, raw and encoded, a few at a time: the stream that every metric reads.
 
     store ─▶ clips (ok, of one split) ─▶ Window: x [C, T, S, D], active codes of C clips, reconstruction [C, T, S, D]
 
 Whole clips, so that neighbors in time and space are index arithmetic. Each clip is encoded alone, in one call of fixed
-shape: a figure does not depend on how many clips share a window. Codes are lists of what is active; a dense code exists
-only where a taker asks for it. Peak memory is at most about `clip_bytes(...) x clips per window`; metrics add a bounded
-part of their own.
+shape: a figure does not depend on how many clips share a window. Codes are lists of their active entries; a dense code
+exists only where a metric asks for it. Peak memory is at most about `clip_bytes(...) x clips per window`, plus a
+bounded part per metric.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Window:
         x_CTSD: float32 Raw activations.
         codes: [C] The SAE's codes.
         xhat_CTSD: float32 Its reconstructions, in raw units.
-        valid_CT: bool Latent steps that cover no repeated frame (see `timing`).
+        valid_CT: bool Latent steps that cover no repeated frame (see `latent_time`).
     """
 
     clips: NDArray[np.int64]
@@ -50,8 +50,10 @@ class Window:
 
 
 def clip_bytes(store: Store, hook: str, latents: int) -> int:
-    """Most bytes one clip takes in a window: activations, reconstruction and dense codes in float32, a copy of each in
-    passing, and the activations once more in float64."""
+    """Most bytes one clip takes in a window.
+
+    Activations, reconstruction and dense codes in float32, a temporary copy of each, and the activations in float64.
+    """
     channels = store.plan.hook(hook).channels
     return store.plan.grid.tokens * (4 * (2 * channels + latents) * 2 + 8 * channels)
 
@@ -73,12 +75,12 @@ def windows(
         hook: Name of the hook.
         sae: On `device`.
         clips: Clips to read.
-        valid_CT: bool [all clips of the store, steps], see `timing.latent_time`.
+        valid_CT: bool [all clips of the store, steps], see `latent_time`.
         clips_per_window: Clips held at once.
         device: Where to compute.
 
     Raises:
-        TubeletError: a clip that the store calls ok holds values that are not finite.
+        TubeletError: a clip that is stored as ok holds values that are not finite.
     """
     for start in range(0, len(clips), clips_per_window):
         chosen = clips[start : start + clips_per_window]

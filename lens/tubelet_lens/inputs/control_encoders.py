@@ -1,4 +1,4 @@
-"""Codes that nobody trained: what an SAE's codes must beat before their width counts as knowledge.
+"""Untrained encoders as controls: width alone helps a probe, so an SAE's codes must do better than these.
 
     untrained     the SAE's recipe with fresh weights, started as its training would start
     random_topk   a Gaussian projection to as many latents, the k largest of each token kept if positive

@@ -1,4 +1,4 @@
-"""Clips whose class is known, on both sides, and how clips make up the videos that are scored."""
+"""Clips whose class is known, on both sides, and the videos that they belong to."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A clip as one vector: what probes, retrieval and monosemanticity read instead of tokens.
+"""A clip as one vector, which probes, retrieval and monosemanticity read instead of tokens.
 
     Window ─▶ Pooling ─▶ Pooled: mean and max over a clip's tokens, of the codes, the raw activations and the controls
 
-Tokens are encoded first and pooled after (pooling before encoding is another model, see `vectors`). Tokens of latent
-steps that cover only repeated frames are left out. Of codes only the latents that fire in a clip are kept, because six
-control draws of 20,000 clips and 6,144 latents would be 7 GB; they become dense one draw at a time, when somebody reads
-them.
+Tokens are encoded first and pooled after; pooling before encoding is a different model, see `clip_vectors`. Tokens of
+latent steps that cover only repeated frames are left out. Of codes only the latents that fire in a clip are kept,
+because six control draws of 20,000 clips and 6,144 latents would be 7 GB; they become dense one draw at a time, on
+reading.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Pooled:
 
     @property
     def mean_NF(self) -> NDArray[np.float32]:
-        """Mean over tokens; made dense anew each time, where it is kept sparse."""
+        """Mean over tokens; made dense on each access, where it is kept sparse."""
         return _dense(self._mean)
 
     @property
@@ -73,12 +73,12 @@ class _PooledCodes:
     @classmethod
     def of(cls, codes: SparseCodes) -> _PooledCodes:
         latent_E, value_E = codes.latent_E, codes.value_E
-        found = cls._of(codes, latent_E, value_E)
+        pooled = cls._of(codes, latent_E, value_E)
         below_E = value_E < 0
         if not bool(below_E.any()):
-            return found
+            return pooled
         negative = cls._of(codes, latent_E[below_E], -value_E[below_E])
-        return cls(found.latent_M, found.mean_M, found.largest_M, negative)
+        return cls(pooled.latent_M, pooled.mean_M, pooled.largest_M, negative)
 
     @classmethod
     def _of(cls, codes: SparseCodes, latent_E: Tensor, value_E: Tensor) -> _PooledCodes:
@@ -106,7 +106,7 @@ class Pooling:
         self._latents: dict[_Key, int] = {}
 
     def add(self, window: Window) -> None:
-        """Take in one window."""
+        """Add the clips of one window."""
         self._clips.append(window.clips)
         for place, (codes, x_TSD) in enumerate(zip(window.codes, window.x_CTSD, strict=True)):
             valid_T = window.valid_CT[place]
@@ -132,14 +132,14 @@ class Pooling:
     def draws(self) -> dict[Subject, tuple[Pooled, ...]]:
         """The vectors of every subject, one entry per draw; of what is not random there is one."""
         raw = Pooled(torch.stack(self._raw_mean).numpy(), torch.stack(self._raw_largest).numpy())
-        found: dict[Subject, tuple[Pooled, ...]] = {"raw": (raw,)}
+        draws: dict[Subject, tuple[Pooled, ...]] = {"raw": (raw,)}
         for key, clips in self._codes.items():
             negative = None
             if any(clip.negative is not None for clip in clips):
                 negative = Pooled(*_rows([clip.negative or _NOTHING for clip in clips], self._latents[key]))
             pooled = Pooled(*_rows(clips, self._latents[key]), negative)
-            found[key[0]] = (*found.get(key[0], ()), pooled)
-        return found
+            draws[key[0]] = (*draws.get(key[0], ()), pooled)
+        return draws
 
 
 _NOTHING = _PooledCodes(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32))

@@ -1,4 +1,4 @@
-"""Embeddings of clips that monosemanticity is judged by: one vector per evaluated clip, whatever made it.
+"""Embeddings that define the likeness of clips for monosemanticity: one vector per evaluated clip, from any model.
 
 the backbone itself ── mean of the raw tokens ──┐
 another store ── same video, same view ─────────┼─▶ Reference: e_n of the evaluated clips that have one
@@ -148,12 +148,12 @@ def _from_parquet(path: Path, side: PooledSplit) -> NDArray[np.float64]:
     videos = table["video_id"].to_pylist()
     if "view" in table.column_names:
         by_clip = dict(zip(zip(videos, table["view"].to_pylist(), strict=True), rows, strict=True))
-        found = [by_clip.get(key) for key in _keys(side)]
+        rows_of_clips = [by_clip.get(key) for key in _keys(side)]
     else:
         by_video = dict(zip(videos, rows, strict=True))
-        found = [by_video.get(video) for video in side.videos.tolist()]
+        rows_of_clips = [by_video.get(video) for video in side.videos.tolist()]
     nothing = np.full(rows.shape[1], np.nan)
-    return np.stack([nothing if row is None else row for row in found])
+    return np.stack([nothing if row is None else row for row in rows_of_clips])
 
 
 def _rows(path: Path, lists: Sequence[Sequence[float] | None]) -> NDArray[np.float64]:

@@ -3,8 +3,8 @@
     in space   still [s:, s:]  and  moved [:-s, :-s]  are the same pixels     (a view s patches further down and right)
     in time    still [s:]      and  moved [:-s]       are the same frames     (a window s tubelets later)
 
-Both are cut to their overlap before anything is encoded: the two overlaps are then encoded in arrays of one shape, and
-what a frame-wise backbone says of the same frames is the same to the bit.
+Both are cut to their overlap before encoding: the two overlaps are then encoded in arrays of one shape, so a frame-wise
+backbone gives the same codes of the same frames to the bit.
 """
 
 from __future__ import annotations
@@ -117,5 +117,5 @@ def shifted_pairs(
         pairs.append(ShiftedPair(first["clip"], row["clip"], row["video_id"]))
     unusable = len(moved) - len(pairs)
     pairs = [pairs[place] for place in some_of(np.arange(len(pairs)), limit)]
-    found = ShiftedPairs(axis, shift, grid, tuple(pairs), unusable)
-    return found if found.largest > 0 else None
+    shifted = ShiftedPairs(axis, shift, grid, tuple(pairs), unusable)
+    return shifted if shifted.largest > 0 else None

@@ -1,9 +1,9 @@
-"""Information scope: when the view shifts, does a latent go with the content, or stay with the frame?
+"""Information scope: when the view shifts, does a latent follow the content, or stay with the frame?
 
     strongest clips of latent j ─▶ maps M1, M2 of |z_j| on what both views show, each in its own coordinates there
     CDS_j = mean of EMD(N(M1), N(M2)) / D,    N: to sum 1,    D: the largest distance in the overlap
 
-Contextual dependency score after Ro, Choi & Kim 2026 (arXiv 2604.05724), of which only a summary was at hand. Low: the
+Contextual dependency score after Ro, Choi & Kim 2026 (arXiv 2604.05724), from a summary of the paper. Low: the
 latent fires on a content wherever it stands (local). High: where it fires depends on what else is in view (global).
 [RECON] Settings and conventions that the summary leaves open:
 - the k strongest clips (pairs of views), by the largest |z_j| on the overlap in either view;
@@ -172,19 +172,19 @@ class _Maps:
         places = pairs.grid.time if self._axis == "temporal" else pairs.grid.space
         cds_F, null_F = np.full(latents, np.nan), np.full(latents, np.nan)
         pairs_F, vanished_F = np.zeros(latents, dtype=np.int64), np.zeros(latents, dtype=np.int64)
-        for latent, found in self._of_latent.items():
-            strongest = sorted(found, key=lambda item: item[0])
+        for latent, maps in self._of_latent.items():
+            strongest = sorted(maps, key=lambda item: item[0])
             both = [(one, other) for _, _, one, other in strongest if one and other]
-            pairs_F[latent], vanished_F[latent] = len(found), len(found) - len(both)
+            pairs_F[latent], vanished_F[latent] = len(maps), len(maps) - len(both)
             still_MP, moved_MP = (_dense([pair[view] for pair in both], places) for view in (0, 1))
             distances = self._distances(still_MP, moved_MP, pairs) / pairs.largest
             if one_if_vanished:
                 distances = np.concatenate([distances, np.ones(vanished_F[latent])])
             if len(distances):
                 cds_F[latent] = distances.mean()
-            stranger = strangers([video for _, video, one, other in strongest if one and other])
-            if len(stranger):
-                null = self._distances(still_MP, moved_MP[stranger], pairs)
+            partner = next_of_another_video([video for _, video, one, other in strongest if one and other])
+            if len(partner):
+                null = self._distances(still_MP, moved_MP[partner], pairs)
                 null_F[latent] = null.mean() / pairs.largest
         return Scope(self._axis, cds_F, null_F, pairs_F, vanished_F)
 
@@ -197,7 +197,7 @@ class _Maps:
         return np.array([plane_distance(one_P, other_P, pairs.grid.width) for one_P, other_P in both])
 
 
-def strangers(videos: Sequence[str]) -> NDArray[np.int64]:
+def next_of_another_video(videos: Sequence[str]) -> NDArray[np.int64]:
     """int64 [M] For each of M pairs the next one, in a circle, that shows another video; empty if all show one."""
     count = len(videos)
     if len(set(videos)) < 2:
@@ -220,9 +220,9 @@ def _sparse(map_P: NDArray[np.float32]) -> _Sparse:
 def _dense(maps: list[_Sparse], places: int) -> NDArray[np.float64]:
     """float64 [M, P], each row of sum 1."""
     dense_MP = np.zeros((len(maps), places))
-    for row_P, found in zip(dense_MP, maps, strict=True):
-        if found is not None:
-            row_P[found[0]] = found[1]
+    for row_P, sparse in zip(dense_MP, maps, strict=True):
+        if sparse is not None:
+            row_P[sparse[0]] = sparse[1]
             row_P /= row_P.sum()
     return dense_MP
 

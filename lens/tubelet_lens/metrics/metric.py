@@ -1,11 +1,15 @@
-"""The shape of a metric: it sees every window once, then says what it found.
+"""Interface of metrics: over tokens, or over pooled clips.
 
     metric = Reconstruction(setting)
     for window in windows(...): metric.add(window)
     metric.section(), metric.latents()
 
-One file per metric. To add one, write the file and put its class into `evaluate.METRICS`, its name into
-`config.Topic`. What is fitted on clips (a probe, a map) is a `ClipMetric` instead.
+One file per metric, with a table of its figures (`figure_table`). To add one, write the file, add it to
+`evaluate.METRICS` and its name to `config.Topic`; its options go into `config`, which must not import torch. What is
+fitted on clips (a probe, a map) is a `ClipMetric`, in `evaluate.CLIP_METRICS`:
+
+    fit side  ─▶ probes and maps are fitted here; what they choose among is chosen on a part of it, by video
+    test side ─▶ every figure is measured here
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from tubelet_store.reader import Store
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What a metric may know before the first window."""
+    """What a metric over tokens knows before the first window."""
 
     store: Store
     hook: str
@@ -64,25 +68,25 @@ class Metric(Protocol):
     """A statistic of (SAE, store), accumulated in float64."""
 
     def add(self, window: Window) -> None:
-        """Take in one window."""
+        """Add the clips of one window."""
 
     def section(self) -> Section:
         """The figures over everything added."""
 
     def latents(self) -> tuple[LatentColumn, ...]:
-        """The same by latent; empty if the metric says nothing of single latents."""
+        """The same by latent; empty if the metric is not per latent."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClipSetting:
-    """What a metric over clips may know."""
+    """What a metric over clips knows."""
 
     setting: Setting
     config: EvaluateConfig
     sae: SparseCoder
     trained: TrainedSae
     fit: PooledSplit | None
-    """None: no clips to fit on; then a metric that must fit something has nothing to say."""
+    """None: no clips to fit on; then metrics that fit something are not measured."""
     test: PooledSplit
     encoders: Mapping[Subject, Sequence[Encoder]] = field(default_factory=dict)
     """What made the codes in the draws of both sides, in the order of these."""
@@ -109,7 +113,7 @@ class ClipSetting:
 
 @dataclass(frozen=True, eq=False)
 class ClipResult:
-    """What a metric over clips found."""
+    """Result of a metric over clips."""
 
     section: Section
     latents: tuple[LatentColumn, ...] = ()

@@ -203,12 +203,12 @@ def measure_monosemanticity(clips: ClipSetting) -> ClipResult | None:
 
 
 def _units(side: PooledSplit, activation: Literal["max", "mean"]) -> dict[Subject, _Units]:
-    found: dict[Subject, _Units] = {}
+    units: dict[Subject, _Units] = {}
     for subject in _WORDS:
         pooled = side.pooled.get(subject)
         if pooled is not None:
-            found[subject] = _Units(_activations(pooled, activation), pooled.negative is not None)
-    return found
+            units[subject] = _Units(_activations(pooled, activation), pooled.negative is not None)
+    return units
 
 
 def _activations(pooled: Pooled, activation: Literal["max", "mean"]) -> NDArray[np.float32]:

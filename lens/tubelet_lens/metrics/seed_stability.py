@@ -168,8 +168,8 @@ def _correlations(one: scipy.sparse.csr_array, other: scipy.sparse.csr_array, si
     deviations = [np.sqrt(np.maximum(s - m**2, 0)) for s, m in zip(squares, means, strict=True)]
     together = np.asarray((one.T @ other).todense()) / tokens - np.outer(*means)
     scale = np.outer(*deviations)
-    found = np.divide(together, scale, out=np.zeros_like(together), where=scale > 0)
-    return found if signed else np.abs(found)
+    likeness_AB = np.divide(together, scale, out=np.zeros_like(together), where=scale > 0)
+    return likeness_AB if signed else np.abs(likeness_AB)
 
 
 def _figures(kind: Literal["cosine", "correlation"], matched: Sequence[Matching], how: str) -> Iterator[Figure]:

@@ -238,7 +238,7 @@ class Coherence:
         """Figures over everything added."""
         title = "Temporal coherence"
         if not self._lags:
-            note = "The token grid has one latent step: nothing can be said about time."
+            note = "The token grid has one latent step: temporal coherence is undefined."
             return Section(name="coherence", title=title, lead=note)
         both = (self._sae, self._raw)
         summaries = ("mean", "median", "weighted_mean")

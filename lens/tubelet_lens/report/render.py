@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that needs nothing else: no script, no font, no address."""
+"""An evaluation as one self-contained HTML page: no script, no font, no link to other files."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _definitions(section: Section) -> list[_Definition]:
     by_title: dict[str, list[Figure]] = {}
     for figure in section.figures:
         by_title.setdefault(figure.title, []).append(figure)
-    found = []
+    definitions = []
     for title, figures in by_title.items():
         sentences = [_SENTENCE.split(figure.definition) for figure in figures]
         common = [text for text in sentences[0] if all(text in other for other in sentences)]
@@ -135,8 +135,8 @@ def _definitions(section: Section) -> list[_Definition]:
             (figure, " ".join(text for text in texts if text not in common))
             for figure, texts in zip(figures, sentences, strict=True)
         )
-        found.append(_Definition(title, " ".join(common), own))
-    return found
+        definitions.append(_Definition(title, " ".join(common), own))
+    return definitions
 
 
 _UNDEFINED = re.compile(r"[^.;]*\b[Uu]ndefined\b[^.;]*")

@@ -1,6 +1,6 @@
-"""Curves as inline SVG that takes its colors from the page, so that it fits light and dark.
+"""Curves as inline SVG with the page's colors, for light and dark mode.
 
-matplotlib draws with stand-in colors; each is then replaced by a CSS variable. Text stays text, in the page's font.
+matplotlib draws with placeholder colors; each is then replaced by a CSS variable. Text stays text, in the page's font.
 """
 
 from __future__ import annotations

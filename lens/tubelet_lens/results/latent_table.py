@@ -1,4 +1,4 @@
-"""One row per latent: what each metric knows of every single latent, as `latents.parquet` beside the evaluation.
+"""One row per latent, a column per statistic: `latents.parquet` beside the evaluation.
 
 The gallery's overview and its pages read this table; a column carries its definition in the field's metadata.
 """

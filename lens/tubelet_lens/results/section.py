@@ -1,4 +1,4 @@
-"""What a metric says: figures with their definitions, curves to plot, and how to read them.
+"""Result of a metric: figures with their definitions, curves to plot, and notes on reading them.
 
     Section (one metric) ─┬─ Figure   one number: value, unit of counting, definition
                           └─ Curve    lines or bars over one axis, with their definition
@@ -89,7 +89,7 @@ class Curve(Config):
 
 
 class Section(Config):
-    """Everything one metric has to say."""
+    """Everything one metric reports."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     title: str
@@ -98,7 +98,7 @@ class Section(Config):
     figures: tuple[Figure, ...] = ()
     curves: tuple[Curve, ...] = ()
     notes: tuple[str, ...] = ()
-    """What to keep in mind when reading the figures."""
+    """Notes on reading the figures."""
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

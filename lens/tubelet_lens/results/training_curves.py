@@ -45,13 +45,13 @@ def training_section(run: Path) -> Section | None:
 
 
 def _curve(lines: list[dict[str, Any]], name: str, title: str, y_label: str, definition: str) -> Curve | None:
-    found = {
+    points_of = {
         label: {
             line["step"]: float(line[name]) for line in lines if line.get("kind") == kind and _is_number(line, name)
         }
         for kind, label in _KINDS
     }
-    thinned = {label: _thin(points) for label, points in found.items() if points}
+    thinned = {label: _thin(points) for label, points in points_of.items() if points}
     steps = sorted({step for points in thinned.values() for step in points})
     if not steps:
         return None

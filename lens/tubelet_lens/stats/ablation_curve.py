@@ -1,4 +1,4 @@
-"""Which latents carry a class: rank them, take them away, watch the accuracy fall (science note 1.8).
+"""Accuracy against the number of latents set to 0, in the order of a ranking, beside matched random sets.
 
     importance I_jc = |w_cj| E[z_j | c]  ─▶ ranking ─▶ sets: top m, bottom m, m at random with the same mean activation
     measure(set) = accuracy with the set's latents at 0  ─▶ Ablation: curves over m, area, m_50
@@ -32,7 +32,7 @@ def matched_set(
     """As many alive latents as `targets`, none of them among these, drawn to have the same mean activations.
 
     Each target in turn, in random order, is stood in for by one of the 8 unused latents of nearest log mean activation.
-    [RECON] the paper does not say how it matches.
+    [RECON] The paper does not define the matching.
 
     Args:
         targets: At most half of the alive latents.
@@ -148,8 +148,8 @@ def ablate(
         wanted = float(mean_F[targets].mean()) if len(targets) else 0.0
         mismatch = float(np.mean([mean_F[chosen].mean() for chosen in sets])) / wanted if wanted and sets else None
     half = before - (before - chance) / 2
-    found = m_50(lambda size: measure(ranking[:size]) <= half, sizes, top <= half) if before > chance else None
-    return Ablation(tuple(sizes), top, bottom, random, before, chance, found, mismatch)
+    half_at = m_50(lambda size: measure(ranking[:size]) <= half, sizes, top <= half) if before > chance else None
+    return Ablation(tuple(sizes), top, bottom, random, before, chance, half_at, mismatch)
 
 
 def m_50(lost: Callable[[int], bool], sizes: Sequence[int], lost_at: NDArray[np.bool_]) -> int | None:

@@ -1,4 +1,4 @@
-"""Which latent of one dictionary is which of another: one-to-one matching by likeness (Hungarian assignment).
+"""One-to-one matching of the latents of two dictionaries by likeness (Hungarian assignment).
 
 cosines or correlations [A, B] ─▶ match ─▶ pairs (a, b) whose likenesses have the largest sum
 learned and true directions    ─▶ recovery: how much of a known dictionary an SAE has found

@@ -1,4 +1,4 @@
-"""Pearson correlation between a feature now and the same feature some steps later.
+"""Statistics of pairs of latent steps: autocorrelation, cosine, overlap of supports.
 
     pooled          per feature over all pairs (z[v,t,p], z[v,t+lag,p]) of all clips v, patches p, steps t
     within series   per (clip, patch, feature) about its own mean, then averaged: biased by -1/T
@@ -41,7 +41,7 @@ class PooledValue:
 
 
 class PooledAutocorrelation:
-    """Pooled autocorrelation at lags 1 ... `lags` of `features` features (science note 1.4 a)."""
+    """Pooled autocorrelation at lags 1 ... `lags` of `features` features."""
 
     def __init__(self, features: int, lags: int, device: torch.device) -> None:
         # Rows: sum x, sum y, sum x^2, sum y^2, sum x y of pairs (x now, y later).
@@ -93,7 +93,7 @@ class PooledAutocorrelation:
 
 
 class WithinAutocorrelation:
-    """Mean lag-1 autocorrelation about each series' own mean (science note 1.4 b), over clips without invalid steps.
+    """Mean lag-1 autocorrelation about each series' own mean, over clips without invalid steps.
 
     `rho = sum_t (z_t - zbar)(z_{t+1} - zbar) / sum_t (z_t - zbar)^2`. In random order of time its expectation is
     exactly -1/T whatever the values, which is the bias to subtract before two values of T are compared.
@@ -148,7 +148,12 @@ class StepCosine:
 
 
 class SupportOverlap:
-    """Comparison of the set S_t of a token's active latents with that of the same patch one step later."""
+    """Comparison of the set S_t of a token's active latents with that of the same patch one step later.
+
+    [RECON] The flip rate of a code with k active latents per token is 1 - |S_t & S_t+1| / k. Here |S_t| replaces k: the
+    same where k latents are active, and defined where their number varies (BatchTopK, JumpReLU, ReLU, and TopK where
+    fewer than k values are positive). Tokens without an active latent are left out.
+    """
 
     def __init__(self) -> None:
         self._jaccard = self._flip = 0.0
