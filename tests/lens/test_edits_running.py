@@ -34,7 +34,7 @@ from tubelet_lens.report.evaluation_result import EvaluationResult
 from tubelet_lens.results.latent_table import LatentEffect, write_effects
 from tubelet_lens.steering.backbone_ablation import accuracy_without
 from tubelet_lens.steering.backbone_session import BackboneSession
-from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
+from tubelet_lens.steering.class_edits import class_edit_section, edit_classes, edit_table
 from tubelet_lens.steering.classification_edits import classification_edits
 from tubelet_lens.steering.clip_source import Clip, ClipSource
 from tubelet_lens.steering.config import EditConfig
@@ -209,7 +209,7 @@ def test_where_no_other_latent_is_alive_its_stand_ins_are_undefined_and_the_rest
     assert found.rates["direction"][0].target() is not None
     for arm in ("matched", "latent"):
         assert (found.rates[arm][0].target(), found.rates[arm][0].other()) == (None, None)
-    section = class_edit_section(found, name="made", title="t", lead="l", units="clips", how="", extra=())
+    section = class_edit_section(found, table=edit_table("made", "clips"), title="t", lead="l", how="", extra=())
     figures = {figure.name: figure for figure in section.figures}
     assert (figures["made.target.matched"].value, figures["made.target.matched"].n) == (None, 0)
     assert "Undefined where no other latent is alive" in figures["made.other.latent"].definition

@@ -7,12 +7,15 @@ read at the end (science note 1.8, level ii [RECON]).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_lens.metrics.class_ranking import rank_latents, ranked
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
-from tubelet_lens.results.section import Curve, Figure, Section
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
+from tubelet_lens.results.section import Curve, Section
 from tubelet_lens.stats.ablation_curve import Ablation, ablate, accuracy_lines, set_sizes
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
@@ -38,7 +41,7 @@ def backbone_ablation(clips: ClipSetting, session: BackboneSession) -> ClipResul
     sizes = set_sizes(int(alive_F.sum()), session.config.largest)
     if not sizes:
         return None
-    found = ablate(
+    ablation = ablate(
         lambda latents: accuracy_without(session, latents),
         ranked(ranking.importance_F, alive_F),
         ranking.mean_F,
@@ -47,88 +50,92 @@ def backbone_ablation(clips: ClipSetting, session: BackboneSession) -> ClipResul
         chance=1 / len(session.readout.classes),
         rng=np.random.default_rng(clips.config.seed),
     )
-    return ClipResult(_section(found, session, session.readout.description, int(alive_F.sum())))
+    return ClipResult(_section(ablation, session, session.readout.description, int(alive_F.sum())))
 
 
-def _section(found: Ablation, session: BackboneSession, what: str, alive: int) -> Section:
-    count, draws, largest = int((session.class_N >= 0).sum()), session.config.draws, found.sizes[-1]
+_AREA = (
+    "Mean over m = 1, 2, 4, ... of (accuracy before - accuracy without m latents) / (accuracy before - chance). "
+    "Undefined where nothing is read above chance."
+)
+
+FIGURES = FigureTable(
+    "backbone_ablation",
+    FigureSpec(
+        "before",
+        "Accuracy before",
+        "Top-1 with nothing switched off; chance {chance}. {how}",
+        n_of="clips",
+        style="percent",
+        better="high",
+        null="exact: chance, in the definition",
+    ),
+    FigureSpec(
+        "m50",
+        "Latents that carry half (m_50), in the backbone",
+        "Smallest m for which switching the m most important latents off costs half of (accuracy - chance); undefined "
+        "if {largest} do not. {how}",
+        n_of="alive latents",
+        style="count",
+        better="low",
+        headline=True,
+        null="backbone_ablation.area.random",
+    ),
+    FigureSpec(
+        "area",
+        "Area lost",
+        f"The most important latents off. {_AREA} {{how}}",
+        n_of="clips",
+        better="high",
+        null="backbone_ablation.area.random",
+        name="backbone_ablation.area.sae",
+    ),
+    FigureSpec(
+        "area_random",
+        "Area lost",
+        f"Random latents of the same mean activation off; mean, lowest and highest of {{draws}} draws. {_AREA}",
+        n_of="clips",
+        interval="lowest and highest of the draws",
+        name="backbone_ablation.area.random",
+    ),
+    FigureSpec(
+        "area_bottom",
+        "Area lost with the least important latents",
+        f"The alive latents of least importance off. {_AREA}",
+        n_of="clips",
+        better="low",
+        null="backbone_ablation.area.random",
+    ),
+    FigureSpec(
+        "match",
+        "Activity of the random latents, relative to the important ones",
+        "Mean activation of the {largest} random latents over that of the {largest} most important. Below 1 there were "
+        "no others so active, and the comparison favors the important ones.",
+        n_of="draws",
+    ),
+)
+
+
+def _section(ablation: Ablation, session: BackboneSession, readout: str, alive: int) -> Section:
+    count, draws, largest = int((session.class_N >= 0).sum()), session.config.draws, ablation.sizes[-1]
     how = (
         f"Latents are switched off (f' = 0) on every patch token at {session.hook} of the running backbone; what the "
-        f"SAE does not explain stays. Classes are read by {what}. Latents are ranked by |w_cj| |E[z_j | c]| of a probe "
-        "of the codes on the ranking part of the fit side, mean over its clips; accuracies are of test clips."
+        f"SAE does not explain stays. Classes are read by {readout}. Latents are ranked by |w_cj| |E[z_j | c]| of a "
+        "probe of the codes on the ranking part of the fit side, mean over its clips; accuracies are of test clips."
     )
-    area = (
-        "Mean over m = 1, 2, 4, ... of (accuracy before - accuracy without m latents) / (accuracy before - chance). "
-        "Undefined where nothing is read above chance."
-    )
-    lost = found.random_areas
+    words: dict[str, Any] = {"how": how, "largest": largest, "draws": draws, "chance": f"{ablation.chance:.1%}"}
+    random_area, ends = spread(ablation.random_areas)
     return Section(
         name="backbone_ablation",
         title="Ablation in the running backbone",
         lead="How few latents does the backbone itself need to tell the classes apart? They are switched off where the "
         "SAE sits, and the rest of the backbone runs on from there.",
         figures=(
-            Figure(
-                name="backbone_ablation.before",
-                title="Accuracy before",
-                value=found.before,
-                n=count,
-                n_of="clips",
-                definition=f"Top-1 with nothing switched off; chance {found.chance:.1%}. {how}",
-                style="percent",
-                better="high",
-            ),
-            Figure(
-                name="backbone_ablation.m50",
-                title="Latents that carry half (m_50), in the backbone",
-                value=found.m_50,
-                n=alive,
-                n_of="alive latents",
-                definition="Smallest m for which switching the m most important latents off costs half of (accuracy - "
-                f"chance); undefined if {largest} do not. {how}",
-                style="count",
-                better="low",
-                headline=True,
-            ),
-            Figure(
-                name="backbone_ablation.area.sae",
-                title="Area lost",
-                value=found.area(found.top),
-                n=count,
-                n_of="clips",
-                definition=f"The most important latents off. {area} {how}",
-                better="high",
-            ),
-            Figure(
-                name="backbone_ablation.area.random",
-                title="Area lost",
-                subject="random",
-                value=float(np.mean(lost)) if lost else None,
-                low=min(lost, default=None),
-                high=max(lost, default=None),
-                n=count,
-                n_of="clips",
-                definition="Random latents of the same mean activation off; mean, lowest and highest of "
-                f"{draws} draws. {area}",
-            ),
-            Figure(
-                name="backbone_ablation.area_bottom",
-                title="Area lost with the least important latents",
-                value=found.area(found.bottom),
-                n=count,
-                n_of="clips",
-                definition=f"The alive latents of least importance off. {area}",
-                better="low",
-            ),
-            Figure(
-                name="backbone_ablation.match",
-                title="Activity of the random latents, in that of the important ones",
-                value=found.mismatch,
-                n=draws,
-                n_of="draws",
-                definition=f"Mean activation of the {largest} random latents over that of the {largest} most "
-                "important. Below 1 there were no others so active, and the comparison favors the important ones.",
-            ),
+            FIGURES.fill("before", ablation.before, count, **words),
+            FIGURES.fill("m50", ablation.m_50, alive, **words),
+            FIGURES.fill("area", ablation.area(ablation.top), count, **words),
+            FIGURES.fill("area_random", random_area, count, subject="random", ends=ends, **words),
+            FIGURES.fill("area_bottom", ablation.area(ablation.bottom), count),
+            FIGURES.fill("match", ablation.mismatch, draws, **words),
         ),
         curves=(
             Curve(
@@ -136,8 +143,8 @@ def _section(found: Ablation, session: BackboneSession, what: str, alive: int) -
                 title="Accuracy as latents are switched off in the backbone",
                 x_label="latents off",
                 y_label="top-1 of test clips",
-                x=tuple(float(size) for size in found.sizes),
-                lines=accuracy_lines(found),
+                x=tuple(float(size) for size in ablation.sizes),
+                lines=accuracy_lines(ablation),
                 definition="Top-1 with the m most important latents off, with the m least important, and with m random "
                 f"ones of the same mean activation (mean and range of {draws} draws). {how}",
                 log_x=True,

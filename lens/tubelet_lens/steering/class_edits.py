@@ -10,14 +10,15 @@ text says mean. The latent is chosen on the fit side; on the test side no label 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable
 from tubelet_lens.results.section import Curve, Figure, Line, Section
 from tubelet_lens.stats.ablation_curve import matched_set
 from tubelet_lens.steering.edit_controls import RandomDirection
@@ -162,17 +163,49 @@ def edit_classes(
     return ClassEdits(tuple(strengths), rates, tuple(latent_of), tuple(latent_of.values()))
 
 
+def edit_table(section: str, units: str, *extra: FigureSpec) -> FigureTable:
+    """Rows of the change rates of class edits, after the rows `extra`; `units` is what is predicted: clips, patches."""
+
+    def specs() -> Iterator[FigureSpec]:
+        for kind, of, better in (("target", "c", "high"), ("other", "another class", "low")):
+            for micro, pooled in (
+                ("", "mean over the classes that are predicted at all"),
+                ("_micro", "counts pooled over the classes"),
+            ):
+                title = f"{kind.capitalize()} change rate of {units}{', pooled' if micro else ''}"
+                definition = (
+                    f"Of the {units} predicted as {of} before, the share predicted as something else when "
+                    f"{{suppressed}} is suppressed; {pooled}.{{alone}} {{setting}}"
+                )
+                shared: dict[str, Any] = {
+                    "definition": definition,
+                    "n_of": f"predictions of {units}",
+                    "style": "percent",
+                    "name": f"{section}.{kind}{micro}.{{arm}}",
+                }
+                yield FigureSpec(
+                    f"{kind}{micro}_class",
+                    title,
+                    better=better,
+                    headline=kind == "target" and not micro,
+                    null=f"{section}.{kind}{micro}.matched",
+                    **shared,
+                )
+                yield FigureSpec(f"{kind}{micro}_control", f"{title}: {{suppressed}}", **shared)
+
+    return FigureTable(section, *extra, *specs())
+
+
 def class_edit_section(
-    found: ClassEdits, *, name: str, title: str, lead: str, units: str, how: str, extra: tuple[Figure, ...]
+    found: ClassEdits, *, table: FigureTable, title: str, lead: str, how: str, extra: tuple[Figure, ...]
 ) -> Section:
     """Figures at the strength nearest to 2, and the rates against strength.
 
     Args:
         found: The rates.
-        name: Of the section.
-        title: Its heading.
+        table: See `edit_table`.
+        title: Heading of the section.
         lead: What it asks.
-        units: What is predicted: "clips", "patches".
         how: Choice of latents and predictor, for the definitions.
         extra: Figures that come first.
     """
@@ -184,23 +217,16 @@ def class_edit_section(
         rates = found.rates[arm][place]
         count = int(rates.target_C.sum())
         for kind, micro in (("target", False), ("target", True), ("other", False), ("other", True)):
-            of = "c" if kind == "target" else "another class"
-            pooled = "counts pooled over the classes" if micro else "mean over the classes that are predicted at all"
-            alone = " Undefined where no other latent is alive." if arm in ("matched", "latent") else ""
             figures.append(
-                Figure(
-                    name=f"{name}.{kind}{'_micro' if micro else ''}.{arm}",
-                    title=f"{kind.capitalize()} change rate of {units}{', pooled' if micro else ''}"
-                    + ("" if arm == "class" else f": {words}"),
+                table.fill(
+                    f"{kind}{'_micro' if micro else ''}_{'class' if arm == 'class' else 'control'}",
+                    rates.target(micro) if kind == "target" else rates.other(micro),
+                    count if kind == "target" else int(rates.other_C[rates.target_C > 0].sum()),
                     subject="sae" if arm == "class" else "random",
-                    value=rates.target(micro) if kind == "target" else rates.other(micro),
-                    n=count if kind == "target" else int(rates.other_C[rates.target_C > 0].sum()),
-                    n_of=f"predictions of {units}",
-                    definition=f"Of the {units} predicted as {of} before, the share predicted as something else when "
-                    f"{words} is suppressed; {pooled}.{alone} {setting}",
-                    style="percent",
-                    better={"target": "high", "other": "low"}[kind] if arm == "class" else "neither",
-                    headline=arm == "class" and kind == "target" and not micro,
+                    arm=arm,
+                    suppressed=words,
+                    alone=" Undefined where no other latent is alive." if arm in ("matched", "latent") else "",
+                    setting=setting,
                 )
             )
 
@@ -209,13 +235,13 @@ def class_edit_section(
         return Line(label=label, subject=subject, y=tuple(values))
 
     return Section(
-        name=name,
+        name=table.section,
         title=title,
         lead=lead,
         figures=tuple(figures),
         curves=(
             Curve(
-                name=f"{name}.curve",
+                name=f"{table.section}.curve",
                 title="Predictions that change",
                 x_label="strength",
                 y_label="change rate",

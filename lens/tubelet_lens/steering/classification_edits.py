@@ -13,15 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
-from tubelet_lens.results.section import Figure, Section
+from tubelet_lens.results.figure_table import FigureSpec, spread
+from tubelet_lens.results.section import Section
 from tubelet_lens.steering.backbone_session import BackboneSession
-from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
+from tubelet_lens.steering.class_edits import class_edit_section, edit_classes, edit_table
 from tubelet_lens.steering.readout import match_class_names, unknown_names
 from tubelet_pipeline.backbones.rewrite import Rewrite
 
 QUANTILES = (0.5, 0.75, 0.9, 0.95)
 
 _NAME = "classification_edits"
+
+FIGURES = edit_table(
+    _NAME,
+    "clips",
+    FigureSpec(
+        "f1",
+        "F1 of the class's latent",
+        "On the fit side, mean over the classes, with the lowest and highest of them. {how}",
+        n_of="classes",
+        better="high",
+        interval="lowest and highest over the classes",
+    ),
+)
+
 _TITLE = "Classification edits"
 _LEAD = "Does suppressing the latent of a class in the running backbone make it deny that class, and it alone?"
 
@@ -87,26 +102,14 @@ def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipRe
         f"Clips are classified by {readout.description}. The latent of a class has the largest F1 on the fit side of a "
         f"threshold on its mean activation in a clip, thresholds at its {levels} quantiles ({chosen})."
     )
-    scores = [f1 for _, f1 in best.values()]
-    extra = Figure(
-        name=f"{_NAME}.f1",
-        title="F1 of the class's latent",
-        value=float(np.mean(scores)),
-        low=min(scores),
-        high=max(scores),
-        n=len(scores),
-        n_of="classes",
-        definition=f"On the fit side, mean over the classes, with the lowest and highest of them. {how}",
-        better="high",
-    )
+    f1, ends = spread([f1 for _, f1 in best.values()])
     section = class_edit_section(
         found,
-        name=_NAME,
+        table=FIGURES,
         title=_TITLE,
         lead=_LEAD,
-        units="clips",
         how=how,
-        extra=(extra,),
+        extra=(FIGURES.fill("f1", f1, len(best), ends=ends, how=how),),
     )
     if unknown is not None:
         section = section.model_copy(update={"notes": (*section.notes, f"Left out: {unknown}")})

@@ -10,6 +10,7 @@ The rows become `effects.parquet`, which the gallery shows on the latents' pages
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from tubelet_lens.metrics.class_ranking import rank_latents, ranked
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable, spread
 from tubelet_lens.results.latent_table import LatentEffect
-from tubelet_lens.results.section import Figure, Section
+from tubelet_lens.results.section import Section
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.edit_controls import RandomDirection
 from tubelet_lens.steering.latent_edits import Edit, LatentEdits
@@ -61,13 +63,13 @@ def changes(
         mean_C: NDArray[np.float64] = moved.numpy()[chosen_N].mean(0)
         return mean_C
 
-    found = []
+    measured = []
     for latent, fires_N in zip(latents.tolist(), fires_NL.T, strict=True):
         if fires_N.any():
             off = LatentEdits(session.sae, [Edit(latent, Suppress())])
             random = RandomDirection(off, seed * 1_000_003 + latent)
-            found.append(Change(latent, change(off, fires_N), change(random, fires_N), int(fires_N.sum())))
-    return found
+            measured.append(Change(latent, change(off, fires_N), change(random, fires_N), int(fires_N.sum())))
+    return measured
 
 
 def latent_effects(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
@@ -85,13 +87,15 @@ def latent_effects(clips: ClipSetting, session: BackboneSession) -> ClipResult |
         size_F = np.abs(codes_NF).mean(axis=0, dtype=np.float64)
         order, which = ranked(size_F, size_F > 0), "most active there"
     latents = order[(codes_NF[:, order] != 0).any(axis=0)][: session.config.effects]
-    found = changes(session, codes_NF[:, latents] != 0, latents, clips.config.seed)
-    if not found:
+    measured = changes(session, codes_NF[:, latents] != 0, latents, clips.config.seed)
+    if not measured:
         return None
     rows = [
-        row for change in found for row in _rows(change, session, session.readout.description, session.readout.classes)
+        row
+        for change in measured
+        for row in _rows(change, session, session.readout.description, session.readout.classes)
     ]
-    return ClipResult(_section(found, session, session.readout.description, which), effects=tuple(rows))
+    return ClipResult(_section(measured, session, session.readout.description, which), effects=tuple(rows))
 
 
 def _rows(change: Change, session: BackboneSession, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:
@@ -107,41 +111,46 @@ def _rows(change: Change, session: BackboneSession, what: str, classes: tuple[st
     ]
 
 
-def _section(found: list[Change], session: BackboneSession, what: str, which: str) -> Section:
-    how = (
-        "Of each latent the largest |mean change| among the classes' logits, over those of "
-        f"{len(session.rows):,} test clips on which it fires; mean, lowest and highest over the {len(found):,} latents "
-        f"that are {which}. Each is switched off alone (f' = 0) on every patch token at {session.hook}. Classes are "
-        f"read by {what}."
-    )
-    own = [float(np.abs(change.own_C).max()) for change in found]
-    random = [float(np.abs(change.random_C).max()) for change in found]
+_LARGEST = (
+    "Of each latent the largest |mean change| among the classes' logits, over those of {clips} test clips on which it "
+    "fires; mean, lowest and highest over the {latents} latents that are {which}. Each is switched off alone (f' = 0) "
+    "on every patch token at {hook}. Classes are read by {readout}."
+)
+
+FIGURES = FigureTable(
+    "effects",
+    FigureSpec(
+        "largest",
+        "Largest change of a logit",
+        _LARGEST,
+        n_of="latents",
+        null="effects.largest.random",
+        interval="lowest and highest over the latents",
+        name="effects.largest.sae",
+    ),
+    FigureSpec(
+        "largest_random",
+        "Largest change of a logit",
+        f"The same for steps as long as the latent's on every token, in a random direction. {_LARGEST}",
+        n_of="latents",
+        interval="lowest and highest over the latents",
+        name="effects.largest.random",
+    ),
+)
+
+
+def _section(measured: list[Change], session: BackboneSession, readout: str, which: str) -> Section:
+    words: dict[str, Any] = {"clips": f"{len(session.rows):,}", "latents": f"{len(measured):,}", "which": which}
+    words |= {"hook": session.hook, "readout": readout}
+    own, ends = spread([float(np.abs(change.own_C).max()) for change in measured])
+    random, random_ends = spread([float(np.abs(change.random_C).max()) for change in measured])
     return Section(
         name="effects",
         title="Effects of single latents",
-        lead="How far does a class's logit move when one latent is taken out of the running backbone? The gallery "
+        lead="How far does a class's logit move when one latent is switched off in the running backbone? The gallery "
         "shows it latent by latent.",
         figures=(
-            Figure(
-                name="effects.largest.sae",
-                title="Largest change of a logit",
-                value=float(np.mean(own)),
-                low=min(own),
-                high=max(own),
-                n=len(found),
-                n_of="latents",
-                definition=how,
-            ),
-            Figure(
-                name="effects.largest.random",
-                title="Largest change of a logit",
-                subject="random",
-                value=float(np.mean(random)),
-                low=min(random),
-                high=max(random),
-                n=len(found),
-                n_of="latents",
-                definition=f"The same for steps as long as the latent's on every token, in a random direction. {how}",
-            ),
+            FIGURES.fill("largest", own, len(measured), ends=ends, **words),
+            FIGURES.fill("largest_random", random, len(measured), subject="random", ends=random_ends, **words),
         ),
     )

@@ -10,7 +10,9 @@ recovered = (m(x^) - m(mean)) / (m(x) - m(mean)) of a measure m: cross-entropy, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
-from tubelet_lens.results.section import Figure, Section, ratio
+from tubelet_lens.results.figure_table import FigureSpec, FigureTable
+from tubelet_lens.results.section import Section, ratio
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_trainer.sae.model import SAE
 
@@ -104,67 +107,72 @@ def recovery(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
     """The figures; None without a readout."""
     if session.readout is None:
         return None
-    found = recover(session, torch.from_numpy(clips.setting.store.moments(clips.setting.hook).mean).float())
-    return ClipResult(_section(found, session, session.readout.description))
+    recovered = recover(session, torch.from_numpy(clips.setting.store.moments(clips.setting.hook).mean).float())
+    return ClipResult(_section(recovered, session, session.readout.description))
 
 
-_MEASURES = (
+_MEASURES: tuple[tuple[str, str, str, Literal["number", "percent"], Literal["low", "high"]], ...] = (
     ("loss", "Cross-entropy", "Mean over labeled clips of -log p(true class)", "number", "low"),
     ("top1", "Top-1", "Share of labeled clips whose class is the most probable one", "percent", "high"),
-    (
-        "kl",
-        "KL divergence",
-        "Mean over clips of KL(classes as it is || classes now), in nats",
-        "number",
-        "low",
-    ),
+    ("kl", "KL divergence", "Mean over clips of KL(classes without edit || classes now), in nats", "number", "low"),
 )
 
 
-def _section(found: Recovery, session: BackboneSession, what: str) -> Section:
-    labeled_clips = int((session.class_N >= 0).sum())
-    figures = []
+def _specs() -> Iterator[FigureSpec]:
+    """Rows of each measure: with the reconstruction, as it is, mean ablated, and the share recovered."""
     for measure, title, definition, style, better in _MEASURES:
-        count = len(session.class_N) if measure == "kl" else labeled_clips
-        ways = (
-            ("sae", "sae", title, found.reconstructed, "with the SAE's reconstruction on every patch token"),
-            ("raw", "raw", title, found.original, "with the activations as they are"),
-            ("mean", "sae", f"{title}, mean ablated", found.ablated, "with the mean activation on every patch token"),
-        )
-        figures += [
-            Figure(
-                name=f"recovery.{measure}.{name}",
-                title=row,
-                subject=subject,
-                value=getattr(way, measure),
-                n=count,
+        for way, row, tokens in (
+            ("sae", title, "with the SAE's reconstruction on every patch token"),
+            ("raw", title, "with the activations as they are"),
+            ("mean", f"{title}, mean ablated", "with the mean activation on every patch token"),
+        ):
+            yield FigureSpec(
+                f"{measure}_{way}",
+                row,
+                f"{definition}, {tokens} at {{hook}}. Classes are read by {{readout}}.",
                 n_of="clips",
-                definition=f"{definition}, {how} at {session.hook}. Classes are read by {what}.",
                 style=style,
                 better=better,
+                null=f"recovery.{measure}.mean" if way == "sae" else "",
+                name=f"recovery.{measure}.{way}",
             )
-            for name, subject, row, way, how in ways
-        ]
-        figures.append(
-            Figure(
-                name=f"recovery.recovered_{measure}",
-                title=f"Recovered, {title}",
-                value=found.recovered(measure),
-                n=count,
-                n_of="clips",
-                definition="(m(x̂) - m(mean)) / (m(x) - m(mean)) of the same measure m: 1 if the reconstruction does as "
-                "well as the activation, 0 if no better than the mean. Above 1 and below 0 are possible. Undefined "
-                "where the mean does as well as the activation.",
-                style="percent",
-                better="high",
-                headline=measure == "kl",
-            )
+        yield FigureSpec(
+            f"recovered_{measure}",
+            f"Recovered, {title}",
+            "(m(x̂) - m(mean)) / (m(x) - m(mean)) of the same measure m: 1 if the reconstruction does as well as the "
+            "activation, 0 if no better than the mean. Above 1 and below 0 are possible. Undefined where the mean does "
+            "as well as the activation.",
+            n_of="clips",
+            style="percent",
+            better="high",
+            headline=measure == "kl",
+            null="exact: 0 is the mean activation, 1 the activation itself",
         )
+
+
+FIGURES = FigureTable("recovery", *_specs())
+
+
+def _section(recovered: Recovery, session: BackboneSession, readout: str) -> Section:
+    labeled = int((session.class_N >= 0).sum())
+    words: dict[str, Any] = {"hook": session.hook, "readout": readout}
+    figures = []
+    for measure, *_ in _MEASURES:
+        count = len(session.class_N) if measure == "kl" else labeled
+        original, reconstructed, ablated = (
+            getattr(way, measure) for way in (recovered.original, recovered.reconstructed, recovered.ablated)
+        )
+        figures += [
+            FIGURES.fill(f"{measure}_sae", reconstructed, count, **words),
+            FIGURES.fill(f"{measure}_raw", original, count, subject="raw", **words),
+            FIGURES.fill(f"{measure}_mean", ablated, count, **words),
+            FIGURES.fill(f"recovered_{measure}", recovered.recovered(measure), count),
+        ]
     return Section(
         name="recovery",
         title="Downstream recovery",
-        lead="Does the backbone still say the same of a clip when it goes on from what the SAE made of its activation? "
-        f"Classes are read by {what}.",
+        lead="Are the same classes read when the backbone continues from the SAE's reconstruction of its activation? "
+        f"Classes are read by {readout}.",
         figures=tuple(figures),
         notes=(
             "Special tokens (CLS, registers) keep their own values: where classes are read from them, part of the "

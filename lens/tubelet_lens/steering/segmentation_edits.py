@@ -21,10 +21,10 @@ from torch import Tensor
 from tubelet_lens.inputs.clip_selection import partition
 from tubelet_lens.inputs.pooled_clips import PooledSplit
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
-from tubelet_lens.results.section import Figure
+from tubelet_lens.results.figure_table import FigureSpec, spread
 from tubelet_lens.stats.linear_models import Probe, choose_penalty, fit_probe
 from tubelet_lens.steering.backbone_session import BackboneSession
-from tubelet_lens.steering.class_edits import class_edit_section, edit_classes
+from tubelet_lens.steering.class_edits import class_edit_section, edit_classes, edit_table
 from tubelet_lens.steering.clip_source import ClipSource
 from tubelet_lens.steering.patch_labels import BACKGROUND, CLASSES, NONE, Described, has_masks, patch_labels
 from tubelet_lens.steering.readout import final_hook
@@ -39,6 +39,35 @@ _PATCHES_PER_CLASS = 2000
 
 # Share of the videos on which the probe's penalty is chosen.
 _VALIDATION = 0.2
+
+FIGURES = edit_table(
+    "segmentation_edits",
+    "patches",
+    FigureSpec(
+        "accuracy",
+        "Patches classified correctly, before",
+        "Share of the test side's clear patches whose class the probe gives. {how}",
+        n_of="patches",
+        style="percent",
+        better="high",
+    ),
+    FigureSpec(
+        "iou",
+        "Mean IoU of the classes, before",
+        "Intersection over union of predicted and true patches, mean over the classes that occur on the test side, "
+        "background included.",
+        n_of="classes",
+        better="high",
+    ),
+    FigureSpec(
+        "f1",
+        "F1 of the class's latent",
+        "On the fit side, mean over the classes, with the lowest and highest of them. {how}",
+        n_of="classes",
+        better="high",
+        interval="lowest and highest over the classes",
+    ),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,46 +186,18 @@ def segmentation_edits(clips: ClipSetting, session: BackboneSession) -> ClipResu
         f"{config.max_frequency:.0%} of the fit side's tokens; the background is not edited ({chosen})."
     )
     truth = label_N[clear_N]
+    f1, ends = spread(list(fit.f1_of.values()))
     extra = (
-        Figure(
-            name="segmentation_edits.accuracy",
-            title="Patches classed rightly, before",
-            value=float((before == truth).mean()),
-            n=len(truth),
-            n_of="patches",
-            definition=f"Share of the test side's clear patches whose class the probe gives. {how}",
-            style="percent",
-            better="high",
-        ),
-        Figure(
-            name="segmentation_edits.iou",
-            title="Mean IoU of the classes, before",
-            value=_mean_iou(before, truth),
-            n=len(np.unique(truth)),
-            n_of="classes",
-            definition="Intersection over union of predicted and true patches, mean over the classes that occur on the "
-            "test side, background included.",
-            better="high",
-        ),
-        Figure(
-            name="segmentation_edits.f1",
-            title="F1 of the class's latent",
-            value=float(np.mean(list(fit.f1_of.values()))),
-            low=min(fit.f1_of.values()),
-            high=max(fit.f1_of.values()),
-            n=len(fit.f1_of),
-            n_of="classes",
-            definition=f"On the fit side, mean over the classes, with the lowest and highest of them. {how}",
-            better="high",
-        ),
+        FIGURES.fill("accuracy", float((before == truth).mean()), len(truth), how=how),
+        FIGURES.fill("iou", _mean_iou(before, truth), len(np.unique(truth))),
+        FIGURES.fill("f1", f1, len(fit.f1_of), ends=ends, how=how),
     )
     section = class_edit_section(
         found,
-        name="segmentation_edits",
+        table=FIGURES,
         title="Segmentation edits",
         lead="Does suppressing the latent of a class in the running backbone take that class, and it alone, out of the "
-        "picture?",
-        units="patches",
+        "predictions?",
         how=how,
         extra=extra,
     )
