@@ -167,7 +167,11 @@ def edit_table(section: str, units: str, *extra: FigureSpec) -> FigureTable:
     """Rows of the change rates of class edits, after the rows `extra`; `units` is what is predicted: clips, patches."""
 
     def specs() -> Iterator[FigureSpec]:
-        for kind, of, better in (("target", "c", "high"), ("other", "another class", "low")):
+        kinds: tuple[tuple[str, str, Literal["high", "low"]], ...] = (
+            ("target", "c", "high"),
+            ("other", "another class", "low"),
+        )
+        for kind, of, better in kinds:
             for micro, pooled in (
                 ("", "mean over the classes that are predicted at all"),
                 ("_micro", "counts pooled over the classes"),
