@@ -125,7 +125,7 @@ def train_all(work: Path, store: Store, seed: int, steps: int, codes: str) -> Pa
         checkpoint_every=steps,
         device="cpu",
     )
-    return train(config)
+    return train(config).out
 
 
 def coherence(store: Store, clips: range, features: int, encode: Callable[[Tensor], Tensor]) -> Coherence:

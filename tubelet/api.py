@@ -74,9 +74,8 @@ def train(config: Source | TrainConfig = None, /, **fields: Any) -> TrainResult:
     require_extra("trainer", "tubelet.train")
     from tubelet_trainer.config import TrainConfig
     from tubelet_trainer.run.loop import train
-    from tubelet_trainer.run.train_result import read_run
 
-    return read_run(train(configure(TrainConfig, config, fields)))
+    return train(configure(TrainConfig, config, fields))
 
 
 def evaluate(config: Source | EvaluateConfig = None, /, **fields: Any) -> EvaluationResult:

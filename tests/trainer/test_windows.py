@@ -174,7 +174,7 @@ def test_a_nonfinite_token_is_refused_and_named(tmp_path, dtype, value):
     loader = ActivationLoader(Source(store, "h", 5), np.arange(6), batch_tokens=64, window_tokens=100)
     with pytest.raises(TubeletError, match=r"clip 4 \(shard 1, hook h\).*time 2, patch 7, channel 3"):
         list(loader)
-    assert not [thread for thread in threading.enumerate() if thread.name == "tubelet-stager"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "tubelet-prefetcher"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -202,17 +202,17 @@ def test_leaving_early_stops_the_background_thread(store):
     for batch in windows(store, total=10_000):
         assert len(batch) == 16
         break
-    assert not [thread for thread in threading.enumerate() if thread.name == "tubelet-stager"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "tubelet-prefetcher"]
 
 
 def test_buffers_are_allocated_once(store):
     loader = windows(store, total=5 * len(ALL))
     list(loader)
-    first = [slot.host[0].data_ptr() for slot in loader._slots]
+    first = [slot.host[0].data_ptr() for slot in loader._buffers]
     loader.step = 0
     list(loader)
-    assert [slot.host[0].data_ptr() for slot in loader._slots] == first
-    assert sum(slot.host[0].nbytes for slot in loader._slots) <= 2 * 130 * 3 * 2
+    assert [slot.host[0].data_ptr() for slot in loader._buffers] == first
+    assert sum(slot.host[0].nbytes for slot in loader._buffers) <= 2 * 130 * 3 * 2
 
 
 def test_a_batch_keeps_its_tokens_while_anybody_holds_them_and_its_memory_is_used_again(store):
@@ -255,7 +255,7 @@ def test_memory_is_held_only_while_batches_are_served(store):
     assert 0 < windows.memory_bytes <= 2 * 100 * 3 * 2
     batches = iter(windows)
     next(batches)
-    memory = [weakref.ref(slot.host[0]) for slot in windows._slots]
+    memory = [weakref.ref(slot.host[0]) for slot in windows._buffers]
     assert sum(ref().nbytes for ref in memory) == windows.memory_bytes
     list(batches)
     gc.collect()

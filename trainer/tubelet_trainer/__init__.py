@@ -1,4 +1,4 @@
-"""What learns from a store: the loader, sparse autoencoders, objectives, training.
+"""Training sparse autoencoders on an activation store: loader, SAEs, losses, training runs.
 
     sae = tubelet_trainer.load_sae("runs/a")
     values, indices = sae.encode_sparse(tokens)    # raw tokens [N, D] -> k active latents each

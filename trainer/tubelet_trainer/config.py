@@ -18,9 +18,10 @@ class OptimizerConfig(Config):
     """Adam, its learning-rate schedule, gradient clipping."""
 
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; none: 2e-4 / sqrt(F / 16384) for F latents (dictionary_learning, after Gao et al. 2024)."""
+    """Peak learning rate. Default: 2e-4 / sqrt(F / 16384) for F latents (dictionary_learning, after Gao et al.
+    2024)."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
-    """Adam's first moment decay; none: 0.9, for kind jumprelu 0 (Rajamanoharan et al. 2024b)."""
+    """Adam's first moment decay. Default: 0.9; for kind jumprelu 0 (Rajamanoharan et al. 2024b)."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
     """Adam's second moment decay."""
     eps: float = Field(default=6.25e-10, gt=0)
@@ -28,15 +29,15 @@ class OptimizerConfig(Config):
     warmup_steps: int = Field(default=1000, ge=0)
     """Steps of linear warm-up, at most a tenth of the run."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
-    """Last part of the run, in which the rate falls linearly to 0."""
+    """Fraction of the run at its end in which the learning rate falls linearly to 0."""
     grad_clip: float = Field(default=1.0, gt=0)
-    """Largest gradient norm."""
+    """Gradients are scaled down to at most this L2 norm."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a running mean of the weights, which is then what is evaluated and exported (0.999 is common). Early in
-    a run it looks back over about a tenth of the steps so far."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and exported (0.999 is common).
+    Early in a run it averages over about a tenth of the steps so far. Default: no average."""
     resample_every: int | None = Field(default=None, ge=1)
-    """Steps between resampling: dead latents get the direction of a badly reconstructed token (Bricken et al. 2023).
-    None: never."""
+    """Steps between resamplings: dead latents get the direction of a badly reconstructed token (Bricken et al. 2023).
+    Default: never."""
 
     def peak_lr(self, latents: int) -> float:
         """Learning rate after warm-up for a dictionary of `latents`."""
@@ -51,40 +52,45 @@ class OptimizerConfig(Config):
         return min(1.0, rise, fall)
 
 
+# [RECON] The papers do not say how pairs are drawn. Distance 1 is T-SAE's; 4 neighbors are the closest patches; 1024
+# anchors keep the contrast below the cost of the step at the sizes measured (benchmarks/train_step.py).
 class PairsConfig(Config):
-    """Which neighbors the objectives compare. Drawn only where an objective has a weight for them."""
+    """Pairs of neighboring tokens that the coherence terms compare. Drawn only where a term has a weight above 0."""
 
     max_delta: int = Field(default=1, ge=1)
-    """Temporal pairs are 1 to this many latent steps apart, evenly. [RECON]"""
+    """Maximum temporal distance in latent steps; sampled uniformly from 1..max_delta."""
     neighbors: Literal[4, 8, "random"] = 4
-    """Spatial pairs: one of the 4 or 8 touching patches, or any other patch of the frame. [RECON]"""
+    """Spatial pairs: one of the 4 or 8 adjacent patches, or any other patch of the frame."""
     anchors: int = Field(default=1024, ge=2)
-    """Tokens per batch that get a pair, at most the batch. Cost grows with its square times the latents. [RECON]"""
+    """Tokens per batch that get a pair, at most the batch. Cost grows with its square times the latents."""
 
 
 class ObjectiveConfig(Config):
-    """What is minimized beside the reconstruction and the SAE's own terms: coherence in time and space.
+    """Loss terms beside the reconstruction and the SAE's own: coherence in time and space.
 
-    All weights 0: the plain SAE, bit for bit. T-SAE (Bhalla et al. 2026) is lambda_t 0.1, lambda_slow 1, codes prefix.
+    With all weights 0 it is the plain SAE, bit for bit. T-SAE (Bhalla et al. 2026) is lambda_t 0.1, lambda_slow 1 and
+    codes prefix.
     """
 
     lambda_t: float = Field(default=0.0, ge=0)
-    """Weight of the temporal contrast: codes of one patch at neighboring times against those of other clips."""
+    """Weight of the temporal contrast (InfoNCE): codes of one patch at neighboring times against those of other
+    clips."""
     lambda_s: float = Field(default=0.0, ge=0)
-    """Weight of the spatial contrast: codes of neighboring patches of a frame against those of other clips."""
+    """Weight of the spatial contrast (InfoNCE): codes of neighboring patches of a frame against those of other
+    clips."""
     lambda_smooth: float = Field(default=0.0, ge=0)
-    """Weight of the smoothness penalty, which compares neighbors in time only with each other."""
+    """Weight of the smoothness penalty: L1 distance between codes of neighbors in time, without negatives."""
     lambda_slow: float = Field(default=0.0, ge=0)
-    """Weight of the reconstruction from the prefix alone: splits the dictionary into a slow and a fast part."""
+    """Weight of the reconstruction from the prefix alone, which splits the dictionary into slow and fast latents."""
     codes: Literal["pre", "post", "prefix"] = "pre"
-    """What is compared. pre: ReLU of all pre-activations, so that the gradient reaches latents that were not chosen;
-    post: the codes; prefix: the first latents of the codes (T-SAE)."""
+    """What is compared. pre: ReLU of all pre-activations, so that gradients reach latents that were not chosen; post:
+    the codes; prefix: the first latents of the codes (T-SAE)."""
     similarity: Literal["cosine", "dot"] = "cosine"
-    """cosine (T-SAE's paper) or the raw dot product (its code), whose scale is that of the codes."""
+    """cosine (T-SAE's paper), or dot: the raw dot product (T-SAE's code), whose scale is that of the codes."""
     temperature: float | None = Field(default=None, gt=0)
-    """Similarities are divided by it; none: 0.1 for cosine [RECON], 1 for dot."""
+    """Similarities are divided by it. Default: 0.1 for cosine, 1 for dot."""
     prefix_fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the dictionary in the prefix; none: the first group of nesting.kind groups, else 0.2 (T-SAE)."""
+    """Share of the dictionary in the prefix. Default: the first group of nesting.kind groups, else 0.2 (T-SAE)."""
 
     @property
     def temporal(self) -> bool:
@@ -146,7 +152,7 @@ AnyTracker = Annotated[NoTracker | TensorBoardConfig | WandbConfig | MLflowConfi
 
 
 class TrainConfig(Config):
-    """One training run: a store, an SAE, a folder for what comes out."""
+    """One training run: a store, one or several SAEs, a folder for the results."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "store",
@@ -167,74 +173,77 @@ class TrainConfig(Config):
     store: str
     """Path or URL of the activation store; a remote one is read through a cache on a local disk."""
     out: Path
-    """Folder of the run; a run found there is continued."""
+    """Folder of the run; a run found there is resumed."""
     hook: str | None = None
-    """Whose activations to learn; none: the store's only hook."""
+    """Hook whose activations are learned. Default: the store's only one."""
     seed: int = 0
-    """Chooses the order of the tokens."""
+    """Seed of the order of tokens."""
     steps: int | None = Field(default=None, ge=1)
-    """Length of the run in batches; give at most one of steps, tokens, epochs."""
+    """Length of the run in batches. Give at most one of steps, tokens, epochs."""
     tokens: int | None = Field(default=None, ge=1)
     """Length of the run in tokens."""
     epochs: int | None = Field(default=None, ge=1)
-    """Length of the run in passes over the training tokens; 1 if no length is given."""
+    """Length of the run in passes over the training tokens. Default: 1, if no length is given."""
     batch_tokens: int = Field(default=4096, ge=2)
     """Tokens per step."""
     window_tokens: int = Field(default=262_144, ge=1)
-    """Tokens shuffled together, at least a block; two windows are held in memory, while evaluating its tokens too."""
+    """Tokens of a shuffle window, at least a block. Two windows are held in memory; a third one while evaluating."""
     block_patches: int | None = Field(default=None, ge=1)
-    """Patches copied together, a divisor of the grid's; none: a row of the grid, or the whole grid of small clips."""
+    """Patches copied together, a divisor of the grid's. Default: a row of the grid, or the whole grid of small
+    clips."""
     resident_shards: int | None = Field(default=None, ge=1)
-    """Shards shuffled together, which have to be at hand at once; part of what decides the order of tokens, also for a
-    local store. None: all; of a remote store, if not all fit the cache's budget, as many as fit it twice."""
+    """Shards shuffled together, which must be on local disk at the same time. Part of the order of tokens, for a local
+    store too. Default: all; of a remote store that does not fit the cache's budget, as many as fit it twice."""
     cache: CacheConfig = CacheConfig()
     """Where and how much of a remote store is kept on a local disk."""
     holdout: HoldoutConfig = HoldoutConfig()
-    """Videos kept for evaluation."""
+    """Videos held out for evaluation."""
     mix: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=dict)
-    """Further stores and their share of every batch, `{other.zarr: 0.25}`; the store fills the rest. One backbone."""
+    """Further stores with their share of every batch: `{other.zarr: 0.25}`; `store` fills the rest. All stores must
+    be of one backbone."""
     pairs: PairsConfig = PairsConfig()
-    """Neighboring tokens for the objective."""
+    """Pairs of neighboring tokens for the objective."""
     sae: AnySAEConfig = TopKConfig()
     """The sparse autoencoder."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """Coherence in time and space."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How it is optimized."""
+    """Adam, learning-rate schedule, gradient clipping."""
     log_every: int = Field(default=50, ge=1)
     """Steps between lines of metrics.jsonl."""
     eval_every: int = Field(default=1000, ge=1)
-    """Steps between evaluations on held-out videos; there is one at the end in any case."""
+    """Steps between evaluations on held-out videos; there is always one at the end."""
     eval_tokens: int = Field(default=65_536, ge=2)
-    """Most held-out tokens per evaluation, the same each time."""
+    """Maximum number of held-out tokens per evaluation, the same ones each time."""
     checkpoint_every: int = Field(default=1000, ge=1)
-    """Steps between checkpoints; there is one at the end in any case."""
+    """Steps between checkpoints; there is always one at the end."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints kept."""
+    """Number of checkpoints kept, the newest ones."""
     saes: tuple[dict[str, JsonValue], ...] = ()
-    """Several SAEs on one stream: a list of what each has of its own, as `{name: a, sae: {k: 16}, objective: {...}}`
+    """Several SAEs trained on the same batches: a list of what differs, `{name: a, sae: {k: 16}, objective: {...}}`
     (also optimizer and hook). Each gets a folder below `out`."""
     sweep: dict[str, JsonValue] = Field(default_factory=dict)
-    """Several SAEs on one stream: all combinations of `{sae.k: [16, 32], objective.lambda_t: [0, 0.1]}`."""
+    """Several SAEs trained on the same batches: all combinations of `{sae.k: [16, 32], objective.lambda_t: [0,
+    0.1]}`."""
     parallel: Literal["data", "dictionary"] = "data"
-    """Under torchrun. data: each process learns from its part of every batch; dictionary: each holds its part of the
+    """With torchrun. data: each process takes a part of every batch; dictionary: each process holds a part of the
     latents."""
     resume: bool = True
-    """Continue a run found in `out`; false: refuse a folder that holds one."""
+    """Resume a run found in `out`; false: refuse a folder that holds one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: CUDA if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products while training: the encoder's, so that codes are rounded to it, the decoder's where codes
-    are dense, the objective's. Weights, sums and the optimizer stay float32. Kind jumprelu encodes in float32 all the
-    same: its thresholds learn from differences that bfloat16 cannot tell apart."""
+    """Precision of the matrix products in training: the encoder's (codes are rounded to it), the decoder's for dense
+    codes, the objective's. Weights, sums and the optimizer stay float32. Kind jumprelu always encodes in float32: its
+    thresholds learn from differences below the resolution of bfloat16."""
     compile: bool = False
-    """Compile losses and gradients with torch.compile: a minute at the start, fewer passes over memory afterwards. On a
-    CPU it does not pay."""
+    """Compile losses and gradients with torch.compile: takes a minute at the start, then saves passes over memory.
+    Not worth it on a CPU."""
     cuda_graphs: bool = False
-    """Record the step as a CUDA graph and repeat it: for SAEs so small that launching their kernels takes longer than
-    running them. Needs a GPU, one process."""
+    """Record the step as a CUDA graph and replay it: for SAEs so small that launching kernels takes longer than running
+    them. Needs a GPU and a single process."""
     tracker: AnyTracker = NoTracker()
-    """Where metrics go beside metrics.jsonl."""
+    """Where metrics are logged beside metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,8 +1,8 @@
-"""Numbers that change from step to step, held where the step computes, so that the step itself is always the same.
+"""Numbers that change from step to step, as tensors at a fixed place on the device.
 
-    step number ─▶ begin ─▶ Knob.set ─▶ (a copy that waits for nothing) ─▶ tensor on the device ─▶ the step reads it
+    begin(step) ─▶ DeviceScalar.set ─▶ asynchronous copy ─▶ tensor on the device ─▶ the step reads it
 
-A captured CUDA graph repeats its kernels on the same memory: what it should see anew has to be written there.
+A recorded CUDA graph replays its kernels on the same memory, so values that change must be written there.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class DeviceScalar:
-    """A number, or several, on a device; 0-dimensional or [M].
+    """One number (0-dimensional) or several ([M]) on a device.
 
     Args:
-        value: What it starts as; later ones have as many numbers.
+        value: Initial value; later ones have as many numbers.
         dtype: Of the tensor.
     """
 
@@ -26,19 +26,19 @@ class DeviceScalar:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """Count of numbers."""
         return self._tensor.numel()
 
     def on(self, device: torch.device) -> Tensor:
-        """The tensor, at the same place each time once it is on `device`."""
+        """The tensor; once it is on `device`, always the same one."""
         if self._tensor.device != device:
             self._tensor = self._tensor.to(device)
         return self._tensor
 
     def set(self, value: float | Sequence[float]) -> None:
-        """Write `value` behind what the device still has to do."""
+        """Write `value`, ordered after the work already queued on the device."""
         fresh = torch.tensor(value, dtype=self._tensor.dtype)
         if self._tensor.is_cuda:
-            # From pinned memory a copy does not wait; the allocator keeps it until it is done.
+            # A copy from pinned memory is asynchronous; the allocator keeps the memory until it is done.
             fresh = fresh.pin_memory()
         self._tensor.copy_(fresh, non_blocking=True)

@@ -1,10 +1,10 @@
-"""The processes of one run, and what they tell each other.
+"""The processes of one run, and their collective operations.
 
     torchrun --no-python --nproc-per-node 4 tubelet train run.yaml
 
 Every rank computes the loss of the *whole* batch from sums over ranks, and the gradient of its own part; parameter
-gradients are then summed. So one process and many give the same weights up to rounding, whatever the loss is made of.
-With one process nothing is exchanged and nothing is copied.
+gradients are then summed. So any number of processes gives the same weights up to rounding, for any loss. With one
+process nothing is exchanged and nothing is copied.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among `size`."""
+    """This process (`rank`) among `size` processes."""
 
     rank: int = 0
     size: int = 1

@@ -1,8 +1,8 @@
-"""Several SAEs from one configuration: `saes` (a list) times `sweep` (a grid), each a configuration of its own.
+"""The SAEs of a run: `saes` (a list) times `sweep` (a grid), each with its own configuration.
 
     base ──▶ x saes[i] ──▶ x one value of each swept field ──▶ name, TrainConfig
 
-The configuration of an SAE names no other: trained by itself it gives the same weights.
+An SAE's configuration does not depend on the others: trained alone it gives the same weights.
 """
 
 from __future__ import annotations

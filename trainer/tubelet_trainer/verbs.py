@@ -20,7 +20,9 @@ def _config() -> type[TrainConfig]:
 def _run(config: TrainConfig) -> int:
     from tubelet_trainer.run.loop import train
 
-    print(train(config))
+    result = train(config)
+    if len(result):
+        print(result)
     return 0
 
 

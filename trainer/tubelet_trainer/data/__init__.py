@@ -1,1 +1,1 @@
-"""From stores to batches: order of tokens, windows, prefetching, pairs, mixtures."""
+"""From stores to batches: order of tokens, prefetching, pairs, mixtures of stores, held-out videos."""

@@ -22,11 +22,11 @@ class Pairs:
     positions: Tensor
     """[A] int64: the neighbors' positions (see `Batch.positions`)."""
     valid: Tensor
-    """[A] bool: False where an anchor has no such neighbor, or one of the two is a repeated frame."""
+    """[A] bool: the anchor has a neighbor, and neither is a repeated frame."""
     whole: int
     """Anchors of the batch over all ranks."""
     most: int
-    """Most anchors that a rank has in this batch."""
+    """Maximum number of anchors of a rank in this batch."""
     several_clips: bool
     """The anchors of the whole batch, over all ranks, come from more than one clip. Known without asking the device.
     Also true of the short batch that ends a run: it may be a single token, whose contrast is 0."""
@@ -37,7 +37,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens and where each comes from."""
+    """Tokens and their positions."""
 
     hooks: Mapping[str, Tensor]
     """Per hook [B, D], as stored (not normalized); float32 unless another type was asked for."""
@@ -47,9 +47,9 @@ class Batch:
     whole: int
     """Tokens of the batch over all ranks: fewer than usual in the last batch of a run, which may be a single token."""
     temporal: Pairs | None = None
-    """Neighbors in time of some of the tokens, where they are drawn."""
+    """Neighbors in time of the anchors; None: not drawn."""
     spatial: Pairs | None = None
-    """Neighbors in the same frame."""
+    """Neighbors in the same frame; None: not drawn."""
 
     @property
     def tokens(self) -> Tensor:

@@ -1,10 +1,10 @@
 """Memory of the loader: windows on the host and the device, and batches.
 
-On a GPU, windows are staged in pinned memory, and batches come from torch's caching allocator. On the CPU a window is
-gathered from where it was staged. There it matters where memory lies. On huge pages copies into it ran 1.3 times and
-gathers out of it 1.2 to 2 times as fast as on pages of 4 KiB; copies of whole clips to a multiple of the page's size
-ran 1.7 times as fast as to 16 bytes beyond. And a batch in fresh memory costs a page fault for each of its pages, which
-took as long as filling it.
+With a GPU, windows are read into pinned memory, and batches come from torch's caching allocator. On the CPU batches are
+gathered from the window where it was read, and alignment and reuse matter: on huge pages copies into it ran 1.3 times
+and gathers out of it 1.2 to 2 times as fast as on pages of 4 KiB; copies of whole clips to a multiple of the page size
+ran 1.7 times as fast as to 16 bytes beyond. A batch in new memory costs a page fault per page, which took as long as
+filling it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEPT = 2
 
 @dataclass
 class Buffer:
-    """Memory of one window: the host side is filled by the stager, the device side is read by the consumer."""
+    """Memory of one window: the prefetcher fills the host side, the consumer reads the device side."""
 
     host: tuple[Tensor, ...]
     """Per hook [window tokens, D] in the store's dtype; pinned for a GPU."""
@@ -43,11 +43,11 @@ class Buffer:
 
     @classmethod
     def allocate(cls, tokens: int, channels: Sequence[int], dtype: torch.dtype, device: torch.device) -> Buffer:
-        """A slot for windows of up to `tokens` tokens of hooks of `channels` channels each."""
+        """A buffer for windows of up to `tokens` tokens of hooks of `channels` channels each."""
         if device.type != "cuda":
             host = tuple(page_aligned(tokens, each, dtype) for each in channels)
             return cls(host, host, None, None, None, None)
-        slot = cls(
+        buffer = cls(
             host=tuple(torch.empty((tokens, each), dtype=dtype, pin_memory=True) for each in channels),
             device=tuple(torch.empty((tokens, each), dtype=dtype, device=device) for each in channels),
             numbers=(
@@ -58,27 +58,27 @@ class Buffer:
             copied=torch.cuda.Event(),
             released=torch.cuda.Event(),
         )
-        # The allocator may hand out memory that earlier work on this stream still reads.
-        slot.release()
-        return slot
+        # Earlier work on this stream may still read the memory that the allocator returned.
+        buffer.release()
+        return buffer
 
     def release(self) -> None:
-        """What reads the device side was all given to the current stream."""
+        """All reads of the device side are queued on the current stream."""
         if self.released is not None:
             self.released.record(torch.cuda.current_stream(self.device[0].device))
 
     def upload(
         self, tokens: int, numbers: Sequence[NDArray[np.int64]], stream: torch.cuda.Stream | None
     ) -> tuple[Tensor, ...]:
-        """Begin to copy the first `tokens` tokens, and `numbers`, to the device, once its old content was read.
+        """Queue the copy of the first `tokens` tokens, and `numbers`, to the device, after reads of its old content.
 
         Args:
             tokens: Of the window.
-            numbers: Up to two arrays, together of at most twice the slot's tokens.
+            numbers: Up to two arrays, together of at most twice the buffer's tokens.
             stream: Where copies queue; on the CPU None.
 
         Returns:
-            `numbers` on the device: there when `copied` is, and until the slot is filled again.
+            `numbers` on the device: there when `copied` is, and until the buffer is filled again.
         """
         if stream is None or self.copied is None or self.released is None or self.finite is None or not self.numbers:
             return tuple(torch.from_numpy(each) for each in numbers)
@@ -98,11 +98,11 @@ class Buffer:
 
 
 class BatchMemory:
-    """Memory for batches: on the CPU used again as soon as nobody holds the tensor that lay there.
+    """Memory for batches, reused on the CPU when the last reference to the previous tensor is gone.
 
     Args:
-        rows: Most rows of a batch.
-        device: Where batches are wanted.
+        rows: Maximum rows of a batch.
+        device: Device of the batches.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -115,7 +115,7 @@ class BatchMemory:
             return torch.empty((rows, channels), dtype=dtype, device=self._device)
         free = self._free.setdefault((channels, dtype), [])
         memory = free.pop() if free else page_aligned(self._rows, channels, dtype).view(torch.uint8).numpy()
-        # The tensor, and all that shares its memory, keep this view alive; when it goes the memory is free.
+        # The tensor, and all that shares its memory, keep this view alive; without it the memory is free.
         view = memory[:rows]
         weakref.finalize(view, _keep, free, memory).atexit = False
         return torch.from_numpy(view).view(dtype)

@@ -1,7 +1,7 @@
-"""How well the order mixes clips, beside independent draws.
+"""How well the order mixes clips, compared with independent sampling.
 
-Of the clips of a batch's tokens: their number (coverage) and the entropy of their shares. Both follow from the order
-alone: nothing is read. The reference is a batch of the same size whose tokens' clips are drawn independently, evenly.
+Two figures of the clips in a batch: their number (coverage) and the entropy of their shares. Both follow from the order
+alone; nothing is read. The reference is a batch of the same size whose clips are sampled independently and uniformly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DRAWS = 16
 
 
 class Ordered(Protocol):
-    """A stream whose order can be asked: `Windows`, `Mixture`."""
+    """A stream whose order can be asked: `ActivationLoader`, `Mixture`."""
 
     @property
     def steps(self) -> int:

@@ -1,7 +1,7 @@
-"""Which videos are held out of training: decided per video, so that all clips of a video fall on the same side.
+"""Which videos are held out of training, decided per video: all clips of a video are on the same side.
 
 The decision is a hash of the video's id, not its place in the store: a video is on the same side in every store of the
-same data set, whatever backbone made it, however many clips failed.
+same data set, for any backbone and any number of failed clips.
 """
 
 from __future__ import annotations

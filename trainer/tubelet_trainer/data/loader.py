@@ -1,23 +1,22 @@
 """The loader: shuffled batches of tokens from memory-mapped shards.
 
-    blocks of an epoch ──permutation(seed, epoch)──▶ windows ──background thread──▶ staging (pinned) ──▶ device
-                                                                       window w+1 is staged while w is consumed
+    blocks of an epoch ──permutation(seed, epoch)──▶ windows ──background thread──▶ pinned buffer ──▶ device
+                                                                      window w+1 is read while w is consumed
     window on the device ──permutation(seed, epoch, window)──▶ rows ──slices──▶ batches [B, D]
 
-The host only copies long runs; the random gather happens on the device, where memory is fast. What it costs: two
-windows of memory, and batches mix only the blocks of one window. Many small blocks make a window nearly as good as
-the whole store (see `Source`).
+The host copies long runs only; the random gather is done on the device, where memory is fast. The cost: two windows of
+memory, and batches mix only the blocks of one window. With many small blocks a window is nearly as diverse as the whole
+store (see `Source`).
 
 The tokens of all epochs form one endless stream; batch i is its tokens [i B, (i + 1) B). So a batch may begin in one
-window and end in the next, or in the next epoch: its size is constant, and every epoch sees every token exactly once.
-Only the last batch of the whole run is short, if the run does not end on a multiple of B: it may be a single token. It
-is served, because every token counts; `Batch.whole` tells it from the others, and what needs a spread (an explained
-variance, a contrast) the consumer must leave out there. The position in the stream is all the state there is: resuming
-at step k costs one window, and gives the tail of the uninterrupted run.
+window and end in the next, or in the next epoch: its size is constant, and every epoch has every token exactly once.
+Only the last batch of the run may be short, down to a single token; `Batch.whole` gives its size, and a consumer must
+skip what needs a spread (an explained variance, a contrast). The position in the stream is the only state: resuming at
+step k reads one window, and continues exactly like the uninterrupted run.
 
-Several hooks of one store share the order: their tokens lie side by side. Several ranks share the stream: rank r takes
-rows r, r + ranks, ... of every batch, so the batches, their number and where to resume do not depend on how many there
-are. What that costs: each rank stages the whole window.
+Several hooks of one store share the order. Several ranks share the stream: rank r takes rows r, r + ranks, ... of every
+batch, so batches, their number and positions to resume at do not depend on the number of ranks. The cost: each rank
+reads the whole window.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ class ActivationLoader:
     """Shuffled batches over some clips of a source, with an exact position. One iteration at a time.
 
     Args:
-        source: Where the tokens lie; several: hooks of one store, cut into the same blocks.
+        source: Source of the tokens; several: hooks of one store, in the same blocks.
         clips: Clip numbers to serve. Clips that failed are left out.
         batch_tokens: B, tokens per batch.
-        window_tokens: Most tokens staged together, rounded down to whole blocks. Two windows are held in memory.
+        window_tokens: Maximum tokens of a window, rounded down to whole blocks. Two windows are held in memory.
         total_tokens: Length of the stream; None: one epoch.
-        resident_shards: Shards whose blocks are shuffled together, for stores that are not at hand whole; None: all.
-        seed: Chooses the order.
-        device: Where batches are wanted.
+        resident_shards: Shards whose blocks are shuffled together, for stores that do not fit on local disk; None: all.
+        seed: Seed of the order.
+        device: Device of the batches.
         dtype: Type of the tokens in batches; None: as stored.
         pairs: Neighbors to draw with every batch; None: none.
         rank: Which of `ranks` strided parts of every batch to serve.
@@ -122,10 +121,10 @@ class ActivationLoader:
                 )
             self._arithmetic = PairArithmetic(pairs, source.store, source.block_patches, seed, self.device)
             self._anchors = self._part(min(pairs.config.anchors, batch_tokens))
-        self._upcoming = None if source.store.cache is None else shard_prefetch(source.store.cache)
+        self._shard_prefetch = None if source.store.cache is None else shard_prefetch(source.store.cache)
         self._announced: tuple[int, int] | None = None
-        self._stager = Prefetcher(self.sources, self._order, self.device, clip_offset, self._announce)
-        self._slots: list[Buffer] = []
+        self._prefetcher = Prefetcher(self.sources, self._order, self.device, clip_offset, self._announce)
+        self._buffers: list[Buffer] = []
         # A share of a batch varies by one token, and so does a rank's part of it.
         self._memory = BatchMemory(-(-(self._part(batch_tokens) + 1) // ranks), self.device)
 
@@ -136,7 +135,7 @@ class ActivationLoader:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the windows that are held while batches are served: on the device, and as much on the host of a GPU."""
+        """Size of the windows held: on the device, and with a GPU as much on the host."""
         channels = sum(source.channels for source in self.sources)
         return self._held * self._order.window_tokens * channels * self._stored_dtype.itemsize
 
@@ -226,7 +225,7 @@ class ActivationLoader:
             return
         start = self._cut(self.step)
         try:
-            with self._stager.windows(self._own_slots(), start, self._end) as windows:
+            with self._prefetcher.windows(self._held_buffers(), start, self._end) as windows:
                 rows, host_rows = torch.empty(0, dtype=torch.int64), np.empty(0, dtype=np.int64)
                 skip = start - self._order.start(*self._order.locate(start))
                 while self.step < self.steps:
@@ -258,9 +257,9 @@ class ActivationLoader:
                     yield Batch(tokens_of, positions_B[:filled], self.source.grid, wanted, temporal, spatial)
         finally:
             self._announced = None
-            self._slots = []
-            if self._upcoming is not None:
-                self._upcoming.withdraw(self)
+            self._buffers = []
+            if self._shard_prefetch is not None:
+                self._shard_prefetch.withdraw(self)
 
     def _begin_pairs(self, draw: PairDraw, wanted: int, offset: int) -> DrawnPairs:
         """Pairs of the next batch, of which this stream fills `wanted` rows from `offset` on."""
@@ -287,26 +286,26 @@ class ActivationLoader:
     def _announce(self, epoch: int, window: int) -> None:
         """Name the shards of the group in which a window lies and of what follows, when a group begins."""
         group = self._order.group(epoch, window)
-        if self._upcoming is None or self._announced == (epoch, group):
+        if self._shard_prefetch is None or self._announced == (epoch, group):
             return
         self._announced = (epoch, group)
         groups = self._order.groups_from(epoch, group)
         if self._order.start(epoch + 1, 0) < self._end:
             groups += self._order.groups_from(epoch + 1, 0)
-        self._upcoming.announce(
+        self._shard_prefetch.announce(
             self, [[(source, int(shard)) for shard in shards for source in self.sources] for shards in groups]
         )
 
     @property
     def _held(self) -> int:
-        """Windows held at once. With a single one in the whole run there is nothing to stage ahead."""
+        """Windows held at once: one if the whole run has only one."""
         return 2 if self._end > self._order.window_tokens else 1
 
-    def _own_slots(self) -> list[Buffer]:
-        """The two slots, held while batches are served."""
-        if not self._slots:
+    def _held_buffers(self) -> list[Buffer]:
+        """The two buffers, held while batches are served."""
+        if not self._buffers:
             channels = [source.channels for source in self.sources]
             for _ in range(self._held):
-                slot = Buffer.allocate(self._order.window_tokens, channels, self._stored_dtype, self.device)
-                self._slots.append(slot)
-        return self._slots
+                buffer = Buffer.allocate(self._order.window_tokens, channels, self._stored_dtype, self.device)
+                self._buffers.append(buffer)
+        return self._buffers

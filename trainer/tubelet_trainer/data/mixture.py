@@ -1,11 +1,11 @@
 """Several stores in one stream: every batch holds a fixed share of each.
 
-    store a ─▶ Windows, rows 0 ... 3/4 B ─┐
-    store b ─▶ Windows, rows 3/4 B ... B ─┴▶ batch [B, D]
+    store a ─▶ loader, rows 0 ... 3/4 B ─┐
+    store b ─▶ loader, rows 3/4 B ... B ─┴▶ batch [B, D]
 
 Shares are kept exactly over the run: store i fills floor(n B c_i) - floor(n B c_(i-1)) of the first n batches' tokens,
-where c_i is the sum of the shares up to i. Each store's stream repeats by itself, epoch after epoch, at its own pace.
-So the position of everything still follows from the number of the batch.
+where c_i is the sum of the shares up to i. Each store's stream repeats independently, epoch after epoch, so all
+positions follow from the number of the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Mixture:
     """Batches filled from several streams. One iteration at a time.
 
     Args:
-        parts: Streams of the same batches, whose shares are neighbors and together 1 (see `Windows`).
+        parts: Streams of the same batches, whose shares are neighbors and together 1 (see `ActivationLoader`).
 
     Raises:
         TubeletError: a cache is too small for what all parts shuffle together.

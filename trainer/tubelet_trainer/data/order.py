@@ -1,4 +1,4 @@
-"""The order in which tokens are seen: a pure function of a key, evaluated anywhere in constant memory.
+"""The order of tokens: a pure function of a key, evaluated at any position in constant memory.
 
     position ──▶ (left, right) on an a x b grid ──▶ keyed rounds ──▶ cycle walk until < n ──▶ id
 
@@ -7,8 +7,12 @@ is a bijection for any a and b. With a = ceil(sqrt(n)) and b = ceil(n / a) the g
 walking on from the few points outside [0, n) hardly ever happens. Integers only: the order is the same on every
 machine and device, and position i costs the same whether or not i - 1 was asked for.
 
-The blocks of an epoch are shuffled all together, or, where not all shards can be near at once, group by group of shards
-that are themselves drawn at random: `EpochOrder`.
+The blocks of an epoch are shuffled all together, or, where not all shards fit on local disk, in groups of shards that
+are drawn at random (`EpochOrder`). Blocks are read in windows, whose tokens are shuffled together (`WindowOrder`):
+
+    stream position ─▶ (epoch, window) ─▶ blocks, as they lie in the window ─▶ rows, as they are served
+
+The tokens of all epochs form one endless stream; a position is a place in it. This is arithmetic: nothing is read.
 """
 
 from __future__ import annotations
@@ -134,7 +138,7 @@ class EpochOrder:
         return int(np.searchsorted(self._blocks[self._first_shard], position, side="right")) - 1
 
     def groups_from(self, group: int) -> list[NDArray[np.int64]]:
-        """Shards (their numbers in `first_block`) of `group` and of each that follows, in the order of their need."""
+        """Shards (their numbers in `first_block`) of `group` and of each that follows, in reading order."""
         return np.split(
             self._drawn[self._first_shard[group] :], self._first_shard[group + 1 : -1] - self._first_shard[group]
         )
@@ -177,9 +181,9 @@ class WindowOrder:
     Args:
         source: Where the tokens lie.
         clips: [N] Clips to serve, ascending.
-        window_tokens: Most tokens of a window.
+        window_tokens: Maximum tokens of a window.
         resident_shards: Shards whose blocks are shuffled together; None: all.
-        seed: Chooses the order.
+        seed: Seed of the order.
     """
 
     def __init__(
@@ -196,7 +200,7 @@ class WindowOrder:
         shards = len(self._shards)
         self.resident_shards = None if resident_shards is None or resident_shards >= shards else resident_shards
         self.together = self.resident_shards or shards
-        """Most shards whose blocks are shuffled together."""
+        """Maximum number of shards whose blocks are shuffled together."""
         # Windows of one epoch differ by at most one block: a small last window would mix few clips.
         self.windows = -(-self.blocks // max(1, window_tokens // source.block_tokens))
         self.window_tokens = -(-self.blocks // self.windows) * source.block_tokens
@@ -214,7 +218,7 @@ class WindowOrder:
         return epoch * self.tokens + self._first_block_of(window) * self._block_tokens
 
     def window(self, epoch: int, window: int) -> WindowBlocks:
-        """Blocks of a window, ascending: pages are touched in the order of the file, tokens are shuffled afterwards."""
+        """Blocks of a window, ascending: files are read in order, tokens are shuffled afterwards."""
         blocks = np.sort(self._order(epoch).slice(self._first_block_of(window), self._first_block_of(window + 1)))
         chosen, groups = np.divmod(blocks, self._groups)
         return WindowBlocks(self._clips[chosen], groups, blocks)
@@ -229,7 +233,7 @@ class WindowOrder:
         return self._order(epoch).group(self._first_block_of(window))
 
     def groups_from(self, epoch: int, group: int) -> list[NDArray[np.int64]]:
-        """Shards of `group` and of each group that follows in the epoch, in the order of their need."""
+        """Shards of `group` and of each group that follows in the epoch, in reading order."""
         return [self._shards[shards] for shards in self._order(epoch).groups_from(group)]
 
     def _order(self, epoch: int) -> EpochOrder:

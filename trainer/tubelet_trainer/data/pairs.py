@@ -3,12 +3,12 @@
     anchor (clip v, time t, patch p) ──▶ temporal: (v, t + delta, p)        delta in 1 ... max_delta
                                      └─▶ spatial:  (v, t, p')               p' a neighbor of p in the same frame
 
-All time steps of a patch lie in one window, and whole frames do where blocks are whole grids: a pair costs the gather
-of one more row. Which pair an anchor gets is a hash of (seed, step, place in the batch): a pure function, evaluated on
-the device, the same for any number of ranks.
+All time steps of a patch are in one window, and whole frames are where blocks are whole grids, so a pair costs the
+gather of one more row. The pair of an anchor is a hash of (seed, step, place in the batch): a pure function, evaluated
+on the device, the same for any number of ranks.
 
-A clip shorter than its frames repeats the last one. A latent step that covers a repeated frame equals its neighbor
-whatever the encoder does, so it enters no pair.
+A clip shorter than the frames sampled repeats the last one. A latent step that covers a repeated frame equals its
+neighbor for any encoder, so it is in no pair.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _STEPS_8 = (*_STEPS_4, (-1, -1), (-1, 1), (1, -1), (1, 1))
 
 @dataclass(frozen=True)
 class PairDraw:
-    """What a loader is asked to draw."""
+    """Which pairs a loader draws."""
 
     config: PairsConfig
     temporal: bool
@@ -51,10 +51,10 @@ class PairArithmetic:
     """Neighbors of tokens in a window, on the device.
 
     Args:
-        draw: What to draw.
+        draw: Which pairs.
         store: For the grid and the repeated frames.
         block_patches: Patches per block of the window.
-        seed: Chooses the pairs.
+        seed: Seed of the pairs.
         device: Where the windows are.
 
     Raises:
@@ -200,7 +200,7 @@ def _shifted(values: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's part of a batch, and which batch it is."""
+    """This rank's part of one batch."""
 
     rank: int
     ranks: int
@@ -211,9 +211,9 @@ class Part:
     anchors: int
     """Rows of this stream, over all ranks, that get a pair."""
     most: int
-    """Most anchors that a rank has in any batch."""
+    """Maximum number of anchors of a rank in any batch."""
     short: bool
-    """It is the batch that ends the run."""
+    """It is the last batch of the run."""
 
 
 @dataclass
@@ -224,12 +224,12 @@ class _Found:
 
 
 class DrawnPairs:
-    """Collects the pairs of one batch.
+    """Accumulates the pairs of one batch while its windows are resident. The first rows of a batch are its anchors.
 
     Args:
-        draw: What to draw.
+        draw: Which pairs.
         arithmetic: Finds the neighbors.
-        part: Of which batch.
+        part: This rank's part of the batch.
     """
 
     def __init__(self, draw: PairDraw, arithmetic: PairArithmetic, part: Part) -> None:

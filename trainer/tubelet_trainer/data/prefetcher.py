@@ -1,6 +1,6 @@
-"""The background thread that fills windows: window w + 1 while w is consumed.
+"""The background thread that reads windows: window w + 1 while w is consumed.
 
-blocks of w + 2 ─▶ the kernel reads ahead      blocks of w + 1 ─▶ copied ─▶ checked ─▶ on their way to the device
+blocks of w + 2 ─▶ the kernel reads ahead      blocks of w + 1 ─▶ copied ─▶ checked for NaN ─▶ copied to the device
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ class Window:
     rows: Tensor
     """The same on the device."""
     locations: Locations
-    """Where its rows come from."""
+    """Positions of its rows."""
 
 
 @dataclass(frozen=True)
 class _Staged:
-    slot: Buffer
+    buffer: Buffer
     blocks: WindowBlocks
     order: NDArray[np.int64]
     first: NDArray[np.int64]
@@ -92,12 +92,12 @@ class _Staged:
 
 
 class Prefetcher:
-    """Fills slots with the windows of one stream.
+    """Fills buffers with the windows of one stream.
 
     Args:
-        sources: Where the tokens lie, one per hook.
+        sources: Sources of the tokens, one per hook.
         order: The order of the stream.
-        device: Where windows are wanted.
+        device: Device of the windows.
         clip_offset: Added to clip numbers in positions.
         group_begins: Called with (epoch, window) before each window is read.
     """
@@ -113,10 +113,10 @@ class Prefetcher:
         self._sources, self._order, self._device, self._clip_offset = sources, order, device, clip_offset
         self._group_begins = group_begins
         self._checked = np.zeros(order.blocks if device.type != "cuda" else 0, dtype=bool)
-        """[blocks] Blocks in which every value was seen to be finite; a shard never changes."""
+        """[blocks] Blocks already checked to be finite; shards never change."""
 
     @contextmanager
-    def windows(self, slots: Sequence[Buffer], start: int, stop: int) -> Iterator[Iterator[Window]]:
+    def windows(self, buffers: Sequence[Buffer], start: int, stop: int) -> Iterator[Iterator[Window]]:
         """The windows that hold stream positions [start, stop), each filled while the one before is consumed.
 
         Raises:
@@ -124,21 +124,23 @@ class Prefetcher:
         """
         ready: queue.Queue[_Staged | BaseException] = queue.Queue()
         free: queue.Queue[Buffer | None] = queue.Queue()
-        for slot in slots:
-            free.put(slot)
-        thread = threading.Thread(target=self._run, args=(start, stop, free, ready), name="tubelet-stager", daemon=True)
+        for buffer in buffers:
+            free.put(buffer)
+        thread = threading.Thread(
+            target=self._run, args=(start, stop, free, ready), name="tubelet-prefetcher", daemon=True
+        )
         thread.start()
         try:
             yield self._served(start, stop, free, ready)
         finally:
-            for slot in slots:
-                slot.release()
+            for buffer in buffers:
+                buffer.release()
             free.put(None)
             thread.join()
-            # What was staged and not served may still be on its way into memory that is given back next.
-            for slot in slots:
-                if slot.copied is not None:
-                    slot.copied.synchronize()
+            # A window that was read but not served may still be copied into memory that is freed next.
+            for buffer in buffers:
+                if buffer.copied is not None:
+                    buffer.copied.synchronize()
 
     def _served(
         self,
@@ -154,22 +156,22 @@ class Prefetcher:
                 raise found
             yield self._arrived(found)
             position = self._end_of(position)
-            found.slot.release()
-            free.put(found.slot)
+            found.buffer.release()
+            free.put(found.buffer)
 
     def _arrived(self, staged: _Staged) -> Window:
-        """The window on the device, once the copy there is done, which also tells whether it is finite."""
-        source, slot, blocks = self._sources[0], staged.slot, staged.blocks
-        if slot.copied is not None and slot.finite is not None:
-            # As a rule done long ago, while the window before was consumed.
-            slot.copied.synchronize()
-            for each, host, finite in zip(self._sources, slot.host, slot.finite.tolist(), strict=True):
+        """The window on the device, once the copy is done, which also checks that it is finite."""
+        source, buffer, blocks = self._sources[0], staged.buffer, staged.blocks
+        if buffer.copied is not None and buffer.finite is not None:
+            # Usually done long ago, while the window before was consumed.
+            buffer.copied.synchronize()
+            for each, host, finite in zip(self._sources, buffer.host, buffer.finite.tolist(), strict=True):
                 # The sum may also have overflowed.
                 if not finite:
                     each.refuse_nonfinite(blocks.clips, blocks.groups, _bits(host, each, blocks))
         rows, first = staged.numbers
         where = Locations(source.grid, source.block_patches, self._clip_offset, staged.first, first)
-        return Window(slot.device, staged.order, rows, where)
+        return Window(buffer.device, staged.order, rows, where)
 
     def _run(
         self,
@@ -185,18 +187,18 @@ class Prefetcher:
             with ThreadPoolExecutor(_COPIERS + 1, thread_name_prefix="tubelet-copier") as pool:
                 while coming is not None:
                     blocks, end = coming, self._end_of(position)
-                    slot = free.get()
-                    if slot is None:
+                    buffer = free.get()
+                    if buffer is None:
                         return
                     place = self._order.locate(position)
                     self._group_begins(*place)
                     coming = self._ahead(end, stop)
                     # Beside the copying: drawing the order takes a fifth of its time.
                     drawn = pool.submit(self._order.rows, *place)
-                    self._copy(slot, blocks, pool)
+                    self._copy(buffer, blocks, pool)
                     order, first = drawn.result(), self._first(blocks)
-                    numbers = slot.upload(len(order), (order, first), stream)
-                    ready.put(_Staged(slot, blocks, order, first, numbers))
+                    numbers = buffer.upload(len(order), (order, first), stream)
+                    ready.put(_Staged(buffer, blocks, order, first, numbers))
                     position = end
         except BaseException as error:  # the consumer raises it
             ready.put(error)
@@ -220,20 +222,20 @@ class Prefetcher:
         source = self._sources[0]
         return (blocks.clips + self._clip_offset) * source.grid.tokens + blocks.groups * source.block_patches
 
-    def _copy(self, slot: Buffer, blocks: WindowBlocks, pool: ThreadPoolExecutor) -> None:
-        """Copy a window's blocks from the memory maps to the slot's host side."""
-        if slot.copied is not None:
-            slot.copied.synchronize()  # the host side may still be on its way to the device
-        # A GPU sums what it gets, at next to no cost; here each block is searched once.
-        check = slot.finite is None and not self._checked[blocks.numbers].all()
+    def _copy(self, buffer: Buffer, blocks: WindowBlocks, pool: ThreadPoolExecutor) -> None:
+        """Copy a window's blocks from the memory maps to the buffer's host side."""
+        if buffer.copied is not None:
+            buffer.copied.synchronize()  # the host side may still be on its way to the device
+        # A GPU sums the window at almost no cost; on the CPU each block is searched once.
+        check = buffer.finite is None and not self._checked[blocks.numbers].all()
         count = len(blocks.clips)
-        # Through a cache one shard after the other: see `Source`.
+        # Through a cache one shard after the other, see `Source`.
         threads = _COPIERS if self._sources[0].store.cache is None else 1
 
         def copy(thread: int) -> None:
             part = slice(count * thread // threads, count * (thread + 1) // threads)
             clips, groups = blocks.clips[part], blocks.groups[part]
-            for source, host in zip(self._sources, slot.host, strict=True):
+            for source, host in zip(self._sources, buffer.host, strict=True):
                 bits = _bits(host, source, blocks)[part]
                 source.copy_blocks(clips, groups, bits)
                 if check:

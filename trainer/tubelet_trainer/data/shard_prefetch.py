@@ -1,4 +1,4 @@
-"""What is read next through a cache, by all streams of this process: one list, in the order of need.
+"""Shards that all streams of this process read next through a cache: one list, in reading order.
 
     training, hooks a and b ─▶ groups of shards ─┐
     second store of a mix   ─▶ groups of shards ─┼─▶ first groups of all, then second ones ... ─▶ the cache fetches
@@ -64,12 +64,12 @@ class ShardPrefetch:
         return chain.from_iterable(chain.from_iterable(zip_longest(*newest_first, fillvalue=[])))
 
 
-_UPCOMING: dict[Path, ShardPrefetch] = {}
+_PREFETCHES: dict[Path, ShardPrefetch] = {}
 
 
 def shard_prefetch(cache: LocalCache) -> ShardPrefetch:
     """What is read next through the directory of `cache`."""
-    return _UPCOMING.setdefault(cache.config.folder, ShardPrefetch())
+    return _PREFETCHES.setdefault(cache.config.folder, ShardPrefetch())
 
 
 def refuse_small_cache(needs: Sequence[tuple[Source, int]]) -> None:

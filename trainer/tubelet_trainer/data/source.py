@@ -1,8 +1,8 @@
-"""One place of one store, cut into blocks: what the loader copies from.
+"""Activations of one hook of one store, in blocks that the loader copies.
 
 A *block* is a group of neighboring patches of one clip through all its time steps. In the file it is `time` runs of
 `patches` x channels values, so gathering blocks is copying a few long runs, and the neighbors of a token in space
-and time lie at fixed distances from it.
+and time are at fixed distances from it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _SCAN_VALUES = 1 << 18
 # below.
 _INFINITY = {"float16": (0x7C00, 0xFC00), "bfloat16": (0x7F80, 0xFF80), "float32": (0x7F800000, 0xFF800000)}
 
-# So many ranges of a shard are asked for first. If all were in the page cache, the others are taken to be there too.
+# Ranges of a shard requested first. If all were in the page cache, the others are assumed to be there too.
 _PROBES = 8
 
-# Runs no further apart are read as one.
+# Runs at most this far apart are read as one.
 _GAP_BYTES = 1 << 16
 
 
@@ -85,11 +85,11 @@ class Source:
         return shard_bytes(self.store.plan, ACTIVATIONS, self.store.plan.hook(self.hook), 0)
 
     def read_ahead(self, clips: NDArray[np.int64], groups: NDArray[np.int64]) -> None:
-        """Have the kernel read blocks from the disk, all at once and in the background, as far as it must.
+        """Ask the kernel to read blocks from disk into the page cache, in the background.
 
-        A page fault waits for the few pages that it needs, and so does a read; blocks of a window lie scattered. With
-        a cold cache, copying blocks that were asked for before ran 1.5 times (a third of a store's blocks) to 12 times
-        (3 % of them) as fast. Where the cache holds them, asking would take as long as copying them: it is stopped.
+        Page faults and reads wait for a few pages at a time, and the blocks of a window are scattered. With a cold page
+        cache, copying blocks that were requested before ran 1.5 times (a third of a store's blocks) to 12 times (3 % of
+        them) as fast. Where they are cached already, requesting would take as long as copying, so it stops.
 
         Args:
             clips: [K] Clip of each block, ascending.
@@ -99,7 +99,7 @@ class Source:
             return  # what was just fetched is in the page cache
         for shard, _, rows in self._by_shard(clips, groups):
             path = self.store.root.local_path(shard_key(ACTIVATIONS, self.hook, shard))
-            # Whoever maps the shard says what is wrong with it.
+            # Errors are reported where the shard is mapped.
             with contextlib.suppress(OSError):
                 if path is not None:
                     self._advise(path, np.sort(rows.ravel()))
@@ -180,7 +180,7 @@ class Source:
     def _runs(self, shard: int) -> NDArray[np.signedinteger]:
         """Shard as [clip x time x group, block_patches x channels] of dtype `bits`: a view of the memory map."""
         if self.store.cache is not None:
-            # Held only while it is read: who waits for a shard must not hold another that somebody waits for.
+            # Held only while it is read: a thread that waits for a shard must not hold another one (deadlock).
             return self._mapped(shard)
         with self._opening:
             if shard not in self._open:
@@ -194,7 +194,7 @@ class Source:
 
 
 def _blocks_read() -> int:
-    """Blocks of 512 bytes that this thread has had read from disks."""
+    """Blocks of 512 bytes read from disk for this thread so far."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 

@@ -1,6 +1,6 @@
 """The data of a run: its stores, what is held out of them, and the streams of batches over the rest.
 
-    store, mix ─▶ held-out videos of each ─▶ training stream (Windows, or a Mixture of them), held-out stream
+    store, mix ─▶ held-out videos of each ─▶ training stream (ActivationLoader or Mixture), held-out stream
 
 All SAEs of a run read the same streams: the union of their hooks, and pairs if one of them wants pairs.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
 from tubelet_store.reader import Store, open_store
-from tubelet_trainer.config import TrainConfig
+from tubelet_trainer.config import PairsConfig, TrainConfig
 from tubelet_trainer.data.holdout import held_out
 from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.mixture import Mixture, mixed_moments, refuse_other_kind
@@ -30,6 +30,9 @@ from tubelet_trainer.process_group import ALONE, ProcessGroup
 from tubelet_trainer.specs import Spec, specs
 
 Stream = ActivationLoader | Mixture
+
+# Held-out tokens compared with their neighbors at once: their dense codes are in memory.
+_PAIRS_TOGETHER = 1024
 
 
 class Streams:
@@ -79,6 +82,15 @@ class Streams:
             wanted = min(config.eval_tokens, held)
             # One window, so that they are the same whatever the windows of training are.
             self.heldout = self._stream(self._heldout, wanted, wanted, seed=0, ranks=ALONE)
+
+    def heldout_pairs(self) -> Stream | None:
+        """The tokens of `heldout` with their neighbors one latent step later; None where there are none to compare."""
+        if self.heldout is None or self.stores[0].plan.grid.time < 2 or len(self.heldout.clips) < 2:
+            return None
+        tokens = min(self.config.batch_tokens, _PAIRS_TOGETHER)
+        draw = PairDraw(PairsConfig(anchors=tokens), temporal=True, spatial=False)
+        wanted = self.heldout.total_tokens
+        return self._stream(self._heldout, wanted, wanted, batch_tokens=tokens, seed=0, draw=draw, ranks=ALONE)
 
     def moments(self, hook: str) -> Moments:
         """Of the stores' tokens, held-out videos included, by their share of a batch."""

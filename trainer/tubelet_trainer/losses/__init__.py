@@ -1,1 +1,1 @@
-"""Loss terms: reconstruction, sparsity, temporal and spatial coherence."""
+"""Loss terms: reconstruction, sparsity, coherence in time and space."""

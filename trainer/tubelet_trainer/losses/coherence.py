@@ -1,16 +1,16 @@
-"""Objectives that make codes coherent in time and space: terms beside the reconstruction.
+"""Terms that make codes coherent in time and space.
 
     anchors x_a ─▶ g(z_a) ─┐
                            ├─ similarity [A, A] ─▶ symmetric InfoNCE, each anchor against its own neighbor
     neighbors x_a' ─▶ g(z_a') ┘                  negatives: neighbors of anchors of *other* clips
 
-The paper on spatio-temporal SAEs for video (arXiv 2604.03919) has no published formulas: all of this is a
-reconstruction [RECON], closest to T-SAE (Bhalla et al., arXiv 2511.05541), whose paper takes the cosine and whose code
-takes the raw dot product without temperature. What is compared, g, is a choice with consequences:
+[RECON] The paper on spatio-temporal SAEs for video (arXiv 2604.03919) publishes no formulas. These are reconstructed,
+closest to T-SAE (Bhalla et al., arXiv 2511.05541), whose paper uses the cosine and whose code uses the raw dot product
+without temperature. What is compared, g, matters:
 
     pre      ReLU of all pre-activations: the gradient reaches latents that were not chosen, so it can change which are
-    post     the codes: the gradient only rescales what was already chosen
-    prefix   the codes' first latents, which then carry what stays the same (T-SAE)
+    post     the codes: the gradient only rescales latents that were chosen
+    prefix   the first latents of the codes, which then carry what stays the same (T-SAE)
 
 Neighbors pass the sparsifier separately; only anchors are reconstructed (T-SAE's code).
 """
@@ -38,9 +38,10 @@ from tubelet_trainer.sae.sparsifiers import Sparsifier
 
 Kind = Literal["temporal", "spatial"]
 
-# The high-level share of T-SAE's dictionary.
+# Share of T-SAE's high-level latents.
 _PREFIX_FRACTION = 0.2
 
+# [RECON] T-SAE gives no temperature for its cosine: 0.1 is common for InfoNCE. Its code has none for the dot product.
 _TEMPERATURE = {"cosine": 0.1, "dot": 1.0}
 
 
@@ -75,14 +76,14 @@ def prefix_length(config: ObjectiveConfig, sae: SAEConfig, latents: int) -> int:
 
 @dataclass(frozen=True)
 class _Views:
-    """Anchors and their neighbors as the objective sees them, over all ranks."""
+    """What a term compares: anchors and their neighbors, over all ranks."""
 
     pairs: Pairs
     anchor_AG: Tensor
     neighbor_AG: Tensor
     clip_A: Tensor
     valid_A: Tensor
-    """bool: both are there, distinct frames, and (for the contrast) not all zero."""
+    """bool: the anchor has a neighbor, and neither is a repeated frame."""
 
     @classmethod
     def of(cls, forward: Forward, kind: Kind, config: ObjectiveConfig, prefix: int) -> _Views:
@@ -116,19 +117,19 @@ class _Views:
 
 
 def _exact(forward: Forward) -> torch.autocast:
-    """Whitening in low precision would lose the directions of small variance, which it magnifies."""
+    """Float32: whitening in low precision would lose the directions of small variance, which it amplifies."""
     return torch.autocast(forward.x_BD.device.type, enabled=False)
 
 
 def _pre(sae: SAE, x_AD: Tensor, pre_AF: Tensor) -> Tensor:
-    """What `pre` compares of tokens and their pre-activations, with its gradient."""
+    """What `codes: pre` compares, with its gradient."""
     pre_AF = select(x_AD, sae.b_dec, sae.W_enc, sae.b_enc, pre_AF, every_latent(pre_AF))
     return pre_AF if isinstance(sae.config, AbsTopKConfig) else pre_AF.relu()
 
 
 @contextmanager
 def _aside(sparsifier: Sparsifier, tokens: int) -> Iterator[None]:
-    """Let `sparsifier` choose from `tokens` (over all ranks) beside the batch's; only those set its threshold."""
+    """Let `sparsifier` choose from `tokens` (over all ranks) beside the batch's, without changing its threshold."""
     before = {name: buffer.clone() for name, buffer in sparsifier.named_buffers()}
     ranked = sparsifier if isinstance(sparsifier, RankedBatchTopK) else None
     whole = None if ranked is None else ranked.whole
@@ -157,8 +158,8 @@ def info_nce(
         L = -1/(2N) sum_i log [e^s_ii / (e^s_ii + sum_{j: clip_j != clip_i} e^s_ij)]
             -1/(2N) sum_j log [e^s_jj / (e^s_jj + sum_{i: clip_i != clip_j} e^s_ij)]
 
-    Sums run over valid pairs alone. Tokens of the same clip are never negatives: neighboring patches would be pushed
-    apart. T-SAE's code halves the sum of the directions as here; its paper does not.
+    Sums are over valid pairs only. Tokens of the same clip are never negatives: neighboring patches would be pushed
+    apart. T-SAE's code halves the sum of both directions, as here; its paper does not.
 
     Args:
         anchor_AG: [A, G]
@@ -170,7 +171,7 @@ def info_nce(
     """
     if similarity == "cosine":
         anchor_AG, neighbor_AG = nnf.normalize(anchor_AG, dim=1), nnf.normalize(neighbor_AG, dim=1)
-    # A raw product has no bound, and would be rounded to 8 bits; a cosine loses a hundredth of its gradient at most.
+    # A raw product is unbounded: bfloat16 would round it to 8 bits. A cosine loses at most 1 % of its gradient.
     exact = nullcontext() if similarity == "cosine" else torch.autocast(anchor_AG.device.type, enabled=False)
     with exact:
         s_AA = (anchor_AG @ neighbor_AG.T).to(anchor_AG.dtype) / temperature
@@ -223,8 +224,8 @@ class Contrast:
 class Smoothness:
     """weight x mean over temporal pairs of max(cos(x, x'), 0) ||z - z'||_1: T-SAE's alternative without negatives.
 
-    The cosine is of raw tokens, as in its code. They share a mean, so it is nearly always positive; where it is not, a
-    pair counts nothing [RECON]: a negative one would reward distance, without bound.
+    The cosine is of raw tokens, as in T-SAE's code. They share a mean, so it is nearly always positive. [RECON] Where
+    it is negative the pair has weight 0: a negative weight would reward distance, without bound.
 
     Args:
         weight: lambda.

@@ -1,9 +1,9 @@
-"""What training minimizes: a sum of terms, each of which reports its own metrics.
+"""The loss: a sum of terms, each of which reports its own metrics.
 
     tokens ─▶ Forward (pre-activations, codes, reconstruction) ─▶ term, term, ... ─▶ sum of losses, union of metrics
 
 A term is a callable that reads a `Forward` and gives a `Term`: the weighted loss and named metrics (0-dimensional
-tensors, detached, still on the device). Losses are divided by the variance of the whole data set, a constant: a
+tensors, detached, still on the device). Losses are divided by the variance of the whole data set, a constant, so that a
 weight means the same for every backbone and batch.
 """
 
@@ -37,17 +37,17 @@ class Forward:
     codes: Codes
     recon_BD: Tensor
     dead_F: Tensor
-    """bool: latents that have not fired for long."""
+    """bool: dead latents (see `tubelet_trainer.optim.dead_latents`)."""
     step: int = 0
-    """Of the training, from 0."""
+    """Training step, from 0."""
     dead_bound: int | None = None
-    """At most so many latents are dead, as far as the host knows; None: any number may be."""
+    """Upper bound of the number of dead latents, as far as the host knows; None: unknown."""
     batch: Batch | None = None
-    """Where the tokens come from, and their neighbors."""
+    """Positions of the tokens, and their neighbors."""
     hook: str = ""
-    """Which of the batch's tokens they are."""
+    """Hook of the tokens."""
     ranks: ProcessGroup = ALONE
-    """Who holds the rest of the batch."""
+    """Processes that hold the rest of the batch."""
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Forward:
         hook: str = "",
         ranks: ProcessGroup = ALONE,
     ) -> Forward:
-        """Run `sae` on normalized tokens."""
+        """Run `sae` on normalized tokens [B, D]."""
         pre_BF = sae.pre_activations(x_BD)
         codes = sae.activate(x_BD, pre_BF)
         recon_BD = sae.reconstruct(codes)
@@ -94,7 +94,7 @@ class Term:
 
 
 class TermFunction(Protocol):
-    """Anything that makes a `Term` of a `Forward`."""
+    """A callable that computes a `Term` from a `Forward`."""
 
     def __call__(self, forward: Forward) -> Term:
         """The term's loss and metrics on one batch."""
@@ -114,7 +114,7 @@ class Reconstruction:
         self._ends, self._weights = DeviceScalar(()), DeviceScalar(())
 
     def begin(self, sae: SAE, step: int) -> None:
-        """Draw the prefixes of step `step`."""
+        """Sample the prefixes of step `step`."""
         config = sae.config
         cut = cuts(config.nesting, sae.latents, getattr(sae.sparsifier, "k", 0), config.seed, step)
         if self._cut is None or len(cut.ends) != len(self._cut.ends):
@@ -190,7 +190,8 @@ class AuxK:
         return min(self.k, latents, latents if forward.dead_bound is None else forward.dead_bound)
 
     def term(self, ratio: Tensor, dead_share: Tensor, any_dead: Tensor) -> Term:
-        """The term from what is left of the residual: 0 where nobody is dead, or it is not a number."""
+        """The term from the ratio of unexplained to total residual: 0 if no latent is dead or the ratio is not
+        finite."""
         ratio = torch.where(any_dead & ratio.isfinite(), ratio, 0)
         return Term(self.coef * ratio, {"dead": dead_share, "auxk": ratio.detach()})
 
@@ -209,13 +210,13 @@ class Objective:
         return Term(loss, {"loss": loss.detach(), **metrics})
 
     def begin(self, sae: SAE, step: int) -> None:
-        """Tell terms which step comes (their `begin`), before they are called."""
+        """Announce step `step` to the terms that have a `begin`."""
         for term in self.terms:
             if (begin := getattr(term, "begin", None)) is not None:
                 begin(sae, step)
 
     def state(self) -> dict[str, Tensor]:
-        """What terms carry from step to step (their `state`), by reference."""
+        """State of the terms that have a `state`, by reference."""
         return {
             f"{number}/{name}": tensor
             for number, term in enumerate(self.terms)

@@ -87,7 +87,7 @@ class SparsityPenalty(ABC):
         return {"log_gain": self.weight.log_gain}
 
     def begin(self, _sae: SAE, step: int) -> None:
-        """Set what step `step` changes."""
+        """Set the weight of step `step`."""
         self.weight.begin(step)
 
     def __call__(self, forward: Forward) -> Term:
@@ -117,7 +117,7 @@ class L1Penalty(SparsityPenalty):
         self._ends = DeviceScalar(())
 
     def begin(self, sae: SAE, step: int) -> None:
-        """Draw the prefixes of step `step`."""
+        """Sample the prefixes of step `step`."""
         super().begin(sae, step)
         nesting = sae.config.nesting
         if isinstance(nesting, RandomPrefixes):

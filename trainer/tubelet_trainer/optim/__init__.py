@@ -1,1 +1,1 @@
-"""One optimization step: optimizer, stacked SAEs, sharded dictionaries, CUDA graphs."""
+"""One training step: SAE and optimizer, stacked SAEs, CUDA graphs, dead-latent counts."""

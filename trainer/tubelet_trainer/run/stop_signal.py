@@ -1,9 +1,9 @@
-"""Told to stop: Ctrl-C, or SIGTERM, which SLURM and Kubernetes send before they take a machine away.
+"""Stop requests: Ctrl-C, or SIGTERM, which SLURM and Kubernetes send before they reclaim a machine.
 
-    signal ─▶ noted ─▶ the step in work ends ─▶ checkpoint ─▶ the process ends
+    signal ─▶ noted ─▶ the current step ends ─▶ checkpoint ─▶ the process ends
 
-Another signal a second later or more does what it always does. Sooner it may be the same one: a scheduler signals every
-process, and the launcher of several ranks passes its own on.
+A second signal at least one second later has its usual effect. An earlier one may be the same request: a scheduler
+signals every process, and the launcher of several ranks forwards its own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tubelet_trainer.process_group import ProcessGroup
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME_WITHIN_S = 1.0
-_NOTE = b"tubelet: stopping after this step; once more stops at once.\n"
+_NOTE = b"tubelet: stopping after this step; a second signal stops at once.\n"
 
 
 class StopRequest:
-    """Whether this process, or another rank of its run, was told to stop."""
+    """Whether this process, or another rank of its run, was asked to stop."""
 
     def __init__(self) -> None:
         self._came: int | None = None
@@ -35,12 +35,12 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Note signals instead of being interrupted by them. Other threads than the main one get none anyway."""
+        """Note signals instead of being interrupted by them. Python delivers signals to the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {each: signal.getsignal(each) or signal.SIG_DFL for each in _SIGNALS}
-        # What the parent had ignored (a script's background job ignores Ctrl-C) stays ignored.
+        # A signal that the parent process ignores (a background job ignores Ctrl-C) stays ignored.
         before = {each: handler for each, handler in before.items() if handler is not signal.SIG_IGN}
 
         def restore() -> None:
@@ -50,7 +50,7 @@ class StopRequest:
         def note(number: int, _frame: FrameType | None) -> None:
             if self._came is None:
                 self._came, self._came_at_s = number, time.monotonic()
-                # Not `print`: the signal may have come amid one, and whoever reads may be gone.
+                # Not `print`: the signal may have interrupted one, and the reader may be gone.
                 with contextlib.suppress(OSError):
                     os.write(2, _NOTE)
             elif time.monotonic() - self._came_at_s > _SAME_WITHIN_S:
@@ -65,14 +65,14 @@ class StopRequest:
             restore()
 
     def requested(self, ranks: ProcessGroup, device: torch.device) -> bool:
-        """Some rank was told to stop; a collective call."""
+        """Whether some rank was asked to stop; a collective call."""
         if ranks.size == 1:
             return self._came is not None
-        told = torch.tensor(float(self._came is not None), device=device)
-        return float(ranks.sum(told)) > 0
+        requested = torch.tensor(float(self._came is not None), device=device)
+        return float(ranks.sum(requested)) > 0
 
     def leave(self, ranks: ProcessGroup) -> None:
-        """End as the signal asks, all ranks together: the launcher ends those that are left when one has ended.
+        """End the process as the signal asks, all ranks together: the launcher kills the rest when one has ended.
 
         Raises:
             KeyboardInterrupt: it was Ctrl-C.

@@ -26,14 +26,14 @@ _RECORD = "tracker.json"
 
 
 class Tracker(Protocol):
-    """Takes metrics as they come."""
+    """Receives metrics as they are logged."""
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """`values` of step `step`, of `kind` train or eval."""
         ...
 
     def close(self) -> None:
-        """Everything written is where it belongs when this returns."""
+        """Flush and close; everything is written when this returns."""
         ...
 
 

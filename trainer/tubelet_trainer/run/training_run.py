@@ -32,7 +32,7 @@ from tubelet_trainer.optim.sae_trainer import SAETrainer
 from tubelet_trainer.process_group import ALONE, ProcessGroup
 from tubelet_trainer.run.checkpoint import Checkpoint
 from tubelet_trainer.run.environment import software
-from tubelet_trainer.run.heldout import evaluate
+from tubelet_trainer.run.heldout import evaluate, temporal_coherence
 from tubelet_trainer.run.trackers import defined
 from tubelet_trainer.sae.init import initialize, needs_tokens
 from tubelet_trainer.sae.model import SAE
@@ -187,6 +187,10 @@ class Run:
             l0, dead = self.ranks.sum(own).tolist()
             figures |= {"l0": l0, "dead": dead / self.ranks.size}
         return figures
+
+    def coherence(self, sae_run: SAERun, heldout_pairs: Stream) -> dict[str, float]:
+        """Temporal coherence of the SAE's codes on held-out tokens; a collective call."""
+        return temporal_coherence(sae_run.sae_trainer.result(), heldout_pairs, sae_run.hook)
 
     def checkpoint(self, step: int) -> Checkpoint:
         """The state after `step` steps, complete on the first rank. A collective call."""

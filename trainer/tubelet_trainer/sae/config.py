@@ -28,48 +28,48 @@ from tubelet.config import Config, misfit
 
 
 class NormalizationConfig(Config):
-    """How tokens are centered, scaled or whitened by the store's moments. Folded into the weights at export."""
+    """How tokens are centered, scaled or whitened with the store's moments. Folded into the weights at export."""
 
     center: bool = True
     """Subtract the mean of all tokens."""
     scale: bool = True
-    """Divide by one number, so that the total variance of the tokens is their number of channels."""
+    """Divide by one number, so that the total variance of the tokens equals their number of channels."""
     whitening: Literal["none", "zca", "pca"] = "none"
-    """Give all directions the same variance: zca turns back to the channels, pca leaves the principal axes."""
+    """Give all directions the same variance: zca rotates back to the channels, pca stays in the principal axes."""
     shrinkage: float = Field(default=1e-3, gt=0)
-    """Whitening: this share of the mean variance is added to the variance of each principal direction."""
+    """Whitening: this fraction of the mean variance is added to the variance of each principal direction."""
 
 
 class InitConfig(Config):
-    """Initial weights. The encoder starts as the decoder's transpose, in storage of its own."""
+    """Initial weights. The encoder starts as a copy of the decoder's transpose."""
 
     directions: Literal["random", "data", "active_subspace"] = "random"
-    """Decoder rows. data: 0.8 (token - mean) + 0.2 Kaiming (saev); active_subspace: random within the leading
-    principal directions of a batch (as OpenMOSS does)."""
+    """Decoder rows. data: 0.8 (token - mean) + 0.2 Kaiming noise (saev); active_subspace: random within the leading
+    principal directions of a batch (OpenMOSS)."""
     bias: Literal["mean", "geometric_median"] = "mean"
-    """Where the decoder's bias starts."""
+    """Initial decoder bias."""
     subspace: int | None = Field(default=None, ge=1)
-    """active_subspace: how many principal directions; none: half the channels."""
+    """active_subspace: number of principal directions. Default: half the channels."""
     tokens: int = Field(default=16_384, ge=2)
-    """Most training tokens looked at; the first of the run's order."""
+    """Maximum number of training tokens that the initialization reads, the first of the run's order."""
 
 
 class Flat(Config):
-    """The reconstruction is read once, from the whole code."""
+    """One reconstruction, from the whole code."""
 
     kind: Literal["flat"] = "flat"
 
 
 class Groups(Config):
-    """Matryoshka with fixed groups: prefixes of the dictionary, the same in every step (Bussmann et al. 2025)."""
+    """Matryoshka with fixed groups: the same prefixes of the dictionary in every step (Bussmann et al. 2025)."""
 
     kind: Literal["groups"] = "groups"
     fractions: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.0625, 0.125, 0.25, 0.5625), min_length=1)
-    """Share of the dictionary in each group, first to last; they are divided by their sum."""
+    """Share of the dictionary in each group, first to last; normalized to sum 1."""
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """Weight of each prefix's reconstruction, divided by their sum; none: equal."""
+    """Weight of each prefix's reconstruction; normalized to sum 1. Default: equal."""
     bias_alone: bool = True
-    """The decoder's bias alone counts as the first prefix, with the mean weight, as in Bussmann's code."""
+    """The decoder bias alone counts as the first prefix, with the mean weight, as in Bussmann's code."""
 
     @model_validator(mode="after")
     def _a_weight_each(self) -> Groups:
@@ -92,7 +92,7 @@ class Groups(Config):
 
 
 class RandomPrefixes(Config):
-    """Matryoshka with prefixes drawn anew in every step, the last one whole (Abeshima 2024; saev)."""
+    """Matryoshka with prefixes sampled in every step, the last one whole (Abeshima 2024; saev)."""
 
     kind: Literal["random"] = "random"
     prefixes: int = Field(default=10, ge=1)
@@ -100,26 +100,27 @@ class RandomPrefixes(Config):
     power: float = Field(default=0.5, gt=0)
     """Pareto power: P(length > l) is proportional to l^-power."""
     sort_every: int | None = Field(default=100, ge=1)
-    """Steps between sortings of the latents by running energy, so that the strongest stand in most prefixes (Abeshima
-    2024, where it is every step). None: never."""
+    """Steps between sortings of the latents by running energy, so that the strongest are in most prefixes (Abeshima
+    2024 sorts in every step). null: never."""
 
 
 class NestedK(Config):
-    """Matryoshka over k: the same code read with its largest k_1 < k_2 < ... values (MSAE, Zaigrajew et al. 2025)."""
+    """Matryoshka over k: reconstructions from the largest k_1 < k_2 < ... values of a code (MSAE, Zaigrajew et al.
+    2025)."""
 
     kind: Literal["ks"] = "ks"
     ks: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """Ascending, the last one `sae.k`; none: sae.k and its halves, down to 4."""
+    """Ascending, the last one `sae.k`. Default: sae.k and its halves, down to 4."""
     weights: Literal["uniform", "reverse"] = "uniform"
-    """uniform (UW): all 1; reverse (RW): n, n-1, ..., 1, the largest for the smallest k."""
+    """uniform (UW): all 1; reverse (RW): n, n-1, ..., 1, the largest weight for the smallest k."""
 
 
 class Hierarchical(Config):
-    """Every number of values from 1 to k must reconstruct (HierarchicalTopK)."""
+    """Reconstructions from every number of values from 1 to k (HierarchicalTopK)."""
 
     kind: Literal["hierarchical"] = "hierarchical"
     levels: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """Only these numbers of values, ascending, the last one `sae.k`; none: all of 1, 2, ..., k."""
+    """Only these numbers of values, ascending, the last one `sae.k`. Default: all of 1, 2, ..., k."""
 
 
 def _kind_defaults_to(name: str) -> BeforeValidator:
@@ -136,26 +137,27 @@ AnyNesting = Annotated[
 
 
 class SAEConfig(Config):
-    """What all kinds of SAE share. Use one of the kinds below."""
+    """Fields of all kinds of SAE. Use one of the kinds below."""
 
     expansion: int = Field(default=8, ge=1)
     """Latents per channel; `latents` overrides it."""
     latents: int | None = Field(default=None, ge=1)
-    """Dictionary size F; none: expansion x channels."""
+    """Dictionary size F. Default: expansion x channels."""
     normalization: NormalizationConfig = NormalizationConfig()
-    """What happens to tokens before and after."""
+    """How tokens are normalized."""
     init: InitConfig = InitConfig()
     """Initial weights."""
     nesting: AnyNesting = Flat()
-    """Parts of the code that must reconstruct by themselves (Matryoshka)."""
+    """Parts of the code that must reconstruct on their own (Matryoshka)."""
     auxk: int | None = Field(default=None, ge=0)
-    """Dead latents that model the residual (AuxK); none: half the channels for the kinds with a k, else 0: off."""
+    """Dead latents per token that model the residual (AuxK). Default: half the channels for the kinds with a k, else 0
+    (off)."""
     auxk_coef: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK term (Gao et al. 2024, arXiv 2406.04093)."""
     dead_after_tokens: int | None = Field(default=None, ge=1)
-    """Tokens without firing after which a latent counts as dead; none: 10 million, at most a tenth of the run."""
+    """A latent is dead after this many tokens without firing. Default: 10 million, at most a tenth of the run."""
     seed: int = 0
-    """Chooses the initial weights, and what else is drawn for this SAE."""
+    """Seed of the initial weights and of everything else sampled for this SAE."""
 
     @model_validator(mode="after")
     def _nests(self) -> SAEConfig:
@@ -187,7 +189,7 @@ class _KConfig(SAEConfig):
     k: int = Field(default=32, ge=1)
     """Active latents per token."""
     k_anneal_steps: int = Field(default=0, ge=0)
-    """Steps in which k falls linearly from the number of channels to its value, at most half the run."""
+    """Steps over which k falls linearly from the number of channels to its final value, at most half the run."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> _KConfig:
@@ -211,11 +213,12 @@ class TopKConfig(_KConfig):
 
 
 class BatchTopKConfig(_KConfig):
-    """Keep the B k largest of a training batch; afterwards all above a learned threshold (Bussmann et al. 2024)."""
+    """Keep the B k largest of a training batch of B tokens; at inference all above a learned threshold (Bussmann et al.
+    2024)."""
 
     kind: Literal["batchtopk"] = "batchtopk"
     threshold_momentum: float = Field(default=0.01, gt=0, le=1)
-    """Weight of the newest batch in the running threshold (0.01: Bussmann's code; 0.001 in dictionary_learning)."""
+    """Weight of the newest batch in the running threshold (0.01: Bussmann's code; 0.001: dictionary_learning)."""
 
 
 class AbsTopKConfig(_KConfig):
@@ -225,17 +228,17 @@ class AbsTopKConfig(_KConfig):
 
 
 class _PenalizedConfig(SAEConfig):
-    """Kinds that a penalty makes sparse."""
+    """Kinds made sparse by a penalty."""
 
     sparsity_warmup_steps: int = Field(default=500, ge=0)
-    """Steps in which the penalty rises linearly from 0, at most a tenth of the run (500: saev)."""
+    """Steps over which the penalty rises linearly from 0, at most a tenth of the run (500: saev)."""
     target_l0: float | None = Field(default=None, gt=0)
-    """Wanted active latents per token. The penalty's weight is steered toward it, starting at `sparsity`, and at most
-    1000 times that or a 1000th. [RECON]"""
+    """Target number of active latents per token. A controller adapts the penalty weight, starting at `sparsity`, within
+    a factor of 1000. Default: the weight stays at `sparsity`."""
 
 
 class ReLUConfig(_PenalizedConfig):
-    """All positive pre-activations, made few by an L1 penalty (Bricken et al. 2023; saev)."""
+    """All positive pre-activations, sparse because of an L1 penalty (Bricken et al. 2023; saev)."""
 
     kind: Literal["relu"] = "relu"
     sparsity: float = Field(default=8e-4, gt=0)
@@ -243,7 +246,7 @@ class ReLUConfig(_PenalizedConfig):
 
 
 class GatedConfig(_PenalizedConfig):
-    """One path decides which latents are active, another how strongly (Rajamanoharan et al. 2024a)."""
+    """A gate decides which latents are active, a second path their values (Rajamanoharan et al. 2024a)."""
 
     kind: Literal["gated"] = "gated"
     sparsity: float = Field(default=8e-4, gt=0)
@@ -253,25 +256,25 @@ class GatedConfig(_PenalizedConfig):
 class JumpReLUConfig(_PenalizedConfig):
     """All pre-activations above a learned threshold per latent (Rajamanoharan et al. 2024b).
 
-    Bandwidth and first threshold count in standard deviations of a channel (root mean square, after normalization): how
-    far the pre-activation of a direction of length 1 spreads, whatever the number of channels. [RECON] The paper's 1e-3
-    belongs to tokens of mean squared norm 1; here it is 1e-3 sqrt(D), 0.06 for 3584 channels. What Adam moves, by at
-    most the learning rate per step, is the logarithm of a threshold, so a short run that starts so low does not arrive.
-    After 3000 steps of 2048 latents for 256 channels, target_l0 16, with bandwidth and first threshold alike: L0 47
-    from 0.06 (the weight at its limit), 13.5 from 0.3 (there for 1000 steps), 13.2 from 1 (never near it). 96 latents
-    for 12 channels, target_l0 4: L0 4.1 or 4.2 from 0.03, 0.1, 0.3 and 1.
+    Bandwidth and initial threshold are in standard deviations of a channel (root mean square, after normalization): the
+    spread of the pre-activation of a direction of length 1, whatever the number of channels.
     """
+
+    # [RECON] The paper's 1e-3 is for tokens of mean squared norm 1; here it is 1e-3 sqrt(D), 0.06 for 3584 channels.
+    # Adam moves the logarithm of a threshold, by at most the learning rate per step, so a short run that starts so low
+    # does not arrive. After 3000 steps of 2048 latents for 256 channels, target_l0 16, with bandwidth and initial
+    # threshold alike: L0 47 from 0.06 (the weight at its limit), 13.5 from 0.3 (there for 1000 steps), 13.2 from 1
+    # (never near it). 96 latents for 12 channels, target_l0 4: L0 4.1 or 4.2 from 0.03, 0.1, 0.3 and 1.
 
     kind: Literal["jumprelu"] = "jumprelu"
     penalty: Literal["linear", "quadratic"] = "linear"
-    """linear: sparsity x L0; quadratic: sparsity x (L0 / target_l0 - 1)^2, with a weight that stays."""
+    """linear: sparsity x L0; quadratic: sparsity x (L0 / target_l0 - 1)^2, with a constant weight."""
     sparsity: float = Field(default=1e-3, gt=0)
-    """Weight of the penalty. [RECON] the papers' values belong to other scales of loss."""
+    """Weight of the penalty."""
     bandwidth: float = Field(default=1.0, gt=0)
-    """Width of the rectangle kernel through which thresholds get their gradient, in standard deviations of a channel.
-    [RECON]"""
+    """Width of the rectangle kernel of the thresholds' pseudo-gradient, in standard deviations of a channel."""
     initial_threshold: float = Field(default=1.0, gt=0)
-    """Where the thresholds start, in standard deviations of a channel. [RECON]"""
+    """Initial thresholds, in standard deviations of a channel."""
 
     @model_validator(mode="after")
     def _has_target(self) -> JumpReLUConfig:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Channels per program. [RECON] untuned: no GPU was at hand when this was written.
+# Channels per program. [RECON] Untuned: no GPU was available.
 _BLOCK = 256
 
 

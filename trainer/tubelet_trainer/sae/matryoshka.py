@@ -2,9 +2,8 @@
 
     code ──ordered (by latent, or by magnitude)──▶ groups ──decoded each, summed up──▶ reconstructions of the prefixes
 
-All meanings of the name are one idea with another order and other cuts: prefixes of the dictionary (`Groups`,
-`RandomPrefixes`) or of the sorted values (`NestedK`, `Hierarchical`). Each group is decoded once, sparsely, whatever
-the number of prefixes.
+The variants differ in the order and the cuts: prefixes of the dictionary (`Groups`, `RandomPrefixes`) or of the sorted
+values (`NestedK`, `Hierarchical`). Each group is decoded once, sparsely, for any number of prefixes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tubelet_trainer.sae.sparse_ops import decode_groups, is_dense
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where the prefixes end, and what each counts."""
+    """Ends and weights of the prefixes."""
 
     ends: tuple[int, ...]
     """Ascending; the last prefix is everything. Latents, or ranks by magnitude."""

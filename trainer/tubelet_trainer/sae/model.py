@@ -2,7 +2,7 @@
 
     x ──normalize──▶ x_n ──W_enc (x_n - b_dec) + b_enc──▶ pre ──sparsifier──▶ code ──code W_dec + b_dec──▶ x_n^ ──▶ x^
 
-Public methods take and give raw tokens. Training works in normalized space, through `pre_activations`, `activate` and
+Public methods take and return raw tokens. Training works in normalized space, through `pre_activations`, `activate` and
 `reconstruct`. Codes are held as K (value, latent) pairs per token; a dense code exists only where one is asked for, or
 where the kind keeps many latents (K = F).
 """

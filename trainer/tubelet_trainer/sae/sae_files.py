@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +52,7 @@ def save_sae(folder: Path, sae: SAE, provenance: dict[str, JsonValue]) -> None:
     replace_file(folder / RECORD, json.dumps(record, indent=2).encode())
 
 
-def load_record(folder: Path | str) -> SAERecord:
+def load_record(folder: str | os.PathLike[str]) -> SAERecord:
     """Recipe and provenance of the SAE in `folder`.
 
     Raises:
@@ -70,7 +71,7 @@ def load_record(folder: Path | str) -> SAERecord:
     return validate(SAERecord, current_record(tree) if isinstance(tree, dict) else tree, str(path))
 
 
-def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
+def load_sae(folder: str | os.PathLike[str], device: str = "cpu") -> SAE:
     """The SAE in `folder`, ready for inference (`eval` mode, no gradients), with its normalization.
 
     Raises:

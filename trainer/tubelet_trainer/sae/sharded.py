@@ -1,10 +1,10 @@
-"""A dictionary that lies on several ranks: each holds F / ranks of the latents, and all see every token.
+"""A dictionary split over ranks: each holds F / ranks of the latents, and all see every token.
 
     tokens ─▶ own pre-activations ─▶ own candidates ─┬─▶ the k-th largest of all ─▶ own codes ─▶ own part of x^ ─┬─▶ x^
                                      other ranks ────┘                              other ranks ─────────────────┘
 
-What is exchanged per step: k candidates a token and rank, the reconstruction, and the gradient of the encoder's input
-with respect to the decoder's bias. A checkpoint and an export hold the whole dictionary, as one process writes them.
+Exchanged per step: k candidates per token and rank, the reconstruction, and the gradient of the encoder's input with
+respect to the decoder bias. A checkpoint and an export hold the whole dictionary, as if written by one process.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class ShardedTopK(TopK):
 class RankedBatchTopK(BatchTopK):
     """BatchTopK over a batch whose tokens, or latents, lie on several ranks.
 
-    How many of the kept entries lie on a rank is known to the device alone, so each makes room for twice its even
-    share; what exceeds that is dropped, which two ranks never see. [RECON]
+    How many of the kept entries are on a rank is known to the device only. [RECON] Each makes room for twice its even
+    share, and drops what exceeds that (never with two ranks): more room would cost memory and time in every step.
     """
 
     stackable = False

@@ -8,7 +8,7 @@ swapped.
     select:  pre_nk = W[indices_nk] . (x_n - b_dec) + b_enc[indices_nk]  (the pre-activations that were kept)
 
 Where tokens keep different numbers, the entries of a batch are one list, token after token, and `Bags` tells whose
-they are; the list's length is known before it is filled, so nobody waits for the device.
+they are; its length is known in advance, so nothing synchronizes with the device.
 
 Codes whose indices come from `every_latent` are dense (K = F), and both products are plain matrix products. So kinds
 that keep many latents go the same way as those that keep few.

@@ -134,8 +134,8 @@ class BatchTopK(Sparsifier):
         """Weight of the next batch: more than `momentum` early in a run, less where it is short, see `SAE.anneal`."""
 
     def forward(self, pre_NF: Tensor) -> Choice:
-        """In training a list of N k entries; else K is the largest number kept by any token, at least 1: reading it
-        waits for the device."""
+        """In training a list of N k entries; at inference K is the largest number kept by any token, at least 1
+        (reading it synchronizes with the device)."""
         if self.training:
             values_1E, places_1E = largest(pre_NF.reshape(1, -1), self.budget(pre_NF))
             return self.chosen(values_1E[0], places_1E[0], pre_NF)
@@ -155,7 +155,7 @@ class BatchTopK(Sparsifier):
         places_E, order = places_E.sort()
         keep = self._keep(values_E[order])
         smallest = torch.where(keep, values_E[order], torch.inf)
-        # Nobody's, where a rank has no token of a short last batch.
+        # Infinity is appended because a rank may have no token of a short last batch.
         self._learn(torch.cat([smallest, smallest.new_full((1,), torch.inf)]).amin())
         tokens, latents = pre_NF.shape
         return Choice(places_E % latents, keep, Bags.sorted(places_E // latents, tokens))

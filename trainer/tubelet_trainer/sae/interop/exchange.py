@@ -1,7 +1,7 @@
 """`tubelet export` and `tubelet import`: SAEs to and from other libraries.
 
-Inside a run an SAE is kept with its normalization beside it; what leaves has it folded into the weights, and takes raw
-tokens.
+In a run an SAE is stored with its normalization beside it; an exported one has it folded into the weights, and takes
+raw tokens.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from tubelet.errors import TubeletError
 
 
 class ExportConfig(Config):
-    """An SAE of ours for others."""
+    """Write a trained SAE for another library."""
 
     run: Path
     """Folder of the run, with sae.safetensors and sae.json."""
     out: Path
     """Folder to write; it must not hold an SAE yet."""
     format: Literal["saelens", "safetensors"] = "saelens"
-    """saelens: cfg.json and sae_weights.safetensors, for sae_lens.SAE.load_from_disk; safetensors: our own two files,
-    normalization folded in."""
+    """saelens: cfg.json and sae_weights.safetensors, for sae_lens.SAE.load_from_disk; safetensors: Tubelet's own two
+    files, with the normalization folded into the weights."""
 
 
 class ImportConfig(Config):
-    """An SAE of others for us."""
+    """Read an SAE of another library."""
 
     path: Path
     """saelens: the folder with cfg.json; saev: its file, often sae.pt."""
@@ -38,14 +38,14 @@ class ImportConfig(Config):
     format: Literal["saelens", "saev"] = "saelens"
     """Which library wrote it."""
     hook: str | None = None
-    """Of which hook's tokens it is, as the store names it; kept in sae.json."""
+    """Hook it was trained on, as the store names it; recorded in sae.json."""
     input_bias: Literal["auto", "subtracted", "kept"] = "auto"
-    """saev: whether the encoder sees x - b_dec or x. auto: by the file's schema number."""
+    """saev: whether the encoder takes x - b_dec (subtracted) or x (kept). auto: by the file's schema number."""
     mean: Path | None = None
-    """saev: file with the mean that its loader subtracted from the tokens (scale_mean), a vector: .npy or a torch file.
-    None: none was."""
+    """saev: file with the mean vector that its loader subtracted from the tokens (scale_mean): .npy or a torch file.
+    Default: none."""
     scale: float | None = Field(default=None, gt=0)
-    """saev: the number that its loader then divided them by (scale_norm): their mean norm / sqrt(channels). None: 1."""
+    """saev: the number that its loader then divided tokens by (scale_norm): mean norm / sqrt(channels). Default: 1."""
 
     @model_validator(mode="after")
     def _of_saev(self) -> ImportConfig:
@@ -74,7 +74,7 @@ def export_sae(config: ExportConfig) -> Path:
 
 
 def import_sae(config: ImportConfig) -> Path:
-    """Write the SAE at `config.path` as one of ours; the folder.
+    """Write the SAE at `config.path` in Tubelet's format; the folder.
 
     Raises:
         TubeletError: it cannot be read or has no counterpart here, or there is one where it should go.
@@ -92,9 +92,9 @@ def import_sae(config: ImportConfig) -> Path:
         mode="json", include={"input_bias", "mean", "scale"} if config.format == "saev" else set()
     )
     if config.mean is not None and "mean" in given:
-        # What leaves this machine names no folder of it.
+        # No local path in a file that is shared.
         given["mean"] = {"file": config.mean.name, "sha256": hashlib.sha256(config.mean.read_bytes()).hexdigest()}
-    # What was exported from here says itself what it was trained on.
+    # A file exported by Tubelet records what it was trained on.
     known: JsonValue = described
     for level in ("metadata", "tubelet", "provenance"):
         known = known.get(level) if isinstance(known, dict) else None
