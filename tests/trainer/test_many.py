@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from stores import make_plan, make_store
 from tubelet.cli.main import main
+from tubelet.config import load_config
 from tubelet.errors import TubeletError
 from tubelet_trainer.config import TrainConfig
 from tubelet_trainer.data.streams import open_stores
@@ -210,3 +211,9 @@ def test_stores_are_mixed_in_training(store, tmp_path):
     narrow = make_store(tmp_path / "narrow.zarr", make_plan(clips=10, grid=(4, 3, 4), hooks={"h": 8}))
     with pytest.raises(TubeletError, match="hook h differ"):
         train(configure(store, tmp_path / "bad", mix={narrow.url: 0.25}))
+
+
+def test_a_run_of_several_kinds_is_resumed_from_its_own_config_yaml(together):
+    before = {name: weights(together / name) for name in SAES}
+    again = train(load_config(TrainConfig, together / "config.yaml", {}))
+    assert all(same(weights(again / name), before[name]) for name in SAES)

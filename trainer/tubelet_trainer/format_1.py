@@ -15,6 +15,7 @@ _FIELDS = {
     "optimiser": "optimizer",
     "neighbours": "neighbors",
     "mirror": "cache",
+    "transport": "client",
 }
 
 # Last parts of the names of tensors, in sae.safetensors and in a checkpoint.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tubelet.durable_files import replace_file
 from tubelet.errors import TubeletError, nearest
-from tubelet.formats import number
+from tubelet.formats import UNDEFINED, number
 from tubelet.tables import Table, Tabular
 from tubelet_trainer.sae.sae_files import RECORD, load_record, load_sae
 
@@ -144,7 +144,9 @@ class TrainResult(Tabular):
         tokens = f", {self.saes[0].tokens:,} tokens" if self.saes else ""
         definitions = {name: text for name, text in _DEFINITIONS.items() if name in columns}
         notes = [f"{name}: {definitions[name].lower()}" for name in ("coherence", "other clips") if name in columns]
-        return Table(columns, title=f"Training run {self.out}{tokens}", notes=notes, definitions=definitions)
+        texts = {"dead": [UNDEFINED if sae.dead is None else f"{sae.dead:.1%}" for sae in self.saes]}
+        title = f"Training run {self.out}{tokens}"
+        return Table(columns, title=title, notes=notes, definitions=definitions, texts=texts)
 
     def write(self) -> str | None:
         """Write saes.csv, saes.md and saes.png into the run's folder; why there is no plot, None if there is one."""
