@@ -147,7 +147,7 @@ def trained(folder: Path, shape: Shape, store: Store) -> SAE:
             sae={"k": shape.k, "latents": shape.latents},
             device="cpu",
         )
-    )
+    ).out
     return load_sae(out)
 
 

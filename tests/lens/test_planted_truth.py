@@ -117,7 +117,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             optimizer={"lr": 5e-3},
             device="cpu",
         )
-    )
+    ).out
     result = evaluate(
         EvaluateConfig(
             run=run,

@@ -241,7 +241,7 @@ def test_weight_zero_is_the_plain_sae_bit_by_bit(store, tmp_path):
 
 def test_each_objective_improves_what_it_is_about(store, tmp_path):
     def last(name, **objective):
-        out = train(configure(store, tmp_path / name, steps=150, objective=objective))
+        out = train(configure(store, tmp_path / name, steps=150, objective=objective)).out
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return lines[-1]
 

@@ -66,7 +66,7 @@ def same(one, other):
 def together(store, tmp_path_factory):
     out = tmp_path_factory.mktemp("together") / "run"
     listed = [{"name": name, **spec} for name, spec in SAES.items()]
-    return train(configure(store, out, sae={"dead_after_tokens": 96}, saes=listed))
+    return train(configure(store, out, sae={"dead_after_tokens": 96}, saes=listed)).out
 
 
 @pytest.mark.parametrize("name", SAES)
@@ -74,7 +74,7 @@ def test_trained_together_equals_trained_alone(together, tmp_path, name):
     # The configuration in an SAE's folder describes it alone.
     tree = yaml.safe_load((together / name / "config.yaml").read_text())
     assert not tree["saes"]
-    alone = train(TrainConfig.model_validate({**tree, "out": tmp_path / "alone"}))
+    alone = train(TrainConfig.model_validate({**tree, "out": tmp_path / "alone"})).out
     assert same(weights(alone), weights(together / name))
     assert log(alone) == log(together / name)
     if name == "plain":
@@ -123,7 +123,7 @@ def test_each_has_its_folder_and_its_own_hook(together):
 
 def test_several_continue_where_they_were_cut(store, tmp_path):
     fields = {"sweep": {"sae.seed": [0, 1], "objective": {"lambda_t": [0, 0.1]}}}
-    whole = train(configure(store, tmp_path / "whole", **fields))
+    whole = train(configure(store, tmp_path / "whole", **fields)).out
     learn = SAEGroup.learn
 
     def learn_or_crash(self, batch, step):
@@ -215,5 +215,5 @@ def test_stores_are_mixed_in_training(store, tmp_path):
 
 def test_a_run_of_several_kinds_is_resumed_from_its_own_config_yaml(together):
     before = {name: weights(together / name) for name in SAES}
-    again = train(load_config(TrainConfig, together / "config.yaml", {}))
+    again = train(load_config(TrainConfig, together / "config.yaml", {})).out
     assert all(same(weights(again / name), before[name]) for name in SAES)

@@ -138,7 +138,7 @@ def assert_equal_up_to_rounding(one, other, names):
 
 @pytest.fixture(scope="module")
 def alone(store, tmp_path_factory):
-    return train(configure(store, tmp_path_factory.mktemp("alone") / "run", SPLIT_BATCH))
+    return train(configure(store, tmp_path_factory.mktemp("alone") / "run", SPLIT_BATCH)).out
 
 
 def test_ranks_that_split_the_batch_equal_train(store, alone, tmp_path):
@@ -167,7 +167,7 @@ def test_ranks_that_split_the_dictionary_equal_train(store, alone, tmp_path, ran
 @pytest.mark.parametrize("begin", [1, 2])
 @pytest.mark.parametrize("parallel", ["data", "dictionary"])
 def test_a_run_is_continued_by_another_number_of_processes(store, tmp_path, parallel, begin):
-    whole = train(configure(store, tmp_path / "whole", SPLIT_LATENTS))
+    whole = train(configure(store, tmp_path / "whole", SPLIT_LATENTS)).out
     out = tmp_path / "run"
     config = configure(store, out, SPLIT_LATENTS, parallel=parallel)
     train(config) if begin == 1 else train_on_ranks(config, tmp_path)

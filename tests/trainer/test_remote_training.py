@@ -87,7 +87,7 @@ def same(one: Path, other: Path) -> bool:
 
 def test_the_weights_are_those_of_a_local_copy_bit_for_bit(local, url, tmp_path):
     cache = {"directory": tmp_path / "cache", "budget": BUDGET}
-    remote = train(configure(url, tmp_path / "remote", cache=cache))
+    remote = train(configure(url, tmp_path / "remote", cache=cache)).out
     recorded = (remote / "config.yaml").read_text()
     assert "resident_shards: 2" in recorded
     assert same(remote, train(configure(local.url, tmp_path / "local", resident_shards=2)))
@@ -96,7 +96,7 @@ def test_the_weights_are_those_of_a_local_copy_bit_for_bit(local, url, tmp_path)
 
 
 def test_a_cache_that_holds_all_gives_the_order_of_a_local_store(local, url, tmp_path):
-    remote = train(configure(url, tmp_path / "remote", epochs=1, cache={"directory": tmp_path / "cache"}))
+    remote = train(configure(url, tmp_path / "remote", epochs=1, cache={"directory": tmp_path / "cache"})).out
     assert same(remote, train(configure(local.url, tmp_path / "local", epochs=1)))
 
 
@@ -204,7 +204,7 @@ def test_jobs_of_a_node_train_through_one_small_cache_over_a_bad_network(local, 
         assert proxy.faults.total() >= 10
     assert 0 < most <= budget
     for seed in range(jobs):
-        alone = train(configure(local.url, tmp_path / f"alone-{seed}", resident_shards=2, epochs=1, seed=seed))
+        alone = train(configure(local.url, tmp_path / f"alone-{seed}", resident_shards=2, epochs=1, seed=seed)).out
         assert same(tmp_path / f"job-{seed}", alone)
 
 
@@ -232,7 +232,7 @@ def test_videos_extracted_straight_to_object_storage_train_as_from_a_local_copy(
     store_bytes = sum(copy.shard_object(hook, shard).stored.size_bytes for shard in range(copy.plan.shards))
     cache = {"directory": tmp_path / "cache", "budget": store_bytes // 5}
     fields = {"hook": hook, "window_tokens": 256, "batch_tokens": 128}
-    from_remote = train(configure(remote, tmp_path / "remote", cache=cache, **fields))
+    from_remote = train(configure(remote, tmp_path / "remote", cache=cache, **fields)).out
     together = yaml.safe_load((from_remote / "config.yaml").read_text())["resident_shards"]
     assert 1 <= together < copy.plan.shards
     assert same(from_remote, train(configure(copy.url, tmp_path / "local", resident_shards=together, **fields)))

@@ -69,7 +69,7 @@ sys.exit(main(["train", sys.argv[1]]))
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_told_to_stop_a_run_keeps_every_step_it_took(store, tmp_path, number, status):
     fields = {"steps": 300, "log_every": 1}
-    whole = train(configure(store, tmp_path / "whole", **fields))
+    whole = train(configure(store, tmp_path / "whole", **fields)).out
     out = tmp_path / "run"
     config = configure(store, out, **fields)
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
@@ -180,7 +180,7 @@ def test_where_all_saes_break_down_the_run_stops(store, tmp_path):
 
 def test_a_run_continues_where_its_stores_have_moved(store, tmp_path):
     other = make_store(tmp_path / "other.zarr", make_plan(clips=10, grid=(4, 3, 4), hooks={"h": 16}), seed=9)
-    whole = train(configure(store, tmp_path / "whole", mix={other.url: 0.25}))
+    whole = train(configure(store, tmp_path / "whole", mix={other.url: 0.25})).out
     out = tmp_path / "run"
     train(configure(store, out, mix={other.url: 0.25}, checkpoint_every=8))
     (out / "checkpoints" / "latest").write_text("step-00000016")

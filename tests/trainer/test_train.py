@@ -66,7 +66,7 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def finished(store, tmp_path_factory):
     """A whole run."""
-    return train(configure(store, tmp_path_factory.mktemp("whole") / "run"))
+    return train(configure(store, tmp_path_factory.mktemp("whole") / "run")).out
 
 
 def test_planted_features_are_found(tmp_path):
@@ -97,7 +97,7 @@ def test_planted_features_are_found(tmp_path):
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_a_run_continued_at_any_step_ends_in_the_same_weights(store, tmp_path, stop, kind):
     sae = {"kind": kind, "k": 4, "dead_after_tokens": 64}
-    whole = train(configure(store, tmp_path / "whole", sae=sae))
+    whole = train(configure(store, tmp_path / "whole", sae=sae)).out
     config = configure(store, tmp_path / "cut", sae=sae, checkpoint_every=1)
     cut_after(config, stop)
     assert same(weights(train(config)), weights(whole))
@@ -218,7 +218,7 @@ def test_a_finished_run_is_not_run_again(store, finished):
 
 
 def test_lost_export_is_made_again_from_the_last_checkpoint(store, tmp_path):
-    out = train(configure(store, tmp_path / "run"))
+    out = train(configure(store, tmp_path / "run")).out
     before, lines = weights(out), log(out)
     (out / "sae.json").unlink()
     assert same(weights(train(configure(store, out))), before)
@@ -238,7 +238,7 @@ def test_another_configuration_is_refused_by_name(store, finished, tmp_path):
 
 
 def test_what_only_shows_or_keeps_may_change(store, tmp_path):
-    whole = train(configure(store, tmp_path / "whole"))
+    whole = train(configure(store, tmp_path / "whole")).out
     config = configure(store, tmp_path / "cut")
     cut_after(config, 10)
     other = configure(store, tmp_path / "cut", log_every=2, eval_every=3, checkpoint_every=4, keep_checkpoints=1)
@@ -367,6 +367,6 @@ def test_the_verb_is_described_without_loading_torch():
 
 
 def test_holdout_can_be_switched_off(store, tmp_path):
-    out = train(configure(store, tmp_path / "run", holdout=HoldoutConfig(fraction=0).model_dump()))
+    out = train(configure(store, tmp_path / "run", holdout=HoldoutConfig(fraction=0).model_dump())).out
     assert not [line for line in log(out) if line["kind"] == "eval"]
     assert load_record(out).provenance["metrics"]["fvu"] > 0

@@ -90,10 +90,10 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("sae", EVERYTHING.values(), ids=EVERYTHING.keys())
 def test_with_everything_on_a_continued_run_ends_in_the_same_weights(store, tmp_path, sae):
-    whole = train(configure(store, tmp_path / "whole", sae=sae, optimizer=ON))
+    whole = train(configure(store, tmp_path / "whole", sae=sae, optimizer=ON)).out
     config = configure(store, tmp_path / "cut", sae=sae, optimizer=ON, checkpoint_every=1)
     cut_after(config, 18)
-    out = train(config)
+    out = train(config).out
     ours, theirs = (load_file(folder / "sae.safetensors") for folder in (out, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert log(out) == log(whole)
@@ -108,7 +108,7 @@ def test_with_everything_on_a_continued_run_ends_in_the_same_weights(store, tmp_
 
 def test_evaluation_and_export_use_the_running_mean(store, tmp_path):
     fields = {"sae": {"k": 4}, "optimizer": {**ON, "ema": 0.5}}
-    out = train(configure(store, tmp_path / "run", **fields))
+    out = train(configure(store, tmp_path / "run", **fields)).out
     state = load_file(out / "checkpoints" / "step-00000040" / "state.safetensors")
     mean = next(tensor for name, tensor in state.items() if name.endswith("ema/W_enc"))
     assert torch.equal(load_sae(out).W_enc.detach(), mean)
@@ -141,7 +141,7 @@ def test_the_start_of_a_run_tells_the_offset_of_its_tokens(store, tmp_path, caps
 def test_bfloat16_learns_about_the_same(store, tmp_path):
     fvu = {}
     for precision in ("float32", "bfloat16"):
-        out = train(configure(store, tmp_path / precision, sae={"k": 4}, precision=precision))
+        out = train(configure(store, tmp_path / precision, sae={"k": 4}, precision=precision)).out
         fvu[precision] = load_record(out).provenance["metrics"]["fvu"]
         assert load_sae(out).W_enc.dtype == torch.float32
     assert abs(fvu["bfloat16"] - fvu["float32"]) < 0.02
@@ -152,7 +152,7 @@ def test_tensorboard_gets_what_the_jsonl_gets(store, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = configure(store, tmp_path / "run", sae={"k": 4}, tracker={"kind": "tensorboard"})
     cut_after(config, 17)
-    out = train(config)
+    out = train(config).out
     events = event_accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     lines = log(out)
@@ -193,7 +193,7 @@ def test_other_trackers_are_asked_for_the_same(store, tmp_path, monkeypatch, kin
     monkeypatch.setitem(sys.modules, kind, library)
     config = configure(store, tmp_path / "run", sae={"k": 4}, tracker={"kind": kind, "name": "a"}, checkpoint_every=5)
     cut_after(config, 17)
-    out = train(config)
+    out = train(config).out
     steps = [
         (next(iter(values)) if kind == "mlflow" else list(values)[1]).split("/")[0]
         + f"-{kwargs.get('step', values.get('step'))}"
@@ -267,14 +267,14 @@ def test_batchtopk_keeps_k_on_held_out_tokens_after_a_short_run(tmp_path):
     x = (strength @ directions + 3).astype(np.float32).reshape(40, 4, 64, 32)
     store = make_store(tmp_path / "s.zarr", make_plan(clips=40, grid=(4, 8, 8), hooks={"h": 32}), {"h": x})
     sae = {"kind": "batchtopk", "k": 16}
-    out = train(configure(store, tmp_path / "run", steps=200, batch_tokens=256, window_tokens=2048, sae=sae))
+    out = train(configure(store, tmp_path / "run", steps=200, batch_tokens=256, window_tokens=2048, sae=sae)).out
     assert abs(load_record(out).provenance["metrics"]["l0"] - 16) < 1.6
 
 
 def test_what_is_not_defined_is_null_and_named(store, tmp_path):
     """The last batch has one token: it does not differ from its mean."""
     fields = {"steps": None, "tokens": 5 * 64 + 1, "sae": {"k": 4}, "holdout": {"fraction": 0}, "log_every": 1}
-    out = train(configure(store, tmp_path / "run", **fields, tracker={"kind": "tensorboard"}))
+    out = train(configure(store, tmp_path / "run", **fields, tracker={"kind": "tensorboard"})).out
     text = (out / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
@@ -288,9 +288,9 @@ def test_what_is_not_defined_is_null_and_named(store, tmp_path):
 
 def test_a_run_without_held_out_videos_killed_after_its_last_checkpoint_is_finished(store, tmp_path):
     fields = {"sae": {"k": 4}, "holdout": {"fraction": 0}}
-    whole = train(configure(store, tmp_path / "whole", **fields))
+    whole = train(configure(store, tmp_path / "whole", **fields)).out
     config = configure(store, tmp_path / "cut", **fields)
-    out = train(config)
+    out = train(config).out
     # Killed between the last checkpoint and the export: no step is left, and no evaluation to report.
     for name in ("sae.json", "sae.safetensors"):
         (out / name).unlink()

@@ -34,15 +34,17 @@ def current_fields(tree: Any) -> Any:
 
 def current_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """`sae.json` or a checkpoint's `state.json` with today's names. What belongs to the store is left as it is."""
-    found = dict(record)
-    if "broken" in found:
-        found["diverged"] = found.pop("broken")
-    if "config" in found:
-        found["config"] = current_fields(found["config"])
-    if isinstance(found.get("provenance"), Mapping):
-        own = {name: current_fields(found["provenance"][name]) for name in ("pairs",) if name in found["provenance"]}
-        found["provenance"] = {**found["provenance"], **own}
-    return found
+    current = dict(record)
+    if "broken" in current:
+        current["diverged"] = current.pop("broken")
+    if "config" in current:
+        current["config"] = current_fields(current["config"])
+    if isinstance(current.get("provenance"), Mapping):
+        own = {
+            name: current_fields(current["provenance"][name]) for name in ("pairs",) if name in current["provenance"]
+        }
+        current["provenance"] = {**current["provenance"], **own}
+    return current
 
 
 def current_tensor(name: str) -> str:

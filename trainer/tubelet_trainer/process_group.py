@@ -79,7 +79,7 @@ class ProcessGroup:
     def gather_on_first(self, local: Tensor) -> Tensor:
         """Rows of all ranks in the first rank's host memory, nothing [0, ...] on the others; no gradient.
 
-        No device holds more than one rank's rows beside its own.
+        No device holds more than its own rows and one other rank's.
         """
         if self.size == 1:
             return local.detach().cpu()

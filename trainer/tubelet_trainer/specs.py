@@ -45,7 +45,7 @@ def specs(config: TrainConfig) -> list[Spec]:
         return [Spec("", config)]
     base = config.model_dump(mode="json", exclude_unset=True, exclude={"saes", "sweep"})
     grid = _grid(config.sweep)
-    found: list[Spec] = []
+    saes: list[Spec] = []
     for number, entry in enumerate(config.saes or ({},)):
         own = dict(entry)
         name = str(own.pop("name", f"sae-{number}" if config.saes else ""))
@@ -58,9 +58,9 @@ def specs(config: TrainConfig) -> list[Spec]:
             words = [name, *(f"{_short(dotted, grid)}={_word(value)}" for dotted, value in swept.items())]
             full = ",".join(word for word in words if word)
             tree["out"] = str(config.out / full)
-            found.append(Spec(full, validate(TrainConfig, tree, f"SAE '{full}'")))
-    _refuse_names(found)
-    return found
+            saes.append(Spec(full, validate(TrainConfig, tree, f"SAE '{full}'")))
+    _refuse_names(saes)
+    return saes
 
 
 def _grid(sweep: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -85,8 +85,8 @@ def _refuse_shared(dotted: str) -> None:
     raise TubeletError(f"Unknown field '{dotted}' in saes or sweep", nearest(top, OWN_FIELDS))
 
 
-def _refuse_names(found: list[Spec]) -> None:
-    names = [spec.name for spec in found]
+def _refuse_names(saes: list[Spec]) -> None:
+    names = [spec.name for spec in saes]
     for name in names:
         if name.startswith(".") or Path(name).name != name or name == "checkpoints":
             raise TubeletError(f"'{name}' cannot name an SAE's folder", "Give it another `name` in saes")
@@ -111,13 +111,13 @@ def _word(value: Any) -> str:
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`tree` with dotted names in place of levels."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            fields |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            fields[prefix + name] = value
+    return fields
 
 
 def refuse_conflicts(config: TrainConfig, device: torch.device, ranks: ProcessGroup) -> None:

@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-# Independent batches behind the reference: its entropy then stands to about one part in a thousand.
+# Independent batches behind the reference: its entropy is then exact to about one part in a thousand.
 _DRAWS = 16
 
 
 class Ordered(Protocol):
-    """A stream whose order can be asked: `ActivationLoader`, `Mixture`."""
+    """A stream with a known order: `ActivationLoader`, `Mixture`."""
 
     @property
     def steps(self) -> int:
@@ -53,13 +53,13 @@ class Mixing:
 
 def measure_mixing(stream: Ordered, batches: int = 8) -> Mixing:
     """Mixing of the first `batches` full batches of `stream`."""
-    found = [_count(stream.clips_of(step)) for step in range(max(1, min(batches, stream.steps - 1)))]
+    counts = [_count(stream.clips_of(step)) for step in range(max(1, min(batches, stream.steps - 1)))]
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(_DRAWS):
         parts = [rng.integers(0, clips, tokens) + 2**40 * part for part, (tokens, clips) in enumerate(stream.strata)]
         drawn.append(_count(np.concatenate(parts)))
-    (clips, entropy), (clips_iid, entropy_iid) = np.mean(found, axis=0), np.mean(drawn, axis=0)
+    (clips, entropy), (clips_iid, entropy_iid) = np.mean(counts, axis=0), np.mean(drawn, axis=0)
     return Mixing(float(clips), float(clips_iid), float(entropy), float(entropy_iid))
 
 

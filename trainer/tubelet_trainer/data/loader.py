@@ -152,13 +152,13 @@ class ActivationLoader:
     def clips_of(self, step: int) -> NDArray[np.int64]:
         """Clip of each token of batch `step`, all ranks together, from the order alone: nothing is read."""
         position, stop = self._cut(step), self._cut(step + 1)
-        found = []
+        parts = []
         while position < stop:
             place = self._order.locate(position)
             rows = self._order.rows(*place)[position - self._order.start(*place) :][: stop - position]
-            found.append(self._order.window(*place).clips[rows // self.source.block_tokens] + self.clip_offset)
+            parts.append(self._order.window(*place).clips[rows // self.source.block_tokens] + self.clip_offset)
             position += len(rows)
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def _part(self, tokens: int) -> int:
         """How many of the first `tokens` tokens of the whole run's batches this stream serves."""
@@ -178,7 +178,7 @@ class ActivationLoader:
 
     @property
     def digest(self) -> str:
-        """Identity of the stream: everything but the seed and the position that decides which token comes when."""
+        """Identity of the stream: all that decides the order of tokens, without seed and position."""
         return "sha256:" + hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
     def _identity(self) -> dict[str, Any]:
@@ -207,9 +207,9 @@ class ActivationLoader:
         """
         mine = self.state_dict()
         if wrong := [name for name in ("digest", "seed") if state.get(name) != mine[name]]:
-            found = ", ".join(f"{name} {state.get(name)} (here {mine[name]})" for name in wrong)
+            differing = ", ".join(f"{name} {state.get(name)} (here {mine[name]})" for name in wrong)
             raise TubeletError(
-                f"The loader's state belongs to another order of tokens: {found}",
+                f"The loader's state belongs to another order of tokens: {differing}",
                 "Resume with the same store, hook, held-out share, seed, batch_tokens, window_tokens, block_patches, "
                 "resident_shards, hooks and mix",
             )
@@ -284,7 +284,7 @@ class ActivationLoader:
             into.copy_(tokens.index_select(0, some))
 
     def _announce(self, epoch: int, window: int) -> None:
-        """Name the shards of the group in which a window lies and of what follows, when a group begins."""
+        """When a group of shards begins, announce its shards and those of the groups that follow."""
         group = self._order.group(epoch, window)
         if self._shard_prefetch is None or self._announced == (epoch, group):
             return

@@ -118,8 +118,8 @@ def _join(batches: Sequence[Batch]) -> Batch:
 
 def _join_pairs(parts: Sequence[Pairs | None], starts: Sequence[int]) -> Pairs | None:
     # A store whose share of this batch came to nothing has no pairs.
-    found = [(part, start) for part, start in zip(parts, starts, strict=True) if part is not None]
-    return join_pairs([part for part, _ in found], [start for _, start in found]) if found else None
+    present = [(part, start) for part, start in zip(parts, starts, strict=True) if part is not None]
+    return join_pairs([part for part, _ in present], [start for _, start in present]) if present else None
 
 
 def mixed_moments(moments: Sequence[Moments], shares: Sequence[float]) -> Moments:

@@ -5,12 +5,12 @@
 A Feistel network over a grid of mixed radix (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", method 3)
 is a bijection for any a and b. With a = ceil(sqrt(n)) and b = ceil(n / a) the grid holds fewer than n + a points, so
 walking on from the few points outside [0, n) hardly ever happens. Integers only: the order is the same on every
-machine and device, and position i costs the same whether or not i - 1 was asked for.
+machine and device, and position i costs the same for any i.
 
 The blocks of an epoch are shuffled all together, or, where not all shards fit on local disk, in groups of shards that
 are drawn at random (`EpochOrder`). Blocks are read in windows, whose tokens are shuffled together (`WindowOrder`):
 
-    stream position ─▶ (epoch, window) ─▶ blocks, as they lie in the window ─▶ rows, as they are served
+    stream position ─▶ (epoch, window) ─▶ blocks, in the order of the file ─▶ rows, as they are served
 
 The tokens of all epochs form one endless stream; a position is a place in it. This is arithmetic: nothing is read.
 """
@@ -67,15 +67,15 @@ class Permutation:
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ids at `positions` [N] (each in [0, size)), int64 [N]."""
-        found = np.empty(len(positions), dtype=np.int64)
+        ids_N = np.empty(len(positions), dtype=np.int64)
         for start in range(0, len(positions), _TOGETHER):
             ids = self._rounds(positions[start : start + _TOGETHER].astype(self._word))
             outside = np.flatnonzero(ids >= self.size)
             while len(outside):
                 ids[outside] = self._rounds(ids[outside])
                 outside = outside[ids[outside] >= self.size]
-            found[start : start + _TOGETHER] = ids
-        return found
+            ids_N[start : start + _TOGETHER] = ids
+        return ids_N
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
         """Ids at positions [start, stop)."""
@@ -94,7 +94,7 @@ class Permutation:
 
 
 class EpochOrder:
-    """The order of one epoch's blocks, and of the shards they lie in.
+    """The order of one epoch's blocks, and of their shards.
 
         shards ──permutation──▶ groups of `together` shards ──▶ the blocks of each group, shuffled
 
@@ -121,7 +121,7 @@ class EpochOrder:
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
         """Blocks at positions [start, stop) of the epoch."""
-        found = []
+        blocks = []
         bounds = self._blocks[self._first_shard]
         for group in range(self.group(start), len(self._first_shard) - 1):
             first, last = int(bounds[group]), int(bounds[group + 1])
@@ -130,8 +130,8 @@ class EpochOrder:
             name: tuple[str | int, ...] = ("blocks", *self._key, *([group] if len(bounds) > 2 else []))
             places = first + Permutation(last - first, name).slice(max(start, first) - first, min(stop, last) - first)
             drawn = np.searchsorted(self._blocks, places, side="right") - 1
-            found.append(self._first_block[self._drawn[drawn]] + places - self._blocks[drawn])
-        return np.concatenate(found)
+            blocks.append(self._first_block[self._drawn[drawn]] + places - self._blocks[drawn])
+        return np.concatenate(blocks)
 
     def group(self, position: int) -> int:
         """Group that holds the block at `position`."""
@@ -165,7 +165,7 @@ def _modulo(values: Words, divisor: np.unsignedinteger[Any]) -> Words:
 
 @dataclass(frozen=True)
 class WindowBlocks:
-    """The blocks of one window, as they lie in it."""
+    """The blocks of one window, in the order of the file."""
 
     clips: NDArray[np.int64]
     """[K] Clip of each block, ascending."""
@@ -179,7 +179,7 @@ class WindowOrder:
     """The order of a stream over `clips`.
 
     Args:
-        source: Where the tokens lie.
+        source: Source of the tokens.
         clips: [N] Clips to serve, ascending.
         window_tokens: Maximum tokens of a window.
         resident_shards: Shards whose blocks are shuffled together; None: all.

@@ -217,7 +217,7 @@ class Part:
 
 
 @dataclass
-class _Found:
+class _Collected:
     positions: list[Tensor] = field(default_factory=list)
     valid: list[Tensor] = field(default_factory=list)
     tokens: list[tuple[Tensor, ...]] = field(default_factory=list)
@@ -237,8 +237,8 @@ class DrawnPairs:
         self._seen = 0
         self._clips: set[int] = set()
         self._rows: list[Tensor] = []
-        self._temporal = _Found() if draw.temporal else None
-        self._spatial = _Found() if draw.spatial else None
+        self._temporal = _Collected() if draw.temporal else None
+        self._spatial = _Collected() if draw.spatial else None
 
     def add(self, window: Window, rows: Tensor, host_rows: NDArray[np.int64], filled: int) -> None:
         """Draw for the anchors among the next `rows` of the whole batch; this rank's begin at `filled` of its part."""
@@ -252,30 +252,32 @@ class DrawnPairs:
         mine = rows[first : taken : part.ranks]
         self._rows.append(torch.arange(filled, filled + len(mine), device=rows.device))
         places = part.offset + self._seen + first + part.ranks * torch.arange(len(mine), device=rows.device)
-        for found, neighbors_of in (
+        for collected, neighbors_of in (
             (self._temporal, self._arithmetic.temporal),
             (self._spatial, self._arithmetic.spatial),
         ):
-            if found is not None:
+            if collected is not None:
                 neighbors, valid = neighbors_of(mine, where.clips(mine), part.step, places)
-                found.positions.append(where.positions(neighbors))
-                found.valid.append(valid)
-                found.tokens.append(tuple(tokens.index_select(0, neighbors).float() for tokens in window.tokens))
+                collected.positions.append(where.positions(neighbors))
+                collected.valid.append(valid)
+                collected.tokens.append(tuple(tokens.index_select(0, neighbors).float() for tokens in window.tokens))
         self._seen += taken
 
     def pairs(self, hooks: Sequence[str]) -> tuple[Pairs | None, Pairs | None]:
         """Temporal and spatial pairs of the batch; `hooks` names what windows hold."""
         return self._of(self._temporal, hooks), self._of(self._spatial, hooks)
 
-    def _of(self, found: _Found | None, hooks: Sequence[str]) -> Pairs | None:
-        if found is None or not found.positions:
+    def _of(self, collected: _Collected | None, hooks: Sequence[str]) -> Pairs | None:
+        if collected is None or not collected.positions:
             return None
-        tokens = {hook: torch.cat(parts) for hook, parts in zip(hooks, zip(*found.tokens, strict=True), strict=True)}
+        tokens = {
+            hook: torch.cat(parts) for hook, parts in zip(hooks, zip(*collected.tokens, strict=True), strict=True)
+        }
         return Pairs(
             rows=torch.cat(self._rows),
             hooks=tokens,
-            positions=torch.cat(found.positions),
-            valid=torch.cat(found.valid),
+            positions=torch.cat(collected.positions),
+            valid=torch.cat(collected.valid),
             whole=self._part.anchors,
             most=self._part.most,
             several_clips=len(self._clips) > 1 or self._part.short,

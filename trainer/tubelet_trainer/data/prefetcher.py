@@ -151,13 +151,13 @@ class Prefetcher:
     ) -> Iterator[Window]:
         position = start
         while position < stop:
-            found = ready.get()
-            if isinstance(found, BaseException):
-                raise found
-            yield self._arrived(found)
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield self._arrived(item)
             position = self._end_of(position)
-            found.buffer.release()
-            free.put(found.buffer)
+            item.buffer.release()
+            free.put(item.buffer)
 
     def _arrived(self, staged: _Staged) -> Window:
         """The window on the device, once the copy is done, which also checks that it is finite."""

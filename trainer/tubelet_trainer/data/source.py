@@ -165,8 +165,8 @@ class Source:
             part = slice(start, start + _SCAN_VALUES)
             if signed[part].max() < positive and unsigned[part].max() < negative:
                 continue
-            found = np.argmax((signed[part] >= positive) | (unsigned[part] >= negative))
-            token, channel = divmod(start + int(found), self.channels)
+            first = np.argmax((signed[part] >= positive) | (unsigned[part] >= negative))
+            token, channel = divmod(start + int(first), self.channels)
             block, inside = divmod(token, self.block_tokens)
             time, patch = divmod(inside, self.block_patches)
             clip = int(clips[block])

@@ -69,7 +69,7 @@ class Streams:
         self._draw = PairDraw(config.pairs, temporal, spatial) if temporal or spatial else None
         self.block_patches = config.block_patches
         if spatial and self.block_patches is None:
-            # Neighbors above and below lie in one window only if whole frames do.
+            # Neighbors above and below are in the same window only if whole frames are.
             self.block_patches = store.plan.grid.space
         splits = [self._split(each) for each in self.stores]
         self._training, self._heldout = [split[0] for split in splits], [split[1] for split in splits]
@@ -106,7 +106,7 @@ class Streams:
 
     @property
     def identities(self) -> list[str]:
-        """Of the stores, wherever they lie."""
+        """Identities of the stores."""
         return [store.identity for store in self.stores]
 
     @property

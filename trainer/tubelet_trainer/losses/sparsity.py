@@ -93,12 +93,12 @@ class SparsityPenalty(ABC):
     def __call__(self, forward: Forward) -> Term:
         """Metrics: `sparsity` (the unweighted penalty), `sparsity_weight`; if controlled, `sparsity_limit`."""
         weight = self.weight.now()
-        penalty, beside = self.penalty(forward)
+        penalty, unweighted = self.penalty(forward)
         active = forward.per_token((forward.codes.values.detach() != 0).sum())
         self.weight.observe(active)
         loss = weight.to(penalty.dtype) * penalty
-        if beside is not None:
-            loss = loss + beside
+        if unweighted is not None:
+            loss = loss + unweighted
         metrics = {"sparsity": penalty.detach(), "sparsity_weight": weight}
         if self.weight.target_l0 is not None:
             metrics["sparsity_limit"] = self.weight.at_limit()
@@ -140,7 +140,7 @@ class L1Penalty(SparsityPenalty):
 
 
 class GatePenalty(SparsityPenalty):
-    """L1 norm of the open gates, and the reconstruction by the gates alone, the decoder frozen.
+    """L1 norm of the open gates, and the reconstruction from the gates alone, with the decoder frozen.
 
     Args:
         weight: Of the L1 norm.

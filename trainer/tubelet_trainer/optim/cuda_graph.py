@@ -75,7 +75,7 @@ class CapturedStack:
 
 
 def signature(stacked: StackedSAEs, batch: Batch, x_BD: Tensor) -> tuple[object, ...]:
-    """All that decides which operations a step consists of, beside the numbers on the device."""
+    """All that decides which operations a step consists of: shapes and choices of the host."""
     shapes = tuple(tuple(tensor.shape) for tensor in inputs_of(batch, x_BD))
     pairs = tuple((part.most, part.several_clips) for part in _pairs(batch))
     chosen = tuple((getattr(s.sae.sparsifier, "k", None), s.dead_latents.dead_bound) for s in stacked.sae_trainers)

@@ -1,7 +1,7 @@
 """Several SAEs in one step: one encoder product, one choice and one decoding for all of them, one backward pass.
 
     tokens, normalized once ─▶ pre-activations [S N, F] ─▶ one choice, one decoding of S N tokens ─▶ S Forwards
-    W_enc, W_dec of all S SAEs lie in one array [S F, D]                                    each its own terms
+    W_enc, W_dec of all S SAEs are in one array [S F, D]                                    each its own terms
 
 S SAEs of the same shape are one SAE with S F latents and S N tokens, in which a token sees its own F latents only. So a
 step launches as many kernels for S SAEs as for one, which matters on a GPU that one SAE is too small to fill. On a CPU
@@ -167,7 +167,7 @@ class StackedSAEs:
 
 
 def _together(saes: Sequence[SAE], name: str) -> Tensor:
-    """[S F, D] The parameter `name` of all SAEs, which from now on lies in it."""
+    """[S F, D] The parameter `name` of all SAEs, which are views of it afterwards."""
     parameters = [sae.get_parameter(name) for sae in saes]
     if len(parameters) == 1:
         return parameters[0].data
@@ -187,7 +187,7 @@ def _split(bags: Bags, count: int, tokens: int) -> list[Bags]:
 
 
 class _Leaves(torch.autograd.Function):
-    """The array that all SAEs' weights lie in, as a function of those weights: nothing is copied either way."""
+    """The array that holds all SAEs' weights, as a function of those weights; nothing is copied either way."""
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def keep_memory() -> None:
     """Let this process keep the memory it frees, for a training on the CPU; Linux with glibc, elsewhere nothing.
 
-    A step allocates arrays of 10 to 500 MB, the gradients for one. By default each comes fresh from the system, page by
-    page, and goes back: to fill 50 MB then takes 28 ms instead of 3.
+    A step allocates arrays of 10 to 500 MB (gradients, for example). By default malloc maps and unmaps each, and page
+    faults make filling 50 MB take 28 ms instead of 3.
     """
     if sys.platform != "linux":
         return

@@ -110,7 +110,7 @@ def _loop(run: Run, folder: Path, logs: Logs, progress: Progress) -> None:
             metrics = run.sae_group.learn(batch, step - 1)
             tokens += batch.whole
             reports = step % config.log_every == 0 or step == steps
-            # With several ranks asked only when metrics are read anyway: it waits for the device.
+            # With several ranks only when metrics are read anyway: it synchronizes with the device.
             stops = step < steps and (reports or run.ranks.size == 1) and stop.requested(run.ranks, run.device)
             saves = step % config.checkpoint_every == 0 or step == steps
             if reports or saves or stops:

@@ -24,7 +24,7 @@ _DEATH_CONSTANT = 4.26
 
 
 class Offset(NamedTuple):
-    """How far the tokens' mean lies from the origin, and what that does to latents that are not centered for it."""
+    """Distance of the mean token from the origin, and the latents it would silence without centering."""
 
     gamma: float
     """||mean|| / ||standard deviation||, of the raw tokens."""

@@ -70,7 +70,7 @@ def prefix_reconstructions(sae: SAE, codes: Codes, cuts: Cuts, ends_M: Tensor) -
     """Reconstructions [N, M - 1, D] of all prefixes but the last, which is the whole code, in normalized space.
 
     Args:
-        sae: Whose they are.
+        sae: The SAE of the codes.
         codes: Of N tokens.
         cuts: The prefixes.
         ends_M: int64 [M - 1]: all ends but the last, where the codes are.

@@ -235,15 +235,15 @@ class SAE(nn.Module):
     def anneal(self, step: int, steps: int, fullness: float = 1.0) -> None:
         """Set what changes in the course of training, for step `step` (from 0) of `steps`.
 
-        BatchTopK's threshold looks back over the last tenth of the steps so far, until that is as long as its momentum
-        says: early in a run pre-activations change faster than a slow mean follows. [RECON] After 200 steps with the
-        momentum alone, held-out tokens kept 14 latents where 32 were asked. A short batch counts by its tokens: the
-        smallest value of a single token is far above that of thousands.
+        BatchTopK's threshold is a mean over the last tenth of the steps so far, until its momentum makes it longer:
+        early in a run pre-activations change faster than a slow mean follows. [RECON] After 200 steps with the momentum
+        alone, held-out tokens kept 14 latents instead of 32. A short batch has less weight: the smallest kept value of
+        a single token is far above that of thousands.
 
         Args:
             step: From 0.
             steps: Length of the run.
-            fullness: Tokens of the batch that comes over those of a usual one.
+            fullness: Tokens of the batch, relative to a full one.
         """
         if isinstance(self.sparsifier, BatchTopK):
             rate = max(self.sparsifier.momentum, min(1.0, _LOOK_BACK / (step + 1)))

@@ -117,7 +117,7 @@ class ShardedTopK(TopK):
 
 
 class RankedBatchTopK(BatchTopK):
-    """BatchTopK over a batch whose tokens, or latents, lie on several ranks.
+    """BatchTopK over a batch whose tokens, or latents, are split over ranks.
 
     How many of the kept entries are on a rank is known to the device only. [RECON] Each makes room for twice its even
     share, and drops what exceeds that (never with two ranks): more room would cost memory and time in every step.
@@ -144,8 +144,8 @@ class RankedBatchTopK(BatchTopK):
         wanted = self._all(pre_NF)
         most = 2 * -(-wanted // self.ranks.size)
         # Padded with zeros, which are never kept.
-        everyones = self.ranks.gather(values_E.relu(), most)
-        self._cut = everyones.topk(min(wanted, len(everyones)), sorted=False).values.min()
+        candidates = self.ranks.gather(values_E.relu(), most)
+        self._cut = candidates.topk(min(wanted, len(candidates)), sorted=False).values.min()
         return super().chosen(values_E, places_E, pre_NF)
 
     def _keep(self, values_E: Tensor) -> Tensor:
@@ -164,8 +164,8 @@ def split_batch(sae: SAE, ranks: ProcessGroup) -> None:
 
 def largest_over_ranks(values_NK: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
     """[N, 1] The k-th largest of each token over all ranks' candidates."""
-    everyones = ranks.gather(values_NK.detach()).view(ranks.size, *values_NK.shape)
-    merged = everyones.permute(1, 0, 2).reshape(len(values_NK), -1)
+    candidates = ranks.gather(values_NK.detach()).view(ranks.size, *values_NK.shape)
+    merged = candidates.permute(1, 0, 2).reshape(len(values_NK), -1)
     return merged.topk(min(k, merged.shape[1]), dim=1, sorted=False).values.amin(dim=1, keepdim=True)
 
 

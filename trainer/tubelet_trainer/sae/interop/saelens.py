@@ -1,6 +1,6 @@
 """SAEs in SAELens's layout: `cfg.json` beside `sae_weights.safetensors`, as its version 6 reads and writes them.
 
-    ours                       SAELens
+    Tubelet                    SAELens
     W_enc [F, D]               W_enc [D, F]
     relu                       standard
     gated                      gated         (b_enc is b_gate)
@@ -9,7 +9,7 @@
     batchtopk                  jumprelu      (its one threshold for every latent, as SAELens itself saves it)
 
 Normalization is folded in: what is written takes raw tokens. SAELens folds its own at the end of a training and then
-sets `normalize_activations` to none; a checkpoint of a training under way has it in files beside the weights, and is
+sets `normalize_activations` to none; a checkpoint of an unfinished training has it in files beside the weights, and is
 folded when it is read.
 """
 
@@ -52,7 +52,7 @@ _SAELENS_VERSION = "6.54.12"
 SCALER = "activation_scaler.json"
 WHITENING = "activation_whitening.safetensors"
 
-# Normalizations of single tokens, which no weights can stand in for.
+# Normalizations per token, which cannot be folded into weights.
 _UNFOLDABLE = ("layer_norm", "constant_norm_rescale")
 
 
@@ -99,7 +99,7 @@ def load_saelens(folder: Path) -> tuple[SAE, dict[str, JsonValue]]:
     """The SAE that SAELens left in `folder`, and its `cfg.json`.
 
     Raises:
-        TubeletError: it is none, or one that these parts cannot stand in for.
+        TubeletError: there is none, or one that has no counterpart here.
     """
     described, tensors = _read(folder)
     where = folder / CONFIG

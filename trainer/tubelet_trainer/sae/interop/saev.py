@@ -72,17 +72,17 @@ def _vector(path: Path, channels: int) -> Tensor:
         raise TubeletError(f"No file at {path}", remedy)
     try:
         if path.suffix == ".npy":
-            found = torch.from_numpy(np.load(path, allow_pickle=False))
+            vector = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            vector = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, TypeError, ValueError, EOFError) as error:
         raise TubeletError(
             f"{path} cannot be read as a vector: it holds something else, or is damaged", remedy
         ) from error
-    if not isinstance(found, Tensor) or found.numel() != channels or not found.isfinite().all():
-        what = f"numbers of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(vector, Tensor) or vector.numel() != channels or not vector.isfinite().all():
+        what = f"numbers of shape {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
         raise TubeletError(f"{path} holds {what}, not {channels} finite numbers", remedy)
-    return found.reshape(channels).float()
+    return vector.reshape(channels).float()
 
 
 def _recipe(path: Path, header: dict[str, Any], latents: int, has_threshold: bool) -> SAEConfig:
