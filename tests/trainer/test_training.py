@@ -205,6 +205,26 @@ def test_other_trackers_are_asked_for_the_same(store, tmp_path, monkeypatch, kin
     assert len(library.asked("finish" if kind == "wandb" else "end_run")) == 2
 
 
+def test_settings_of_a_tracker_reach_its_library(store, tmp_path, monkeypatch):
+    wandb, mlflow = Recorder("wandb"), Recorder("mlflow")
+    for library in (wandb, mlflow):
+        monkeypatch.setitem(sys.modules, library.__name__, library)
+    fields = {"steps": 2, "sae": {"k": 4}}
+    tracker = {"kind": "wandb", "project": "p", "name": "n", "mode": "offline"}
+    train(configure(store, tmp_path / "wandb", **fields, tracker=tracker))
+    tracker = {"kind": "mlflow", "uri": "http://u", "experiment": "e", "name": "n"}
+    train(configure(store, tmp_path / "mlflow", **fields, tracker=tracker))
+    ((_, given),) = wandb.asked("init")
+    assert {name: given[name] for name in ("project", "name", "mode")} == {
+        "project": "p",
+        "name": "n",
+        "mode": "offline",
+    }
+    assert mlflow.asked("set_tracking_uri") == [(("http://u",), {})]
+    assert mlflow.asked("set_experiment") == [(("e",), {})]
+    assert mlflow.asked("start_run") == [((), {"run_id": None, "run_name": "n"})]
+
+
 @pytest.mark.parametrize("kind", ["wandb", "mlflow"])
 def test_the_libraries_themselves_take_it(store, tmp_path, kind):
     pytest.importorskip(kind)
