@@ -1,4 +1,4 @@
-"""Laws of what is said of a penalty that cannot reach its target."""
+"""Laws of the warnings about an L0 controller that cannot reach its target."""
 
 from __future__ import annotations
 

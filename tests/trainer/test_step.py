@@ -1,4 +1,4 @@
-"""Laws of a training step: nothing in it waits for the device, and it is the same sequence of operations each time."""
+"""Laws of a training step: it never synchronizes with the device, and is the same sequence of operations each time."""
 
 from __future__ import annotations
 

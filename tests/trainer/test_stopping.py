@@ -1,4 +1,4 @@
-"""A run that is told to stop, whose folder is taken, or one of whose SAEs breaks down loses nothing."""
+"""A run that is asked to stop, whose folder is locked, or one of whose SAEs diverges loses nothing."""
 
 from __future__ import annotations
 

@@ -104,16 +104,17 @@ class ObjectiveConfig(Config):
 
 
 class HoldoutConfig(Config):
-    """Videos kept out of training, for evaluation."""
+    """Videos held out of training, for evaluation."""
 
     fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of videos held out; 0 trains on everything and evaluates nothing."""
     seed: int = 0
-    """Chooses the videos. Not the training seed: runs with other seeds are evaluated on the same videos."""
+    """Seed that selects the videos. Independent of the training seed: runs with other seeds are evaluated on the same
+    videos."""
 
 
 class NoTracker(Config):
-    """Nothing but metrics.jsonl."""
+    """Only metrics.jsonl."""
 
     kind: Literal["none"] = "none"
 
@@ -125,15 +126,15 @@ class TensorBoardConfig(Config):
 
 
 class WandbConfig(Config):
-    """Weights & Biases. Credentials are the library's own business: `wandb login`, or its environment variables."""
+    """Weights & Biases. Log in with `wandb login` or its environment variables."""
 
     kind: Literal["wandb"] = "wandb"
     project: str = "tubelet"
     """Project."""
     name: str | None = None
-    """Name of the run; none: its folder's."""
+    """Name of the run. Default: the name of its folder."""
     mode: Literal["online", "offline"] = "online"
-    """offline: keep the run in its folder, for `wandb sync` later."""
+    """offline: keep the run in its folder; upload it later with `wandb sync`."""
 
 
 class MLflowConfig(Config):
@@ -141,11 +142,11 @@ class MLflowConfig(Config):
 
     kind: Literal["mlflow"] = "mlflow"
     uri: str | None = None
-    """Tracking server or folder; none: as the library is set up (MLFLOW_TRACKING_URI)."""
+    """Tracking server or folder. Default: the library's own setting (MLFLOW_TRACKING_URI)."""
     experiment: str = "tubelet"
     """Experiment."""
     name: str | None = None
-    """Name of the run; none: its folder's."""
+    """Name of the run. Default: the name of its folder."""
 
 
 AnyTracker = Annotated[NoTracker | TensorBoardConfig | WandbConfig | MLflowConfig, Field(discriminator="kind")]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from stores import make_plan, make_store
 from tubelet.errors import TubeletError
-from tubelet_trainer.data import prefetcher as stager
+from tubelet_trainer.data import prefetcher
 from tubelet_trainer.data.loader import ActivationLoader
 from tubelet_trainer.data.source import Source
 
@@ -36,7 +36,7 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("windows") / "s.zarr", plan, {"h": x}, failed=FAILED)
 
 
-def windows(store, *, batch=16, window=130, total=None, seed=0, block_patches=5, clips=None):
+def loader_of(store, *, batch=16, window=130, total=None, seed=0, block_patches=5, clips=None):
     source = Source(store, "h", block_patches)
     clips = np.arange(CLIPS) if clips is None else clips
     return ActivationLoader(source, clips, batch_tokens=batch, window_tokens=window, total_tokens=total, seed=seed)
@@ -60,7 +60,7 @@ ALL = sorted(clip * TOKENS + token for clip in GOOD for token in range(TOKENS))
 )
 @settings(max_examples=40, deadline=None)
 def test_every_epoch_sees_every_token_of_every_good_clip_once(store, batch, window, block_patches, seed):
-    loader = windows(store, batch=batch, window=window, total=2 * len(ALL), seed=seed, block_patches=block_patches)
+    loader = loader_of(store, batch=batch, window=window, total=2 * len(ALL), seed=seed, block_patches=block_patches)
     positions = torch.cat(served(loader)[0])
     assert sorted(positions[: len(ALL)].tolist()) == ALL
     assert sorted(positions[len(ALL) :].tolist()) == ALL
@@ -69,14 +69,14 @@ def test_every_epoch_sees_every_token_of_every_good_clip_once(store, batch, wind
 @given(batch=st.integers(1, 100), window=st.integers(20, 700))
 @settings(max_examples=20, deadline=None)
 def test_all_batches_are_full_but_the_last(store, batch, window):
-    sizes = [len(positions) for positions in served(windows(store, batch=batch, window=window))[0]]
+    sizes = [len(positions) for positions in served(loader_of(store, batch=batch, window=window))[0]]
     assert sizes[:-1] == [batch] * (len(sizes) - 1)
     assert sum(sizes) == len(ALL)
-    assert len(sizes) == windows(store, batch=batch, window=window).steps
+    assert len(sizes) == loader_of(store, batch=batch, window=window).steps
 
 
 def test_tokens_are_the_stored_ones_at_their_positions(store):
-    for batch in windows(store):
+    for batch in loader_of(store):
         assert torch.equal(batch.tokens[:, 0].long(), batch.clip)
         assert torch.equal(batch.tokens[:, 1].long(), batch.time * 15 + batch.patch)
 
@@ -84,10 +84,10 @@ def test_tokens_are_the_stored_ones_at_their_positions(store):
 @given(step=st.integers(0, 70), window=st.integers(20, 700), batch=st.integers(5, 40))
 @settings(max_examples=30, deadline=None)
 def test_resuming_gives_the_tail_of_the_full_run(store, step, window, batch):
-    full = windows(store, batch=batch, window=window, total=1300)
+    full = loader_of(store, batch=batch, window=window, total=1300)
     positions, tokens = served(full)
     step = min(step, full.steps)
-    again = windows(store, batch=batch, window=window, total=1300)
+    again = loader_of(store, batch=batch, window=window, total=1300)
     again.load_state_dict({**full.state_dict(), "step": step})
     tail_positions, tail_tokens = served(again)
     assert all(torch.equal(a, b) for a, b in zip(positions[step:], tail_positions, strict=True))
@@ -95,61 +95,61 @@ def test_resuming_gives_the_tail_of_the_full_run(store, step, window, batch):
 
 
 def test_state_taken_between_batches_names_the_next_one(store):
-    loader = windows(store, total=1300)
+    loader = loader_of(store, total=1300)
     stream = iter(loader)
     for _ in range(7):
         next(stream)
     state = loader.state_dict()
     assert state["step"] == 7
     expected = next(stream)
-    again = windows(store, total=1300)
+    again = loader_of(store, total=1300)
     again.load_state_dict(state)
     assert torch.equal(next(iter(again)).positions, expected.positions)
 
 
 def test_the_second_window_and_the_second_epoch_are_new(store):
-    loader = windows(store, batch=60, window=120, total=2 * len(ALL))
+    loader = loader_of(store, batch=60, window=120, total=2 * len(ALL))
     positions = served(loader)[0]
     assert not set(positions[0].tolist()) & set(positions[2].tolist())
     assert positions[0].tolist() != positions[len(ALL) // 60].tolist()
 
 
 def test_each_epoch_and_seed_puts_other_tokens_together(store):
-    loader = windows(store, batch=120, window=120, total=2 * len(ALL))
+    loader = loader_of(store, batch=120, window=120, total=2 * len(ALL))
     positions = served(loader)[0]
-    first_windows = [positions[0], served(windows(store, batch=120, window=120, seed=1))[0][0]]
+    first_windows = [positions[0], served(loader_of(store, batch=120, window=120, seed=1))[0][0]]
     first_windows.append(torch.cat(positions)[len(ALL) : len(ALL) + 120])
     sets = [frozenset(window.tolist()) for window in first_windows]
     assert len(set(sets)) == 3
 
 
 def test_each_epoch_and_window_has_its_own_order_inside(store):
-    whole = torch.cat(served(windows(store, window=len(ALL), total=2 * len(ALL)))[0])
+    whole = torch.cat(served(loader_of(store, window=len(ALL), total=2 * len(ALL)))[0])
     assert not torch.equal(whole[: len(ALL)], whole[len(ALL) :])
-    thirds = torch.cat(served(windows(store, window=len(ALL) // 3))[0]).split(len(ALL) // 3)
+    thirds = torch.cat(served(loader_of(store, window=len(ALL) // 3))[0]).split(len(ALL) // 3)
     # The row of a token within its window is its rank among the window's positions, up to the order of its block.
     rows = {tuple(third.argsort().argsort().tolist()) for third in thirds}
     assert len(rows) == 3
 
 
 def test_seeds_give_other_orders_and_the_same_seed_the_same(store):
-    one, same, other = (served(windows(store, seed=seed))[0] for seed in (0, 0, 1))
+    one, same, other = (served(loader_of(store, seed=seed))[0] for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one[0], other[0])
 
 
 def test_a_batch_mixes_clips(store):
-    mixed = [len(batch.clip.unique()) for batch in windows(store, batch=32, window=len(ALL))]
+    mixed = [len(batch.clip.unique()) for batch in loader_of(store, batch=32, window=len(ALL))]
     assert min(mixed[:-1]) >= 5
 
 
 def test_state_of_another_stream_is_refused(store):
-    state = windows(store).state_dict()
-    for other in (windows(store, batch=17), windows(store, window=250), windows(store, clips=np.arange(5))):
+    state = loader_of(store).state_dict()
+    for other in (loader_of(store, batch=17), loader_of(store, window=250), loader_of(store, clips=np.arange(5))):
         with pytest.raises(TubeletError, match="digest"):
             other.load_state_dict(state)
     with pytest.raises(TubeletError, match="seed"):
-        windows(store, seed=1).load_state_dict(state)
+        loader_of(store, seed=1).load_state_dict(state)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -199,24 +199,24 @@ def damage(store, clip, token, channel, value):
 
 
 def test_leaving_early_stops_the_background_thread(store):
-    for batch in windows(store, total=10_000):
+    for batch in loader_of(store, total=10_000):
         assert len(batch) == 16
         break
     assert not [thread for thread in threading.enumerate() if thread.name == "tubelet-prefetcher"]
 
 
 def test_buffers_are_allocated_once(store):
-    loader = windows(store, total=5 * len(ALL))
+    loader = loader_of(store, total=5 * len(ALL))
     list(loader)
-    first = [slot.host[0].data_ptr() for slot in loader._buffers]
+    first = [buffer.host[0].data_ptr() for buffer in loader._buffers]
     loader.step = 0
     list(loader)
-    assert [slot.host[0].data_ptr() for slot in loader._buffers] == first
-    assert sum(slot.host[0].nbytes for slot in loader._buffers) <= 2 * 130 * 3 * 2
+    assert [buffer.host[0].data_ptr() for buffer in loader._buffers] == first
+    assert sum(buffer.host[0].nbytes for buffer in loader._buffers) <= 2 * 130 * 3 * 2
 
 
 def test_a_batch_keeps_its_tokens_while_anybody_holds_them_and_its_memory_is_used_again(store):
-    stream = iter(windows(store, total=50 * 16))
+    stream = iter(loader_of(store, total=50 * 16))
     kept = next(stream).tokens[3:5]
     before, places = kept.clone(), []
     for batch in stream:
@@ -228,9 +228,9 @@ def test_a_batch_keeps_its_tokens_while_anybody_holds_them_and_its_memory_is_use
 
 
 def test_several_threads_copy_the_same_windows(store, monkeypatch):
-    alone = served(windows(store, window=400))
-    monkeypatch.setattr(stager, "_COPIERS", 3)
-    together = served(windows(store, window=400))
+    alone = served(loader_of(store, window=400))
+    monkeypatch.setattr(prefetcher, "_COPIERS", 3)
+    together = served(loader_of(store, window=400))
     for one, other in zip(alone, together, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -245,18 +245,18 @@ def test_batches_in_the_stored_type_hold_the_same_tokens(store):
 
 
 def test_a_last_batch_of_one_token_is_served_and_says_that_it_is_short(store):
-    batches = list(windows(store, batch=len(ALL) - 1, window=130))
+    batches = list(loader_of(store, batch=len(ALL) - 1, window=130))
     assert [len(batch) for batch in batches] == [batch.whole for batch in batches] == [len(ALL) - 1, 1]
 
 
 def test_memory_is_held_only_while_batches_are_served(store):
-    windows = ActivationLoader(Source(store, "h"), np.arange(CLIPS), batch_tokens=16, window_tokens=100)
+    loader = ActivationLoader(Source(store, "h"), np.arange(CLIPS), batch_tokens=16, window_tokens=100)
     # Two windows of at most 100 tokens, 3 channels of 2 bytes.
-    assert 0 < windows.memory_bytes <= 2 * 100 * 3 * 2
-    batches = iter(windows)
+    assert 0 < loader.memory_bytes <= 2 * 100 * 3 * 2
+    batches = iter(loader)
     next(batches)
-    memory = [weakref.ref(slot.host[0]) for slot in windows._buffers]
-    assert sum(ref().nbytes for ref in memory) == windows.memory_bytes
+    memory = [weakref.ref(buffer.host[0]) for buffer in loader._buffers]
+    assert sum(ref().nbytes for ref in memory) == loader.memory_bytes
     list(batches)
     gc.collect()
     assert [ref() for ref in memory] == [None, None]
@@ -286,4 +286,4 @@ def test_wrong_choices_are_named(store, tmp_path):
     with pytest.raises(TubeletError, match="--hook"):
         Source(several)
     with pytest.raises(TubeletError, match="none of the 2 chosen clips"):
-        windows(store, clips=np.array(FAILED))
+        loader_of(store, clips=np.array(FAILED))
