@@ -1,4 +1,4 @@
-"""One vector per clip and subject, as probes and maps take them."""
+"""One vector per clip and subject: the input of probes and maps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 
 from tubelet_lens.codes.sparse_codes import Encoder
 from tubelet_lens.inputs.pooled_clips import Pooled, PooledSplit
@@ -34,12 +35,12 @@ SUBJECT_WORDS: dict[Subject, str] = {
 
 _NOT_ENCODED: tuple[Subject, ...] = ("raw", "pca")
 
-# Clips encoded at once.
+# Rows encoded at once.
 _ROWS = 1024
 
 
 def subjects(clips: ClipSetting) -> tuple[Subject, ...]:
-    """Those that there are vectors of."""
+    """Subjects that have vectors."""
     there = set(clips.test.draws) | ({"pca"} if clips.config.controls else set())
     return tuple(subject for subject in SUBJECT_WORDS if subject in there)
 
@@ -85,9 +86,8 @@ def _components(
     rows_ND: NDArray[np.float32], test_ND: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """All principal components that the fit rows have, min(D, N - 1) of them at most."""
-    mean_D = rows_ND.mean(axis=0, dtype=np.float64)
-    centered = torch.from_numpy(rows_ND - mean_D)
-    _, sizes, axes_RD = torch.linalg.svd(centered, full_matrices=False)
+    pca = PCA(svd_solver="full").fit(rows_ND.astype(np.float64))
     # Directions without variance would be rounding, scaled up to variance 1.
-    axes_DR = axes_RD[sizes > sizes[0] * 1e-6].T.numpy()
-    return tuple(((rows - mean_D) @ axes_DR).astype(np.float32) for rows in (rows_ND, test_ND))
+    varies_R = pca.singular_values_ > pca.singular_values_[0] * 1e-6
+    rows_NR, test_NR = (pca.transform(part.astype(np.float64))[:, varies_R] for part in (rows_ND, test_ND))
+    return rows_NR.astype(np.float32), test_NR.astype(np.float32)

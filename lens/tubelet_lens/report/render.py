@@ -179,10 +179,10 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
     if "dead" in metrics and "tokens" in metrics:
         rows.append(
             (
-                "At its end",
+                "End of training",
                 f"FVU {metrics['fvu']:.3g} and {metrics['dead']:.1%} dead latents over {metrics['tokens']:,} held-out "
-                f"tokens. The {cover.tokens:,} tokens evaluated here are others: a latent that was silent on the few "
-                "may fire on the many.",
+                f"tokens. The {cover.tokens:,} tokens evaluated here are others: a latent that was silent there "
+                "may fire here.",
             )
         )
     if fit := evaluation.config.get("fit_store"):
