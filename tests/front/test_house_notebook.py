@@ -12,6 +12,7 @@ import yaml
 
 import tubelet
 from tubelet.cli.main import main
+from tubelet.cli.verb import example_of
 from tubelet.errors import TubeletError
 from tubelet.tables import Table
 
@@ -23,7 +24,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before, threads = Path.cwd(), torch.get_num_threads()
     os.chdir(folder)
     torch.set_num_threads(1)
-    shape = ["--frames", "16", "--height", "64", "--width", "64", "--workers", "1", "--validation_share", "0"]
+    shape = ["--frames", "16", "--height", "64", "--width", "64", "--workers", "1", "--validation_share", "0.2"]
     assert main(["videos", "demo/ssv2", "--videos", "40", *shape]) == 0
     settings = {
         "dataset": {"kind": "ssv2", "root": "demo/ssv2", "split": "train"},
@@ -42,14 +43,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.timeout(600)
 def test_the_notebook_runs_as_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = tubelet.extract("extract.yaml")
-    assert "40 of 40 stored" in repr(made)
+    assert "32 of 32 stored" in repr(made)
     assert main(["catalog", "add", "demo-train", "demo/train.zarr"]) == 0
     capsys.readouterr()
 
     store = tubelet.open_store("catalog.yaml#demo-train")
     x = store["blocks.2"]
     clips, times, places, channels = x.shape
-    assert clips == 40
+    assert clips == 32
 
     run = tubelet.train(store="demo/train.zarr", out="runs/a", sae={"kind": "batchtopk", "k": 16}, epochs=2)
     assert repr(run).splitlines()[1].split()[:6] == ["name", "hook", "kind", "latents", "fvu", "l0"]
@@ -89,6 +90,14 @@ def test_the_notebook_runs_as_written(here: Path, capsys: pytest.CaptureFixture[
     assert "address" in repr(site)
     # Progress went to stderr; nothing of the API writes to stdout.
     assert capsys.readouterr().out == ""
+
+
+def test_the_example_of_extract_extracts(here: Path) -> None:
+    Path("example.yaml").write_text(example_of("extract"))
+    assert main(["extract", "example.yaml", "--sampling.stride", "1", "--cluster.workers", "1"]) == 0
+    store = tubelet.open_store("demo/two-hooks.zarr")
+    assert store["blocks.1"].shape == store["blocks.2"].shape
+    assert len(store["blocks.1"]) == 8
 
 
 def test_wrong_inputs_are_one_line(here: Path) -> None:
