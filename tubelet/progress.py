@@ -18,6 +18,7 @@ from typing import Any
 from tubelet.formats import human_bytes, human_seconds, number
 
 LINE_EVERY_S = 10.0
+_QUICK_S = 1.0
 
 
 class Progress:
@@ -71,7 +72,10 @@ class Progress:
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
             )
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True, expand=True)
+            # What is printed meanwhile goes above the bar, if both are on one terminal; never from a file to stderr.
+            one_terminal = sys.stdout.isatty()
+            console = Console(stderr=True)
+            self._bar = Bar(*columns, console=console, transient=True, expand=True, redirect_stdout=one_terminal)
             self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, amount="", text="")
             self._bar.start()
         return self
@@ -105,7 +109,8 @@ class Progress:
             return
         now = time.monotonic()
         is_last = done == self.total
-        if now >= self._next_line_s or is_last:
+        # What is over at once needs no line.
+        if now >= self._next_line_s or (is_last and now - self._start_s >= _QUICK_S):
             self._next_line_s = now + self._line_every_s
             parts = [self._amount(), text, f"in {human_seconds(now - self._start_s)}" if is_last else self._left()]
             self.note(f"{self.label}: {', '.join(part for part in parts if part)}")

@@ -116,10 +116,9 @@ def _views_line(views: dict[str, Any]) -> str:
 
 
 def _verify(config: VerifyConfig) -> int:
-    from rich.progress import Progress as Bar
-
     from tubelet.errors import TubeletError
     from tubelet.formats import human_bytes
+    from tubelet.progress import Progress as Shown
     from tubelet_store.orphans import orphan_keys
     from tubelet_store.reader import open_store
     from tubelet_store.verify import Progress, Repair, expected_objects, verify
@@ -142,10 +141,9 @@ def _verify(config: VerifyConfig) -> int:
         print(
             f"{len(progress)} objects were found good by a run that was interrupted {progress.age_s / 60:.0f} min ago."
         )
-    with Bar(transient=True) as bars:
-        bar = bars.add_task("verifying", total=total_bytes)
+    with Shown("verifying", total_bytes, "bytes") as shown:
         for stored, findings in verify(store, config.threads, progress.knows):
-            bars.advance(bar, stored.size_bytes)
+            shown.advance(stored.size_bytes)
             if not findings and not progress.knows(stored):
                 progress.good(stored)
             for finding in findings:
@@ -153,7 +151,7 @@ def _verify(config: VerifyConfig) -> int:
                 if repair is not None:
                     repair.mend(finding, stored)
                 done = "" if repair is None else ": replaced"
-                bars.console.print(f"{finding.key}: {finding.problem}{done}", soft_wrap=True, highlight=False)
+                print(f"{finding.key}: {finding.problem}{done}")
     progress.done()
     for key in orphan_keys(store):
         print(f"{key}: belongs to nothing (left by a killed job, or not ours); see `tubelet gc`")
@@ -176,9 +174,8 @@ def _fill_config() -> type[FillConfig]:
 
 
 def _cache(config: FillConfig) -> int:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
     from tubelet.formats import human_bytes
+    from tubelet.progress import Progress
     from tubelet_store.cache import CacheConfig
     from tubelet_store.cache.fill import fill, wanted_shards
     from tubelet_store.reader import open_store
@@ -186,13 +183,11 @@ def _cache(config: FillConfig) -> int:
     settings = {name: getattr(config, name) for name in CacheConfig.model_fields}
     store = open_store(config.store, allow_unfinished=True, cache=CacheConfig.model_validate(settings))
     wanted = wanted_shards(store, config.hooks)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     count = size_bytes = 0
-    with Progress(*columns, transient=True) as progress:
-        bar = progress.add_task("", total=sum(each.stored.size_bytes for each in wanted))
+    with Progress("fetching", sum(each.stored.size_bytes for each in wanted), "bytes") as progress:
         for each in fill(store, wanted):
             count, size_bytes = count + 1, size_bytes + each.stored.size_bytes
-            progress.advance(bar, each.stored.size_bytes)
+            progress.advance(each.stored.size_bytes)
     print(f"{count} of {len(wanted)} shard objects, {human_bytes(size_bytes)}, verified in {config.folder}")
     if count < len(wanted):
         missing = sum(each.stored.size_bytes for each in wanted) - size_bytes

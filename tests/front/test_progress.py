@@ -48,3 +48,10 @@ def test_a_silent_one_says_nothing(clock, capsys) -> None:
         progress.advance()
         progress.note("y")
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_over_at_once_needs_no_line(clock, capsys) -> None:
+    with Progress("reading", total=2, unit="clips") as progress:
+        clock[0] += 0.4
+        progress.advance(2)
+    assert capsys.readouterr().err == ""
