@@ -202,13 +202,16 @@ def _trained(out: Path, folder: Path) -> TrainedSAE:
 
 
 def _markdown(table: Table, rows: list[list[Any]]) -> str:
-    def cell(value: Any) -> str:
-        shown = "" if value is None else number(value) if isinstance(value, float) else str(value)
-        return shown.replace("|", "\\|")
+    def cell(column: str, value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.1%}" if column == "dead" else number(value)
+        return "" if value is None else str(value).replace("|", "\\|")
 
-    head, *body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    names, *figures = rows
+    lines = [[cell(*pair) for pair in zip(table.columns, row, strict=True)] for row in figures]
+    head, *body = [f"| {' | '.join(line)} |" for line in [names, *lines]]
     notes = [f"\n{note}." for note in table.notes]
-    return "\n".join([f"# {table.title}\n", head, f"|{'---|' * len(rows[0])}", *body, *notes]) + "\n"
+    return "\n".join([f"# {table.title}\n", head, f"|{'---|' * len(names)}", *body, *notes]) + "\n"
 
 
 def _plot(saes: tuple[TrainedSAE, ...]) -> bytes:
@@ -223,11 +226,17 @@ def _plot(saes: tuple[TrainedSAE, ...]) -> bytes:
     for kind in dict.fromkeys(sae.kind for sae in shown):
         of_kind = [sae for sae in shown if sae.kind == kind]
         axes.scatter([sae.coherence for sae in of_kind], [sae.fvu for sae in of_kind], label=kind)
-    for sae in shown:
-        axes.annotate(sae.name, (sae.coherence, sae.fvu), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.margins(0.15)
+    middle = sum(axes.get_xlim()) / 2
+    for place, sae in enumerate(sorted(shown, key=lambda sae: sae.coherence or 0.0)):
+        # Toward the middle, above and below in turns: names of neighbors do not overlap.
+        side = "right" if (sae.coherence or 0.0) > middle else "left"
+        offset = (-6 if side == "right" else 6, 6 if place % 2 else -12)
+        at = (sae.coherence, sae.fvu)
+        axes.annotate(sae.name, at, xytext=offset, textcoords="offset points", fontsize=7, ha=side)
     axes.set_xlabel("temporal coherence (mean cosine of codes at successive latent steps)")
     axes.set_ylabel("FVU on held-out videos")
-    axes.legend()
+    axes.legend(loc="best")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     return image.getvalue()
