@@ -61,7 +61,6 @@ import sys, torch
 torch.set_num_threads(1)
 from tubelet.cli.main import main
 from tubelet_trainer.optim.sae_group import SAEGroup
-from tubelet_trainer.optim.sae_group import SAEGroup
 
 learn, steps = SAEGroup.learn, []
 

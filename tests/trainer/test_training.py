@@ -314,7 +314,7 @@ def test_a_run_without_held_out_videos_killed_after_its_last_checkpoint_is_finis
     # Killed between the last checkpoint and the export: no step is left, and no evaluation to report.
     for name in ("sae.json", "sae.safetensors"):
         (out / name).unlink()
-    assert train(config) == out
+    assert train(config).out == out
     ours, theirs = (load_file(folder / "sae.safetensors") for folder in (out, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert log(out) == log(whole)
