@@ -18,7 +18,7 @@ from typing import Any
 from tubelet.formats import human_bytes, human_seconds, number
 
 LINE_EVERY_S = 10.0
-_QUICK_S = 1.0
+_QUICK_S = 0.1
 
 
 class Progress:

@@ -52,6 +52,6 @@ def test_a_silent_one_says_nothing(clock, capsys) -> None:
 
 def test_what_is_over_at_once_needs_no_line(clock, capsys) -> None:
     with Progress("reading", total=2, unit="clips") as progress:
-        clock[0] += 0.4
+        clock[0] += 0.05
         progress.advance(2)
     assert capsys.readouterr().err == ""
