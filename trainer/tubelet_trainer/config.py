@@ -52,8 +52,8 @@ class OptimizerConfig(Config):
         return min(1.0, rise, fall)
 
 
-# [RECON] The papers do not say how pairs are drawn. Distance 1 is T-SAE's; 4 neighbors are the closest patches; 1024
-# anchors keep the contrast below the cost of the step at the sizes measured (benchmarks/train_step.py).
+# [RECON] The papers do not say how pairs are drawn. Distance 1 is T-SAE's; 4 neighbors are the closest patches; with
+# 1024 anchors of 4096 tokens a contrast costs about as much as the rest of the step (benchmarks/train_step.py).
 class PairsConfig(Config):
     """Pairs of neighboring tokens that the coherence terms compare. Drawn only where a term has a weight above 0."""
 

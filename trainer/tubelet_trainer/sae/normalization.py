@@ -53,9 +53,9 @@ class Normalization(nn.Module):
     def from_moments(cls, moments: Moments, config: NormalizationConfig | None = None) -> Normalization:
         """The normalization that `config` describes; None: center and scale.
 
-        scale = sqrt(total variance / D): centered tokens then have mean squared norm D, exactly. saev scales the mean
-        *norm* to sqrt(D), estimated from a sample; the root of the mean squared norm follows from the moments of all
-        tokens without another pass. [RECON]
+        scale = sqrt(total variance / D): centered tokens then have mean squared norm D, exactly. [RECON] saev scales
+        the mean *norm* to sqrt(D), estimated from a sample; the root of the mean squared norm follows from the moments
+        of all tokens without another pass.
 
         Whitening, from the covariance V diag(l) V^T: zca is V diag(l + s)^(-1/2) V^T, pca V diag(l + s)^(-1/2), where s
         is the shrinkage times the mean variance; both times one number, so that the total variance is D again.

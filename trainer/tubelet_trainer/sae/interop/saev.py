@@ -36,9 +36,9 @@ def load_saev(
 
     Args:
         path: The file, often `sae.pt`.
-        input_bias: Whether the encoder sees x - b_dec (`subtracted`) or x (`kept`). saev changed from the one to the
-            other; auto: subtracted for files without a schema number (the February 2025 preprint), kept for later
-            ones. [RECON]
+        input_bias: Whether the encoder takes x - b_dec (`subtracted`) or x (`kept`). [RECON] saev changed from the one
+            to the other and does not record which; auto: subtracted for files without a schema number (the February
+            2025 preprint), kept for later ones.
         mean: File with what was subtracted from its tokens, [D]: .npy, or a torch file. None: nothing.
         scale: What they were divided by then.
 
