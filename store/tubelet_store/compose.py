@@ -256,7 +256,7 @@ def _joined_table(parts: Sequence[Part]) -> pa.Table:
         if row in seen:
             raise TubeletError(
                 f"View {row[2]} of video {row[0]} comes twice (clips {seen[row]} and {clip})",
-                "Leave one of them out: take a `tubelet subset` first",
+                "Leave one of them out: `tubelet copy` part of a store first",
             )
         seen[row] = clip
     return table.cast(PLANNED)

@@ -1,4 +1,4 @@
-"""Verbs that make stores out of stores: copy, push, pull, subset, merge, append, gc, card."""
+"""Verbs that make stores from stores (copy, push, pull, merge), remove orphans (gc), describe a store (card)."""
 
 from __future__ import annotations
 
@@ -9,107 +9,66 @@ from pydantic import Field
 
 from tubelet.cli.verb import Verb
 from tubelet.config import Config
-from tubelet.errors import TubeletError
 
 if TYPE_CHECKING:
     from tubelet_store.compose import Composition
-    from tubelet_store.reader import Store
 
 
-class Wanted(Config):
-    """Which part of a store; nothing given: all of it."""
+class Where(Config):
+    """Which clips; a clip must meet every condition that is given."""
 
-    hooks: tuple[str, ...] = ()
-    """Only these hooks, e.g. `[blocks.3, blocks.11]`."""
-    splits: tuple[str, ...] = ()
-    """Only clips of these splits."""
-    labels: tuple[str | int, ...] = ()
-    """Only clips of these classes, by name or number."""
-    videos: tuple[str, ...] = ()
-    """Only clips of these videos, by id."""
+    split: tuple[str, ...] = ()
+    """Clips of these splits."""
+    label: tuple[str | int, ...] = ()
+    """Clips of these classes, by name or number."""
+    video: tuple[str, ...] = ()
+    """Clips of these videos, by id."""
     first: int | None = Field(default=None, ge=1)
-    """Only the first so many clips of those."""
-
-    @property
-    def everything(self) -> bool:
-        """No condition is given."""
-        return not (self.hooks or self.splits or self.labels or self.videos or self.first)
+    """At most this many clips, in the store's order."""
 
 
-class CopyConfig(Wanted):
-    """What `tubelet copy` copies. A part of a store is a store of its own, with an identity of its own."""
+class CopyConfig(Config):
+    """What is copied, and where to. Part of a store is a new store with its own identity."""
 
     source: str
-    """The store: a path, a URL, or catalog.yaml#name."""
+    """Path or URL of the store, or catalog.yaml#name."""
     destination: str
-    """Where to: a path or any fsspec URL. Running again continues an interrupted copy."""
-    threads: int = Field(default=8, ge=1)
-    """Objects copied at once."""
+    """Path or fsspec URL. Run the same command again to continue an interrupted copy."""
+    hooks: tuple[str, ...] = ()
+    """Copy only these hooks, e.g. `[blocks.3, blocks.11]`; none: all."""
+    where: Where = Where()
+    """Copy only these clips."""
     check: Literal["digest", "size"] = "digest"
-    """How each object is checked at the destination: read back, or its length alone."""
-
-
-class PushConfig(Wanted):
-    """What `tubelet push` uploads."""
-
-    store: str
-    """The store here: a path."""
-    destination: str
-    """Where to: a URL, or catalog.yaml#name for the place that entry gives (the store must be the one it means)."""
+    """How each copied object is verified: read back and hashed, or by size only."""
     threads: int = Field(default=8, ge=1)
-    """Objects copied at once."""
-    check: Literal["digest", "size"] = "digest"
-    """How each object is checked at the destination: read back, or its length alone."""
+    """Objects copied in parallel."""
+
+    @property
+    def is_whole_store(self) -> bool:
+        """Neither hooks nor clips are selected."""
+        return not self.hooks and self.where == Where()
 
 
-class PullConfig(Wanted):
-    """What `tubelet pull` downloads."""
+class PullConfig(CopyConfig):
+    """What is downloaded, and where to."""
 
-    store: str
-    """The store there: catalog.yaml#name, a name in ./catalog.yaml, or a URL."""
-    destination: str | None = None
-    """Path here; none: the store's name in this folder."""
-    threads: int = Field(default=8, ge=1)
-    """Objects copied at once."""
-    check: Literal["digest", "size"] = "digest"
-    """How each object is checked here: read back, or its length alone."""
-
-
-class SubsetConfig(Wanted):
-    """What `tubelet subset` takes out of a store."""
-
-    store: str
-    """The store: a path, a URL, or catalog.yaml#name. It stays as it is."""
-    destination: str
-    """Where the new store goes. Whole shards are hard links on the same disk."""
-    threads: int = Field(default=4, ge=1)
-    """Shards written at once."""
+    source: str
+    """Name in ./catalog.yaml, catalog.yaml#name (the catalog by path or URL), or URL of the store."""
+    destination: str | None = None  # type: ignore[assignment]
+    """Path; none: NAME.zarr in the current folder."""
 
 
 class MergeConfig(Config):
-    """What `tubelet merge` joins."""
+    """Which stores are joined."""
 
-    output: str
-    """Where the new store goes. Whole shards are hard links on the same disk."""
     stores: tuple[str, ...] = Field(min_length=2)
-    """Stores, in this order; made alike, of different videos. They stay as they are."""
+    """Stores of different videos, made with the same settings, in the order of the result. They stay unchanged."""
+    out: str | None = None
+    """Path or URL of the new store; none: the next version beside the first store, NAME.v2.zarr."""
     clips_per_shard: int | None = Field(default=None, ge=1)
-    """Of the new store; none: the first one's."""
+    """Of the new store; none: that of the first store."""
     threads: int = Field(default=4, ge=1)
-    """Shards written at once."""
-
-
-class AppendConfig(Config):
-    """What `tubelet append` adds to a store, as a new version of it."""
-
-    store: str
-    """The store. It stays as it is, and its digest still reads."""
-    more: tuple[str, ...] = Field(min_length=1)
-    """Stores of further videos, made alike."""
-    output: str | None = None
-    """Where the new version goes; none: beside the old one, NAME.v2.zarr, NAME.v3.zarr, ..."""
-    threads: int = Field(default=4, ge=1)
-    """Shards written at once."""
+    """Shards written in parallel."""
 
 
 class GcConfig(Config):
@@ -137,102 +96,80 @@ class CardConfig(Config):
 
 
 def _copy(config: CopyConfig) -> int:
-    return _transport(config.source, config.destination, config, config.threads, config.check)
-
-
-def _push(config: PushConfig) -> int:
-    from tubelet_store.catalog.catalog import is_reference, resolve
-    from tubelet_store.reader import open_store
-
-    destination = config.destination
-    if is_reference(destination):
-        entry = resolve(destination)
-        identity = open_store(config.store).identity
-        if not config.everything or entry.identity not in (None, identity):
-            raise TubeletError(
-                f"{destination} means store {entry.identity}, and that is not what would be pushed",
-                "Push to a URL, then `tubelet catalog add --replace` it",
-            )
-        destination = entry.url
-    return _transport(config.store, destination, config, config.threads, config.check)
+    _transfer(config, config.source, config.destination)
+    return 0
 
 
 def _pull(config: PullConfig) -> int:
     from tubelet_store.catalog.catalog import DEFAULT
 
-    store = config.store
-    if "://" not in store and "#" not in store and not Path(store).exists():
-        store = f"{DEFAULT}#{store}"
-    name = store.rstrip("/").rpartition("#" if "#" in store else "/")[2].replace("/", "-").removesuffix(".zarr")
-    return _transport(store, config.destination or f"{name}.zarr", config, config.threads, config.check)
+    source = config.source
+    if "://" not in source and "#" not in source and not Path(source).exists():
+        source = f"{DEFAULT}#{source}"
+    name = source.rstrip("/").rpartition("#" if "#" in source else "/")[2].replace("/", "-").removesuffix(".zarr")
+    _transfer(config, source, config.destination or f"{name}.zarr")
+    return 0
 
 
-def _transport(source: str, destination: str, wanted: Wanted, threads: int, check: str) -> int:
-    from rich.progress import Progress
+def _push(config: CopyConfig) -> int:
+    from tubelet_store.catalog.publish import PublishedEntry
+    from tubelet_store.reader import open_store
 
+    entry = PublishedEntry.at(config.destination)
+    entry.check(open_store(config.source).identity if config.is_whole_store else None)
+    _transfer(config, config.source, entry.url)
+    if entry.write(open_store(entry.url).state):
+        print(f"{entry.catalog}: {entry.name}")
+    return 0
+
+
+def _transfer(config: CopyConfig, source: str, destination: str) -> None:
+    """Copy a whole store object by object, or compose a new store of the selected hooks and clips."""
     from tubelet.formats import human_bytes
+    from tubelet.progress import Progress
+    from tubelet_store.compose import Composition, choose_clips
     from tubelet_store.reader import open_store
     from tubelet_store.transfer import StoreCopy
 
     store = open_store(source)
-    if not wanted.everything:
-        return _subset_to(store, destination, wanted, threads)
-    copy = StoreCopy(store, destination, read_back=check == "digest")
-    traveled = there = 0
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("copying", total=copy.manifest.size_bytes)
-        for stored, moved in copy.run(threads):
-            progress.advance(bar, stored.size_bytes)
-            traveled += stored.size_bytes * moved
-            there += stored.size_bytes * (not moved)
-    kept = f", {human_bytes(there)} were there already" if there else ""
-    print(f"{destination}: {human_bytes(traveled)} copied and verified{kept}. Identity {store.identity}")
-    return 0
-
-
-def _subset(config: SubsetConfig) -> int:
-    from tubelet_store.reader import open_store
-
-    return _subset_to(open_store(config.store), config.destination, config, config.threads)
-
-
-def _subset_to(store: Store, destination: str, wanted: Wanted, threads: int) -> int:
-    from tubelet_store.compose import Composition, choose_clips
-
-    part = choose_clips(store, wanted.splits, wanted.labels, wanted.videos, wanted.first)
-    return _compose(Composition(destination, [part], wanted.hooks or None), threads)
+    if not config.is_whole_store:
+        where = config.where
+        part = choose_clips(store, where.split, where.label, where.video, where.first)
+        _compose(Composition(destination, [part], config.hooks or None), config.threads)
+        return
+    copy = StoreCopy(store, destination, read_back=config.check == "digest")
+    copied_bytes = present_bytes = 0
+    with Progress("copying", total=copy.manifest.size_bytes, unit="bytes") as progress:
+        for stored, is_copied in copy.run(config.threads):
+            progress.advance(stored.size_bytes)
+            copied_bytes += stored.size_bytes * is_copied
+            present_bytes += stored.size_bytes * (not is_copied)
+    kept = f", {human_bytes(present_bytes)} already there" if present_bytes else ""
+    print(f"{destination}: {human_bytes(copied_bytes)} copied and verified{kept}. Identity {store.identity}")
 
 
 def _merge(config: MergeConfig) -> int:
-    from tubelet_store.compose import Composition, whole
-    from tubelet_store.reader import open_store
-
-    parts = [whole(open_store(url)) for url in config.stores]
-    return _compose(Composition(config.output, parts, clips_per_shard=config.clips_per_shard), config.threads)
-
-
-def _append(config: AppendConfig) -> int:
     from tubelet_store.compose import Composition, next_version, whole
     from tubelet_store.reader import open_store
 
-    parts = [whole(open_store(url)) for url in (config.store, *config.more)]
-    return _compose(Composition(config.output or next_version(parts[0].store.url), parts), config.threads)
+    parts = [whole(open_store(url)) for url in config.stores]
+    out = config.out or next_version(parts[0].store.url)
+    _compose(Composition(out, parts, clips_per_shard=config.clips_per_shard), config.threads)
+    return 0
 
 
-def _compose(composition: Composition, threads: int) -> int:
-    from rich.progress import Progress
+def _compose(composition: Composition, threads: int) -> None:
+    from tubelet.progress import Progress
 
     reused = written = 0
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("shards", total=composition.plan.shards)
-        for whole in composition.run(threads):
-            progress.advance(bar)
-            reused += whole
-            written += not whole
+    with Progress("writing", total=composition.plan.shards, unit="shards") as progress:
+        for is_reused in composition.run(threads):
+            progress.advance()
+            reused += is_reused
+            written += not is_reused
     store = composition.store()
-    print(f"{store.url}: {store.plan.clips} clips; {reused} shards taken over, {written} written anew")
+    print(f"{store.url}: {store.plan.clips} clips; {reused} shards reused, {written} written")
     print(f"Identity {store.identity}")
-    return 0
 
 
 def _gc(config: GcConfig) -> int:
@@ -273,17 +210,12 @@ def _card(config: CardConfig) -> int:
     return 0
 
 
-COPY = Verb(
-    "copy",
-    "Copy a store, or a part of it, verified at both ends.",
-    lambda: CopyConfig,
-    _copy,
-    ("source", "destination"),
+_ENDS = ("source", "destination")
+COPY = Verb("copy", "Copy a store or part of it, verified at both ends.", lambda: CopyConfig, _copy, _ENDS)
+PUSH = Verb(
+    "push", "Publish a store: copy it, and list it in the catalog there.", lambda: CopyConfig, _push, _ENDS
 )
-PUSH = Verb("push", "Publish a store: copy it to a URL.", lambda: PushConfig, _push, ("store", "destination"))
-PULL = Verb("pull", "Fetch a store from a catalog or URL.", lambda: PullConfig, _pull, ("store", "destination"))
-SUBSET = Verb("subset", "Make a store of some hooks or clips.", lambda: SubsetConfig, _subset, ("store", "destination"))
-MERGE = Verb("merge", "Join stores that were made alike.", lambda: MergeConfig, _merge, ("output", "stores..."))
-APPEND = Verb("append", "Add videos: a new version of a store.", lambda: AppendConfig, _append, ("store", "more..."))
+PULL = Verb("pull", "Fetch a store from a catalog or URL.", lambda: PullConfig, _pull, _ENDS)
+MERGE = Verb("merge", "Join stores, or make the next version of one.", lambda: MergeConfig, _merge, ("stores...",))
 GC = Verb("gc", "Show and remove what dead jobs left in a store.", lambda: GcConfig, _gc, ("store",))
 CARD = Verb("card", "Write a store's data card and Croissant file.", lambda: CardConfig, _card, ("store", "output"))

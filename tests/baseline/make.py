@@ -98,7 +98,7 @@ def make_stores(work: Path) -> None:
         plan = plan.model_copy(update={"clip_table": f"sha256:part-{number}"})
         part = planned_table(10).set_column(1, "video_id", table["video_id"].slice(10 * number, 10))
         make_store(work / f"part-{number}", plan, made_up(10, grid, hooks, 2 + number), failed=(7,), table=part)
-    tubelet("merge", MERGED, str(work / "part-0"), str(work / "part-1"))
+    tubelet("merge", str(work / "part-0"), str(work / "part-1"), "--out", MERGED)
 
     # From real videos: what an extraction notes of sampling, pixels, backbone and decoder.
     here = Path.cwd()

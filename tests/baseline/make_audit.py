@@ -44,7 +44,7 @@ def rounded(values: NDArray[np.float32]) -> NDArray[np.float16]:
 def main_() -> None:
     """Run the demo, evaluate it on the clips that are kept, write what is kept of them."""
     tubelet("demo", "--out", str(DEMO))
-    tubelet("subset", str(DEMO / "validation.zarr"), str(DEMO / "audit.zarr"), "--first", str(CLIPS))
+    tubelet("copy", str(DEMO / "validation.zarr"), str(DEMO / "audit.zarr"), "--where.first", str(CLIPS))
     settings = yaml.safe_load((DEMO / "evaluate.yaml").read_text())
     settings |= {"store": str(DEMO / "audit.zarr"), "out": str(DEMO / "audit")}
     (DEMO / "audit.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -84,7 +84,7 @@ def test_appending_leaves_the_old_version_readable_and_shares_its_full_shards(st
     old = extract(tmp_path / "s.zarr", range(10))
     more = extract(tmp_path / "more.zarr", range(10, 18))
     before = scripted.fingerprint(tmp_path / "s.zarr")
-    assert main(["append", old.url, more.url]) == 0
+    assert main(["merge", old.url, more.url]) == 0
     new = open_store(str(tmp_path / "s.v2.zarr"))
     assert new.identity == store.identity
     assert scripted.fingerprint(tmp_path / "s.zarr") == before

@@ -47,7 +47,7 @@ def test_of_many_that_create_one_wins_and_its_bytes_are_whole(tmp_path):
 def test_stores_are_written_copied_cut_and_repaired(tmp_path, capsys):
     store = make_store(tmp_path / "s.zarr", PLAN)
     assert main(["copy", store.url, str(tmp_path / "t.zarr")]) == 0
-    assert main(["subset", store.url, str(tmp_path / "u.zarr"), "--first", "4"]) == 0
+    assert main(["copy", store.url, str(tmp_path / "u.zarr"), "--where.first", "4"]) == 0
     key = "activations/blocks.1/c/0/0/0/0"
     (tmp_path / "t.zarr" / key).write_bytes(b"damaged")
     assert main(["verify", str(tmp_path / "t.zarr"), "--from", store.url]) == 0

@@ -13,6 +13,7 @@ import scripted
 
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
+from tubelet_store.catalog import Catalog
 from tubelet_store.catalog.edit import add_store, describe
 from tubelet_store.manifest import Manifest
 from tubelet_store.reader import Store, open_store
@@ -160,13 +161,58 @@ def test_pull_and_push_know_names(store, tmp_path, monkeypatch, capsys):
     shutil.rmtree("there/s.zarr")
     assert main(["push", "demo.zarr", "there/catalog.yaml#demo"]) == 0
     assert sound("there/s.zarr")
-    scripted_part = main(["pull", "there/catalog.yaml#demo", "part.zarr", "--hooks", "[blocks.3]", "--first", "3"])
-    assert scripted_part == 0
+    words = ["there/catalog.yaml#demo", "part.zarr", "--hooks", "blocks.3", "--where.first", "3"]
+    assert main(["pull", *words]) == 0
     part = open_store("part.zarr")
     assert (part.plan.clips, [hook.name for hook in part.plan.hooks]) == (3, ["blocks.3"])
     capsys.readouterr()
     assert main(["push", "part.zarr", "there/catalog.yaml#demo"]) == 2
     assert "not what would be pushed" in capsys.readouterr().err
+
+
+class TestPush:
+    """`push` lists what it copied in the catalog at the destination, and never changes what a name means."""
+
+    def pushed(self, catalog: Path) -> dict[str, tuple[str, str | None]]:
+        return {entry.name: (entry.url, entry.identity) for entry in Catalog.read(str(catalog)).stores}
+
+    def test_to_a_url(self, store, tmp_path):
+        there = tmp_path / "there"
+        assert main(["push", store.url, str(there / "k400.zarr")]) == 0
+        assert self.pushed(there / "catalog.yaml") == {"k400": (str(there / "k400.zarr"), store.identity)}
+        assert open_store(f"{there}/catalog.yaml#k400").identity == store.identity
+        text = (there / "catalog.yaml").read_text()
+        assert main(["push", store.url, str(there / "k400.zarr")]) == 0
+        assert (there / "catalog.yaml").read_text() == text
+
+    def test_to_a_name_that_is_new(self, store, tmp_path):
+        there = tmp_path / "there"
+        assert main(["push", store.url, f"{there}/catalog.yaml#k400"]) == 0
+        assert self.pushed(there / "catalog.yaml") == {"k400": (str(there / "k400.zarr"), store.identity)}
+
+    def test_a_part_pins_its_own_identity(self, store, tmp_path):
+        there = tmp_path / "there"
+        assert main(["push", store.url, str(there / "few.zarr"), "--where.first", "3"]) == 0
+        identity = self.pushed(there / "catalog.yaml")["few"][1]
+        assert identity == open_store(str(there / "few.zarr")).identity != store.identity
+
+    def test_an_entry_that_pins_nothing_is_completed_and_keeps_what_it_said(self, store, tmp_path):
+        there = tmp_path / "there"
+        there.mkdir()
+        said = {"license": "CC-BY-4.0", "owner": "team", "description": "Ten clips."}
+        add_store(f"{there}/catalog.yaml", f"{there}/s.zarr", describe(store.state, "demo", pin=False, **said))
+        assert main(["push", store.url, f"{there}/catalog.yaml#demo"]) == 0
+        (entry,) = Catalog.read(f"{there}/catalog.yaml").stores
+        assert (entry.url, entry.identity) == (f"{there}/s.zarr", store.identity)
+        assert {key: getattr(entry.about, key) for key in said} == said
+
+    def test_a_name_that_means_another_place_is_refused_before_anything_is_copied(self, store, tmp_path, capsys):
+        there = tmp_path / "there"
+        there.mkdir()
+        add_store(f"{there}/catalog.yaml", f"{there}/elsewhere.zarr", describe(store.state, "k400"))
+        assert main(["push", store.url, str(there / "k400.zarr")]) == 2
+        assert "already has a store 'k400'" in capsys.readouterr().err
+        assert not (there / "k400.zarr").exists()
 
 
 class TestRepair:
@@ -202,7 +248,7 @@ class TestRepair:
 
     def test_only_a_copy_of_the_same_store_may_mend(self, store, path, tmp_path, capsys):
         other = tmp_path / "other.zarr"
-        assert main(["subset", store.url, str(other), "--first", "5"]) == 0
+        assert main(["copy", store.url, str(other), "--where.first", "5"]) == 0
         flip(path / SHARD)
         assert main(["verify", str(path), "--from", str(other)]) == 2
         assert "is not a copy of" in capsys.readouterr().err

@@ -260,7 +260,7 @@ def test_a_newcomer_needs_a_catalog_and_what_it_says(url, tmp_path, monkeypatch,
     assert values.shape == latents.shape == (4 * 60, 32)
 
     part = f"{url.removesuffix('s.zarr')}part.zarr"
-    assert main(["push", "catalog.yaml#shared", part, "--hooks", "h", "--first", "8"]) == 0
+    assert main(["push", "catalog.yaml#shared", part, "--hooks", "h", "--where.first", "8"]) == 0
     assert main(["catalog", "add", "part", part, "--owner", "team-b"]) == 0
     assert main(["catalog", "check"]) == 0
     assert len(open_store("catalog.yaml#part").clips()) == 8
