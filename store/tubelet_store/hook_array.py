@@ -2,7 +2,8 @@
 
     store["blocks.3"][17]                 a clip: a view of the memory map [time, space, channel]
     store["blocks.3"][[3, 1, 900]]        clips from several shards: a copy of just these
-    store["blocks.3"].torch(0)            a shard as a torch tensor, without a copy
+    store["blocks.3"].torch()             all shards as a torch tensor, a copy in memory
+    store["blocks.3"].torch(0)            one shard as a torch tensor, without a copy
     store["blocks.3"].dask(), .xarray()   the whole, lazily
 
 Of a remote store the shards that are touched come through the cache, verified.
@@ -10,6 +11,9 @@ Of a remote store the shards that are touched come through the cache, verified.
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,14 +74,33 @@ class HookArray:
         """Shard `shard` as a read-only memory map [clips in the shard, time, space, channel]."""
         return self.store.shard_map(self.hook, shard, self.kind)
 
-    def torch(self, shard: int) -> torch.Tensor:
-        """Shard `shard` as a torch tensor on the memory map, without a copy.
+    def torch(self, shard: int | None = None) -> torch.Tensor:
+        """One shard as a torch tensor without a copy, or all shards as one tensor, which is a copy in memory.
 
-        torch knows no read-only tensors: the map is private, so writing to the tensor changes neither the file nor
-        anybody else's view of it.
+        torch has no read-only tensors: the map of a shard is private, so writing to the tensor changes neither the file
+        nor another view of it.
+
+        Args:
+            shard: Number of the shard; None: all of them, [clip, time, space, channel] in the store's dtype.
+
+        Raises:
+            TubeletError: all shards together take more than half of the available memory.
         """
         import torch
 
+        if shard is None:
+            available_bytes = available_memory()
+            if self.nbytes > available_bytes / 2:
+                raise TubeletError(
+                    f"'{self.hook}' of {self.store.url} takes {human_bytes(self.nbytes)}, more than half of the"
+                    f" {human_bytes(available_bytes)} of memory that is available",
+                    "Use .dask() for all shards, or .torch(i) for shard i",
+                )
+            whole = torch.empty(self.shape, dtype=getattr(torch, self.store.plan.dtype))
+            for number in range(self.store.plan.shards):
+                clips = self.store.plan.shard_range(number)
+                whole[clips.start : clips.stop] = self.torch(number)
+            return whole
         mapped = self.store.shard_map(self.hook, shard, self.kind, private=True)
         # NumPy and torch share no bfloat16: bits go over, and are read as what they are.
         bits = mapped.view(np.int16 if self.dtype.itemsize == 2 else np.int32)
@@ -120,7 +143,7 @@ class HookArray:
         if isinstance(first, int | np.integer):
             clip = range(len(self))[int(first)]
             shard, row = divmod(clip, self.store.plan.clips_per_shard)
-            return np.asarray(self.shard(shard)[(row, *inner)])
+            return np.asarray(self.store.shard_map(self.hook, shard, self.kind)[(row, *inner)])
         if isinstance(first, slice):
             return self._range(range(len(self))[first], inner)
         return self._gather(np.asarray(first), inner)
@@ -166,6 +189,18 @@ class HookArray:
 
     def _human(self) -> str:
         return human_bytes(self.nbytes)
+
+
+def available_memory() -> int:
+    """Bytes of memory that new arrays may take without swapping, within the limit of this process's control group."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, limit - used)
+    return available
 
 
 def _reopened(url: str, hook: str, kind: str) -> HookArray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, BinaryIO, TypeVar
 
@@ -39,23 +39,25 @@ from tubelet_store.hook_array import HookArray
 from tubelet_store.manifest import Manifest
 from tubelet_store.moments import Moments
 from tubelet_store.object_keys import ACTIVATIONS, CLIPS, GROUP, MANIFEST, MOMENTS, PLAN_TABLE, SPECIAL, shard_key
-from tubelet_store.plan import Plan
+from tubelet_store.plan import Hook, Plan
 from tubelet_store.storage import open_root
 from tubelet_store.storage.client import NoAccess
 from tubelet_store.storage.object_root import ObjectRoot
-from tubelet_store.store_state import StoreState, read_state
+from tubelet_store.store_state import StoreState, read_state, readings
 
 T = TypeVar("T")
-
-# How often small objects are read from a remote store before what they hold counts as damaged, not as badly received.
-_READINGS = 4
 
 # What Arrow, zarr, pydantic and NumPy raise over bytes that are not what was written.
 _DAMAGE = (pa.ArrowException, LookupError, NotImplementedError, OSError, TypeError, ValueError)
 
 
 class Store(Tabular):
-    """A readable store. Everything it gives is read-only."""
+    """A readable store. Everything it gives is read-only.
+
+    store.hooks                    ("blocks.3", "blocks.6")
+    len(store), store.shape(hook)  clips; (clips, time, space, channels)
+    store["blocks.3"]              lazy array [clip, time, space, channel]
+    """
 
     def __init__(self, root: ObjectRoot, state: StoreState, cache: CacheConfig | None = None) -> None:
         self.root = root
@@ -91,6 +93,27 @@ class Store(Tabular):
         ]
         return Table.of_rows(("store", "value"), rows, title=self.url)
 
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of the hooks, in the plan's order."""
+        return tuple(hook.name for hook in self.plan.hooks)
+
+    def __len__(self) -> int:
+        """Number of clips, failed ones included."""
+        return self.plan.clips
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the hooks; without it Python would iterate by `store[0]`, `store[1]`, ..."""
+        return iter(self.hooks)
+
+    def shape(self, hook: str) -> tuple[int, int, int, int]:
+        """(clips, time, space, channels) of the activations at `hook`.
+
+        Raises:
+            TubeletError: the store has no such hook.
+        """
+        return self[hook].shape
+
     def __getitem__(self, hook: str) -> HookArray:
         """The activations of all clips at `hook`, as a lazy read-only array [clip, time, space, channel].
 
@@ -108,7 +131,7 @@ class Store(Tabular):
         return HookArray(self, hook, SPECIAL)
 
     def _ipython_key_completions_(self) -> list[str]:
-        return [hook.name for hook in self.plan.hooks]
+        return list(self.hooks)
 
     @property
     def complete(self) -> bool:
@@ -201,7 +224,7 @@ class Store(Tabular):
         if self.cache is None or not self.complete or key == MANIFEST:
             return self.root.read(key)
         stored = self._manifest.get(key)
-        for _ in range(_READINGS):
+        for _ in range(readings(self.root)):
             data = self.root.read(key)
             if stored is not None and hashlib.sha256(data).hexdigest() == stored.sha256:
                 return data
@@ -223,16 +246,24 @@ class Store(Tabular):
         """
         commit = read_commit(self.root, shard)
         if commit is None:
-            raise TubeletError(f"{self.url}: shard {shard} is not committed", "Finish the extraction: run it again")
+            raise self._not_committed(shard)
         return commit
 
     def manifest(self) -> Manifest:
         """The manifest of a complete store.
 
         Raises:
-            TubeletError: it is missing, or it is not the one the store was completed with.
+            TubeletError: it is missing, or its identity is not the store's.
         """
-        return _received(self.root, self._read_manifest)
+        for reading in range(readings(self.root), 0, -1):
+            try:
+                return self._read_manifest()
+            except (StoreUnreachable, NoAccess):
+                raise
+            except TubeletError:
+                if reading == 1:
+                    raise
+        raise AssertionError("the last reading returns or raises")
 
     @cached_property
     def _manifest(self) -> Manifest:
@@ -277,21 +308,34 @@ class Store(Tabular):
             TubeletError: no such hook; the shard is not committed, missing, truncated, or not in order; or it cannot be
                 cached.
         """
-        of_hook = self.plan.hook(hook)
-        with self._shard_file(hook, shard, kind) as file:
-            name = f"{self.url}/{shard_key(kind, hook, shard)}"
-            expected = shard_bytes(self.plan, kind, of_hook, shard)
-            found = os.fstat(file.fileno()).st_size
-            if found != expected:
-                raise TubeletError(
-                    f"{name} holds {found} bytes, not {expected} (truncated?)",
-                    "Run `tubelet verify`, then copy it again",
-                )
-            clips = len(self.plan.shard_range(shard))
-            file.seek(clips * clip_bytes(self.plan, kind, of_hook))
-            check_index(self.plan, kind, of_hook, shard, file.read(index_bytes(self.plan)), name)
-            shape = (clips, *clip_shape(self.plan, kind, of_hook))
-            return np.memmap(file, self.plan.numpy_dtype, "c" if private else "r", offset=0, shape=shape)
+        of_hook, key = self.plan.hook(hook), shard_key(kind, hook, shard)
+        path = self.root.local_path(key)
+        if self.cache is not None:
+            opened = self.cache.open(self.shard_object(hook, shard, kind))
+        elif shard not in self.committed or path is None:
+            raise self._not_committed(shard)
+        else:
+            try:
+                opened = path.open("rb")
+            except FileNotFoundError as error:
+                remedy = "Run `tubelet verify`, then copy the store again"
+                raise TubeletError(f"{self.url}/{key} is missing", remedy) from error
+        with opened as file:
+            return self._mapped(file, of_hook, shard, kind, private)
+
+    def _mapped(self, file: BinaryIO, hook: Hook, shard: int, kind: str, private: bool) -> NDArray[Any]:
+        name = f"{self.url}/{shard_key(kind, hook.name, shard)}"
+        expected_bytes, size_bytes = shard_bytes(self.plan, kind, hook, shard), os.fstat(file.fileno()).st_size
+        if size_bytes != expected_bytes:
+            raise TubeletError(
+                f"{name} has {size_bytes} bytes, not {expected_bytes} (truncated?)",
+                "Run `tubelet verify`, then copy it again",
+            )
+        clips = len(self.plan.shard_range(shard))
+        file.seek(clips * clip_bytes(self.plan, kind, hook))
+        check_index(self.plan, kind, hook, shard, file.read(index_bytes(self.plan)), name)
+        shape = (clips, *clip_shape(self.plan, kind, hook))
+        return np.memmap(file, self.plan.numpy_dtype, "c" if private else "r", offset=0, shape=shape)
 
     def prefetch(self, hook: str, shards: Iterable[int]) -> None:
         """Say which shards will be mapped next, in order: a cache fetches them ahead. Nothing to do for a local store.
@@ -311,7 +355,7 @@ class Store(Tabular):
         """
         of_hook, key = self.plan.hook(hook), shard_key(kind, hook, shard)
         if shard not in self.committed:
-            raise TubeletError(f"{self.url}: shard {shard} is not committed", "Finish the extraction: run it again")
+            raise self._not_committed(shard)
         if self.complete:
             stored = self._manifest.get(key)
         else:
@@ -330,18 +374,8 @@ class Store(Tabular):
             tail=encode_index(self.plan, kind, of_hook, shard),
         )
 
-    def _shard_file(self, hook: str, shard: int, kind: str) -> BinaryIO:
-        if self.cache is not None:
-            return self.cache.open(self.shard_object(hook, shard, kind))
-        key = shard_key(kind, hook, shard)
-        path = self.root.local_path(key)
-        if shard not in self.committed or path is None:
-            raise TubeletError(f"{self.url}: shard {shard} is not committed", "Finish the extraction: run it again")
-        try:
-            return path.open("rb")
-        except FileNotFoundError as error:
-            remedy = "Run `tubelet verify`, then copy the store again"
-            raise TubeletError(f"{self.url}/{key} is missing", remedy) from error
+    def _not_committed(self, shard: int) -> TubeletError:
+        return TubeletError(f"{self.url}: shard {shard} is not committed", "Run the extraction again to finish it")
 
 
 def open_store(url: str, allow_unfinished: bool = False, cache: CacheConfig | None = None) -> Store:
@@ -362,7 +396,7 @@ def open_store(url: str, allow_unfinished: bool = False, cache: CacheConfig | No
         url, identity = entry.url, entry.identity
         remedy = f"The catalog says of it: {entry.about.description or 'nothing about where else it lies'}"
     root = open_root(url)
-    state = _received(root, lambda: read_state(root))
+    state = read_state(root)
     if state is None:
         raise TubeletError(f"No store at {url}", remedy)
     store = Store(root, state, cache)
@@ -378,15 +412,3 @@ def open_store(url: str, allow_unfinished: bool = False, cache: CacheConfig | No
             "Run the same `tubelet extract` again to finish it, or open it with allow_unfinished=True",
         )
     return store
-
-
-def _received(root: ObjectRoot, read: Callable[[], T]) -> T:
-    """`read()`, again where it finds damage and the bytes came over a network: the damage may be of this transfer."""
-    for _ in range(_READINGS - 1 if root.local_path(GROUP) is None else 0):
-        try:
-            return read()
-        except (StoreUnreachable, NoAccess):
-            raise
-        except TubeletError:
-            continue
-    return read()

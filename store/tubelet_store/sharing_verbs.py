@@ -212,9 +212,7 @@ def _card(config: CardConfig) -> int:
 
 _ENDS = ("source", "destination")
 COPY = Verb("copy", "Copy a store or part of it, verified at both ends.", lambda: CopyConfig, _copy, _ENDS)
-PUSH = Verb(
-    "push", "Publish a store: copy it, and list it in the catalog there.", lambda: CopyConfig, _push, _ENDS
-)
+PUSH = Verb("push", "Publish a store: copy it, and list it in the catalog there.", lambda: CopyConfig, _push, _ENDS)
 PULL = Verb("pull", "Fetch a store from a catalog or URL.", lambda: PullConfig, _pull, _ENDS)
 MERGE = Verb("merge", "Join stores, or make the next version of one.", lambda: MergeConfig, _merge, ("stores...",))
 GC = Verb("gc", "Show and remove what dead jobs left in a store.", lambda: GcConfig, _gc, ("store",))

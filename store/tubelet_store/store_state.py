@@ -15,6 +15,8 @@ from tubelet_store.storage.object_root import ObjectRoot
 
 FORMAT_VERSION = 1
 
+_REMOTE_READINGS = 4
+
 
 class StoreState(Config):
     """attributes["tubelet"] of the store's zarr.json."""
@@ -52,10 +54,25 @@ def read_state(root: ObjectRoot) -> StoreState | None:
     Raises:
         TubeletError: there is a Zarr group that is not ours, of a later format, or damaged.
     """
-    try:
-        raw = root.read(GROUP)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    for reading in range(readings(root), 0, -1):
+        try:
+            raw = root.read(GROUP)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return _parsed(raw, root)
+        except TubeletError:
+            if reading == 1:
+                raise
+    raise AssertionError("the last reading returns or raises")
+
+
+def readings(root: ObjectRoot) -> int:
+    """How often a small object is read before its damage counts: once from a disk, again if a network was between."""
+    return 1 if root.local_path(GROUP) is not None else _REMOTE_READINGS
+
+
+def _parsed(raw: bytes, root: ObjectRoot) -> StoreState:
     attributes = _tubelet_attributes(raw, root.url)
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:

@@ -73,6 +73,33 @@ def test_it_looks_like_an_array(store, whole):
     assert store.special_tokens("blocks.1")[:].shape == (CLIPS, 1, 1, 4)
 
 
+def test_a_store_knows_its_hooks_its_length_and_shapes(store, whole):
+    assert store.hooks == tuple(store) == tuple(hook.name for hook in store.plan.hooks)
+    assert len(store) == CLIPS
+    assert store.shape("blocks.1") == store["blocks.1"].shape == whole.shape
+    with pytest.raises(TubeletError, match=r"no hook 'blocks.2'"):
+        store.shape("blocks.2")
+
+
+def test_torch_over_all_shards_is_a_copy_of_every_clip(store, whole):
+    tensor = store["blocks.1"].torch()
+    assert (tensor.dtype, tensor.shape) == (getattr(torch, store.plan.dtype), whole.shape)
+    bits = tensor.view(torch.int16 if whole.dtype.itemsize == 2 else torch.int32)
+    assert np.array_equal(bits.numpy(), whole.view(bits.numpy().dtype))
+    bits.zero_()
+    assert same(store["blocks.1"][:], whole)
+
+
+def test_torch_over_all_shards_takes_at_most_half_of_the_available_memory(store, monkeypatch):
+    array = store["blocks.1"]
+    monkeypatch.setattr("tubelet_store.hook_array.available_memory", lambda: 2 * array.nbytes)
+    assert array.torch().shape == array.shape
+    monkeypatch.setattr("tubelet_store.hook_array.available_memory", lambda: 2 * array.nbytes - 2)
+    with pytest.raises(TubeletError, match=r"more than half.*dask\(\)"):
+        array.torch()
+    assert len(array.torch(0)) == 4
+
+
 def test_torch_sees_the_same_bits(store, whole):
     tensor = store["blocks.1"].torch(1)
     assert tensor.dtype == getattr(torch, store.plan.dtype)
