@@ -83,7 +83,6 @@ def test_a_store_opens_with_its_identity_and_its_values(name, capsys):
         assert array_digest(np.asarray(store.special_tokens(hook)[:]).view(np.uint16)) == digest
 
 
-@not_mapped
 def test_the_catalog_reads_and_resolves(capsys):
     path = str(HERE / CATALOG)
     assert main(["catalog", "check", "--catalog", path]) == 0

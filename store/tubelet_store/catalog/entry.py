@@ -122,6 +122,9 @@ class _Entry(Config):
     user_parameters: dict[str, Plain] = Field(default_factory=dict, max_length=0)
 
 
+# Keys that earlier versions wrote into our blocks; the only place that knows them.
+_EARLIER_KEYS = {"licence": "license"}
+
 # Whole sections at once: ten thousand calls cost more than what they check.
 _DATA, _ENTRIES = TypeAdapter(dict[str, _Data]), TypeAdapter(dict[str, _Entry])
 _HOOK, _LINK = TypeAdapter(HookBlock), TypeAdapter(CatalogBlock)
@@ -160,8 +163,10 @@ def read_entries(document: Document, origin: str, folder: str) -> tuple[list[Sto
             links.append(Link(link.catalog, url))
             continue
         said = entry.metadata.get("tubelet")
-        if isinstance(said, dict) and isinstance(said.get("store"), str):
-            said = {**firsts.setdefault(said["store"], said), **said}
+        if isinstance(said, dict):
+            said = {_EARLIER_KEYS.get(name, name): value for name, value in said.items()}
+            if isinstance(said.get("store"), str):
+                said = {**firsts.setdefault(said["store"], said), **said}
         block = _validated(_HOOK, said, f"{where}, metadata.tubelet")
         if data.kwargs.get("root") != f"{ACTIVATIONS}/{block.hook}":
             raise TubeletError(f"{where}: its data is not of hook {block.hook}", f"root: {ACTIVATIONS}/{block.hook}")
