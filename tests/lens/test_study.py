@@ -22,11 +22,11 @@ from tubelet_lens.results.evaluation import Evaluation
 from tubelet_lens.results.section import Curve, Figure, Line, Section
 from tubelet_lens.study.cells import Cell, cells
 from tubelet_lens.study.config import StudyConfig
-from tubelet_lens.study.derived import common_frames, equal_time_figures
 from tubelet_lens.study.questions import Column, Question
 from tubelet_lens.study.run_study import StudySummary, run_cell, study
+from tubelet_lens.study.shared_figures import common_frames, equal_time_figures
 from tubelet_lens.study.study_plots import _draw
-from tubelet_lens.study.table import Table, table
+from tubelet_lens.study.tables import StudyTable, figure_frame, study_table
 
 
 def store_at(path: Path, seed: int, steps: int = 4) -> str:
@@ -88,9 +88,12 @@ def test_every_combination_is_a_cell_and_every_cell_is_done(ran: tuple[StudyConf
 
 
 def test_a_row_is_the_mean_of_its_seeds(ran: tuple[StudyConfig, StudySummary]) -> None:
-    config, _ = ran
+    config, summary = ran
     rows = list(csv.DictReader((config.out / "tables" / "reconstruction.csv").open()))
     assert len(rows) == 6
+    assert summary.tables["reconstruction"].to_csv(index=False).splitlines() == (
+        (config.out / "tables" / "reconstruction.csv").read_text().splitlines()
+    )
     for row in rows:
         seeds = [
             cell.evaluation().figure("reconstruction.fvu").value
@@ -109,12 +112,13 @@ def figure(name: str, value: float | None, definition: str = "d", **fields: Any)
 
 def table_of(
     config: StudyConfig, derived: dict[str, list[Figure]], of_seeds: dict[tuple[str, str], list[Figure]]
-) -> Table:
+) -> StudyTable:
     done = cells(config)
     question = Question("made", "T", "L", (Column("made.own", "own"), Column("seeds.cosine", "matched")))
-    found = table(question, config, done, {cell.name: cell.evaluation() for cell in done}, derived, of_seeds)
-    assert found is not None
-    return found
+    figures = figure_frame(done, {cell.name: cell.evaluation() for cell in done}, derived, of_seeds)
+    table = study_table(question, figures, config.sources)
+    assert table is not None
+    return table
 
 
 def test_what_is_said_of_all_seeds_together_keeps_its_lowest_and_highest(ran: tuple[StudyConfig, StudySummary]) -> None:

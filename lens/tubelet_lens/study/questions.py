@@ -1,4 +1,4 @@
-"""What a study's tables ask, and which figures answer: after the paper on spatio-temporal SAEs (science 1)."""
+"""The questions of a study's tables and the figures that answer them, after the paper on spatio-temporal SAEs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class Column:
     """One figure in a table."""
 
     figure: str
-    """Its name in the evaluation; `*` stands for any part of it, one column for each that is found."""
+    """Its name in the evaluation; `*` matches any part of it and gives one column for each match."""
     title: str
-    """`{}` stands for what `*` stood for."""
+    """`{}` is replaced by what `*` matched."""
 
-    def found(self, known: Iterable[str]) -> tuple[Column, ...]:
-        """The columns of figures that are known."""
+    def matching(self, known: Iterable[str]) -> tuple[Column, ...]:
+        """This column, or one for each match of `*`, for figures that are among `known`."""
         if "*" not in self.figure:
             return (self,) if self.figure in known else ()
         before, after = self.figure.split("*")

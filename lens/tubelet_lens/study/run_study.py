@@ -12,11 +12,12 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from distributed import Client, as_completed
 
 from tubelet.config import validate
@@ -36,19 +37,28 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True, repr=False)
 class StudySummary(Tabular):
-    """What became of the grid."""
+    """The result of a study.
+
+    Attributes:
+        cells: Cells of the grid.
+        done_before: Cells that an earlier run finished.
+        failures: Reason by name of the cell.
+        page: The page of tables and plots; None if no cell is done.
+        tables: By question (`coherence`, `action`, ...): a row per source and variant, statistics over seeds of each
+            figure; see `StudyTable.values`.
+    """
 
     cells: int
     done_before: int
     failures: dict[str, str]
-    """Reason by name of the cell."""
     page: Path | None
-    """The page of tables and plots; None where no cell is done."""
+    tables: Mapping[str, pd.DataFrame]
 
     def table(self) -> Table:
         """Cells done and failed, and where the page is."""
         rows = [("cells", f"{self.cells - len(self.failures):,} of {self.cells:,} done ({self.done_before:,} before)")]
         rows += [(f"failed: {name}", reason) for name, reason in self.failures.items()]
+        rows += [("tables", ", ".join(self.tables))] if self.tables else []
         rows += [("page", str(self.page))] if self.page is not None else []
         return Table.of_rows(("study", "value"), rows)
 
@@ -71,8 +81,8 @@ def study(config: StudyConfig) -> StudySummary:
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "failures.json").write_text(json.dumps(failures, indent=2) + "\n")
     done = [cell for cell in grid if cell.done]
-    page = write_results(config, done, failures) if done else None
-    return StudySummary(len(grid), len(grid) - len(todo), failures, page)
+    page, tables = write_results(config, done, failures) if done else (None, {})
+    return StudySummary(len(grid), len(grid) - len(todo), failures, page, tables)
 
 
 def _run(config: StudyConfig, todo: Sequence[Cell]) -> dict[str, str]:

@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tubelet_lens.results.evaluation import Evaluation
 from tubelet_lens.study.cells import Cell
 from tubelet_lens.study.config import StudyConfig
-from tubelet_lens.study.derived import equal_time_figures
 from tubelet_lens.study.questions import QUESTIONS
-from tubelet_lens.study.seed_figures import figures_over_seeds
+from tubelet_lens.study.shared_figures import equal_time_figures, figures_over_seeds
 from tubelet_lens.study.study_plots import curves, pareto
-from tubelet_lens.study.table import Table, table
+from tubelet_lens.study.tables import StudyTable, figure_frame, study_table
 
 _CURVES = (
     ("coherence.lags", "Autocorrelation against distance in time", "coherence"),
@@ -52,21 +52,19 @@ class Plot:
     question: str
 
 
-def write_results(config: StudyConfig, done: Sequence[Cell], failures: Mapping[str, str]) -> Path:
-    """Write tables, plots and the page over the finished cells; the page's path."""
+def write_results(
+    config: StudyConfig, done: Sequence[Cell], failures: Mapping[str, str]
+) -> tuple[Path, dict[str, pd.DataFrame]]:
+    """Write tables, plots and the page of the finished cells; returns the page's path and the tables by question."""
     evaluations = {cell.name: cell.evaluation() for cell in done}
-    more = equal_time_figures(done, evaluations)
-    of_seeds = figures_over_seeds(done)
-    tables = [
-        found
-        for question in QUESTIONS
-        if (found := table(question, config, done, evaluations, more, of_seeds)) is not None
-    ]
+    figures = figure_frame(done, evaluations, equal_time_figures(done, evaluations), figures_over_seeds(done))
+    answers = (study_table(question, figures, config.sources) for question in QUESTIONS)
+    tables = [table for table in answers if table is not None]
     plots = _plots(config, done, evaluations)
-    for one in tables:
-        path = config.out / "tables" / f"{one.question.name}.csv"
+    for table in tables:
+        path = config.out / "tables" / f"{table.question.name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(one.csv())
+        path.write_text(table.csv())
     (config.out / "study.md").write_text(_markdown(tables, plots, failures))
     environment = Environment(
         loader=PackageLoader("tubelet_lens.report"),
@@ -86,7 +84,7 @@ def write_results(config: StudyConfig, done: Sequence[Cell], failures: Mapping[s
             sources=config.sources,
         )
     )
-    return page
+    return page, {table.question.name: table.values for table in tables}
 
 
 def _plots(config: StudyConfig, done: Sequence[Cell], evaluations: Mapping[str, Evaluation]) -> list[Plot]:
@@ -101,11 +99,11 @@ def _plots(config: StudyConfig, done: Sequence[Cell], evaluations: Mapping[str, 
     return plots
 
 
-def _markdown(tables: Sequence[Table], plots: Sequence[Plot], failures: Mapping[str, str]) -> str:
+def _markdown(tables: Sequence[StudyTable], plots: Sequence[Plot], failures: Mapping[str, str]) -> str:
     parts = []
-    for one in tables:
-        parts.append(f"## {one.question.title}\n\n{one.question.lead}\n\n{one.markdown()}")
-        parts += [f"![{plot.title}]({plot.file})\n" for plot in plots if plot.question == one.question.name]
+    for table in tables:
+        parts.append(f"## {table.question.title}\n\n{table.question.lead}\n\n{table.markdown()}")
+        parts += [f"![{plot.title}]({plot.file})\n" for plot in plots if plot.question == table.question.name]
     if failures:
         listed = "\n".join(f"- {name}: {reason}" for name, reason in failures.items())
         parts.append(f"## Cells that failed\n\n{listed}\n")

@@ -1,31 +1,37 @@
-"""Figures that no single evaluation can give: coherence at one distance in time for all sources."""
+"""Figures that no single evaluation can give, because they need several cells.
+
+equal_time_figures    by cell: coherence at one distance in time for all sources
+figures_over_seeds    by (source, variant): how alike the dictionaries are that differ only in their seed
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
+from tubelet.errors import TubeletError
+from tubelet_lens.metrics.seed_stability import seed_figures
 from tubelet_lens.results.evaluation import Evaluation
 from tubelet_lens.results.section import Figure
 from tubelet_lens.study.cells import Cell
 
 _NAMES = {"sae": "SAE", "raw": "raw", "sae_shuffled": "SAE, time shuffled", "raw_shuffled": "raw, time shuffled"}
 
-# Two distances are one if they differ by less than this share: frame rates are rarely exact.
-_SAME = 0.01
+# Distances that differ by a smaller share count as equal: frame rates are rarely exact.
+_TOLERANCE = 0.01
 
 
 def common_frames(step_frames: Mapping[str, float]) -> float | None:
-    """The smallest distance in frames that is a whole number of latent steps of every source: the largest step, if all
-    others divide it."""
+    """The largest latent step in frames, if it is a whole number of latent steps of every source; else None."""
     if not step_frames:
         return None
     distance = max(step_frames.values())
-    whole = all(abs(distance / step - round(distance / step)) < _SAME for step in step_frames.values())
+    whole = all(abs(distance / step - round(distance / step)) < _TOLERANCE for step in step_frames.values())
     return distance if whole else None
 
 
 def equal_time_figures(done: Sequence[Cell], evaluations: Mapping[str, Evaluation]) -> dict[str, tuple[Figure, ...]]:
-    """By cell: pooled autocorrelation at the distance in frames that all sources share; nothing if they share none."""
+    """Pooled autocorrelation at the distance in frames that all sources share, by cell; {} if they share none."""
     steps: dict[str, float] = {}
     for cell in done:
         figures = {figure.name: figure.value for figure in evaluations[cell.name].figures()}
@@ -58,3 +64,18 @@ def _at(evaluation: Evaluation, lag: int, frames: float) -> tuple[Figure, ...]:
         )
         for line in curve.lines
     )
+
+
+def figures_over_seeds(done: Sequence[Cell]) -> dict[tuple[str, str], tuple[Figure, ...]]:
+    """Seed stability by (source, variant), of those with at least two finished seeds."""
+    grouped: dict[tuple[str, str], list[Cell]] = {}
+    for cell in done:
+        grouped.setdefault((cell.source, cell.variant), []).append(cell)
+    figures = {}
+    for key, seeds in grouped.items():
+        # An SAE without live latents has nothing to match; its own row shows that it is dead.
+        with contextlib.suppress(TubeletError):
+            figures[key] = seed_figures(
+                [cell.folder / "run" for cell in seeds], [cell.folder / "evaluation" for cell in seeds]
+            )
+    return figures
