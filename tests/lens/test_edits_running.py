@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,8 @@ from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sae_files import load_record, load_sae, save_sae
 
 D, CLASSES, SCALE = 6, 4, 3.0
+BACKBONE = "my-videomae"
+"""A folder beside the store: neither a shipped backbone nor on the hub."""
 MEAN = torch.linspace(2, 5, D)
 
 
@@ -313,15 +316,16 @@ def test_an_exact_sae_recovers_everything_and_the_mean_nothing(planted: Backbone
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`ssv2`, a store of blocks.2 of the demo's VideoMAE, and an SAE trained on it for a moment."""
+    """`ssv2`, a store of blocks.2 of a VideoMAE that is a local folder, and an SAE trained on it for a moment."""
     root = tmp_path_factory.mktemp("edits")
     torch.set_num_threads(1)
+    shutil.copytree(demo_backbone("videomae-tiny"), root / BACKBONE)
     videos = VideosConfig(out=root / "ssv2", videos=32, frames=32, height=64, width=64, validation_share=0, workers=1)
     make_dataset(videos)
     settings = {
         "dataset": {"kind": "ssv2", "root": str(root / "ssv2"), "split": "train"},
         "sampling": {"kind": "dense", "frames": 16, "stride": 2},
-        "backbone": {"id": str(demo_backbone("videomae-tiny"))},
+        "backbone": {"id": str(root / BACKBONE)},
         "hooks": ["blocks.2"],
         "store": str(root / "s.zarr"),
         "decode": {"processes": 1},
@@ -363,6 +367,19 @@ def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Stor
     got = backbone.activations(clip.pixels[None], ["blocks.2"])["blocks.2"].tokens[0]
     torch.testing.assert_close(got, read_clip(store, "blocks.2", 3), rtol=2e-3, atol=2e-3)
     assert clip.frame_indices.tolist() == store.clips()["frame_indices"][3].as_py()
+
+
+def test_a_backbone_in_a_local_folder_is_found_again(made: Path, report: EditReport, measured: Result) -> None:
+    assert report.backbone == BACKBONE
+    assert measured.evaluation.figure("recovery.kl.sae").value is not None
+    moved = made.parent / f"{made.name}-moved"
+    (made / BACKBONE).rename(moved)
+    try:
+        with pytest.raises(TubeletError, match=BACKBONE):
+            edit(edit_config(made, probe_clips=0))
+        assert edit(edit_config(made, probe_clips=0, checkpoint=str(moved))).clips
+    finally:
+        moved.rename(made / BACKBONE)
 
 
 def test_an_edit_says_what_changed_beside_its_controls(report: EditReport) -> None:

@@ -18,15 +18,15 @@ class AllLatents(Config):
 
 
 class TopLatents(Config):
-    """The first latents by one of their figures."""
+    """The highest (or lowest) latents by one figure."""
 
     kind: Literal["top"] = "top"
     n: int = Field(default=1000, ge=1)
-    """How many."""
+    """Number of latents."""
     by: str = "frequency"
-    """Figure to order by: a column of latents.parquet, or of the gallery's own."""
+    """Figure to order by: a column of latents.parquet, or `frequency`, `max_activation`, ... of the gallery itself."""
     lowest: bool = False
-    """Take the lowest, not the highest."""
+    """Take the lowest instead of the highest."""
 
 
 class LatentList(Config):
@@ -34,11 +34,11 @@ class LatentList(Config):
 
     kind: Literal["list"] = "list"
     numbers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-    """Their numbers, from 0."""
+    """Numbers of the latents, from 0."""
 
 
 class GalleryConfig(Config):
-    """One gallery: a trained SAE, a store, a place for the site."""
+    """A static site that shows what each latent of an SAE fires on."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "run",
@@ -57,38 +57,37 @@ class GalleryConfig(Config):
     run: Path
     """Folder of a training run, with `sae.json`."""
     store: str
-    """Path of the activation store whose clips are shown."""
+    """Activation store whose clips are shown."""
     out: str | None = None
     """Folder or URL (`s3://...`) of the site; none: `gallery` inside the run."""
     evaluation: Path | None = None
-    """Folder that `tubelet evaluate` wrote, for the figures of each latent; none: `evaluation` inside the run, where
-    there is one."""
+    """Output folder of `tubelet evaluate`, for figures of each latent; none: `evaluation` inside the run, if there."""
     effects: Path | None = None
-    """Table of what edits do (columns latent, target, effect, definition); none: `effects.parquet` in the evaluation,
-    where there is one."""
+    """Table of the effects of edits (columns latent, target, effect, definition); none: `effects.parquet` of the
+    evaluation, if it exists."""
     videos: str | None = None
-    """Root of the data set, where it is not where it was when the store was made."""
+    """Folder of the data set, if it has moved since the store was made."""
     split: Literal["held_out", "train", "all"] = "all"
-    """Which videos: those held out of training, those trained on, or both."""
+    """Which videos to use: held out of training, trained on, or both."""
     other_store: bool = False
-    """Accept a store other than the one trained on (another data set or sampling); hook and backbone must agree."""
+    """Accept a store other than the training store (another data set or sampling) with the same hook and backbone."""
     limit_clips: int | None = Field(default=None, ge=1)
-    """Look at no more than this many clips, drawn at random; none: all of them."""
+    """Use at most this many clips, drawn at random; none: all of them."""
     latents: Annotated[AllLatents | TopLatents | LatentList, Field(discriminator="kind")] = AllLatents()
     """Which latents get a page."""
     top_clips: int = Field(default=12, ge=1, le=128)
-    """Strongest clips per latent, each of another video."""
+    """Strongest clips per latent, at most one per video."""
     lower_clips: int = Field(default=5, ge=0, le=20)
-    """Weaker clips per latent, one from each of so many equal parts of the videos on which it fires."""
+    """Weaker clips per latent: one from each quantile of the videos on which it fires."""
     frame_px: int = Field(default=112, ge=16, le=512)
-    """Longer side of a picture in pixels; never more than the video has."""
+    """Longer side of a frame in pixels; at most that of the video."""
     picture_quality: int = Field(default=60, ge=1, le=100)
-    """Quality of the pictures (WebP)."""
+    """WebP quality of the frames."""
     decode: DecodeConfig = DecodeConfig()
-    """How videos are read."""
+    """Video decoding."""
     seed: int = 0
-    """Chooses the sample behind the weaker clips."""
+    """Seed of the sample of weaker clips."""
     window_mib: int = Field(default=512, ge=1)
-    """Memory for the clips, and then for the heat-maps, held at once; never less than one clip, or one latent."""
+    """Memory in MiB for the clips or heat-maps processed at once; at least one clip or latent is."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: CUDA if there is one."""
+    """Where to compute; auto: CUDA if there is a GPU."""

@@ -1,6 +1,6 @@
-"""The backbone of a store, run again on its videos beside the stored activations: what metrics in it share.
+"""A session with the backbone of a store: it runs on the videos again, for metrics inside the backbone.
 
-test side ─▶ some clips' pixels, kept     fit side ─▶ some clips, for probes     checkpoint ─▶ backbone, readout
+checkpoint ─▶ backbone, readout     test side ─▶ clips to measure on, decoded     fit side ─▶ clips for probes
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class BackboneSession:
     """A backbone with its SAE, and the clips to run.
 
     Attributes:
-        config: What was asked for.
+        config: Its settings.
         backbone: On the evaluation's device.
-        hook: The SAE's.
+        hook: Hook of the SAE.
         sae: The trained SAE.
-        readout: Classes of a clip; None: the checkpoint has no classifier, and no clip of the fit side has a label.
+        readout: Classes of a clip; None: the checkpoint has no classifier and no clip of the fit side has a label.
         test_source: Reads the test side's videos.
         clips: Clips to measure on.
         rows: int64 [N] Their rows on the test side.
-        class_N: int64 [N] Their class in the readout; -1 where unknown.
+        class_N: int64 [N] Their class in the readout; -1 if unknown.
         fit_source: Reads the fit side's videos; None: there is no fit side.
         fit_rows: int64 Rows of the fit side to fit on.
     """
@@ -82,10 +82,10 @@ class BackboneSession:
 
 
 def start_session(clips: ClipSetting, config: InBackboneConfig) -> BackboneSession:
-    """Load and decode what `config` asks for.
+    """Load the backbone and decode the clips to measure on.
 
     Raises:
-        TubeletError: the checkpoint is not the store's backbone, or a video cannot be read.
+        TubeletError: the checkpoint is not the backbone of the store, or a video cannot be read.
     """
     store, device = clips.test.store, clips.setting.device
     if store.plan.tokens is not None and store.plan.tokens.kind == "pooled":

@@ -1,10 +1,11 @@
-"""Classification edits (paper B, science note 2.5): which clips change their class when a class's latent is suppressed.
+"""Classification edits: which clips change their predicted class when the latent of a class is suppressed
+(Stevens et al., arXiv 2502.06755, section on classification).
 
     fit side   latent of a class = argmax F1 of "its mean activation in the clip is above a threshold"
     test side  the latent suppressed on every patch token ─▶ predictions of the readout that change
 
-Thresholds are quantiles of each latent's mean activation over the fit side's clips [RECON]: at 0, as in saev's search
-over images of one object, nearly every clip has some patch on which nearly every latent fires.
+[RECON] Thresholds are quantiles of each latent's mean activation over the fit side's clips. saev uses thresholds near 0
+on images of one object; in a clip nearly every latent fires on some patch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FIGURES = edit_table(
 )
 
 _TITLE = "Classification edits"
-_LEAD = "Does suppressing the latent of a class in the running backbone make it deny that class, and it alone?"
+_LEAD = "Does suppressing the latent of a class in the backbone change the predictions of that class, and only these?"
 
 
 def best_latents(codes_NF: NDArray[np.float32], class_N: NDArray[np.int64]) -> dict[int, tuple[int, float]]:
@@ -72,7 +73,7 @@ def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipRe
     pooled, readout = clips.fit.pooled["sae"], session.readout
     place, unknown = match_class_names(known.names, readout.classes), unknown_names(known.names, readout.classes)
     if not place:
-        nothing = f"Nothing could be edited, and no section can say how often the running backbone is right. {unknown}"
+        nothing = f"No class could be edited, and the accuracy of the backbone is unknown. {unknown}"
         return ClipResult(Section(name=_NAME, title=_TITLE, lead=_LEAD, notes=(nothing,)))
     best = {
         place[known.names[number]]: found

@@ -1,9 +1,9 @@
-"""What each patch of a clip shows, from the ground-truth masks that `tubelet videos` writes.
+"""Class of each patch of a clip, from the ground-truth masks that `tubelet videos` writes.
 
     masks [frames, H, W], the frames and crop that the backbone saw ─▶ share of each class in each token's box ─▶ label
 
-A mask tells objects apart by number: 1, 2 fill the caption's placeholders in order, so that the caption tells their
-color and shape; a further object only rests, and nothing tells what it is: its pixels have no class.
+A mask numbers the objects: 1 and 2 are those of the caption's placeholders in order, so the caption gives their color
+and shape. Pixels of further objects have no class, because nothing describes them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ CLASSES: dict[Kind, tuple[str, ...]] = {
     "shape": ("background", *SHAPES),
     "object": ("background", "object"),
 }
-"""Names of the classes; the first is the background."""
+"""Class names; the first is the background."""
 
 NONE = -1
-"""Label of a token whose box shows no one class clearly enough."""
+"""Label of a token of which no class covers enough."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a clip table says of a video.
+    """Description of a video in the clip table.
 
     Attributes:
-        video_id: Names its masks.
-        template: The class's name, "something" for each placeholder; None where unknown.
-        caption: The same with the placeholders filled; None where unknown.
+        video_id: Its id, which names its masks.
+        template: The class's name, "something" for each placeholder; None if unknown.
+        caption: The same with the placeholders filled; None if unknown.
     """
 
     video_id: str
@@ -51,12 +51,12 @@ class Described:
 
 
 def has_masks(root: str, video_id: str) -> bool:
-    """Whether the data set at `root` holds masks of the video; of a remote one, no."""
+    """Whether the data set at `root` has masks of the video; False for a remote one."""
     return "://" not in root and mask_path(Path(root), video_id).is_file()
 
 
 def phrases(described: Described) -> tuple[str, ...]:
-    """What fills the template's placeholders, in order; empty where the caption does not follow the template."""
+    """Phrases in the template's placeholders, in order; empty if the caption does not follow the template."""
     if described.template is None or described.caption is None:
         return ()
     pattern = "(.+?)".join(map(re.escape, described.template.split("something")))
@@ -65,7 +65,7 @@ def phrases(described: Described) -> tuple[str, ...]:
 
 
 def mask_classes(kind: Kind, described: Described) -> list[int]:
-    """Class of mask value 1, 2, ...; values beyond have none (of "object": all are objects)."""
+    """Class of mask values 1, 2, ...; further values have none, except for "object"."""
     if kind == "object":
         return [1] * 255
     names = CLASSES[kind]
@@ -76,40 +76,40 @@ def mask_classes(kind: Kind, described: Described) -> list[int]:
 
 
 def patch_labels(
-    root: str, described: Described, shot: Clip, grid: Grid, kind: Kind, threshold: float
+    root: str, described: Described, clip: Clip, grid: Grid, kind: Kind, threshold: float
 ) -> NDArray[np.int64]:
-    """int64 [T', S] Class of each token, `NONE` where the commonest covers less than `threshold` of its box.
+    """int64 [T', S] Class of each token, `NONE` if the most common one covers less than `threshold` of its box.
 
-    A token's box is its patch through the frames of its latent step, as far as the crop reaches. A pixel belongs to the
-    patch that its center lies in.
+    A token's box is its patch over the frames of its latent step, within the crop. A pixel belongs to the patch that
+    contains its center.
 
     Args:
         root: Folder of the data set.
-        described: Whose masks, and what its objects are.
-        shot: The clip.
+        described: The video.
+        clip: The clip.
         grid: Of the backbone.
         kind: Which classes.
-        threshold: Share of the pixels, those of unknown objects among them.
+        threshold: Share of the pixels; those of unknown objects count in the total.
 
     Raises:
-        TubeletError: no masks, or of another size than the video.
+        TubeletError: there are no masks, or their size differs from the video's.
     """
     masks_THW = read_masks(root, described.video_id)
-    height, width = shot.frames.shape[1:3]
-    if masks_THW.shape[1:] != (height, width) or shot.frame_indices.max() >= len(masks_THW):
+    height, width = clip.frames.shape[1:3]
+    if masks_THW.shape[1:] != (height, width) or clip.frame_indices.max() >= len(masks_THW):
         raise TubeletError(
             f"The masks of video {described.video_id} are {list(masks_THW.shape)}; the video has frames of "
-            f"{height} x {width}, up to frame {shot.frame_indices.max()}",
-            "Make videos and masks anew with `tubelet videos`",
+            f"{height} x {width}, up to frame {clip.frame_indices.max()}",
+            "Render videos and masks again with `tubelet videos`",
         )
     names = CLASSES[kind]
     class_of = np.full(256, len(names), dtype=np.int64)  # one more: unknown
     class_of[0] = BACKGROUND
     for value, number in enumerate(mask_classes(kind, described)[:255], start=1):
         class_of[value] = number if number != NONE else len(names)
-    class_THW = class_of[masks_THW[shot.frame_indices]]
-    row_H = _cells(height, shot.crop.top, shot.crop.height, grid.height)
-    column_W = _cells(width, shot.crop.left, shot.crop.width, grid.width)
+    class_THW = class_of[masks_THW[clip.frame_indices]]
+    row_H = _cells(height, clip.crop.top, clip.crop.height, grid.height)
+    column_W = _cells(width, clip.crop.left, clip.crop.width, grid.width)
     step_T = np.arange(len(class_THW)) * grid.time // len(class_THW)
     inside_HW = (row_H >= 0)[:, None] & (column_W >= 0)
     token_THW = step_T[:, None, None] * grid.space + (row_H[:, None] * grid.width + column_W)[None]

@@ -2,7 +2,7 @@
 
 cells/SOURCE/VARIANT/seed=S/run/           what `tubelet train` writes
                            /evaluation/    what `tubelet evaluate` writes
-                           /cell.json      written last: the cell is done, and with which settings
+                           /cell.json      written last; marks the cell as finished, with its settings
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ class Cell:
     train: TrainConfig
     evaluate: EvaluateConfig
     digest: str
-    """Over the settings and the identities of the stores: what the cell's result depends on."""
+    """Digest of everything that the result depends on: settings and identities of the stores."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
         return f"{self.source}/{self.variant}/seed={self.seed}"
 
     @property
     def done(self) -> bool:
-        """Whether it was finished with these settings on these stores."""
-        return self._says("cell.json")
+        """Whether it is finished with these settings on these stores."""
+        return self._has_digest("cell.json")
 
     @property
     def stale(self) -> bool:
-        """Whether the folder holds the cell made with other settings or on other stores."""
-        return (self.folder / "begun.json").is_file() and not self._says("begun.json")
+        """Whether the folder has a result of other settings or other stores."""
+        return (self.folder / "begun.json").is_file() and not self._has_digest("begun.json")
 
-    def _says(self, file: str) -> bool:
+    def _has_digest(self, file: str) -> bool:
         """Whether `file` of the folder has this cell's digest."""
         try:
             return bool(json.loads((self.folder / file).read_text())["digest"] == self.digest)
@@ -62,7 +62,7 @@ class Cell:
             return False
 
     def evaluation(self) -> Evaluation:
-        """What was measured of a finished cell."""
+        """Evaluation of a finished cell."""
         return read_evaluation(self.folder / "evaluation" / "evaluation.json")
 
 
@@ -70,9 +70,9 @@ def cells(config: StudyConfig) -> list[Cell]:
     """All cells, in the order source, variant, weights, seed.
 
     Raises:
-        TubeletError: a store cannot be opened, or a field does not exist or fit; nothing has run then.
+        TubeletError: a store cannot be opened, or a field is unknown or invalid. Nothing has run then.
     """
-    found = []
+    grid = []
     for source_name, source in config.sources.items():
         stores = [open_store(source.train), *([open_store(source.test)] if source.test is not None else [])]
         identities = [store.identity for store in stores]
@@ -84,18 +84,18 @@ def cells(config: StudyConfig) -> list[Cell]:
                     folder = config.out / "cells" / source_name / variant_full / f"seed={seed}"
                     train = spec.config.model_copy(update={"out": folder / "run"})
                     evaluate = _evaluate_config(config, source, folder)
-                    told = {
+                    described = {
                         "train": train.model_dump(mode="json", exclude={"out"}),
                         "evaluate": evaluate.model_dump(mode="json", exclude={"run", "out"}),
-                        "stores": [*identities, *_judged_by(evaluate)],
+                        "stores": [*identities, *_reference_digests(evaluate)],
                     }
-                    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-                    found.append(Cell(source_name, variant_full, seed, folder, train, evaluate, digest))
-    return sorted(found, key=lambda cell: list(config.sources).index(cell.source))
+                    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+                    grid.append(Cell(source_name, variant_full, seed, folder, train, evaluate, digest))
+    return sorted(grid, key=lambda cell: list(config.sources).index(cell.source))
 
 
-def _judged_by(evaluate: EvaluateConfig) -> list[str]:
-    """Identities of the further stores that an evaluation reads, digests of the arrays."""
+def _reference_digests(evaluate: EvaluateConfig) -> list[str]:
+    """Identities of further stores that an evaluation reads, and digests of arrays."""
     references = evaluate.monosemanticity.references
     stores = [reference.store for reference in references if isinstance(reference, StoreReference)]
     stores += [evaluate.scope.store] if evaluate.scope.store is not None else []
@@ -114,7 +114,7 @@ def _base(
     weights: Mapping[str, Any],
     seed: int,
 ) -> TrainConfig:
-    """A variant and its sweep as one configuration of several SAEs, which `specs` takes apart."""
+    """A variant and its sweep as one training configuration, which `specs` splits into SAEs."""
     own = deepcopy(dict(settings))
     sae = own.setdefault("sae", {})
     if not isinstance(sae, dict):
@@ -130,7 +130,7 @@ def _base(
     }
     tree.setdefault("hook", source.hook)
     if source.test is not None:
-        # What the SAE is measured on lies elsewhere; it may learn from every video.
+        # The SAE is measured on another store, so it may train on every video.
         tree.setdefault("holdout", {"fraction": 0})
     return validate(TrainConfig, tree, f"train and variants.{name}")
 

@@ -48,7 +48,7 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "reconstruction",
         "Reconstruction and sparsity",
-        "How much of the activations the code keeps, with how many latents.",
+        "How much of the activations the code keeps, and with how many latents.",
         _columns(
             reconstruction__fvu="FVU",
             reconstruction__cosine="cosine",
@@ -60,8 +60,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "coherence",
         "Temporal coherence",
-        "Does the code of a patch last from one latent step to the next as the raw activation does? Read it beside "
-        "FVU, L0 and dead latents: a few always-on latents look coherent whatever they say. The null shuffles time "
+        "Does the code of a patch persist from one latent step to the next as the raw activation does? Compare with "
+        "FVU, L0 and dead latents: a few always-on latents look coherent whatever they encode. The null shuffles time "
         "within each clip.",
         _columns(
             coherence__lag1__raw="lag 1, raw",
@@ -77,8 +77,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "action",
         "Action classification",
-        "A linear probe on a clip's pooled codes, beside the same probe on what the code was made from. A wider vector "
-        "helps a linear probe by itself: the random projection and the untrained SAE have the SAE's width.",
+        "A linear probe on a clip's pooled codes, beside the same probe on the raw activations. A wider vector helps a "
+        "linear probe by itself: the random projection and the untrained SAE have the SAE's width.",
         _columns(
             action__top1__sae="SAE",
             action__top1__raw="raw",
@@ -153,7 +153,7 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "backbone",
         "In the backbone",
-        "What the backbone itself says when its activations are changed where the SAE sits: replaced by the "
+        "How the backbone's classes change when its activations at the SAE's hook are edited: replaced by the "
         "reconstruction, without some latents, with a class's latent suppressed. Only of cells whose evaluation has "
         "`in_backbone`; the ablation above is of the code alone.",
         _columns(
@@ -187,8 +187,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "seeds",
         "Stability between seeds",
-        "Do SAEs that differ only in their seed find the same latents? Dictionaries are matched one to one; figures "
-        "are means over every two seeds.",
+        "Do SAEs that differ only in their seed learn the same latents? Dictionaries are matched one to one; figures "
+        "are means over all pairs of seeds.",
         _columns(
             seeds__cosine="matched cosine",
             seeds__cosine__random="null",

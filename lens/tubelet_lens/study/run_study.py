@@ -1,9 +1,9 @@
-"""Running a study: cells that are not done yet go to the workers; every finished one is written down at once.
+"""Runs a study: unfinished cells go to Dask workers; each is recorded as soon as it is finished.
 
     cells ─▶ Dask, one cell per worker ─▶ run/, evaluation/, cell.json ─▶ tables, plots
 
-A cell that fails is listed with its reason; the others go on. A killed study continues: training from its last
-checkpoint, finished cells not at all.
+A cell that fails is listed with its reason, and the others continue. A study that was killed resumes: finished cells
+are skipped, training continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tubelet_lens.study.write_study import write_results
 from tubelet_pipeline.cluster import connect
 from tubelet_trainer.config import TrainConfig
 
-# A worker may have several threads; what the verbs print is caught for the whole process.
+# A worker may have several threads, but output is redirected for the whole process.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -64,17 +64,17 @@ class StudySummary(Tabular):
 
 
 def study(config: StudyConfig) -> StudySummary:
-    """Do every cell that is not done, then write tables and plots over all that are.
+    """Run the unfinished cells, then write tables and plots of all finished ones.
 
     Raises:
-        TubeletError: a store cannot be opened, the settings do not fit, or a cell's folder holds something else.
+        TubeletError: a store cannot be opened, the settings are invalid, or a cell's folder has results of others.
     """
     grid = cells(config)
     for cell in grid:
         if cell.stale:
             raise TubeletError(
-                f"{cell.folder} holds this cell made with other settings or on other stores",
-                "Choose another --out, or remove that folder",
+                f"{cell.folder} has results of other settings or other stores",
+                "Use another --out, or delete that folder",
             )
     todo = [cell for cell in grid if not cell.done]
     failures = _run(config, todo) if todo else {}
@@ -119,29 +119,29 @@ def _submit(client: Client, config: StudyConfig, cell: Cell) -> Any:
 
 
 def run_cell(train_tree: dict[str, Any], evaluate_tree: dict[str, Any], folder: str, digest: str, threads: int) -> str:
-    """Train and evaluate one cell; runs on a worker. What the verbs would print goes to `cell.log`."""
+    """Train and evaluate one cell, on a worker; output goes to `cell.log`."""
     import torch
 
     from tubelet_lens.evaluate import evaluate
     from tubelet_trainer.run.loop import train
 
     torch.set_num_threads(threads)
-    there = Path(folder)
-    there.mkdir(parents=True, exist_ok=True)
-    (there / "begun.json").write_text(json.dumps({"digest": digest}) + "\n")
+    cell = Path(folder)
+    cell.mkdir(parents=True, exist_ok=True)
+    (cell / "begun.json").write_text(json.dumps({"digest": digest}) + "\n")
     evaluate_config = validate(EvaluateConfig, evaluate_tree, "the study")
     with (
         _ONE_AT_A_TIME,
-        (there / "cell.log").open("a") as log,
+        (cell / "cell.log").open("a") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
         train(validate(TrainConfig, train_tree, "the study"))
         assert evaluate_config.out is not None
         evaluate(evaluate_config).write(evaluate_config.out)
-    mark = there / "cell.json.part"
+    mark = cell / "cell.json.part"
     mark.write_text(json.dumps({"digest": digest, "train": train_tree, "evaluate": evaluate_tree}, indent=2) + "\n")
-    mark.replace(there / "cell.json")
-    # Only the SAE itself is needed from here on: checkpoints hold the optimizer's state and the order of the tokens.
-    shutil.rmtree(there / "run" / "checkpoints", ignore_errors=True)
+    mark.replace(cell / "cell.json")
+    # Only the SAE is needed from here on; checkpoints are for resuming.
+    shutil.rmtree(cell / "run" / "checkpoints", ignore_errors=True)
     return folder

@@ -1,4 +1,4 @@
-"""Plots of a study, as PNG files: one panel per source, one color per variant, the band is the spread over seeds."""
+"""Plots of a study as PNG files: a panel per source, a color per variant, a band for the spread over seeds."""
 
 from __future__ import annotations
 
@@ -63,8 +63,7 @@ def pareto(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], path: Pa
 
 
 def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: str, path: Path) -> bool:
-    """The curve `name` of every variant, mean over seeds, and once per source what it must be read beside; False if no
-    cell has it."""
+    """The curve `name` of each variant, mean over seeds, with baselines once per source; False if no cell has it."""
     found: dict[str, dict[str, list[Curve]]] = {}
     for cell in done:
         for section in evaluations[cell.name].sections:
@@ -102,7 +101,7 @@ def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: st
 
 
 def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, color: str, label: str | None) -> None:
-    """Mean over seeds of one line, at the positions that every seed has: dictionaries of other sizes have others."""
+    """Mean over seeds of one line, at the positions that every seed has: they depend on the number of live latents."""
     bars = seeds[0].kind == "bars"
     at = [
         dict(zip(_positions(curve), other.y, strict=True))
@@ -130,7 +129,7 @@ def _draw(axes: Axes, seeds: Sequence[Curve], line: Line, color: str, label: str
 
 
 def _positions(curve: Curve) -> Sequence[float]:
-    """Where the values of a curve stand: of bars, the middle between their edges."""
+    """Position of each value of a curve; for bars the middle between their edges."""
     if curve.kind == "bars":
         return [sum(pair) / 2 for pair in zip(curve.x, curve.x[1:], strict=False)]
     return curve.x

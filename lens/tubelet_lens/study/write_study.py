@@ -1,4 +1,4 @@
-"""What a study writes: tables (markdown, CSV), plots (PNG) and one page that shows them all.
+"""Output of a study: tables (Markdown, CSV), plots (PNG), and one page that shows them all.
 
 study.html · study.md · tables/NAME.csv · plots/NAME.png
 """
@@ -40,7 +40,7 @@ _CURVES = (
     ("scope.spatial_distribution", "How far latents follow a shifted view, in space", "scope"),
     ("scope.temporal_distribution", "How far latents follow a shifted window, in time", "scope"),
 )
-"""Curves of the evaluations that are drawn over all variants: name, title, question."""
+"""Curves of the evaluations to plot for all variants: name, title, question."""
 
 
 @dataclass(frozen=True)
