@@ -27,10 +27,10 @@ from tubelet_lens.codes.sparse_codes import SparseCodes
 from tubelet_lens.config import EvaluateConfig
 from tubelet_lens.evaluate import evaluate
 from tubelet_lens.gallery.effects import probe_effects
-from tubelet_lens.gallery.frames import SheetConfig, draw_sheet
-from tubelet_lens.gallery.heat import packed
-from tubelet_lens.gallery.make_gallery import Summary, make_gallery
-from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Survey, Surveyed, exemplars
+from tubelet_lens.gallery.heat_maps import packed
+from tubelet_lens.gallery.make_gallery import GallerySummary, make_gallery
+from tubelet_lens.gallery.sheets import SheetConfig, draw_sheet
+from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Survey, SurveyResult, exemplars
 from tubelet_lens.inputs.clip_stream import Window
 from tubelet_lens.stats.linear_models import fit_probe
 from tubelet_lens.verbs import GALLERY
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture(scope="module")
-def site(made: Made) -> tuple[Path, Summary]:
+def site(made: Made) -> tuple[Path, GallerySummary]:
     evaluated = EvaluateConfig(
         run=made.root / "run", store=made.store.url, split="all", device="cpu", skip=("action", "ablation", "retrieval")
     )
@@ -85,7 +85,7 @@ def codes_of(made: Made) -> np.ndarray:
 # --- one pass -------------------------------------------------------------------------------------------------------
 
 
-def survey(codes: np.ndarray, video: np.ndarray, per_window: int, top: int = 3, seed: int = 0) -> Surveyed:
+def survey(codes: np.ndarray, video: np.ndarray, per_window: int, top: int = 3, seed: int = 0) -> SurveyResult:
     labels = video % 3
     taken = Survey(codes.shape[-1], video, labels, 3, top_clips=top, seed=seed, device=torch.device("cpu"))
     for start in range(0, len(codes), per_window):
@@ -192,7 +192,7 @@ def test_packing_keeps_every_level_over_gaps_of_any_length() -> None:
         np.testing.assert_array_equal(unpacked(packed(levels), length), levels)
 
 
-def test_pages_show_the_codes_of_their_clips(made: Made, site: tuple[Path, Summary]) -> None:
+def test_pages_show_the_codes_of_their_clips(made: Made, site: tuple[Path, GallerySummary]) -> None:
     codes = codes_of(made)
     for latent in np.flatnonzero(codes.any((0, 1, 2))).tolist():
         data, shown = page_data(site[0], latent), cards(site[0], latent)
@@ -240,7 +240,7 @@ def test_a_sheet_holds_the_frames_in_order_cut_to_what_the_backbone_saw() -> Non
     assert np.abs(there - np.asarray(direct, dtype=float)).mean() < 6
 
 
-def test_sheets_show_the_frames_of_their_own_view(made: Made, site: tuple[Path, Summary]) -> None:
+def test_sheets_show_the_frames_of_their_own_view(made: Made, site: tuple[Path, GallerySummary]) -> None:
     """The ground's color changes every 8 frames: the second view of each video has the second color."""
     for path in sorted((site[0] / "clips").iterdir()):
         sheet = np.asarray(Image.open(path).convert("RGB"), dtype=float)
@@ -273,7 +273,7 @@ def test_a_video_that_was_replaced_is_not_shown(made: Made, tmp_path: Path) -> N
 
 
 def test_every_latent_that_fires_has_a_page_and_every_link_leads_somewhere(
-    made: Made, site: tuple[Path, Summary]
+    made: Made, site: tuple[Path, GallerySummary]
 ) -> None:
     folder, summary = site
     alive = np.flatnonzero(codes_of(made).any((0, 1, 2)))
@@ -286,7 +286,7 @@ def test_every_latent_that_fires_has_a_page_and_every_link_leads_somewhere(
     assert not (folder / ".tmp").exists() or not list((folder / ".tmp").iterdir())
 
 
-def test_nothing_leads_outside_and_nothing_is_fetched(site: tuple[Path, Summary]) -> None:
+def test_nothing_leads_outside_and_nothing_is_fetched(site: tuple[Path, GallerySummary]) -> None:
     for path in site[0].rglob("*"):
         if path.suffix in (".html", ".js", ".css"):
             text = path.read_text()
@@ -294,7 +294,7 @@ def test_nothing_leads_outside_and_nothing_is_fetched(site: tuple[Path, Summary]
 
 
 def test_no_file_of_a_site_names_a_folder_of_the_machine(
-    made: Made, site: tuple[Path, Summary], tmp_path: Path
+    made: Made, site: tuple[Path, GallerySummary], tmp_path: Path
 ) -> None:
     (tmp_path / "secret").mkdir()
     effects = {"latent": [0], "target": ["x"], "effect": [1.0], "definition": ["Made."]}
@@ -314,7 +314,7 @@ def test_no_file_of_a_site_names_a_folder_of_the_machine(
     assert config["top_clips"] == 2
 
 
-def test_captions_cannot_break_a_page(site: tuple[Path, Summary]) -> None:
+def test_captions_cannot_break_a_page(site: tuple[Path, GallerySummary]) -> None:
     page = next(iter((site[0] / "latents").iterdir())).read_text()
     assert "&lt;/script&gt;" in page
     assert "<script>window" not in page
@@ -322,7 +322,7 @@ def test_captions_cannot_break_a_page(site: tuple[Path, Summary]) -> None:
     assert HOSTILE.split(" ")[0] not in (site[0] / "overview-data.js").read_text()
 
 
-def test_figures_are_the_evaluations_with_their_definitions(made: Made, site: tuple[Path, Summary]) -> None:
+def test_figures_are_the_evaluations_with_their_definitions(made: Made, site: tuple[Path, GallerySummary]) -> None:
     table = pq.read_table(made.root / "run" / "evaluation" / "latents.parquet")
     text = (site[0] / "overview-data.js").read_text()
     data = json.loads(text.removeprefix("window.tubelet = ").rstrip(";\n"))
@@ -410,7 +410,9 @@ def test_on_object_storage_browsers_are_told_what_each_file_is(
 # --- which latents, effects, errors ---------------------------------------------------------------------------------
 
 
-def test_the_top_latents_by_a_figure_get_the_pages(made: Made, site: tuple[Path, Summary], tmp_path: Path) -> None:
+def test_the_top_latents_by_a_figure_get_the_pages(
+    made: Made, site: tuple[Path, GallerySummary], tmp_path: Path
+) -> None:
     frequency = (codes_of(made) != 0).mean((0, 1, 2))
     for lowest in (False, True):
         wanted = {"kind": "top", "n": 3, "by": "frequency", "lowest": lowest}
@@ -448,7 +450,9 @@ def test_setting_a_latent_to_zero_changes_the_probes_logits_as_said() -> None:
     assert [found[latent][0].by_target[0][0] for latent in range(3)] == ["a", "b", "c"]
 
 
-def test_a_table_of_edits_is_shown_with_its_definition(made: Made, site: tuple[Path, Summary], tmp_path: Path) -> None:
+def test_a_table_of_edits_is_shown_with_its_definition(
+    made: Made, site: tuple[Path, GallerySummary], tmp_path: Path
+) -> None:
     latent = sorted(int(path.stem) for path in (site[0] / "latents").iterdir())[0]
     rows = {
         "latent": [latent, latent, 10_000],

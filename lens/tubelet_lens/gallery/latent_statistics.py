@@ -1,4 +1,4 @@
-"""Figures of each latent, with their definitions: the evaluation's table, and what the survey counted."""
+"""Figures of each latent, with their definitions: from the evaluation's table and from the survey."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
-from tubelet_lens.gallery.survey import Surveyed
+from tubelet_lens.gallery.survey import SurveyResult
 
 _NUMBER = "latent"
-# Numbers of classes, which are no amounts; the pages name the class themselves.
+# Class numbers, which are not quantities; the pages show class names.
 _CLASSES = ("top_label", "probe_label")
 
 
@@ -23,7 +23,7 @@ class Statistic:
 
     Attributes:
         name: Column of the evaluation's table, or the gallery's own name.
-        title: What people call it.
+        title: Name on the pages.
         definition: Formula and conventions, readable alone.
         values_F: float64 [F], NaN where undefined.
     """
@@ -34,20 +34,20 @@ class Statistic:
     values_F: NDArray[np.float64]
 
 
-def statistics(found: Surveyed, evaluated: pa.Table | None, url: str) -> tuple[Statistic, ...]:
-    """The evaluation's columns, if there is one, then the gallery's own; the first of two of one name stands.
+def statistics(survey: SurveyResult, evaluated: pa.Table | None, url: str) -> tuple[Statistic, ...]:
+    """Columns of the evaluation, if there is one, then those of the survey that it lacks.
 
     Args:
-        found: The survey.
+        survey: The survey.
         evaluated: `latents.parquet`.
-        url: Where that came from, for errors.
+        url: Its path, for errors.
 
     Raises:
-        TubeletError: the table is of another number of latents.
+        TubeletError: the table has another number of latents.
     """
-    table = () if evaluated is None else _of_table(evaluated, len(found.tokens_F), url)
+    table = () if evaluated is None else _of_table(evaluated, len(survey.tokens_F), url)
     known = {each.name for each in table}
-    return (*table, *(each for each in _of_survey(found) if each.name not in known))
+    return (*table, *(each for each in _of_survey(survey) if each.name not in known))
 
 
 def pick(figures: Sequence[Statistic], name: str) -> Statistic:
@@ -58,7 +58,7 @@ def pick(figures: Sequence[Statistic], name: str) -> Statistic:
     """
     by_name = {figure.name: figure for figure in figures}
     if name not in by_name:
-        raise TubeletError(f"Latents have no figure '{name}' here", f"Order by one of {', '.join(by_name)}")
+        raise TubeletError(f"There is no figure '{name}' of latents", f"Order by one of {', '.join(by_name)}")
     return by_name[name]
 
 
@@ -81,14 +81,14 @@ def _of_table(table: pa.Table, latents: int, url: str) -> tuple[Statistic, ...]:
     return tuple(figures)
 
 
-def _of_survey(found: Surveyed) -> tuple[Statistic, ...]:
-    fired = found.tokens_F > 0
+def _of_survey(survey: SurveyResult) -> tuple[Statistic, ...]:
+    fired = survey.tokens_F > 0
     nowhere = np.full(len(fired), np.nan)
-    where = f"the {found.tokens:,} tokens of the {found.clips:,} clips shown here"
-    mean = np.divide(found.sum_F, found.tokens_F, out=nowhere.copy(), where=fired)
+    where = f"the {survey.tokens:,} tokens of the {survey.clips:,} clips in this gallery"
+    mean = np.divide(survey.sum_F, survey.tokens_F, out=nowhere.copy(), where=fired)
     figures = [
         Statistic(
-            "frequency", "Frequency", f"Fraction of {where} on which the latent fires.", found.tokens_F / found.tokens
+            "frequency", "Frequency", f"Fraction of {where} on which the latent fires.", survey.tokens_F / survey.tokens
         ),
         Statistic(
             "mean_activation",
@@ -100,30 +100,30 @@ def _of_survey(found: Surveyed) -> tuple[Statistic, ...]:
             "max_activation",
             "Max activation",
             f"Size of the largest code over {where}.",
-            np.abs(found.top_peak_FK[:, 0]).astype(np.float64),
+            np.abs(survey.top_peak_FK[:, 0]).astype(np.float64),
         ),
         Statistic(
             "clip_share",
             "Share of clips",
-            f"Fraction of the {found.clips:,} clips shown here in which the latent fires on at least one token.",
-            found.clips_F / found.clips,
+            f"Fraction of the {survey.clips:,} clips of this gallery in which the latent fires on at least one token.",
+            survey.clips_F / survey.clips,
         ),
     ]
-    if len(found.clips_of_label_L) > 1:
+    if len(survey.clips_of_label_L) > 1:
         figures.append(
             Statistic(
                 "label_focus",
                 "Label focus",
-                "Of the clips in which the latent fires, weighted so that every label counts the same, the share that "
-                "has its most frequent label. 1: it fires on one label only; 1 over the number of labels: on all "
-                "alike. A rare latent can be high by chance.",
-                _focus(found),
+                "Of the clips in which the latent fires, weighted so that every label counts the same, the share with "
+                "the most frequent label. 1: it fires on one label only; 1 / number of labels: on all labels equally. "
+                "A rare latent can be high by chance.",
+                _focus(survey),
             )
         )
     return tuple(figures)
 
 
-def _focus(found: Surveyed) -> NDArray[np.float64]:
-    rate_FL = found.clips_by_label_FL / np.maximum(found.clips_of_label_L, 1)
+def _focus(survey: SurveyResult) -> NDArray[np.float64]:
+    rate_FL = survey.clips_by_label_FL / np.maximum(survey.clips_of_label_L, 1)
     total_F = rate_FL.sum(1)
     return np.divide(rate_FL.max(1), total_F, out=np.full(len(total_F), np.nan), where=total_F > 0)

@@ -1,4 +1,4 @@
-"""`tubelet gallery`: from a run, a store and its videos to a site."""
+"""`tubelet gallery`: writes a static site from a run, a store and its videos."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tubelet.tables import Table, Tabular
 from tubelet_lens.codes.dictionary import Nearest, directions, nearest_latents
 from tubelet_lens.gallery.config import GalleryConfig, LatentList, TopLatents
 from tubelet_lens.gallery.effects import Effects, MeanCodes, probe_effects, read_effects
-from tubelet_lens.gallery.frames import ClipFrames, SheetConfig
-from tubelet_lens.gallery.heat import HeatMaps
+from tubelet_lens.gallery.heat_maps import HeatMaps
 from tubelet_lens.gallery.latent_statistics import Statistic, pick, statistics
 from tubelet_lens.gallery.pages import DATA, About, ExemplarClip, Latent, Pages, peak_frame, static_files
+from tubelet_lens.gallery.sheets import ClipFrames, SheetConfig
 from tubelet_lens.gallery.site import INDEX, Site, page_key, sheet_key
-from tubelet_lens.gallery.survey import Exemplar, Survey, Surveyed, exemplars
+from tubelet_lens.gallery.survey import Exemplar, Survey, SurveyResult, exemplars
 from tubelet_lens.inputs.clip_selection import choose_clips, some_of
 from tubelet_lens.inputs.clip_stream import Window, clip_bytes, windows
 from tubelet_lens.inputs.latent_time import latent_time
@@ -40,14 +40,14 @@ _PROBE_CLIPS = 4000
 
 
 @dataclass(frozen=True, repr=False)
-class Summary(Tabular):
+class GallerySummary(Tabular):
     """What was written.
 
     Attributes:
         address: Of the first page.
         pages: Latents with a page.
-        silent: Latents asked for, or of the SAE, that fire on no clip looked at.
-        clips: Clips on any page.
+        silent: Selected latents that fire on none of the clips.
+        clips: Clips on pages.
         no_picture: Clips of those without pictures.
         reason: Why the first of those has none.
         no_evaluation: Whether the latents' figures of an evaluation are missing, because none was found.
@@ -75,11 +75,11 @@ class Summary(Tabular):
         return Table.of_rows(("gallery", "value"), rows)
 
 
-class _Taker(Protocol):
+class _Collector(Protocol):
     def add(self, window: Window) -> None: ...
 
 
-def make_gallery(config: GalleryConfig) -> Summary:
+def make_gallery(config: GalleryConfig) -> GallerySummary:
     """Write the site that `config` describes.
 
     Raises:
@@ -94,12 +94,12 @@ def make_gallery(config: GalleryConfig) -> Summary:
     effects_path = config.effects or _if_there(folder, FILE)
     edits = read_effects(effects_path) if effects_path is not None else {}
     evaluated = read_latents(folder) if folder is not None else None
-    reading = _Reading(config, trained, store, device)
+    passes = _StorePasses(config, trained, store, device)
     labels = _Labels(store)
-    found, probe = reading.survey(labels)
-    figures = statistics(found, evaluated, str(folder))
-    shown, silent = _chosen(config, found, figures)
-    by_latent = {latent: exemplars(found, latent, config.lower_clips) for latent in shown}
+    survey, probe = passes.survey(labels)
+    figures = statistics(survey, evaluated, str(folder))
+    shown, silent = _chosen(config, survey, figures)
+    by_latent = {latent: exemplars(survey, latent, config.lower_clips) for latent in shown}
     needed = sorted({each.clip for several in by_latent.values() for each in several})
     sheet = SheetConfig(config.frame_px, config.picture_quality, _aspect(store))
     out = config.out if config.out is not None else str(config.run / "gallery")
@@ -107,13 +107,13 @@ def make_gallery(config: GalleryConfig) -> Summary:
     with Site(out, drawn_from) as site:
         missing = _write_sheets(site, store, needed, config, sheet)
         clips = _described(store, needed, missing)
-        about = _about(trained, store, found, sheet.aspect, folder, missing, len(needed))
-        pages = Pages(about, figures, found, labels.names, shown, clips)
-        near = nearest_latents(directions(trained.coder), _NEAREST, found.tokens_F > 0)
+        about = _about(trained, store, survey, sheet.aspect, folder, missing, len(needed))
+        pages = Pages(about, figures, survey, labels.names, shown, clips)
+        near = nearest_latents(directions(trained.coder), _NEAREST, survey.tokens_F > 0)
         peaks: dict[int, int] = {}
 
         def written() -> Iterator[tuple[str, bytes]]:
-            for latent in reading.latents(by_latent, near, _joined(probe, edits)):
+            for latent in passes.latents(by_latent, near, _joined(probe, edits)):
                 clip = latent.exemplars[0].clip
                 peaks[latent.number] = peak_frame(latent.maps[clip], clips[clip].frames)
                 yield page_key(latent.number), pages.latent(latent)
@@ -123,7 +123,7 @@ def make_gallery(config: GalleryConfig) -> Summary:
         site.write([(DATA, pages.data(by_latent, peaks))])
         site.write([(INDEX, pages.overview())])
         site.finish(shown, {"config": _published(config), "store": store.identity, "latents": len(shown)})
-        return Summary(
+        return GallerySummary(
             address=f"{site.root.url}/{INDEX}",
             pages=len(shown),
             silent=silent,
@@ -136,12 +136,12 @@ def make_gallery(config: GalleryConfig) -> Summary:
 
 
 def _published(config: GalleryConfig) -> dict[str, JsonValue]:
-    """The settings as anybody may read them: of paths and addresses only the last name, and not where the site lies."""
+    """The settings for publication: of paths only the last part, and without the site's location."""
     told: dict[str, JsonValue] = config.model_dump(mode="json", exclude={"out"})
     places: dict[str, Path | str | None] = {"run": config.run, "store": config.store, "videos": config.videos}
     places |= {"evaluation": config.evaluation, "effects": config.effects}
     for field, place in places.items():
-        # A folder may be given as `.`; an address has no folder to resolve.
+        # A folder may be given as `.`.
         told[field] = None if place is None else Path(place).name or Path(place).resolve().name
     return told
 
@@ -164,8 +164,8 @@ class _Labels:
         self.of_clip[clip] = [-1 if label is None else place[label] for label in table["label"].to_pylist()]
 
 
-class _Reading:
-    """Passes over the store."""
+class _StorePasses:
+    """Passes over the store: the survey, then the heat-maps."""
 
     def __init__(self, config: GalleryConfig, trained: TrainedSae, store: Store, device: torch.device) -> None:
         self._config, self._trained, self._store, self._device = config, trained, store, device
@@ -175,15 +175,15 @@ class _Reading:
         videos = np.asarray(table["video_id"].to_pylist(), dtype=object)
         _, first, number = np.unique(videos, return_index=True, return_inverse=True)
         self._video_of_clip = np.zeros(store.plan.clips, dtype=np.int64)
-        # Numbered by first appearance, so that the usual order of a store stays.
+        # Numbered by first appearance, to keep the order of the store.
         self._video_of_clip[table["clip"].to_numpy()] = np.argsort(np.argsort(first))[number]
         self._clips = self._clips[np.argsort(self._video_of_clip[self._clips], kind="stable")]
         out = np.zeros(store.plan.clips, dtype=bool)
         out[table["clip"].to_numpy()] = held_out(table["video_id"].to_pylist(), trained.holdout)
         self._held_out = out
 
-    def survey(self, labels: _Labels) -> tuple[Surveyed, dict[int, tuple[Effects, ...]]]:
-        """What is found in one pass, and the effects on a probe."""
+    def survey(self, labels: _Labels) -> tuple[SurveyResult, dict[int, tuple[Effects, ...]]]:
+        """The survey, in one pass, and effects on a probe."""
         coder = self._trained.coder
         survey = Survey(
             coder.latents,
@@ -219,7 +219,7 @@ class _Reading:
         near: Nearest,
         effects: Mapping[int, tuple[Effects, ...]],
     ) -> Iterator[Latent]:
-        """Every latent with its heat-maps, as many at a time as fit into the memory."""
+        """Every latent with its heat-maps, as many at a time as fit into memory."""
         grid = self._store.plan.grid
         each = (self._config.top_clips + self._config.lower_clips) * grid.tokens
         at_once = max(1, self._config.window_mib * 2**20 // each)
@@ -246,14 +246,14 @@ class _Reading:
                     effects=effects.get(latent, ()),
                 )
 
-    def _stream(self, label: str, clips: NDArray[np.int64], takers: Sequence[_Taker]) -> None:
+    def _stream(self, label: str, clips: NDArray[np.int64], collectors: Sequence[_Collector]) -> None:
         coder, hook, store = self._trained.coder, self._trained.hook, self._store
         held = max(1, self._config.window_mib * 2**20 // clip_bytes(store, hook, coder.latents))
         passing = windows(store, hook, coder, clips, self._valid, clips_per_window=held, device=self._device)
         with Progress(label, len(clips), "clips") as progress:
             for window in passing:
-                for taker in takers:
-                    taker.add(window)
+                for collector in collectors:
+                    collector.add(window)
                 progress.advance(len(window.clips))
 
 
@@ -268,9 +268,9 @@ def _if_there(folder: Path | None, name: str) -> Path | None:
     return folder / name if folder is not None and (folder / name).is_file() else None
 
 
-def _chosen(config: GalleryConfig, found: Surveyed, figures: Sequence[Statistic]) -> tuple[list[int], int]:
-    """Latents with a page, ascending, and how many were left out because they fire nowhere."""
-    fires = found.tokens_F > 0
+def _chosen(config: GalleryConfig, survey: SurveyResult, figures: Sequence[Statistic]) -> tuple[list[int], int]:
+    """Latents with a page, ascending, and the number of selected ones that fire on no clip."""
+    fires = survey.tokens_F > 0
     wanted = np.arange(len(fires))
     if isinstance(config.latents, LatentList):
         wanted = np.unique(config.latents.numbers)
@@ -284,7 +284,7 @@ def _chosen(config: GalleryConfig, found: Surveyed, figures: Sequence[Statistic]
     shown = wanted[fires[wanted]]
     if not len(shown):
         raise TubeletError(
-            f"None of the {len(wanted)} latents asked for fires on any of the {found.clips} clips",
+            f"None of the {len(wanted)} latents asked for fires on any of the {survey.clips} clips",
             "Look at more clips, or choose other latents",
         )
     return shown.tolist(), len(wanted) - len(shown)
@@ -299,14 +299,14 @@ def _aspect(store: Store) -> float:
 def _write_sheets(
     site: Site, store: Store, clips: Sequence[int], config: GalleryConfig, sheet: SheetConfig
 ) -> dict[int, str]:
-    """Write the sheets that are not there; of clips that have none, the reason."""
+    """Write the missing sheets; returns the reason for each clip without one."""
     missing: dict[int, str] = {}
     todo = [clip for clip in clips if clip not in site.sheets]
     if not todo:
         return missing
     root = config.videos if config.videos is not None else store.state.provenance.get("dataset_root")
     if not isinstance(root, str):
-        return dict.fromkeys(todo, "the store does not say where its videos lie")
+        return dict.fromkeys(todo, "the store does not record where its videos are")
     try:
         sheets = ClipFrames(store, root).sheets(todo, config.decode, sheet)
         with Progress("reading frames", len(todo), "clips") as progress:
@@ -321,7 +321,7 @@ def _write_sheets(
 
             site.write(drawn())
     except ImportError as error:
-        # The whole message may name folders of this machine.
+        # The full message may contain paths of this machine.
         return dict.fromkeys(todo, f"videos cannot be read here: {error.name or 'a package'} cannot be imported")
     return missing
 
@@ -361,7 +361,7 @@ def _frame_seconds(row: Mapping[str, object]) -> float | None:
 def _about(
     trained: TrainedSae,
     store: Store,
-    found: Surveyed,
+    survey: SurveyResult,
     aspect: float,
     folder: Path | None,
     missing: Mapping[int, str],
@@ -373,7 +373,7 @@ def _about(
         "Hook": trained.hook,
         "Store": f"{Path(store.url).name} ({store.identity})",
         "Backbone": str(store.plan.backbone.get("id", "unknown")),
-        "Looked at": f"{found.clips:,} clips of {found.videos:,} videos, {found.tokens:,} tokens",
+        "Clips": f"{survey.clips:,} clips of {survey.videos:,} videos, {survey.tokens:,} tokens",
     }
     if folder is None:
         notes.append(
@@ -386,19 +386,17 @@ def _about(
         provenance["Figures from"] = f"the evaluation of {evaluation.sae.get('run')} on {where}"
     if missing:
         reason = next(iter(missing.values()))
-        notes.append(
-            f"{len(missing):,} of {clips:,} clips are shown without their pictures, by heat-maps alone ({reason})."
-        )
+        notes.append(f"{len(missing):,} of {clips:,} clips have no frames and are shown as heat-maps only ({reason}).")
     if store.kept_patches is not None:
-        notes.append("The store holds some patches of each clip only; veiled patches were never looked at.")
+        notes.append("The store has only some patches of each clip; veiled patches are not stored.")
     return About(
         run=trained.folder.resolve().name,
         store=Path(store.url).name,
         hook=trained.hook,
         places=store.plan.position_grid,
         aspect=aspect,
-        clips=found.clips,
-        videos=found.videos,
+        clips=survey.clips,
+        videos=survey.videos,
         latents=trained.coder.latents,
         notes=tuple(notes),
         provenance=tuple(provenance.items()),

@@ -1,6 +1,6 @@
-"""The pages as text: the overview, its data, and one page per latent.
+"""Renders the pages: the overview, its data, and one page per latent.
 
-Whatever a page draws stands in it or in a script beside it, because browsers refuse to fetch files from `file://`.
+Data is in the page or in a script beside it, because browsers do not fetch files from `file://`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from tubelet.formats import number
 from tubelet_lens.gallery.effects import Effects
-from tubelet_lens.gallery.frames import sheet_columns
-from tubelet_lens.gallery.heat import packed
+from tubelet_lens.gallery.heat_maps import packed
 from tubelet_lens.gallery.latent_statistics import Statistic
+from tubelet_lens.gallery.sheets import sheet_columns
 from tubelet_lens.gallery.site import page_key, sheet_key
-from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Exemplar, Surveyed
+from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Exemplar, SurveyResult
 from tubelet_store.plan import Grid
 
 STATIC = ("gallery.css", "overview.js", "latent.js")
@@ -35,14 +35,14 @@ _DIGITS = 4
 
 @dataclass(frozen=True)
 class ExemplarClip:
-    """What pages say of a clip.
+    """A clip as pages describe it.
 
     Attributes:
         number: In the store.
         frames: Frames that the backbone saw.
-        frame_s: Seconds from one to the next; None where unknown.
-        patches: Patches of `About.places` that are stored, where not all are.
-        no_picture: Why there is no sheet; None: there is one.
+        frame_s: Seconds between frames; None if unknown.
+        patches: Stored patches of `About.places`; None: all.
+        no_picture: Why it has no sheet; None: it has one.
     """
 
     number: int
@@ -67,15 +67,15 @@ class ExemplarClip:
 
 @dataclass(frozen=True)
 class About:
-    """What is the same on every page.
+    """What all pages share.
 
     Attributes:
         run, store: Their names.
         hook: Where the activations come from.
-        places: Grid in which heat-maps have their places.
-        aspect: Width over height of the pictures.
-        clips, videos, latents: How many were looked at; latents: width of the code.
-        notes: What to keep in mind.
+        places: Grid of the heat-maps.
+        aspect: Width / height of the frames.
+        clips, videos, latents: Clips and videos used; width of the code.
+        notes: Caveats.
         provenance: Name, value.
     """
 
@@ -107,27 +107,27 @@ class Pages:
     """Renders the site's pages.
 
     Args:
-        about: What is the same everywhere.
+        about: What all pages share.
         figures: Figures of each latent.
-        found: The survey.
+        survey: How the latents fire.
         labels: Names of its L labels.
         shown: Latents with pages, ascending.
-        clips: The clips on any page, by number.
+        clips: All clips on pages, by number.
     """
 
     def __init__(
         self,
         about: About,
         figures: Sequence[Statistic],
-        found: Surveyed,
+        survey: SurveyResult,
         labels: Sequence[str],
         shown: Sequence[int],
         clips: Mapping[int, ExemplarClip],
     ) -> None:
-        self._about, self._figures, self._found, self._labels = about, figures, found, labels
+        self._about, self._figures, self._survey, self._labels = about, figures, survey, labels
         self._shown, self._clips = shown, clips
         self._place = {latent: place for place, latent in enumerate(shown)}
-        # Of each figure the values of the latents shown, ascending: a latent's rank among them.
+        # Values of each figure over the latents shown, ascending, for ranks.
         self._sorted = {
             each.name: np.sort(each.values_F[np.asarray(shown)][~np.isnan(each.values_F[np.asarray(shown)])])
             for each in figures
@@ -152,7 +152,7 @@ class Pages:
             "grid": [self._about.places.time, self._about.places.height, self._about.places.width],
             "cards": [card.pop("data") for card in cards],
         }
-        own = self._found
+        own = self._survey
         return self._latent_page.render(
             latent=latent.number,
             previous=self._shown[place - 1] if place else None,
@@ -251,7 +251,7 @@ class Pages:
         }
 
     def _thumbnail(self, latent: int) -> ExemplarClip | None:
-        clip = int(self._found.top_clip_FK[latent, 0])
+        clip = int(self._survey.top_clip_FK[latent, 0])
         return self._clips.get(clip)
 
     def _figure(self, figure: Statistic, latent: int) -> dict[str, Any]:
@@ -278,24 +278,24 @@ class Pages:
         return best, known.count(best), len(labels)
 
     def _label_rows(self, latent: Latent) -> list[dict[str, Any]]:
-        found = self._found
+        survey = self._survey
         top = [self._clips[each.clip].label for each in latent.exemplars if each.part is None]
         rows = [
             {
                 "name": name,
                 "top": top.count(name),
-                "fires": int(found.clips_by_label_FL[latent.number, place]),
-                "clips": int(found.clips_of_label_L[place]),
-                "rate": float(found.clips_by_label_FL[latent.number, place] / found.clips_of_label_L[place]),
+                "fires": int(survey.clips_by_label_FL[latent.number, place]),
+                "clips": int(survey.clips_of_label_L[place]),
+                "rate": float(survey.clips_by_label_FL[latent.number, place] / survey.clips_of_label_L[place]),
             }
             for place, name in enumerate(self._labels)
-            if found.clips_of_label_L[place]
+            if survey.clips_of_label_L[place]
         ]
         rows.sort(key=lambda row: (-row["top"], -row["rate"]))  # type: ignore[operator]
         return rows[:_LABELS_SHOWN]
 
     def _histogram(self, latent: int) -> dict[str, Any] | None:
-        counts = self._found.histogram_FB[latent]
+        counts = self._survey.histogram_FB[latent]
         used = np.flatnonzero(counts)
         if not len(used):
             return None

@@ -1,8 +1,8 @@
-"""The site's files at a folder or URL, each written whole or not at all.
+"""Writes the site to a folder or URL, each file completely or not at all.
 
     gallery.json (writing) ─▶ clips/*.webp ─▶ latents/*.html ─▶ index.html ─▶ gallery.json (complete)
 
-Run again after being killed, it keeps the sheets that are there, which are the dear part, and writes all else anew.
+If it was interrupted, a second run keeps the sheets, which take the most time, and writes everything else again.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from tubelet_store.storage import open_root
 RECORD = "gallery.json"
 INDEX = "index.html"
 _FORMAT = "tubelet-gallery"
-# Enough to hide the latency of object storage; on a disk it does no harm.
+# Enough to hide the latency of object storage.
 _THREADS = 8
 
 
 class Site:
-    """Writes a site; a context, so that unfinished files are removed.
+    """Writes a site. Use as a context manager, which removes unfinished files.
 
     Args:
         url: Folder or URL.
-        sheets: What decides the bytes of a sheet: sheets of another such record are removed.
+        sheets: Everything that sheets depend on; existing sheets of another record are deleted.
 
     Raises:
-        TubeletError: something else than a gallery lies there, or it cannot be written.
+        TubeletError: the folder has other files than a gallery, or cannot be written.
     """
 
     def __init__(self, url: str, sheets: Mapping[str, Any]) -> None:
@@ -47,13 +47,13 @@ class Site:
         """Bytes written."""
 
     def __enter__(self) -> Site:
-        # Before the scratch folder: a place that is refused is left as it was.
+        # Before the scratch folder is made: a folder that is refused stays unchanged.
         there = self.root.list_keys()
         before = self._record() if RECORD in there else None
         if there and (before is None or before.get("format") != _FORMAT):
-            raise TubeletError(f"{self.root.url} holds other files than a gallery", "Give an empty or new folder")
+            raise TubeletError(f"{self.root.url} has other files than a gallery", "Give an empty or new folder")
         self.sheets: set[int] = set()
-        """Clips whose sheets are there."""
+        """Clips with an existing sheet."""
         for key in there:
             if key.startswith("clips/"):
                 if before is not None and before.get("sheets") == self._sheets:
@@ -76,7 +76,7 @@ class Site:
             pass
 
     def finish(self, latents: Iterable[int], record: Mapping[str, Any]) -> None:
-        """Remove the pages of latents that have none any more, and say that the site is complete."""
+        """Delete pages of other latents, and record that the site is complete."""
         mine = {page_key(latent) for latent in latents}
         for key in self.root.list_keys("latents"):
             if key not in mine:
@@ -95,7 +95,7 @@ class Site:
         return None
 
     def _publish(self, key: str, data: bytes) -> None:
-        # By its suffix object storage knows what to tell browsers the file is.
+        # Object storage derives the content type from the suffix.
         path = self._folder / f"{uuid.uuid4().hex}{PurePosixPath(key).suffix}"
         path.write_bytes(data)
         self.root.publish(key, path)
@@ -103,10 +103,10 @@ class Site:
 
 
 def page_key(latent: int) -> str:
-    """Where a latent's page lies."""
+    """Key of a latent's page."""
     return f"latents/{latent:06d}.html"
 
 
 def sheet_key(clip: int) -> str:
-    """Where a clip's sheet lies."""
+    """Key of a clip's sheet."""
     return f"clips/{clip:08d}.webp"

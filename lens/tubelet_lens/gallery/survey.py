@@ -1,10 +1,10 @@
-"""One pass over the clips: where each latent fires most, where it fires at all, and how hard.
+"""One pass over the clips: where each latent fires most, how often, and how strongly.
 
-windows ─▶ Survey ─▶ Surveyed: strongest clips, a sample of the others, counts by label, histogram of sizes
+windows ─▶ Survey ─▶ SurveyResult: strongest clips, a sample of the others, counts by label, histogram of activations
 
-Exemplars are (clip, peak), unique by video (Stevens et al. 2025, arXiv 2502.06755, keep unique images; a clip's own
-peaks are shown by its heat-map). An activation's size is its absolute value, so that latents that go negative (AbsTopK)
-are ranked too.
+Exemplars are (clip, peak), at most one per video (Stevens et al. 2025, arXiv 2502.06755, keep unique images); the heat-
+map of a clip shows its other peaks. Latents are ranked by the absolute value of their activation, because those of
+AbsTopK SAEs can be negative.
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from tubelet_lens.gallery.strongest import Kept
 from tubelet_lens.inputs.clip_stream import Window
 
-# Videos sampled per latent: enough for every fifth of them to be met with near certainty.
+# Videos collected before a merge, which sorts K + this many entries per latent.
+_MERGE_EVERY = 32
+
+# Videos sampled per latent: enough to have one from each fifth of them with near certainty.
 _SAMPLE = 40
 
 # Bins of the histogram of sizes: four to the octave, from 2^-20 up to 2^20.
 _PER_OCTAVE = 4
 _OCTAVES = 20
 HISTOGRAM_EDGES = 2.0 ** np.linspace(-_OCTAVES, _OCTAVES, 2 * _OCTAVES * _PER_OCTAVE + 1)
-"""float64 [161]; sizes beyond either end count to the last bin."""
+"""float64 [161] Bin edges; sizes beyond either end count in the outermost bin."""
 
 
 @dataclass(frozen=True, eq=False)
-class Surveyed:
-    """What is known of F latents over N clips of V videos with L labels.
+class SurveyResult:
+    """How F latents fire on N clips of V videos with L labels.
 
     Attributes:
-        clips, videos, tokens: How many were seen.
-        top_clip_FK, top_peak_FK: int32, float32 Strongest clips, strongest first; -1 where there are fewer.
+        clips, videos, tokens: Number seen.
+        top_clip_FK, top_peak_FK: int32, float32 Strongest clips, strongest first; -1 if there are fewer.
         sample_clip_FR, sample_peak_FR: A uniform sample of the videos on which the latent fires, weakest first and -1
             last; all of them where there are at most R.
         tokens_F: int64 Tokens on which it fires.
@@ -45,7 +48,7 @@ class Surveyed:
         clips_by_label_FL: int32 Clips of each label on which it fires.
         clips_of_label_L: int64 Clips of each label.
         histogram_FB: int32 Tokens by size, see `HISTOGRAM_EDGES`.
-        signed_F: bool Whether it goes negative.
+        signed_F: bool Whether it is ever negative.
     """
 
     clips: int
@@ -65,8 +68,52 @@ class Surveyed:
     signed_F: NDArray[np.bool_]
 
 
+class TopVideos:
+    """For each of F latents the K videos with the largest keys, largest first; ties go to the video seen first.
+
+    The key is the size of the activation (strongest clips), or one random number per video for all latents: that gives
+    a uniform sample of the videos on which a latent fires (bottom-k sampling, Cohen & Kaplan 2007). Memory is O(F K).
+    """
+
+    def __init__(self, latents: int, keep: int, device: torch.device) -> None:
+        self._key_FK = torch.full((latents, keep), -torch.inf, device=device)
+        self._peak_FK = torch.zeros((latents, keep), device=device)
+        self._clip_FK = torch.full((latents, keep), -1, dtype=torch.int32, device=device)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, key_F: Tensor, peak_F: Tensor, clip_F: Tensor) -> None:
+        """Add one video.
+
+        Args:
+            key_F: float32 Rank; -inf: leave it out.
+            peak_F: float32 Its activation of the largest size.
+            clip_F: int32 The clip of the video with that activation.
+        """
+        self._waiting.append((key_F, peak_F, clip_F))
+        if len(self._waiting) == _MERGE_EVERY:
+            self._merge()
+
+    def _merge(self) -> None:
+        if not self._waiting:
+            return
+        keys, peaks, clips = zip(*self._waiting, strict=True)
+        self._waiting = []
+        # Kept entries come first and the sort is stable, so the result does not depend on when entries are merged.
+        key_FN = torch.cat([self._key_FK, torch.stack(keys, 1)], 1)
+        order_FK = key_FN.argsort(dim=1, descending=True, stable=True)[:, : self._key_FK.shape[1]]
+        self._key_FK = key_FN.gather(1, order_FK)
+        self._peak_FK = torch.cat([self._peak_FK, torch.stack(peaks, 1)], 1).gather(1, order_FK)
+        self._clip_FK = torch.cat([self._clip_FK, torch.stack(clips, 1)], 1).gather(1, order_FK)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Peaks float32 [F, K] and clips int32 [F, K], -1 where there are fewer; on the CPU."""
+        self._merge()
+        missing_FK = self._key_FK.isneginf()
+        return self._peak_FK.masked_fill(missing_FK, 0.0).cpu(), self._clip_FK.masked_fill(missing_FK, -1).cpu()
+
+
 class Survey:
-    """Takes windows of clips, the clips of a video one after the other.
+    """Collects statistics from windows of clips, in which the clips of a video follow each other.
 
     Args:
         latents: Width F of the code.
@@ -92,8 +139,8 @@ class Survey:
         self._latents, self._device = latents, device
         self._video_of_clip, self._label_of_clip = video_of_clip, label_of_clip
         self._priority = np.random.default_rng(seed).random(int(video_of_clip.max()) + 1, dtype=np.float32)
-        self._top = Kept(latents, top_clips, device)
-        self._sample = Kept(latents, _SAMPLE, device)
+        self._top = TopVideos(latents, top_clips, device)
+        self._sample = TopVideos(latents, _SAMPLE, device)
         self._video: int | None = None
         self._peak_F = torch.zeros(latents, device=device)
         self._clip_F = torch.full((latents,), -1, dtype=torch.int32, device=device)
@@ -108,7 +155,7 @@ class Survey:
         self._signed_F = torch.zeros(latents, dtype=torch.bool, device=device)
 
     def add(self, window: Window) -> None:
-        """Take in one window."""
+        """Add one window."""
         for clip, codes_TSF in zip(window.clips.tolist(), window.codes_CTSF, strict=True):
             if self._video_of_clip[clip] != self._video:
                 self._end_video()
@@ -116,7 +163,7 @@ class Survey:
             self._add_clip(clip, codes_TSF.flatten(0, 1))
 
     def _add_clip(self, clip: int, codes_NF: torch.Tensor) -> None:
-        # Everything below works on the few codes that are not 0.
+        # Everything below works on the nonzero codes only.
         token, latent = codes_NF.nonzero(as_tuple=True)
         values = codes_NF[token, latent]
         highest_F = torch.zeros(self._latents, device=self._device).scatter_reduce_(0, latent, values, "amax")
@@ -153,13 +200,13 @@ class Survey:
         self._video = None
         self._peak_F, self._clip_F = torch.zeros_like(self._peak_F), torch.full_like(self._clip_F, -1)
 
-    def result(self) -> Surveyed:
-        """What was found in everything added."""
+    def result(self) -> SurveyResult:
+        """Statistics of everything added."""
         self._end_video()
         top_peak, top_clip = self._top.result()
         sample_peak, sample_clip = self._sample.result()
         order = sample_peak.abs().masked_fill(sample_clip < 0, torch.inf).argsort(dim=1, stable=True)
-        return Surveyed(
+        return SurveyResult(
             clips=self._clips,
             videos=self._videos,
             tokens=self._tokens,
@@ -180,13 +227,13 @@ class Survey:
 
 @dataclass(frozen=True)
 class Exemplar:
-    """One clip of one latent's page.
+    """A clip on the page of a latent.
 
     Attributes:
         clip: Its number in the store.
-        peak: The latent's activation of largest size there.
-        part: None: one of the strongest. Otherwise (lower, upper), shares of the videos on which the latent fires, in
-            order of their peaks, between which this one lies.
+        peak: The latent's activation of the largest size in it.
+        part: None: one of the strongest. Otherwise the quantile range (lower, upper) of its peak among the videos on
+            which the latent fires.
     """
 
     clip: int
@@ -194,28 +241,28 @@ class Exemplar:
     part: tuple[float, float] | None = None
 
 
-def exemplars(found: Surveyed, latent: int, lower_clips: int) -> tuple[Exemplar, ...]:
-    """The strongest clips of `latent`, then one from the middle of each of `lower_clips` equal parts, strongest first.
+def exemplars(survey: SurveyResult, latent: int, lower_clips: int) -> tuple[Exemplar, ...]:
+    """The strongest clips of `latent`, then one from the middle of each of `lower_clips` quantile ranges, in that order.
 
-    A part in which every sampled video is among the strongest anyway has no exemplar.
+    A range whose sampled videos are all among the strongest has no exemplar.
     """
     strongest = [
         Exemplar(int(clip), float(peak))
-        for clip, peak in zip(found.top_clip_FK[latent], found.top_peak_FK[latent], strict=True)
+        for clip, peak in zip(survey.top_clip_FK[latent], survey.top_peak_FK[latent], strict=True)
         if clip >= 0
     ]
     shown = {each.clip for each in strongest}
-    sampled = np.flatnonzero(found.sample_clip_FR[latent] >= 0)
+    sampled = np.flatnonzero(survey.sample_clip_FR[latent] >= 0)
     weaker = []
     for part in reversed(range(lower_clips)):
         low, high = part / lower_clips, (part + 1) / lower_clips
         inside = sampled[math.ceil(low * len(sampled)) : math.ceil(high * len(sampled))]
-        free = [place for place in inside if int(found.sample_clip_FR[latent, place]) not in shown]
+        free = [place for place in inside if int(survey.sample_clip_FR[latent, place]) not in shown]
         if free:
             place = free[len(free) // 2]
             weaker.append(
                 Exemplar(
-                    int(found.sample_clip_FR[latent, place]), float(found.sample_peak_FR[latent, place]), (low, high)
+                    int(survey.sample_clip_FR[latent, place]), float(survey.sample_peak_FR[latent, place]), (low, high)
                 )
             )
     return (*strongest, *weaker)

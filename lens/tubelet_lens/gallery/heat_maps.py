@@ -1,8 +1,8 @@
-"""Heat-maps: where and when a latent fires in the clips of its page.
+"""Heat-maps: where and when a latent fires in the clips on its page.
 
 (latent, clip) pairs ─▶ windows over those clips alone ─▶ uint8 [T, S] per pair ─▶ text for the page
 
-0 is not firing; 1 to 255 are shares of the latent's largest activation, rounded up, so that whatever fires is seen.
+0: does not fire. 1 to 255: share of the latent's largest activation, rounded up so that faint activations stay visible.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _LONGEST_GAP = 255
 
 
 class HeatMaps:
-    """Takes windows, keeps the maps of the pairs asked for.
+    """Collects the heat-maps of (latent, clip) pairs from windows.
 
     Args:
-        wanted: Of each latent its clips.
-        scale: Of each latent the size that becomes 255.
+        wanted: Clips by latent.
+        scale: Activation that becomes 255, by latent.
     """
 
     def __init__(self, wanted: Mapping[int, Sequence[int]], scale: Mapping[int, float]) -> None:
@@ -43,7 +43,7 @@ class HeatMaps:
         return np.array(sorted(self._latents_of), dtype=np.int64)
 
     def add(self, window: Window) -> None:
-        """Take in one window."""
+        """Add one window."""
         for clip, codes_TSF in zip(window.clips.tolist(), window.codes_CTSF, strict=True):
             latents = self._latents_of.get(clip, [])
             scale_L = torch.tensor([self._scale[latent] for latent in latents], device=codes_TSF.device)
@@ -54,9 +54,9 @@ class HeatMaps:
 
 
 def packed(levels: NDArray[np.uint8]) -> str:
-    """Base64 of (gap, level) bytes, one pair for each level that is not 0.
+    """Base64 of (gap, level) byte pairs, one for each nonzero level.
 
-    A gap counts the zeros since the pair before; 255 zeros and more are bridged by pairs (255, 0), worth 256 zeros.
+    The gap is the number of zeros since the previous pair; a pair (255, 0) stands for 256 zeros.
     """
     return base64.b64encode(bytes(_pairs(levels.reshape(-1)))).decode()
 

@@ -1,11 +1,11 @@
-"""The frames that the backbone saw, as one picture per clip: a sheet, row by row.
+"""Sheets: the frames that the backbone saw, as one image per clip, row by row.
 
     clip table ─▶ decode pool ─▶ frames, exactly those of the clip table ─▶ the crop the backbone saw ─▶ sheet (WebP)
 
-All pages share the sheets: each clip is stored once, however many latents it shows, and a page picks the frame that
-belongs to its heat-map. Of the demo's clips a WebP sheet takes about half of a JPEG sheet and 1.4 times an H.264 video
-(benchmarks/gallery.py); of real videos at 112 pixels it took 0.7 and 3.7 times as much. A video is smaller, but does
-not keep step with the heat-map to the frame.
+All pages share the sheets: each clip is stored once, and a page shows the frame that belongs to its heat-map. A WebP
+sheet of the demo's clips is half the size of a JPEG sheet and 1.4 times that of an H.264 video (benchmarks/gallery.py);
+for real videos at 112 pixels the factors are 0.7 and 3.7. A video file is smaller, but browsers do not seek it to the
+exact frame of the heat-map.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _AHEAD = 8
 
 @dataclass(frozen=True)
 class SheetConfig:
-    """How sheets are drawn.
+    """Size and quality of sheets.
 
     Attributes:
         frame_px: Longer side of a frame.
         quality: WebP's, 1 to 100.
-        aspect: Width over height of what the backbone saw.
+        aspect: Width / height of the crop.
     """
 
     frame_px: int
@@ -57,7 +57,7 @@ def draw_sheet(frames: NDArray[np.uint8], crop: tuple[float, float, float, float
 
     Args:
         frames: uint8 [T, H, W, 3].
-        crop: Top, left, height, width of what the backbone saw, in pixels of the frame; None: all of it.
+        crop: Top, left, height, width in pixels of the frame; None: the whole frame.
         config: Size and quality.
     """
     count, full_height, full_width, _ = frames.shape
@@ -81,10 +81,10 @@ class ClipFrames:
 
     Args:
         store: The store.
-        root: Where its data set lies.
+        root: Folder of its data set.
 
     Raises:
-        TubeletError: the store does not say which frames it took.
+        TubeletError: the store's plan has no known sampling.
     """
 
     def __init__(self, store: Store, root: str) -> None:
@@ -96,7 +96,7 @@ class ClipFrames:
     def sheets(
         self, clips: Sequence[int], decode: DecodeConfig, config: SheetConfig
     ) -> Iterator[tuple[int, bytes | str]]:
-        """(clip, sheet) in order; in place of a sheet that cannot be had, the reason.
+        """(clip, sheet) in order; the reason in place of a sheet that cannot be made.
 
         Raises:
             TubeletError: nothing can be decoded on this machine.
