@@ -242,7 +242,7 @@ class Exemplar:
 
 
 def exemplars(survey: SurveyResult, latent: int, lower_clips: int) -> tuple[Exemplar, ...]:
-    """The strongest clips of `latent`, then one from the middle of each of `lower_clips` quantile ranges, in that order.
+    """The strongest clips of `latent`, then one from the middle of each of `lower_clips` quantile ranges, in order.
 
     A range whose sampled videos are all among the strongest has no exemplar.
     """
