@@ -433,7 +433,7 @@ def test_setting_a_latent_to_zero_changes_the_probes_logits_as_said() -> None:
     videos = [str(i) for i in range(90)]
     found = probe_effects(codes, class_N, videos, test, ["a", "b", "c"], 0)
     assert sorted(found) == [0, 1, 2, 3]
-    assert "of 30 other clips" in found[0][0].definition
+    assert "30 other clips" in found[0][0].definition
     penalty = float(re.search(r"L2 penalty ([\d.e-]+)\)", found[0][0].definition)[1])  # type: ignore[index]
     probe = fit_probe(codes[~test], class_N[~test], 3, penalty)
 

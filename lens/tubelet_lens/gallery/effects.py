@@ -58,14 +58,14 @@ def read_effects(path: Path) -> dict[int, tuple[Effects, ...]]:
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise TubeletError(f"{path} lacks {', '.join(missing)}", f"It needs columns {', '.join(SCHEMA.names)}")
-    found: dict[int, dict[str, list[tuple[str, float]]]] = {}
+    pairs_of: dict[int, dict[str, list[tuple[str, float]]]] = {}
     for row in table.select(SCHEMA.names).to_pylist():
         if row["effect"] is not None:
-            pairs = found.setdefault(row["latent"], {}).setdefault(row["definition"], [])
+            pairs = pairs_of.setdefault(row["latent"], {}).setdefault(row["definition"], [])
             pairs.append((str(row["target"]), float(row["effect"])))
     return {
         latent: tuple(Effects(definition, _largest_first(pairs)) for definition, pairs in groups.items())
-        for latent, groups in found.items()
+        for latent, groups in pairs_of.items()
     }
 
 

@@ -137,13 +137,13 @@ def make_gallery(config: GalleryConfig) -> GallerySummary:
 
 def _published(config: GalleryConfig) -> dict[str, JsonValue]:
     """The settings for publication: of paths only the last part, and without the site's location."""
-    told: dict[str, JsonValue] = config.model_dump(mode="json", exclude={"out"})
+    published: dict[str, JsonValue] = config.model_dump(mode="json", exclude={"out"})
     places: dict[str, Path | str | None] = {"run": config.run, "store": config.store, "videos": config.videos}
     places |= {"evaluation": config.evaluation, "effects": config.effects}
     for field, place in places.items():
         # A folder may be given as `.`.
-        told[field] = None if place is None else Path(place).name or Path(place).resolve().name
-    return told
+        published[field] = None if place is None else Path(place).name or Path(place).resolve().name
+    return published
 
 
 class _Labels:

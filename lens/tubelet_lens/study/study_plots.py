@@ -64,18 +64,18 @@ def pareto(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], path: Pa
 
 def curves(done: Sequence[Cell], evaluations: Mapping[str, Evaluation], name: str, path: Path) -> bool:
     """The curve `name` of each variant, mean over seeds, with baselines once per source; False if no cell has it."""
-    found: dict[str, dict[str, list[Curve]]] = {}
+    by_source: dict[str, dict[str, list[Curve]]] = {}
     for cell in done:
         for section in evaluations[cell.name].sections:
             for curve in section.curves:
                 if curve.name == name:
-                    found.setdefault(cell.source, {}).setdefault(cell.variant, []).append(curve)
-    if not found:
+                    by_source.setdefault(cell.source, {}).setdefault(cell.variant, []).append(curve)
+    if not by_source:
         return False
     colors = _colors(done)
     with rc_context(_STYLE):
-        canvas, panels = _panels(list(found))
-        for axes, (source, variants) in zip(panels, found.items(), strict=True):
+        canvas, panels = _panels(list(by_source))
+        for axes, (source, variants) in zip(panels, by_source.items(), strict=True):
             for number, (variant, seeds) in enumerate(variants.items()):
                 for line in seeds[0].lines:
                     if line.subject == "sae":

@@ -123,7 +123,7 @@ class StudyTable:
 
 def study_table(question: Question, figures: pd.DataFrame, sources: Mapping[str, SourceConfig]) -> StudyTable | None:
     """The table of `question` from a `figure_frame`; None where no cell has any of its figures."""
-    columns = tuple(found for column in question.columns for found in column.matching(figures["figure"].unique()))
+    columns = tuple(match for column in question.columns for match in column.matching(figures["figure"].unique()))
     if not columns:
         return None
     index = pd.MultiIndex.from_frame(figures[_ROW].drop_duplicates())
