@@ -369,7 +369,9 @@ def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Stor
     assert clip.frame_indices.tolist() == store.clips()["frame_indices"][3].as_py()
 
 
-def test_a_backbone_in_a_local_folder_is_found_again(made: Path, report: EditReport, measured: Result) -> None:
+def test_a_backbone_in_a_local_folder_is_found_again(
+    made: Path, report: EditReport, measured: EvaluationResult
+) -> None:
     assert report.backbone == BACKBONE
     assert measured.evaluation.figure("recovery.kl.sae").value is not None
     moved = made.parent / f"{made.name}-moved"

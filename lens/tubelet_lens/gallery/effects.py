@@ -1,9 +1,9 @@
-"""What editing a latent does, latent by latent.
+"""Effects of editing each latent.
 
     probe on pooled codes ─▶ exact change of each class's logit when the latent is set to 0 in the code
     effects.parquet       ─▶ what `tubelet evaluate --in_backbone {}` (or another tool) measured in the backbone
 
-The first says what a reader of the code loses, nothing about the backbone: the page says so.
+The first is about the code, not about the backbone; the page says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tubelet_lens.inputs.clip_stream import Window
 from tubelet_lens.results.latent_table import SCHEMA
 from tubelet_lens.stats.linear_models import choose_penalty, fit_probe
 
-# Those of the evaluation's probe, and its share of videos on which they are chosen.
+# As in the action probe of the evaluation.
 _PENALTIES = ActionConfig().penalties
 _VALIDATION = 0.2
 _FEWEST_CLIPS = 20
@@ -36,7 +36,7 @@ class Effects:
 
     Attributes:
         definition: What is measured.
-        by_target: (target, effect), the largest sizes first.
+        by_target: (target, effect), by decreasing size.
     """
 
     definition: str
@@ -44,7 +44,7 @@ class Effects:
 
 
 def read_effects(path: Path) -> dict[int, tuple[Effects, ...]]:
-    """Effects by latent from the table at `path`, see `effect_table`.
+    """Effects by latent from the table at `path`, see `results.latent_table`.
 
     Raises:
         TubeletError: it is missing, is not Parquet, or lacks a column.
@@ -70,7 +70,7 @@ def read_effects(path: Path) -> dict[int, tuple[Effects, ...]]:
 
 
 class MeanCodes:
-    """Takes windows; keeps the mean code over a clip's tokens, of chosen clips."""
+    """Collects the mean code over tokens of chosen clips from windows."""
 
     def __init__(self, clips: NDArray[np.int64]) -> None:
         self._wanted = set(clips.tolist())
@@ -78,7 +78,7 @@ class MeanCodes:
         self._rows: list[NDArray[np.float32]] = []
 
     def add(self, window: Window) -> None:
-        """Take in one window."""
+        """Add one window."""
         for clip, codes_TSF in zip(window.clips.tolist(), window.codes_CTSF, strict=True):
             if clip in self._wanted:
                 self._clips.append(clip)
@@ -97,18 +97,18 @@ def probe_effects(
     names: Sequence[str],
     seed: int,
 ) -> dict[int, tuple[Effects, ...]]:
-    """Change of the logits of a linear action probe when a latent is set to 0 in the code; {} where none can be fitted.
+    """Change of the logits of a linear action probe when a latent is set to 0 in the code; {} if none can be fitted.
 
     The logit of class c is sum_j w_cj zbar_j + b_c, so z_j = 0 changes it by -w_cj zbar_j, exactly. The mean over the
     clips on which the latent fires is given.
 
     Args:
         codes_NF: Mean codes of N labeled clips.
-        class_N: int64 0 ... C - 1.
+        class_N: int64 Classes 0 ... C - 1.
         video_N: Their videos.
-        test_N: bool, clips kept from the fit to measure the probe on; none: its accuracy is not known.
+        test_N: bool Clips to measure the probe on, which are not fitted; all False: its accuracy is unknown.
         names: [C]
-        seed: Chooses the videos on which the penalty is chosen.
+        seed: Seed of the videos on which the penalty is chosen.
     """
     fit_N = ~test_N
     if len(np.unique(class_N[fit_N])) < 2 or fit_N.sum() < _FEWEST_CLIPS:
@@ -118,14 +118,14 @@ def probe_effects(
     rows_NF, classes = codes_NF[fit_N], len(names)
     penalty = choose_penalty(rows_NF, class_N[fit_N], held, classes, _PENALTIES)
     probe = fit_probe(rows_NF, class_N[fit_N], classes, penalty)
-    worth = "it was measured on no other clips"
+    worth = "its accuracy on other clips is unknown"
     if test_N.any():
         named = probe.logits(codes_NF[test_N]).argmax(1)
         right = float((named == class_N[test_N]).mean())
         most = float(np.bincount(class_N[test_N]).max() / test_N.sum())
         worth = (
-            f"it names {right:.0%} of {int(test_N.sum()):,} other clips rightly (always naming their most frequent "
-            f"label: {most:.0%})"
+            f"its accuracy on {int(test_N.sum()):,} other clips is {right:.0%} (always the most frequent label: "
+            f"{most:.0%})"
         )
     definition = (
         "Set to 0 in the code, not in the backbone: exact mean change of the label's logit in a linear probe of the "
@@ -135,7 +135,7 @@ def probe_effects(
     fires_F = (codes_NF != 0).sum(0)
     mean_where_F = codes_NF.sum(0, dtype=np.float64) / np.maximum(fires_F, 1)
     change_CF = -probe.weights_CF * mean_where_F
-    # A latent that is silent on the clips of the fit has no weight: nothing is known of it.
+    # A latent that is silent on the fitted clips has no weight, so its effect is unknown.
     known = np.flatnonzero((codes_NF[fit_N] != 0).any(0))
     return {
         latent: (Effects(definition, _largest_first(list(zip(names, change_CF[:, latent].tolist(), strict=True)))),)

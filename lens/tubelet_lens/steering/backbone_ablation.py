@@ -1,8 +1,11 @@
-"""Ablation in the running backbone: latents switched off at the hook, the rest of the activation kept, the classes
-read at the end (science note 1.8, level ii [RECON]).
+"""Ablation in the backbone: latents are switched off at the hook, the rest of the activation is kept, and the accuracy
+of the readout is measured.
+
+[RECON] The paper on spatio-temporal SAEs does not say whether it ablates the code or the backbone. `code_ablation`
+measures the first, this the second.
 
     fit side's codes ─▶ probe ─▶ importance on its ranking part ─▶ ranking
-    running backbone, test side: x' = x - sum over the set of f_j d_j ─▶ readout ─▶ accuracy
+    backbone, test side: x' = x - sum over the set of f_j d_j ─▶ readout ─▶ accuracy
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def backbone_ablation(clips: ClipSetting, session: BackboneSession) -> ClipResul
 
 _AREA = (
     "Mean over m = 1, 2, 4, ... of (accuracy before - accuracy without m latents) / (accuracy before - chance). "
-    "Undefined where nothing is read above chance."
+    "Undefined where the accuracy before is not above chance."
 )
 
 FIGURES = FigureTable(
@@ -126,9 +129,9 @@ def _section(ablation: Ablation, session: BackboneSession, readout: str, alive: 
     random_area, ends = spread(ablation.random_areas)
     return Section(
         name="backbone_ablation",
-        title="Ablation in the running backbone",
-        lead="How few latents does the backbone itself need to tell the classes apart? They are switched off where the "
-        "SAE sits, and the rest of the backbone runs on from there.",
+        title="Ablation in the backbone",
+        lead="How few latents does the backbone itself need to tell the classes apart? They are switched off at the "
+        "SAE's hook, and the rest of the backbone runs on the result.",
         figures=(
             FIGURES.fill("before", ablation.before, count, **words),
             FIGURES.fill("m50", ablation.m_50, alive, **words),
@@ -151,7 +154,6 @@ def _section(ablation: Ablation, session: BackboneSession, readout: str, alive: 
             ),
         ),
         notes=(
-            "A backbone may compute again later what was taken away: a small loss does not mean that the latents "
-            "say nothing.",
+            "Later blocks may recompute what was removed: a small loss does not show that the latents carry nothing.",
         ),
     )

@@ -1,11 +1,14 @@
-"""One latent per class pushed far below zero: do the predictions of that class go, and only they? (Paper B, 2.4, 2.5.)
+"""Class edits: suppress the latent of a class, and measure which predictions change (Stevens et al., arXiv 2502.06755,
+sections on semantic segmentation and classification).
 
     target change rate = #(predicted c before, another after) / #(predicted c before)
     other change rate  = #(another predicted before, changed after) / #(another predicted before)
 
 Beside the class's latent: random alive latents, latents of the same mean activation, random directions with steps of
-the same length. Rates are given as mean over classes and pooled over them (micro): the published code pools while its
-text says mean. The latent is chosen on the fit side; on the test side no label is looked at.
+the same length. The latent is chosen on the fit side; labels of the test side are not used.
+
+[RECON] Rates are given as mean over classes and pooled over classes (micro), because the published code pools while the
+paper says mean.
 """
 
 from __future__ import annotations
@@ -36,10 +39,10 @@ ARMS: dict[Arm, str] = {
 }
 
 Predict = Callable[[Rewrite | None], NDArray[np.int64]]
-"""Class of each unit (clip, patch) with a rewrite at the SAE's hook, or as the backbone is."""
+"""Class of each unit (clip, patch) with a rewrite at the SAE's hook; None: without one."""
 
 _HEADLINE = 2.0
-"""Strength of saev's demonstrations (s = -2)."""
+"""Strength in the demonstrations of saev (s = -2)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +52,24 @@ class Rates:
     Attributes:
         changed_C: Units predicted as the class before, and as another after.
         target_C: Units predicted as the class before.
-        spoilt_C: Units predicted as another class before, and changed after.
+        other_changed_C: Units predicted as another class before, and changed after.
         other_C: Units predicted as another class before.
     """
 
     changed_C: NDArray[np.int64]
     target_C: NDArray[np.int64]
-    spoilt_C: NDArray[np.int64]
+    other_changed_C: NDArray[np.int64]
     other_C: NDArray[np.int64]
 
     def target(self, micro: bool = False) -> float | None:
-        """Target change rate: mean over the classes that are predicted at all, or pooled."""
+        """Target change rate: mean over the classes that are predicted at least once, or pooled."""
         return _rate(self.changed_C, self.target_C, micro)
 
     def other(self, micro: bool = False) -> float | None:
-        """Other change rate, likewise."""
-        # A class that is never predicted has no target, and is left out of both rates.
+        """Other change rate: mean over the same classes, or pooled."""
+        # A class that is never predicted has no target and is left out of both rates.
         seen = self.target_C > 0
-        return _rate(self.spoilt_C[seen], self.other_C[seen], micro)
+        return _rate(self.other_changed_C[seen], self.other_C[seen], micro)
 
 
 def _rate(hits_C: NDArray[np.int64], of_C: NDArray[np.int64], micro: bool) -> float | None:
@@ -79,7 +82,7 @@ def _rate(hits_C: NDArray[np.int64], of_C: NDArray[np.int64], micro: bool) -> fl
 def change_rates(
     before: NDArray[np.int64], after: Sequence[NDArray[np.int64]], number: int
 ) -> tuple[int, int, int, int]:
-    """(changed, target, spoilt, other) of class `number`, summed over the draws `after`."""
+    """(changed, target, other changed, other) of class `number`, summed over the draws `after`."""
     target = before == number
     draws = len(after)
     moved = np.array([now != before for now in after], dtype=bool).reshape(draws, len(before))
@@ -93,7 +96,7 @@ def change_rates(
 
 @dataclass(frozen=True, eq=False)
 class ClassEdits:
-    """What became of the predictions.
+    """Rates of predictions that change.
 
     Attributes:
         strengths: In the order of the rates.
@@ -121,18 +124,17 @@ def edit_classes(
 ) -> ClassEdits:
     """Suppress the latent of each class on all tokens, and the controls in its place.
 
-    Where no latent but the class's own is alive, there is none to stand in for it: those two controls count nothing
-    then, and their rates are undefined.
+    If no latent but the class's own is alive, the two controls that need another latent are undefined.
 
     Args:
-        predict: Runs the backbone.
-        sae: At the hook that is rewritten.
+        predict: Classes of all units, with a rewrite.
+        sae: Its latents are edited.
         latent_of: Latent of each class to edit.
         largest_F: Largest activation of each latent, on the fit side.
         mean_F: Mean size of each latent's activation there; 0: dead.
         strengths: f' = -strength x the largest activation.
-        draws: Of each control, per class and strength.
-        seed: Draws them; the same latents and directions at every strength.
+        draws: Number of each control per class and strength.
+        seed: Seed of the controls, which are the same at every strength.
     """
     before = predict(None)
     alive_F = mean_F > 0
@@ -142,14 +144,14 @@ def edit_classes(
         rng = np.random.default_rng([seed, number])
         others = np.setdiff1d(np.flatnonzero(alive_F), [latent])
         of_others = range(draws if len(others) else 0)
-        stand_ins: dict[Arm, list[int]] = {
+        latents_of: dict[Arm, list[int]] = {
             "class": [latent],
             "matched": [int(matched_set(np.array([latent]), mean_F, alive_F, rng)[0]) for _ in of_others],
             "latent": [int(rng.choice(others)) for _ in of_others],
         }
         for place, strength in enumerate(strengths):
             operation = Suppress(strength=strength)
-            for arm, chosen in stand_ins.items():
+            for arm, chosen in latents_of.items():
                 after = [predict(LatentEdits(sae, [Edit(each, operation)], largest)) for each in chosen]
                 counts[arm][place].append(change_rates(before, after, number))
             own = LatentEdits(sae, [Edit(latent, operation)], largest)
@@ -173,7 +175,7 @@ def edit_table(section: str, units: str, *extra: FigureSpec) -> FigureTable:
         )
         for kind, of, better in kinds:
             for micro, pooled in (
-                ("", "mean over the classes that are predicted at all"),
+                ("", "mean over the classes that are predicted at least once"),
                 ("_micro", "counts pooled over the classes"),
             ):
                 title = f"{kind.capitalize()} change rate of {units}{', pooled' if micro else ''}"
@@ -201,24 +203,24 @@ def edit_table(section: str, units: str, *extra: FigureSpec) -> FigureTable:
 
 
 def class_edit_section(
-    found: ClassEdits, *, table: FigureTable, title: str, lead: str, how: str, extra: tuple[Figure, ...]
+    edits: ClassEdits, *, table: FigureTable, title: str, lead: str, how: str, extra: tuple[Figure, ...]
 ) -> Section:
     """Figures at the strength nearest to 2, and the rates against strength.
 
     Args:
-        found: The rates.
+        edits: The rates.
         table: See `edit_table`.
         title: Heading of the section.
-        lead: What it asks.
+        lead: The question it answers.
         how: Choice of latents and predictor, for the definitions.
-        extra: Figures that come first.
+        extra: Figures to put first.
     """
-    place = int(np.argmin([abs(strength - _HEADLINE) for strength in found.strengths]))
-    strength = found.strengths[place]
+    place = int(np.argmin([abs(strength - _HEADLINE) for strength in edits.strengths]))
+    strength = edits.strengths[place]
     setting = f"With f' = -{strength:g} x the latent's largest activation on every patch token. {how}"
     figures = list(extra)
     for arm, words in ARMS.items():
-        rates = found.rates[arm][place]
+        rates = edits.rates[arm][place]
         count = int(rates.target_C.sum())
         for kind, micro in (("target", False), ("target", True), ("other", False), ("other", True)):
             figures.append(
@@ -235,7 +237,7 @@ def class_edit_section(
             )
 
     def line(label: str, subject: Literal["sae", "raw", "random"], arm: Arm, kind: str) -> Line:
-        values = [each.target() if kind == "target" else each.other() for each in found.rates[arm]]
+        values = [each.target() if kind == "target" else each.other() for each in edits.rates[arm]]
         return Line(label=label, subject=subject, y=tuple(values))
 
     return Section(
@@ -249,7 +251,7 @@ def class_edit_section(
                 title="Predictions that change",
                 x_label="strength",
                 y_label="change rate",
-                x=found.strengths,
+                x=edits.strengths,
                 lines=(
                     line("the class itself", "sae", "class", "target"),
                     line("other classes", "raw", "class", "other"),
@@ -261,7 +263,8 @@ def class_edit_section(
             ),
         ),
         notes=(
-            "A latent that belongs to a class has a high target and a low other change rate, and both far from what "
-            "its controls do. Classes that the predictor never gives are left out.",
+            "A latent that is specific to a class has a high target and a low other change rate, both far from those "
+            "of "
+            "its controls. Classes that are never predicted are left out.",
         ),
     )

@@ -76,8 +76,8 @@ def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipRe
         nothing = f"No class could be edited, and the accuracy of the backbone is unknown. {unknown}"
         return ClipResult(Section(name=_NAME, title=_TITLE, lead=_LEAD, notes=(nothing,)))
     best = {
-        place[known.names[number]]: found
-        for number, found in best_latents(pooled.mean_NF[known.fit_rows], known.fit_class).items()
+        place[known.names[number]]: latent_and_f1
+        for number, latent_and_f1 in best_latents(pooled.mean_NF[known.fit_rows], known.fit_class).items()
         if known.names[number] in place
     }
     if not best:
@@ -87,7 +87,7 @@ def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipRe
         predicted: NDArray[np.int64] = session.logits(rewrite).argmax(1).numpy()
         return predicted
 
-    found = edit_classes(
+    edits = edit_classes(
         predict,
         session.sae,
         {number: latent for number, (latent, _) in best.items()},
@@ -105,7 +105,7 @@ def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipRe
     )
     f1, ends = spread([f1 for _, f1 in best.values()])
     section = class_edit_section(
-        found,
+        edits,
         table=FIGURES,
         title=_TITLE,
         lead=_LEAD,

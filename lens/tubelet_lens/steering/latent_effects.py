@@ -1,10 +1,10 @@
-"""What single latents do to the classes that the running backbone gives: each switched off alone.
+"""Effects of single latents on the backbone's classes: each is switched off alone.
 
     fit side's probe ─▶ the most important latents
-    running backbone, test side: x' = x - f_j d_j ─▶ readout ─▶ mean change of each class's logit, beside a random
+    backbone, test side: x' = x - f_j d_j ─▶ readout ─▶ mean change of each class's logit, beside a random
     direction with steps of the same length
 
-The rows become `effects.parquet`, which the gallery shows on the latents' pages (science note 1.8, level ii [RECON]).
+The rows become `effects.parquet`, which the gallery shows on the pages of the latents.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tubelet_pipeline.backbones.rewrite import Rewrite
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
-    """What one latent does.
+class LatentChange:
+    """Effect of switching one latent off.
 
     Attributes:
         latent: Its number.
         own_C: float64 Mean change of each class's logit when it is switched off, over the clips on which it fires.
-        random_C: float64 The same with steps of the same length along a random direction.
-        clips: On how many clips it fires.
+        random_C: float64 The same for steps of equal length along a random direction.
+        clips: Number of clips on which it fires.
     """
 
     latent: int
@@ -47,14 +47,14 @@ class Change:
 
 def changes(
     session: BackboneSession, fires_NL: NDArray[np.bool_], latents: NDArray[np.int64], seed: int
-) -> list[Change]:
+) -> list[LatentChange]:
     """Switch each of `latents` off on every patch token of the clips of `session`.
 
     Args:
         session: With a readout.
-        fires_NL: Clips on which each of them fires; one that fires on none is left out.
+        fires_NL: Clips on which each latent fires; one that fires on none is left out.
         latents: [L]
-        seed: Draws the directions.
+        seed: Seed of the directions.
     """
     before = session.logits()
 
@@ -68,7 +68,7 @@ def changes(
         if fires_N.any():
             off = LatentEdits(session.sae, [Edit(latent, Suppress())])
             random = RandomDirection(off, seed * 1_000_003 + latent)
-            measured.append(Change(latent, change(off, fires_N), change(random, fires_N), int(fires_N.sum())))
+            measured.append(LatentChange(latent, change(off, fires_N), change(random, fires_N), int(fires_N.sum())))
     return measured
 
 
@@ -98,10 +98,11 @@ def latent_effects(clips: ClipSetting, session: BackboneSession) -> ClipResult |
     return ClipResult(_section(measured, session, session.readout.description, which), effects=tuple(rows))
 
 
-def _rows(change: Change, session: BackboneSession, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:
+def _rows(change: LatentChange, session: BackboneSession, what: str, classes: tuple[str, ...]) -> list[LatentEffect]:
     definition = (
-        f"Switched off (f' = 0) on every patch token at {session.hook} of the running backbone, what the SAE does not "
-        f"explain kept: mean change of the class's logit over the {change.clips:,} of {len(session.rows):,} test clips "
+        f"Switched off (f' = 0) on every patch token at {session.hook} of the backbone, with the SAE's error kept: "
+        "mean "
+        f"change of the class's logit over the {change.clips:,} of {len(session.rows):,} test clips "
         f"on which the latent fires. Classes are read by {what}. Steps of the same length along a random direction "
         f"change no class's logit by more than {np.abs(change.random_C).max():.3g}."
     )
@@ -139,7 +140,7 @@ FIGURES = FigureTable(
 )
 
 
-def _section(measured: list[Change], session: BackboneSession, readout: str, which: str) -> Section:
+def _section(measured: list[LatentChange], session: BackboneSession, readout: str, which: str) -> Section:
     words: dict[str, Any] = {"clips": f"{len(session.rows):,}", "latents": f"{len(measured):,}", "which": which}
     words |= {"hook": session.hook, "readout": readout}
     own, ends = spread([float(np.abs(change.own_C).max()) for change in measured])

@@ -1,11 +1,11 @@
-"""How much of what the backbone says of a clip survives when the SAE's reconstruction takes the activation's place.
+"""Downstream recovery: how well the backbone still predicts classes from the SAE's reconstruction.
 
-    as it is          x
+    original          x
     reconstruction    x^ on every patch token (special tokens stay)
     mean ablation     the mean activation on every patch token
 
-recovered = (m(x^) - m(mean)) / (m(x) - m(mean)) of a measure m: cross-entropy, top-1, KL to what is said as it is
-(science note 5).
+recovered = (m(x^) - m(mean)) / (m(x) - m(mean)) of a measure m: cross-entropy, top-1, KL to the original prediction.
+This is the "loss recovered" of the language literature, with mean ablation as baseline.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tubelet_trainer.sae.model import SAE
 
 
 @dataclass(frozen=True)
-class Said:
-    """Measures of one way of running the backbone.
+class Predictions:
+    """Quality of the predictions with one kind of activation.
 
     Attributes:
         loss: Mean cross-entropy of the true class; None without labeled clips.
-        top1: Share of labeled clips that are right; None without them.
-        kl: Mean KL divergence from what is said as it is, nats.
+        top1: Accuracy on labeled clips; None without them.
+        kl: Mean KL divergence from the original predictions, nats.
     """
 
     loss: float | None
@@ -44,15 +44,15 @@ class Said:
 
 @dataclass(frozen=True)
 class Recovery:
-    """The three ways."""
+    """Predictions from the original, reconstructed and mean-ablated activations."""
 
-    original: Said
-    reconstructed: Said
-    ablated: Said
+    original: Predictions
+    reconstructed: Predictions
+    ablated: Predictions
 
     def recovered(self, measure: str) -> float | None:
-        """Of "loss", "top1" or "kl"; None where the measure is undefined, or ablation costs nothing."""
-        values = [getattr(said, measure) for said in (self.original, self.reconstructed, self.ablated)]
+        """Recovered share of "loss", "top1" or "kl"; None if it is undefined or mean ablation costs nothing."""
+        values = [getattr(each, measure) for each in (self.original, self.reconstructed, self.ablated)]
         if any(value is None for value in values):
             return None
         original, reconstructed, ablated = values
@@ -60,7 +60,7 @@ class Recovery:
 
 
 class Reconstruct:
-    """A rewrite: x becomes x^."""
+    """A rewrite that replaces x by its reconstruction x^."""
 
     def __init__(self, sae: SAE) -> None:
         self._sae = sae
@@ -73,7 +73,7 @@ class Reconstruct:
 
 
 class MeanAblate:
-    """A rewrite: x becomes one and the same vector."""
+    """A rewrite that replaces every token by one vector."""
 
     def __init__(self, mean_D: Tensor) -> None:
         self._mean_D = mean_D
@@ -84,19 +84,19 @@ class MeanAblate:
 
 
 def recover(session: BackboneSession, mean_D: Tensor) -> Recovery:
-    """Run the clips of `session` in the three ways."""
+    """Predictions on the clips of `session` with the three kinds of activation."""
     original = session.logits()
     reconstructed = session.logits(Reconstruct(session.sae))
     ablated = session.logits(MeanAblate(mean_D))
-    return Recovery(*(said(original, logits, session.class_N) for logits in (original, reconstructed, ablated)))
+    return Recovery(*(predictions(original, logits, session.class_N) for logits in (original, reconstructed, ablated)))
 
 
-def said(original_NC: Tensor, logits_NC: Tensor, class_N: NDArray[np.int64]) -> Said:
-    """Measures of `logits_NC`; clips of class -1 count in the KL divergence only."""
+def predictions(original_NC: Tensor, logits_NC: Tensor, class_N: NDArray[np.int64]) -> Predictions:
+    """Quality of the predictions `logits_NC`; clips of class -1 count in the KL divergence only."""
     known = torch.from_numpy(class_N >= 0)
     truth, chosen = torch.from_numpy(class_N)[known], logits_NC[known].double()
     old, new = original_NC.double().log_softmax(1), logits_NC.double().log_softmax(1)
-    return Said(
+    return Predictions(
         loss=float(nnf.cross_entropy(chosen, truth)) if len(truth) else None,
         top1=float((chosen.argmax(1) == truth).double().mean()) if len(truth) else None,
         kl=max(0.0, float(nnf.kl_div(new, old, log_target=True, reduction="batchmean"))),
@@ -123,7 +123,7 @@ def _specs() -> Iterator[FigureSpec]:
     for measure, title, definition, style, better in _MEASURES:
         for way, row, tokens in (
             ("sae", title, "with the SAE's reconstruction on every patch token"),
-            ("raw", title, "with the activations as they are"),
+            ("raw", title, "with the original activations"),
             ("mean", f"{title}, mean ablated", "with the mean activation on every patch token"),
         ):
             yield FigureSpec(
@@ -175,7 +175,8 @@ def _section(recovered: Recovery, session: BackboneSession, readout: str) -> Sec
         f"Classes are read by {readout}.",
         figures=tuple(figures),
         notes=(
-            "Special tokens (CLS, registers) keep their own values: where classes are read from them, part of the "
-            "answer bypasses the SAE, and the mean ablation leaves it in too.",
+            "Special tokens (CLS, registers) keep their values. Where classes are read from them, part of the "
+            "prediction "
+            "bypasses the SAE, and mean ablation does not remove it either.",
         ),
     )

@@ -1,11 +1,14 @@
-"""Segmentation edits (paper B, science note 2.4): which patches change their class when a class's latent is suppressed.
+"""Segmentation edits: which patches change their predicted class when the latent of a class is suppressed
+(Stevens et al., arXiv 2502.06755, section on semantic segmentation).
 
     fit side   linear probe of the last tokens ─▶ class of a patch
                latent of a class = argmax F1 over thresholds, among latents that fire on few tokens
-    test side  the latent suppressed on every patch token, whatever the patch shows ─▶ predictions that change
+    test side  the latent suppressed on every patch token, whatever it shows ─▶ predictions that change
 
-Not as in the published script: thresholds see unclamped codes, the SAE gets activations in the units it was trained on,
-and the ground truth of the patches that are edited is never looked at.
+[RECON] Different from the published script: thresholds apply to unclamped codes, the SAE gets activations in the units
+it was trained on, and the ground truth of the edited patches is not used. Latents that fire on more than
+`max_frequency` of the tokens are ignored, and so are patches of which the most common class covers less than
+`label_threshold`; the paper names no limits.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from tubelet_pipeline.backbones import rewriting
 from tubelet_pipeline.backbones.rewrite import Rewrite
 
 THRESHOLDS = (0.0, 0.1, 0.3, 1.0)
-"""A latent marks the patches on which it exceeds one of these (saev)."""
+"""Activations above which a latent marks a patch (as in saev)."""
 
-# Patches of one class that the probe is fitted on; a video's patches resemble each other.
+# Patches per class to fit the probe on; patches of a video resemble each other.
 _PATCHES_PER_CLASS = 2000
 
 # Share of the videos on which the probe's penalty is chosen.
@@ -72,13 +75,13 @@ FIGURES = edit_table(
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """What is learned on the fit side.
+    """What is fitted on the fit side.
 
     Attributes:
         probe: Class of a patch from its last token.
         latent_of: Best latent of each class but the background.
         f1_of: Its F1.
-        largest_F, mean_F: Of the codes there.
+        largest_F, mean_F: Largest and mean activation there.
     """
 
     probe: Probe
@@ -89,7 +92,7 @@ class _Fit:
 
 
 class Marks:
-    """How well each latent marks each class, over thresholds: counts, streamed."""
+    """Streaming counts of how well each latent marks each class at each threshold."""
 
     def __init__(self, latents: int, classes: int) -> None:
         self._hits = torch.zeros(len(THRESHOLDS), latents, classes, dtype=torch.float64)
@@ -101,7 +104,7 @@ class Marks:
         self._tokens = 0
 
     def add(self, codes_NF: Tensor, label_N: NDArray[np.int64]) -> None:
-        """Tokens with their labels; those without count in frequencies only."""
+        """Add tokens with their labels; tokens without a label count in frequencies only."""
         codes_NF = codes_NF.cpu().double()
         self._fired_F += (codes_NF != 0).sum(0)
         self._size_F += codes_NF.abs().sum(0)
@@ -121,17 +124,17 @@ class Marks:
         return self._size_F / max(self._tokens, 1)
 
     def best(self, max_frequency: float) -> tuple[dict[int, int], dict[int, float]]:
-        """Latent of each class but the background, and its F1; classes that no latent marks are left out."""
+        """Best latent of each class but the background, and its F1; classes that no latent marks are left out."""
         both = self._marked[:, :, None] + self._support_C
         f1_FC = (2 * self._hits / both.clamp_min(1)).amax(0)
         usable_F = (self._fired_F > 0) & (self._fired_F < max_frequency * self._tokens)
         f1_FC = torch.where(usable_F[:, None], f1_FC, torch.zeros_like(f1_FC))
-        found = {
+        latent_of = {
             number: int(f1_FC[:, number].argmax())
             for number in range(f1_FC.shape[1])
             if number != BACKGROUND and float(f1_FC[:, number].max()) > 0
         }
-        return found, {number: float(f1_FC[latent, number]) for number, latent in found.items()}
+        return latent_of, {number: float(f1_FC[latent, number]) for number, latent in latent_of.items()}
 
 
 def segmentation_edits(clips: ClipSetting, session: BackboneSession) -> ClipResult | None:
@@ -146,26 +149,26 @@ def segmentation_edits(clips: ClipSetting, session: BackboneSession) -> ClipResu
     fit = _fit(session, session.fit_source, clips.fit, clips.config.seed)
     labels = [
         patch_labels(
-            test_root, _described(test, row), shot, session.backbone.grid, config.masks, config.label_threshold
+            test_root, _described(test, row), clip, session.backbone.grid, config.masks, config.label_threshold
         )
-        for row, shot in zip(session.rows, session.clips, strict=True)
+        for row, clip in zip(session.rows, session.clips, strict=True)
     ]
     label_N = np.concatenate([each.ravel() for each in labels])
     clear_N = label_N != NONE
     hook = final_hook(session.backbone)
 
     def predict(rewrite: Rewrite | None) -> NDArray[np.int64]:
-        found = []
+        predicted = []
         for batch in session.batches():
             with rewriting(session.backbone, session.hook, rewrite or (lambda _tokens: None)):
                 tokens = session.backbone.activations(batch, [hook])[hook].tokens
-            found.append(_classes(fit.probe, tokens.float().flatten(0, 2).cpu().numpy()))
-        return np.concatenate(found)[clear_N]
+            predicted.append(_classes(fit.probe, tokens.float().flatten(0, 2).cpu().numpy()))
+        return np.concatenate(predicted)[clear_N]
 
     before = predict(None)
     if not fit.latent_of or not len(before):
         return None
-    found = edit_classes(
+    edits = edit_classes(
         predict,
         session.sae,
         fit.latent_of,
@@ -178,7 +181,7 @@ def segmentation_edits(clips: ClipSetting, session: BackboneSession) -> ClipResu
     names = CLASSES[config.masks]
     chosen = ", ".join(f"{names[number]} {latent}" for number, latent in fit.latent_of.items())
     how = (
-        f"Patches are classed by {config.masks} with a linear probe of the tokens at {hook}, fitted on up to "
+        f"Patches are classified by {config.masks} with a linear probe of the tokens at {hook}, fitted on up to "
         f"{_PATCHES_PER_CLASS:,} patches per class of the fit side, its penalty chosen on {_VALIDATION:.0%} of the "
         "videos there; only patches that one class covers to "
         f"{config.label_threshold:.0%} or more count, on both sides. A class's latent has the largest F1 over the "
@@ -193,7 +196,7 @@ def segmentation_edits(clips: ClipSetting, session: BackboneSession) -> ClipResu
         FIGURES.fill("f1", f1, len(fit.f1_of), ends=ends, how=how),
     )
     section = class_edit_section(
-        found,
+        edits,
         table=FIGURES,
         title="Segmentation edits",
         lead="Does suppressing the latent of a class in the running backbone take that class, and it alone, out of the "
@@ -219,10 +222,10 @@ def _fit(session: BackboneSession, source: ClipSource, side: PooledSplit, seed: 
     truth: list[NDArray[np.int64]] = []
     kept_of: list[int] = []
     numbers = [int(clip) for clip in side.clips[session.fit_rows]]
-    for place, shot in enumerate(source.clips(numbers)):
+    for place, clip in enumerate(source.clips(numbers)):
         described = _described(side, int(session.fit_rows[place]))
-        label_N = patch_labels(source.root, described, shot, grid, config.masks, config.label_threshold).ravel()
-        got = session.backbone.activations(shot.pixels[None], [session.hook, hook])
+        label_N = patch_labels(source.root, described, clip, grid, config.masks, config.label_threshold).ravel()
+        got = session.backbone.activations(clip.pixels[None], [session.hook, hook])
         with torch.no_grad():
             marks.add(session.sae.encode(got[session.hook].tokens[0].float().flatten(0, 1)), label_N)
         # A share of each class's patches of every clip, so that late clips count as early ones do.
@@ -244,21 +247,21 @@ def _fit(session: BackboneSession, source: ClipSource, side: PooledSplit, seed: 
 
 
 def validation_rows(videos: Sequence[str], rows: Sequence[int], seed: int) -> NDArray[np.bool_]:
-    """bool [sum of `rows`]: patches on which the penalty is chosen, those of a fifth of the videos.
+    """bool [sum of `rows`] Patches on which the penalty is chosen: those of a fifth of the videos.
 
-    Clips of one video show the same things, so all of them are on one side.
+    All clips of a video are on one side, because they show the same objects.
 
     Args:
         videos: [K] Video of each clip.
-        rows: [K] Patches kept of each.
-        seed: Draws the videos.
+        rows: [K] Number of patches of each.
+        seed: Seed of the choice of videos.
     """
     chosen_K = partition(videos, validation=_VALIDATION, ranking=0, seed=seed).validation
     return np.repeat(chosen_K, rows)
 
 
 def _share(label_N: NDArray[np.int64], classes: int, each: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Tokens kept of one clip: of a class that fills it about `each` times as many as videos show the class."""
+    """Tokens of one clip to fit on: `each` of the background, and `each` x `classes` of any other class."""
     kept = []
     for number in range(classes):
         of_class = np.flatnonzero(label_N == number)
@@ -273,11 +276,11 @@ def _classes(probe: Probe, rows_ND: NDArray[np.float32]) -> NDArray[np.int64]:
     return predicted_N
 
 
-def _mean_iou(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
+def _mean_iou(predicted: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
     return float(
         np.mean(
             [
-                ((found == number) & (truth == number)).sum() / ((found == number) | (truth == number)).sum()
+                ((predicted == number) & (truth == number)).sum() / ((predicted == number) | (truth == number)).sum()
                 for number in np.unique(truth)
             ]
         )
