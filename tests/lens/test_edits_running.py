@@ -372,8 +372,6 @@ def test_the_running_backbone_gives_what_the_store_holds(made: Path, store: Stor
 def test_a_backbone_in_a_local_folder_is_found_again(
     made: Path, report: EditReport, measured: EvaluationResult
 ) -> None:
-    made: Path, report: EditReport, measured: EvaluationResult
-) -> None:
     assert report.backbone == BACKBONE
     assert measured.evaluation.figure("recovery.kl.sae").value is not None
     moved = made.parent / f"{made.name}-moved"
