@@ -54,8 +54,8 @@ class HookArray:
         self.dims = DIMENSIONS if kind == ACTIVATIONS else SPECIAL_DIMENSIONS
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What travels to a Dask worker is the place, not the maps.
-        return (_reopened, (self.store.url, self.hook, self.kind))
+        # What travels to a Dask worker is the place, not the maps: the store is opened again there.
+        return (HookArray, (self.store, self.hook, self.kind))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -201,9 +201,3 @@ def available_memory() -> int:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         available = min(available, limit - used)
     return available
-
-
-def _reopened(url: str, hook: str, kind: str) -> HookArray:
-    from tubelet_store.reader import open_store
-
-    return HookArray(open_store(url, allow_unfinished=True), hook, kind)

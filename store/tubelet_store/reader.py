@@ -70,6 +70,9 @@ class Store(Tabular):
         self.plan: Plan = state.plan
         self.url: str = root.url
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_reopened, (self.url,))
+
     @property
     def size_bytes(self) -> int:
         """Bytes of the committed shards."""
@@ -376,6 +379,10 @@ class Store(Tabular):
 
     def _not_committed(self, shard: int) -> TubeletError:
         return TubeletError(f"{self.url}: shard {shard} is not committed", "Run the extraction again to finish it")
+
+
+def _reopened(url: str) -> Store:
+    return open_store(url, allow_unfinished=True)
 
 
 def open_store(url: str, allow_unfinished: bool = False, cache: CacheConfig | None = None) -> Store:
