@@ -146,13 +146,9 @@ def connect(config: ClusterConfig, tasks_per_worker: int = 2) -> Iterator[Client
     """
     with _quiet_dask(), contextlib.ExitStack() as stack:
         if config.is_local:
-            workers = config.workers or max(1, (os.cpu_count() or 1) // 2)
             with _without_sigint():
-                cluster = stack.enter_context(_local(config, workers, tasks_per_worker))
-            cluster.scale(workers)
-            client = stack.enter_context(Client(cluster))
-            client.wait_for_workers(workers, timeout=config.start_timeout_s)
-            yield client
+                cluster = stack.enter_context(_local(config, tasks_per_worker))
+            yield stack.enter_context(Client(cluster))
         elif config.class_ is not None:
             cluster = stack.enter_context(start_cluster(config))
             yield stack.enter_context(Client(cluster, timeout=config.start_timeout_s))
@@ -191,7 +187,7 @@ def _without_sigint() -> Iterator[None]:
     """Threads started here, and the processes that they start, never receive SIGINT.
 
     Ctrl-C goes to all processes of a terminal. The driver ends its workers itself; without this they would print
-    tracebacks.
+    tracebacks. In this process Ctrl-C takes effect on leaving the context.
     """
     # Its first start unblocks SIGINT again in the calling thread.
     resource_tracker.ensure_running()
@@ -202,13 +198,11 @@ def _without_sigint() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _local(config: ClusterConfig, workers: int, tasks_per_worker: int) -> LocalCluster:
-    """A local cluster, still without workers, made for `workers` of them."""
+def _local(config: ClusterConfig, tasks_per_worker: int) -> LocalCluster:
     return LocalCluster(
-        n_workers=0,
+        n_workers=config.workers or max(1, (os.cpu_count() or 1) // 2),
         threads_per_worker=tasks_per_worker,
         processes=True,
-        memory_limit=1 / workers,  # share of the machine's memory
         dashboard_address="127.0.0.1:0",
         resources=config.resources or None,
         silence_logs=logging.CRITICAL,
