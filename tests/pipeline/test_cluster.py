@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import types
 import urllib.request
@@ -158,9 +159,15 @@ def test_dask_s_own_tracebacks_stay_off_the_terminal(capfd: pytest.CaptureFixtur
         assert "Failed to reconnect" not in capfd.readouterr().err
 
 
-def test_the_dashboard_that_is_announced_answers() -> None:
+def blocks_sigint() -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_of_a_local_cluster_the_dashboard_answers_and_ctrl_c_does_not_reach_the_workers() -> None:
     with connect(ClusterConfig(workers=1)) as client:
         address = dashboard_of(client)
         assert address is not None
         with urllib.request.urlopen(address, timeout=60) as page:
             assert b"Bokeh" in page.read()
+        assert list(client.run(blocks_sigint).values()) == [True]
+        assert not blocks_sigint()
