@@ -159,11 +159,10 @@ def test_dask_s_own_tracebacks_stay_off_the_terminal(capfd: pytest.CaptureFixtur
         assert "Failed to reconnect" not in capfd.readouterr().err
 
 
-def blocks_sigint() -> bool:
-    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
 def test_of_a_local_cluster_the_dashboard_answers_and_ctrl_c_does_not_reach_the_workers() -> None:
+    def blocks_sigint() -> bool:  # nested: workers cannot import this module
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
     with connect(ClusterConfig(workers=1)) as client:
         address = dashboard_of(client)
         assert address is not None
