@@ -45,9 +45,9 @@ def parse_arguments(description: str | None) -> Arguments:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--corpus", type=Path, help="file (.npy) in which the rendered videos are kept between runs")
-    found = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    return Arguments(found.out, found.corpus)
+    return Arguments(arguments.out, arguments.corpus)
 
 
 POINTS = 50

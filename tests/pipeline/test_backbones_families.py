@@ -173,7 +173,7 @@ def test_compiled_as_one_graph_it_says_the_same(
     for hooks, sizes in ((["blocks.0", "blocks.1"], (2, 3)), (["blocks.1"], (2,))):
         for clips in sizes:
             pixels = pixels_for(plain, clips)
-            wanted, found = plain.activations(pixels, hooks), compiled.activations(pixels, hooks)
+            wanted, activations = plain.activations(pixels, hooks), compiled.activations(pixels, hooks)
             for hook in hooks:
-                torch.testing.assert_close(found[hook].tokens, wanted[hook].tokens, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(activations[hook].tokens, wanted[hook].tokens, rtol=1e-4, atol=1e-4)
     assert compiled.describe() == {**plain.describe(), "compiled": True}

@@ -1,4 +1,4 @@
-"""The batch size that is found: the largest power of two that fits, the same every time."""
+"""The automatic batch size: the largest power of two that fits, the same every time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tubelet_pipeline.worker_state import find_batch_size, largest_power
 @given(room=st.integers(0, 5000), most=st.integers(1, 3000))
 def test_the_largest_power_of_two_that_fits(room, most):
     tried = []
-    found = largest_power(lambda clips: tried.append(clips) or clips <= room, most)
+    largest = largest_power(lambda clips: tried.append(clips) or clips <= room, most)
     allowed = [2**k for k in range(13) if 2**k <= min(room, most)]
-    assert found == max(allowed, default=0)
+    assert largest == max(allowed, default=0)
     assert len(tried) <= len(allowed) + 1
 
 
@@ -37,7 +37,7 @@ def test_on_a_cpu_it_is_bounded_by_memory_and_by_use(backbone: Path, monkeypatch
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_it_is_tried_and_leaves_a_margin(backbone: Path):
     model = load_backbone(BackboneConfig(id=str(backbone), device="cuda"), frames=8)
-    found = find_batch_size(model, ["blocks.0"], most=1 << 30)
-    assert found == find_batch_size(model, ["blocks.0"], most=1 << 30)
-    assert found > 16
+    clips_that_fit = find_batch_size(model, ["blocks.0"], most=1 << 30)
+    assert clips_that_fit == find_batch_size(model, ["blocks.0"], most=1 << 30)
+    assert clips_that_fit > 16
     assert find_batch_size(model, ["blocks.0"], most=100) == 64

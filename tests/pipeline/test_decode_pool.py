@@ -283,13 +283,13 @@ for _ in results:
 def test_short_lived_threads_may_share_a_pool(barcode_clips):
     with DecodePool(DecodeConfig(processes=1)) as pool:
         for _ in range(3):  # children must not die with the thread that asked
-            found = []
+            clips = []
             asker = threading.Thread(
-                target=lambda found=found: found.extend(pool.map_ordered([request(barcode_clips["h264"])] * 2, 2))
+                target=lambda clips=clips: clips.extend(pool.map_ordered([request(barcode_clips["h264"])] * 2, 2))
             )
             asker.start()
             asker.join()
-            assert [read(clip) for clip in found] == [clip.frame_indices.tolist() for clip in found]
+            assert [read(clip) for clip in clips] == [clip.frame_indices.tolist() for clip in clips]
 
 
 def _decode_in_daemon(path: str, answers) -> None:

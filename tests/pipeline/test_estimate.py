@@ -14,19 +14,19 @@ from tubelet_store.reader import open_store
 
 
 def test_sizes_and_counts_are_those_of_the_store(job_settings: dict[str, Any], undisturbed: Path) -> None:
-    found = estimate(EstimateConfig.model_validate({**job_settings, "store": "/nowhere/s.zarr"}))
+    costs = estimate(EstimateConfig.model_validate({**job_settings, "store": "/nowhere/s.zarr"}))
     store = open_store(str(undisturbed))
-    assert (found.clips, found.shards, found.clips_per_shard) == (26, 9, 3)
-    for hook, size in found.bytes_per_hook.items():
+    assert (costs.clips, costs.shards, costs.clips_per_shard) == (26, 9, 3)
+    for hook, size in costs.bytes_per_hook.items():
         folder = undisturbed / "activations" / hook / "c"
         assert size == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert list(found.bytes_per_hook) == [hook.name for hook in store.plan.hooks]
+    assert list(costs.bytes_per_hook) == [hook.name for hook in store.plan.hooks]
     files = sum(path.is_file() for path in undisturbed.rglob("*"))
-    assert found.objects == files
-    assert found.alternatives["dtype float32"] == pytest.approx(2 * found.total_bytes, rel=0.01)
-    assert found.alternatives["4 of 16 patches"] == pytest.approx(found.total_bytes / 4, rel=0.02)
-    assert found.alternatives["without blocks.0"] == found.bytes_per_hook["blocks.1"]
-    assert 0 < found.seconds < 60
+    assert costs.objects == files
+    assert costs.alternatives["dtype float32"] == pytest.approx(2 * costs.total_bytes, rel=0.01)
+    assert costs.alternatives["4 of 16 patches"] == pytest.approx(costs.total_bytes / 4, rel=0.02)
+    assert costs.alternatives["without blocks.0"] == costs.bytes_per_hook["blocks.1"]
+    assert 0 < costs.seconds < 60
     assert not Path("/nowhere").exists()
 
 

@@ -37,10 +37,10 @@ def test_no_file_is_lost_and_silence_is_rare(mutations, barcode_clips, tmp_path)
     assert len(rows) == len(sound) + 1 + 20
     assert all(rows[f"sound/{path.name}"]["status"] == "ok" for path in sound)
     assert rows["broken/not-a-video.mp4"]["error"].startswith("open_failed: ")
-    found = mutations.inspect(store, mutants, others=())
-    outcomes = [entry.outcome for entry in found]
+    entries = mutations.inspect(store, mutants, others=())
+    outcomes = [entry.outcome for entry in entries]
     assert {"right", "differs"} < set(outcomes), "the campaign met every kind of end"
-    assert sum(entry.is_silent for entry in found) <= 3
+    assert sum(entry.is_silent for entry in entries) <= 3
     assert all(row["error"] for row in rows.values() if row["status"] == "failed")
 
 

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_with_what_would(config, words):
 def stores(job_settings, tmp_path_factory) -> dict[str, Store]:
     """The same four videos, one of them broken, stored whole, in part and pooled."""
     folder: Path = tmp_path_factory.mktemp("tokens")
-    found = {}
+    stores = {}
     for name, tokens in {
         "all": {"kind": "all"},
         "patches": {"kind": "patches", "keep": 5},
@@ -110,8 +110,8 @@ def stores(job_settings, tmp_path_factory) -> dict[str, Store]:
             "store": str(folder / f"{name}.zarr"),
         }
         extract_here(validate(ExtractConfig, tree, "the test"))
-        found[name] = open_store(tree["store"])
-    return found
+        stores[name] = open_store(tree["store"])
+    return stores
 
 
 def values(store: Store) -> np.ndarray:
@@ -146,9 +146,9 @@ def test_stored_boxes_are_the_whole_store_s_means(stores):
 def test_moments_are_of_the_tokens_that_are_stored(stores, name):
     store = stores[name]
     tokens = values(store)[store.ok()].reshape(-1, 32)
-    expected, found = Moments.of(tokens), store.moments("blocks.1")
-    assert found.count == len(tokens)
-    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-10, atol=1e-12)
+    expected, stored = Moments.of(tokens), store.moments("blocks.1")
+    assert stored.count == len(tokens)
+    np.testing.assert_allclose(stored.mean, expected.mean, rtol=1e-10, atol=1e-12)
 
 
 def test_a_part_of_such_a_store_keeps_the_places(stores, tmp_path):
