@@ -30,7 +30,7 @@ docs-run: $(INSTALLED)  ## The commands on the documentation's pages, run in a t
 notebooks: $(INSTALLED)  ## The documentation's site with its notebooks executed; fails where a cell does.
 	PATH="$(CURDIR)/$(BIN):$$PATH" TUBELET_NOTEBOOKS=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: lint types docs test
+check: lint types docs test  ## What a change needs before it is sent; CI runs .ci/run.
 
 dist: $(INSTALLED)  ## Wheel and source distribution, in dist/.
 	rm -rf dist
