@@ -30,6 +30,11 @@ class Config(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, populate_by_name=True
     )
 
+    @classmethod
+    def current_names(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """The mapping that a file holds, with today's names of fields; for files that earlier versions wrote."""
+        return tree
+
 
 C = TypeVar("C", bound=Config)
 
@@ -47,7 +52,7 @@ def load_config(model: type[C], path: Path | None, overrides: Mapping[str, str])
     Raises:
         TubeletError: the file is missing or is not a YAML mapping, a field is unknown, missing or of the wrong type.
     """
-    tree = read_yaml_mapping(path) if path is not None else {}
+    tree = model.current_names(read_yaml_mapping(path)) if path is not None else {}
     values = {dotted: _read(text) for dotted, text in overrides.items()}
     letters = {dotted: _read(text, yaml.BaseLoader) for dotted, text in overrides.items()}
     for dotted, value in values.items():
@@ -94,7 +99,7 @@ def configure(model: type[C], source: Any, fields: Mapping[str, Any]) -> C:
         tree = _merged({}, source)
     elif isinstance(source, (str, os.PathLike)):
         origin = os.fspath(source)
-        tree = read_yaml_mapping(Path(origin))
+        tree = model.current_names(read_yaml_mapping(Path(origin)))
     else:
         raise TubeletError(
             f"A configuration cannot be made of a {type(source).__name__}",

@@ -34,10 +34,13 @@ def test_a_configuration_in_british_spelling_means_the_same(tmp_path):
     assert not [word for word in ("isation", "optimiser", "neighbour", "centre", "mirror") if word in now]
 
 
-def test_other_misspelled_fields_are_refused(tmp_path):
+def test_other_names_are_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("store: s.zarr\nout: run\noptimisr: {lr: 1}\n")
     with pytest.raises(TubeletError, match="optimisr"):
         load_config(TrainConfig, tmp_path / "run.yaml", {})
+    # Only files may be of an earlier version.
+    with pytest.raises(TubeletError, match=r"optimiser.*optimizer"):
+        load_config(TrainConfig, None, {"store": "s.zarr", "out": "run", "optimiser.lr": "1"})
 
 
 def test_what_belongs_to_a_store_is_not_renamed():

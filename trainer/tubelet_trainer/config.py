@@ -246,9 +246,9 @@ class TrainConfig(Config):
     tracker: AnyTracker = NoTracker()
     """Where metrics are logged beside metrics.jsonl."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _of_format_1(cls, tree: Any) -> Any:
+    def current_names(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """The mapping with names in American spelling; `config.yaml` of a run may have British ones."""
         return current_fields(tree)
 
     @model_validator(mode="after")
