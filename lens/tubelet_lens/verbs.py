@@ -61,20 +61,27 @@ def _edit(config: EditConfig) -> int:
 
 
 def _edit_lines(clip: ClipEffect) -> list[str]:
-    lines = [f"{clip.name}: {clip.changed_tokens} of {clip.tokens} tokens changed, by {clip.step:.1%} of their length"]
+    from tubelet.formats import UNDEFINED, number
+
+    changed = f"{clip.changed_tokens:,} of {clip.tokens:,} tokens changed"
+    lines = [f"{clip.name}: {changed}, on average by {clip.step:.1%} of their norm"]
     if clip.top_before is not None:
         lines.append(f"  most probable class: {clip.top_before} -> {clip.top_after}")
     rows = [("logit of " + each.name, each.logit_change) for each in clip.classes[:_CLASSES_PRINTED]]
     rows += [("change at " + each.hook, each.change) for each in clip.hooks]
     width = max(len(name) for name, _ in rows)
-    lines.append(f"  {'':<{width}}{'edit':>10}{'other latents':>26}{'random directions':>26}")
+    lines.append(f"  {'':<{width}}{'edit':>12}{'matched latents':>30}{'random directions':>30}")
     for name, compared in rows:
         controls = (
-            "—" if each is None else f"{each.mean:.3f} ({each.low:.3f} … {each.high:.3f})"
+            UNDEFINED if each is None else f"{number(each.mean)} ({number(each.low)} … {number(each.high)})"
             for each in (compared.matched, compared.random)
         )
-        lines.append(f"  {name:<{width}}{compared.edit:>10.3f}" + "".join(f"{text:>26}" for text in controls))
-    return lines
+        lines.append(f"  {name:<{width}}{number(compared.edit):>12}" + "".join(f"{text:>30}" for text in controls))
+    draws = rows[0][1].random
+    lines.append(f"  controls: mean (lowest … highest) of {draws.draws} draws" if draws is not None else "")
+    if any(compared.matched is None for _, compared in rows):
+        lines.append(f"  {UNDEFINED}: no other latent is active in this part of the clip")
+    return [line for line in lines if line]
 
 
 EDIT = Verb(
