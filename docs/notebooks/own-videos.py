@@ -69,7 +69,13 @@ run
 
 # %%
 report = tubelet.evaluate(
-    run=run, store="validation.zarr", other_store=True, split="all", fit_store="train.zarr", out="report"
+    run=run,
+    store="validation.zarr",
+    other_store=True,
+    split="all",
+    fit_store="train.zarr",
+    control_draws=1,
+    out="report",
 )
 report
 

@@ -32,7 +32,7 @@ def test_a_notebook_names_what_exists(notebook):
 def test_commands_in_a_notebook_are_commands(notebook):
     from tubelet.cli.arguments import parse_arguments
 
-    commands = re.findall(r"^# !tubelet (\w+) ([^\n>]*?)(?: 2>.*)?$", notebook.read_text(), re.MULTILINE)
+    commands = re.findall(r"^# !tubelet (\w+) ([^\n>|]*?)(?: 2>.*)?$", notebook.read_text(), re.MULTILINE)
     assert commands
     from tubelet.cli.fields import fields_of
     from tubelet.cli.verb import load_verb
