@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _LONGEST_VALUE = 80
+_DIGEST_SHOWN = len("sha256:") + 12
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
 
@@ -193,7 +194,9 @@ def sha256_of_json(value: Any) -> str:
 def _short(value: JsonValue) -> str:
     if isinstance(value, list):
         value = ", ".join(str(item.get("name", item)) if isinstance(item, dict) else _short(item) for item in value)
-    text = "none" if value is None else str(value)
+    text = "none" if value in (None, "") else str(value)
+    if text.startswith("sha256:"):
+        return text[:_DIGEST_SHOWN]
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 

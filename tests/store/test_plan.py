@@ -66,6 +66,9 @@ def test_differences_are_short_lines() -> None:
     (line,) = differences({"hooks": before["hooks"]}, {"hooks": wider})
     assert "96" in line
     assert "97" in line
+    (line,) = differences({"digest": "sha256:" + "a" * 64}, {"digest": "sha256:" + "b" * 64})
+    assert line == f"digest: sha256:{'a' * 12} -> sha256:{'b' * 12}"
+    assert differences({"special_tokens": []}, {"special_tokens": ["cls"]}) == ["special_tokens: none -> cls"]
     (line,) = differences({"text": "a" * 1000}, {"text": "b" * 1000})
     assert len(line) < 200
 
