@@ -287,7 +287,7 @@ class _ClipReader:
             if int(google_crc32c.value(values.tobytes())) != stored.crc32c[row]:
                 raise TubeletError(
                     f"{self._store.url}/{stored.key}: clip {clip} is damaged",
-                    "Run `tubelet verify` on that store; with --from ANOTHER_COPY it mends it",
+                    "Run `tubelet verify` on that store; repair it with --from ANOTHER_COPY",
                 )
             arrays[kind][hook] = values
         return arrays

@@ -164,8 +164,9 @@ class ShardWriter:
                     return outcome.model_copy(update={"status": "failed", "error": error})
                 clip = self._range[len(self._outcomes)]
                 raise TubeletError(
-                    f"Clip {clip}: a value of {kind}/{hook.name} is {peak:.4g}, {self._plan.dtype} ends at {limit:.4g}",
-                    "Set `dtype: bfloat16` (the same size, float32's range) and extract into a new store",
+                    f"Clip {clip}, {kind}/{hook.name}: value {peak:.4g} exceeds the {self._plan.dtype} maximum"
+                    f" ({limit:.4g})",
+                    "Set `dtype: bfloat16` (same size, range of float32) and extract into a new store",
                 )
         return outcome
 

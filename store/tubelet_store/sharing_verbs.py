@@ -77,9 +77,9 @@ class GcConfig(Config):
     store: str
     """Path or URL of the store."""
     remove: bool = False
-    """Remove what belongs to nothing; without, only show it."""
+    """Remove the orphans; without it, only list them."""
     older_than_h: float = Field(default=24, ge=0)
-    """Leave younger objects: a living job may be about to record them."""
+    """Keep younger objects: a running job may be about to commit them."""
 
 
 class CardConfig(Config):
@@ -185,14 +185,14 @@ def _gc(config: GcConfig) -> int:
             print(f"  kept        {orphan.key} ({human_bytes(orphan.size_bytes)}): {orphan.kept_because}")
             continue
         freed += orphan.size_bytes
-        print(f"  {'removed    ' if config.remove else 'would go   '} {orphan.key} ({human_bytes(orphan.size_bytes)})")
+        print(f"  {'removed' if config.remove else 'orphan '} {orphan.key} ({human_bytes(orphan.size_bytes)})")
         if config.remove:
             remove(store, orphan)
     if config.remove:
         store.root.discard_scratch()
         print(f"{human_bytes(freed)} freed")
     else:
-        print(f"{human_bytes(freed)} belong to nothing. `--remove` removes them.")
+        print(f"{human_bytes(freed)} in orphans. `--remove` removes them.")
     return 0
 
 
@@ -215,5 +215,5 @@ COPY = Verb("copy", "Copy a store or part of it, verified at both ends.", lambda
 PUSH = Verb("push", "Publish a store: copy it, and list it in the catalog there.", lambda: CopyConfig, _push, _ENDS)
 PULL = Verb("pull", "Fetch a store from a catalog or URL.", lambda: PullConfig, _pull, _ENDS)
 MERGE = Verb("merge", "Join stores, or make the next version of one.", lambda: MergeConfig, _merge, ("stores...",))
-GC = Verb("gc", "Show and remove what dead jobs left in a store.", lambda: GcConfig, _gc, ("store",))
+GC = Verb("gc", "List and remove objects that killed jobs left in a store.", lambda: GcConfig, _gc, ("store",))
 CARD = Verb("card", "Write a store's data card and Croissant file.", lambda: CardConfig, _card, ("store", "output"))

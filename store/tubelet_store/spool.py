@@ -30,14 +30,14 @@ _COMMIT, _MOMENTS = "commit.json", "moments"
 
 
 class UploadConfig(Config):
-    """What happens while object storage does not answer."""
+    """What happens while object storage is unreachable."""
 
     spool_dir: Path | None = None
-    """Where finished shards wait; none: `spool` in $TUBELET_CACHE, else in ~/.cache/tubelet."""
+    """Folder for finished shards that wait for upload; none: `spool` in $TUBELET_CACHE, else in ~/.cache/tubelet."""
     spool_mb: int = Field(default=20_480, ge=0)
-    """Room for waiting shards on each machine, in MiB, over all stores and workers."""
+    """Maximum size of that folder on each machine, in MiB, over all stores and workers."""
     patience_s: float = Field(default=900, ge=0)
-    """How long a full spool, or the end of the job, waits for the storage before the job gives up."""
+    """Seconds to wait for the storage when the folder is full, or at the end of the job, before the job fails."""
 
 
 class Spool:

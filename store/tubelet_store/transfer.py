@@ -155,7 +155,7 @@ def fetch(source: ObjectRoot, stored: StoredObject, folder: Path | None = None) 
                 return
     raise TubeletError(
         f"{source.url}/{stored.key} is damaged: read {ATTEMPTS} times, it is never what the manifest says",
-        "Run `tubelet verify` on that store; with --from ANOTHER_COPY it mends it",
+        "Run `tubelet verify` on that store; repair it with --from ANOTHER_COPY",
     )
 
 

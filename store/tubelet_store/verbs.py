@@ -34,11 +34,11 @@ class VerifyConfig(Config):
     store: str
     """Path or URL of the store; of an unfinished one the committed shards are checked."""
     source: str | None = Field(default=None, alias="from")
-    """Path or URL of another copy: what is damaged or missing is fetched there, verified, and put in its place."""
+    """Path or URL of another copy, from which damaged or missing objects are replaced, verified."""
     threads: int = Field(default=4, ge=1)
     """Objects checked at once."""
     fresh: bool = False
-    """Check everything again, also what an interrupted run found good."""
+    """Ignore the progress of an interrupted run and check every object again."""
 
 
 def _info(config: InfoConfig) -> int:
@@ -138,9 +138,7 @@ def _verify(config: VerifyConfig) -> int:
     total_bytes = sum(stored.size_bytes for stored in expected_objects(store))
     progress = Progress(store, config.fresh)
     if len(progress):
-        print(
-            f"{len(progress)} objects were found good by a run that was interrupted {progress.age_s / 60:.0f} min ago."
-        )
+        print(f"{len(progress)} objects were verified by a run that was interrupted {progress.age_s / 60:.0f} min ago.")
     with Shown("verifying", total_bytes, "bytes") as shown:
         for stored, findings in verify(store, config.threads, progress.knows):
             shown.advance(stored.size_bytes)
@@ -149,18 +147,18 @@ def _verify(config: VerifyConfig) -> int:
             for finding in findings:
                 problems += 1
                 if repair is not None:
-                    repair.mend(finding, stored)
+                    repair.replace(finding, stored)
                 done = "" if repair is None else ": replaced"
                 print(f"{finding.key}: {finding.problem}{done}")
     progress.done()
     for key in orphan_keys(store):
-        print(f"{key}: belongs to nothing (left by a killed job, or not ours); see `tubelet gc`")
+        print(f"{key}: orphan (left by a killed job, or written by another program); see `tubelet gc`")
     if not store.complete:
         print(
             f"{config.store} is unfinished: {len(store.committed)} of {store.plan.shards} shards committed and checked"
         )
     if problems and repair is None:
-        print(f"{problems} damaged objects. `--from ANOTHER_COPY` mends them, or extract into a new store.")
+        print(f"{problems} damaged objects. Repair them with `--from ANOTHER_COPY`, or extract into a new store.")
         return 1
     mended = f"{problems} objects replaced from {config.source}" if problems else "nothing damaged"
     print(f"{human_bytes(total_bytes)} verified, {mended}. Identity {store.identity}")

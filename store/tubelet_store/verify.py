@@ -128,7 +128,7 @@ class Repair:
         """Replace the manifest by the source's."""
         self._root.replace(MANIFEST, self._source.manifest().to_parquet())
 
-    def mend(self, finding: Finding, stored: StoredObject) -> None:
+    def replace(self, finding: Finding, stored: StoredObject) -> None:
         """Replace what `finding` about `stored` says is damaged.
 
         Raises:

@@ -109,7 +109,7 @@ def test_a_map_in_use_is_never_evicted(url, local, tmp_path, monkeypatch):
         store.shard_map("h", shard)
         assert (tmp_path / "objects" / store.shard_object("h", 0).stored.sha256).exists()
     other = store.shard_map("h", 5)
-    with pytest.raises(TubeletError, match="maps in use leave no room"):
+    with pytest.raises(TubeletError, match="open memory maps leave no evictable space"):
         store.shard_map("h", 6)
     del other
     gc.collect()

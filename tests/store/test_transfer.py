@@ -246,7 +246,7 @@ class TestRepair:
         assert (path / SHARD).stat().st_ino != inode
         assert mapped.shape[0] == 4
 
-    def test_only_a_copy_of_the_same_store_may_mend(self, store, path, tmp_path, capsys):
+    def test_only_a_copy_of_the_same_store_may_repair_it(self, store, path, tmp_path, capsys):
         other = tmp_path / "other.zarr"
         assert main(["copy", store.url, str(other), "--where.first", "5"]) == 0
         flip(path / SHARD)
@@ -276,7 +276,7 @@ def test_an_interrupted_verification_goes_on_where_it_was(store, tmp_path, monke
     for stored in checked:
         progress.good(stored)
     assert main(["verify", store.url]) == 0
-    assert "5 objects were found good" in capsys.readouterr().out
+    assert "5 objects were verified" in capsys.readouterr().out
     assert main(["verify", store.url]) == 0
     assert "interrupted" not in capsys.readouterr().out
     assert list((tmp_path / "tubelet/verify").iterdir()) == []

@@ -35,24 +35,24 @@ from tubelet_store.storage.client import ClientName
 
 
 class CacheConfig(Config):
-    """Where shards of remote stores are kept, how much of them, how they are fetched."""
+    """Where shards of remote stores are kept on a local disk, how many, and how they are fetched."""
 
     directory: Path | None = None
     """Folder on a local disk, shared by all jobs of the machine; none: `shards` in $TUBELET_CACHE, else in
     ~/.cache/tubelet."""
     budget: ByteSize = ByteSize(100 * 2**30)
-    """Most bytes kept, e.g. `500GB`; shards not used for longest go first."""
+    """Maximum size, e.g. `500GB`; the least recently used shards are evicted first."""
     connections: int = Field(default=8, ge=1)
-    """Range requests at once."""
+    """Parallel range requests."""
     client: ClientName = "auto"
-    """Client: `obstore` (S3, twice as fast as s3fs), `fsspec` (always works); auto: obstore where it is installed."""
+    """`obstore` (S3 only, twice as fast as s3fs) or `fsspec` (any URL); auto: obstore if it is installed."""
     check: Literal["crc32c", "sha256"] = "crc32c"
-    """Proof that the bytes are right: every clip's checksum, or in addition the object's digest, which also shows
-    deliberate forgery and costs several times the processor time."""
+    """How downloads are verified: by each clip's checksum, or by the object's SHA-256 too, which also detects
+    deliberate changes and takes several times the processor time."""
     attempts: int = Field(default=8, ge=1)
-    """How often a part is asked for, when it fails or arrives damaged, before that is an error."""
+    """Requests per part before a failed or damaged download is an error."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Silence after which a request is made again."""
+    """Seconds without data after which a request is repeated."""
 
     @property
     def folder(self) -> Path:

@@ -33,7 +33,7 @@ def wanted_shards(store: Store, hooks: tuple[str, ...] | None) -> list[ShardObje
         TubeletError: the store is local, or has no such hook.
     """
     if store.cache is None:
-        raise TubeletError(f"{store.url} is local", "Only remote stores are cached; train from it as it is")
+        raise TubeletError(f"{store.url} is local", "Only remote stores need the cache; use this store directly")
     names = [hook.name for hook in store.plan.hooks]
     for hook in hooks or ():
         if hook not in names:

@@ -19,7 +19,7 @@ from tubelet_store.cache.shard_object import Part, ShardObject
 from tubelet_store.storage.client import Client, RetryPolicy
 from tubelet_store.storage.remote import open_client
 
-# Objects fetched ahead at once: the second one keeps the connections busy while the first one ends.
+# Objects prefetched in parallel: the second keeps the connections busy while the first one ends.
 _AHEAD = 2
 
 
@@ -54,13 +54,13 @@ class LocalCache:
         The file is locked against eviction while it, or a memory map of it, is open.
 
         Raises:
-            TubeletError: it is larger than the budget, or there is no room because maps in use fill it; it cannot be
+            TubeletError: it is larger than the budget, or open memory maps leave no evictable space; it cannot be
                 reached; it arrives damaged every time.
         """
         return self._files.pinned(wanted.stored) or self._fetch(wanted)
 
     def fetch(self, wanted: ShardObject) -> bool:
-        """Have the object here, without evicting what was asked for by `prefetch`; False where there is no room."""
+        """Fetch the object without evicting prefetched ones; False if there is no space for it."""
         try:
             with self._files.pinned(wanted.stored) or self._fetch(wanted, demanded=False) as file:
                 ShardFiles.unpin(file)
@@ -71,7 +71,7 @@ class LocalCache:
     def prefetch(self, coming: Iterable[ShardObject]) -> None:
         """Fetch `coming` in the background, in that order, as far as the budget allows.
 
-        What is expected later is evicted later. Failures are not raised here: `open` meets them again.
+        Objects needed sooner are evicted last. Failures are not raised here but by `open`.
         """
         room, ahead = int(self.config.budget), []
         for wanted in coming:
@@ -127,17 +127,17 @@ class LocalCache:
         parts = wanted.parts()
         arrived = partial.arrived()
         missing = [part for part in parts if not arrived[part.number] or partial.damaged(wanted, part)]
-        self._threads().run([bound(self._bring, partial, wanted, part) for part in missing])
+        self._threads().run([bound(self._fetch_part, partial, wanted, part) for part in missing])
         if self.config.check == "sha256" and partial.sha256() != wanted.stored.sha256:
             partial.forget()
             raise TubeletError(
-                f"{self.url}/{wanted.stored.key} arrived with another digest than the manifest's, although every clip's"
-                " checksum is right: it was changed on purpose",
+                f"{self.url}/{wanted.stored.key} arrived with a digest that differs from the manifest's although every"
+                " clip's checksum is right: it was changed on purpose",
                 "Do not use this copy; fetch the store from a source you trust",
             )
 
-    def _bring(self, partial: PartialFile, wanted: ShardObject, part: Part) -> None:
-        """Fetch one part, check it, write it."""
+    def _fetch_part(self, partial: PartialFile, wanted: ShardObject, part: Part) -> None:
+        """Fetch, check and write one part."""
         damage: str | None = None
         for _ in range(self.config.attempts):
             try:
@@ -168,7 +168,7 @@ class FetchThreads:
 
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
         """Do all `jobs`, as many at once as there are connections; at the first failure no more, and raise it."""
-        # One by one: what waits in a pool is still done when the process ends.
+        # Submitted one by one: work queued in a pool would still run when the process ends.
         coming = iter(jobs)
         running = {self._pool.submit(job) for job in islice(coming, self._connections)}
         try:
@@ -178,7 +178,7 @@ class FetchThreads:
                     future.result()
                 running |= {self._pool.submit(job) for job in islice(coming, len(done))}
         finally:
-            # Interrupted too: what has begun still writes into the file, which is closed next.
+            # Also when interrupted: running jobs still write into the file, which is closed next.
             for future in running:
                 future.cancel()
             wait(running)
@@ -193,7 +193,7 @@ class FetchThreads:
         with self._changing:
             self._ahead = [wanted for wanted in coming if not has(wanted)]
             for _ in range(min(len(self._ahead), _AHEAD) - self._running):
-                # Daemons: a process that ends does not wait for what it will not use. The parts that came are kept.
+                # Daemon threads: a process that ends does not wait for shards that it will not use.
                 threading.Thread(target=self._run, args=(fetch,), name="tubelet-ahead", daemon=True).start()
                 self._running += 1
 
@@ -204,6 +204,6 @@ class FetchThreads:
                     self._running -= 1
                     return
                 wanted = self._ahead.pop(0)
-            # What fails here fails again, and is told, where it is needed.
+            # A failure is raised again when the shard is opened.
             with contextlib.suppress(Exception):
                 fetch(wanted)

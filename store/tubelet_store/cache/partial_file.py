@@ -1,4 +1,4 @@
-"""A file of a cache that is being filled."""
+"""A file of the cache while it is downloaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class PartialFile:
-    """A file that is being filled, and beside it one byte per part that has arrived."""
+    """A file being downloaded; a second file beside it has one byte per part that arrived."""
 
     def __init__(self, path: Path, descriptor: int, parts: int) -> None:
         self.path = path
@@ -33,7 +33,7 @@ class PartialFile:
         self._map = os.open(path.with_suffix(ARRIVED), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     @classmethod
-    def take_in(cls, complete: Path, path: Path) -> None:
+    def from_complete(cls, complete: Path, path: Path) -> None:
         """Make a complete file partial again, every part of it to be checked; it goes where there is one already."""
         if path.exists():
             complete.unlink()

@@ -1,9 +1,9 @@
 """The folder of a cache: complete objects, partial ones, a budget, and the locks that let processes share them.
 
 objects/<sha256>            complete and checked; a shared lock on one keeps it
-partial/<sha256>[.arrived]  being filled by who holds its exclusive lock; which parts have arrived
-lock                        held while it is decided what the folder holds
-boots                       starts of the machine in which the objects were checked
+partial/<sha256>[.arrived]  being filled by the holder of its exclusive lock; which parts have arrived
+lock                        held while files are added or removed
+boots                       boot ids of the machine under which the objects were checked
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tubelet_store.commit import StoredObject
 _OBJECTS, _PARTIAL, _LOCK, _BOOTS = "objects", "partial", "lock", "boots"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-# How long to wait for room that others hold, or for an object that another process fetches and does not get on with.
+# How long to wait for space that other processes hold, or for a download of another process without progress.
 _PATIENCE_S = 600.0
 _POLL_S = 0.02
 
 
 class NoRoom(Exception):
-    """There is no room that may be made."""
+    """No space can be freed."""
 
 
 class ShardFiles:
@@ -46,7 +46,7 @@ class ShardFiles:
     def __init__(self, path: Path, budget_bytes: int) -> None:
         self.path, self.budget_bytes = path, budget_bytes
         self.expected: Mapping[str, int] = {}
-        self._is_proven = False
+        self._is_boot_checked = False
 
     def has(self, stored: StoredObject) -> bool:
         """A file of that name is complete; `pinned` looks closer."""
@@ -62,7 +62,7 @@ class ShardFiles:
 
     def pinned(self, stored: StoredObject) -> BinaryIO | None:
         """The complete object, locked against eviction; None where it is not here."""
-        self._prove()
+        self._check_boot()
         path = self._object(stored)
         with contextlib.suppress(FileNotFoundError):
             file = path.open("rb")
@@ -74,7 +74,7 @@ class ShardFiles:
                 return file
             file.close()
             if status.st_nlink == 1:
-                # Cut short or grown by somebody else's hand.
+                # Another program changed its length.
                 self._evict(path)
         return None
 
@@ -92,9 +92,9 @@ class ShardFiles:
             name: What to call it in errors.
 
         Raises:
-            TubeletError: who holds it does not get on with it.
+            TubeletError: its holder makes no progress.
         """
-        # Again: whoever wants room may have removed the whole cache.
+        # Again: the user may have removed the whole cache.
         self._make_folders()
         path = self.path / _PARTIAL / wanted.stored.sha256
         progress, since = -1.0, time.monotonic()
@@ -111,7 +111,7 @@ class ShardFiles:
                 progress, since = seen, since if seen == progress else time.monotonic()
             if time.monotonic() - since > _PATIENCE_S:
                 raise TubeletError(
-                    f"{name} is being fetched by another process that does not get on",
+                    f"{name} is locked by another process that has made no progress for {_PATIENCE_S:g} s",
                     f"Find who holds {path} (`fuser`), end it, and run the same command again",
                 )
             time.sleep(_POLL_S)
@@ -130,7 +130,7 @@ class ShardFiles:
             demanded: Evict what is expected too, and wait for room; without, raise NoRoom.
 
         Raises:
-            TubeletError: the disk is full, or maps in use fill the budget and do not go.
+            TubeletError: the disk is full, or open memory maps fill the budget and stay open.
         """
         start = time.monotonic()
         while True:
@@ -148,9 +148,9 @@ class ShardFiles:
                 raise NoRoom
             if time.monotonic() - start > _PATIENCE_S:
                 raise TubeletError(
-                    f"The cache in {self.path} is full: maps in use leave no room for {stored.key}"
-                    f" ({stored.size_bytes} bytes) under a budget of {self.budget_bytes}",
-                    "Set a larger budget, or let go of arrays that are not needed",
+                    f"The cache in {self.path} is full: open memory maps leave no evictable space for {stored.key}"
+                    f" ({stored.size_bytes} bytes) within the budget of {self.budget_bytes} bytes",
+                    "Set a larger budget, or delete arrays that are not needed",
                 )
             time.sleep(_POLL_S)
 
@@ -216,22 +216,22 @@ class ShardFiles:
                             yield Path(entry.path), entry.stat()
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
-        """Alone in deciding what the folder holds."""
+        """Hold the lock under which files are added and removed."""
         return locked(self.path / _LOCK)
 
     def _make_folders(self) -> None:
         for name in (_OBJECTS, _PARTIAL):
             (self.path / name).mkdir(parents=True, exist_ok=True)
 
-    def _prove(self) -> None:
-        """Objects of before the machine was started may have lost bytes with the power: they are partial again."""
-        if self._is_proven:
+    def _check_boot(self) -> None:
+        """Objects written before the last boot may have lost bytes in a power cut: move them to the partial files."""
+        if self._is_boot_checked:
             return
         self._make_folders()
         try:
             boot = _BOOT_ID.read_text().strip()
         except OSError:
-            # Nobody can tell: as if it had just been started.
+            # Unknown: as if it had just been started.
             boot = uuid.uuid4().hex
         boots = self.path / _BOOTS
         with self._locked():
@@ -240,9 +240,9 @@ class ShardFiles:
                 for path in (self.path / _OBJECTS).glob("*"):
                     with contextlib.suppress(FileNotFoundError), _unused(path) as unused:
                         if unused:
-                            PartialFile.take_in(path, self.path / _PARTIAL / path.name)
+                            PartialFile.from_complete(path, self.path / _PARTIAL / path.name)
                 boots.write_text("".join(f"{each}\n" for each in [*known, boot]))
-        self._is_proven = True
+        self._is_boot_checked = True
 
 
 @contextlib.contextmanager

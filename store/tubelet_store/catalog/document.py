@@ -63,7 +63,7 @@ def parse(text: str, origin: str) -> Document:
         origin: What to call it in errors.
 
     Raises:
-        TubeletError: it is not one YAML mapping, or longer, deeper or cleverer than a catalog needs to be.
+        TubeletError: it is not one YAML mapping, too long or too deep, or uses anchors, tags or repeated keys.
     """
     if len(text) > MAX_BYTES:
         raise TubeletError(f"{origin} is longer than {MAX_BYTES >> 20} MiB", "Split it into nested catalogs")
@@ -74,7 +74,7 @@ def parse(text: str, origin: str) -> Document:
     # ValueError: what looks like a date or a number, and is none.
     except (yaml.YAMLError, ValueError) as error:
         where = " ".join(str(error).split())
-        raise TubeletError(f"{origin} is not valid YAML: {where}", "Mend the line it names") from error
+        raise TubeletError(f"{origin} is not valid YAML: {where}", "Fix the line named in the error") from error
     if not isinstance(builder.root, dict):
         raise TubeletError(f"{origin} holds no mapping", "A catalog begins with `version: 2`")
     return Document(builder.root, builder.sections, builder.braced)

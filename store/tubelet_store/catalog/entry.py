@@ -51,9 +51,9 @@ class HookBlock(Config):
     """Name of the store: an alias, to be changed at will."""
     hook: Name
     id: Digest | None = None
-    """Identity of the store; null where every user makes it himself, so that it differs."""
+    """Identity of the store; null if each user builds it locally."""
     shape: tuple[int | None, int, int, int]
-    """clip, time, space, channel; the number of clips is null where every user makes the store himself."""
+    """clip, time, space, channel; the number of clips is null if each user builds the store locally."""
     dtype: Literal["float16", "bfloat16", "float32"]
     grid: tuple[int, int, int] | None = None
     """time, height, width"""
@@ -205,10 +205,10 @@ def _is_safe_key(key: str) -> bool:
 def _data_of(items: dict[str, _Data], tree: dict[str, Any], entry: _Entry, where: str) -> _Data:
     reference = re.fullmatch(r"\{data\(([^(){}]+)\)\}", str(entry.kwargs.get("data", "")))
     if set(entry.kwargs) != {"data"} or reference is None:
-        raise TubeletError(f"{where}: kwargs must be `data: '{{data(TOKEN)}}'` and nothing else", "Mend or remove it")
+        raise TubeletError(f"{where}: kwargs must be `data: '{{data(TOKEN)}}'` and nothing else", "Fix or remove it")
     data = items.get(reference[1])
     if data is None or reference[1] in tree["entries"]:
-        raise TubeletError(f"{where}: there is no data item '{reference[1]}' of its own", "Mend or remove it")
+        raise TubeletError(f"{where}: there is no data item '{reference[1]}' of its own", "Fix or remove it")
     if data.kwargs.get("storage_options") not in (None, {}, ANONYMOUSLY):
         raise TubeletError(
             f"{where}: storage_options may hold secrets",
@@ -220,7 +220,7 @@ def _data_of(items: dict[str, _Data], tree: dict[str, Any], entry: _Entry, where
         (ZARR, DASK_ZARR, DASK_ARRAY),
         (CATALOG_FILE, CATALOG_READER, CATALOG_OBJECT),
     ):
-        raise TubeletError(f"{where}: {entry.reader} does not read {data.datatype}", "Mend or remove it")
+        raise TubeletError(f"{where}: {entry.reader} does not read {data.datatype}", "Fix or remove it")
     return data
 
 
@@ -232,7 +232,7 @@ def resolve_url(url: Plain, folder: str, where: str) -> str:
             a local path although the catalog is remote.
     """
     if not isinstance(url, str) or not url:
-        raise TubeletError(f"{where}: its data has no url", "Mend or remove it")
+        raise TubeletError(f"{where}: its data has no url", "Fix or remove it")
 
     def refuse(why: str, remedy: str) -> TubeletError:
         return TubeletError(f"{where}: the url {url!r} {why}", remedy)
@@ -277,4 +277,4 @@ def _validated(model: TypeAdapter[Any], raw: Any, where: str) -> Any:
         fault = error.errors(include_url=False)[0]
         field = ".".join(map(str, fault["loc"]))
         given = repr(fault["input"])[:80]
-        raise TubeletError(f"{where}: {field} {fault['msg']} (given: {given})", "Mend or remove it") from error
+        raise TubeletError(f"{where}: {field} {fault['msg']} (given: {given})", "Fix or remove it") from error

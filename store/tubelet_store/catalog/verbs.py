@@ -19,7 +19,7 @@ class CatalogConfig(Config):
     """What `tubelet catalog` does, and where."""
 
     action: Literal["list", "show", "add", "remove", "check"] = "list"
-    """list (and search), show one store, add or remove one, check that every store is there and is the one meant."""
+    """list (and search), show one store, add or remove one, check that each store exists and has its identity."""
     name: str | None = None
     """Of the store; for `add` the name it gets."""
     store: str | None = None
@@ -37,14 +37,14 @@ class CatalogConfig(Config):
     license: str | None = None
     """list: only stores under a license like this; add: the license to note."""
     owner: str | None = None
-    """add: who answers for the store."""
+    """add: contact person or team."""
     description: str | None = None
     """add: one line about it."""
     replace: bool = False
-    """add: the name may be in use. The store it meant keeps an entry, under the name and its digest's first digits."""
+    """add: reuse a name. The store that had it is listed as NAME- and the first digits of its identity."""
     pin: bool = True
-    """add: note the store's digest, so that another store in its place is an error. `--pin false` for stores that every
-    user makes himself."""
+    """add: record the store's identity, so that opening another store in its place is an error. `--pin false` for
+    stores that each user builds locally."""
     format: Literal["text", "json"] = "text"
     """json: machine-readable."""
 
@@ -85,7 +85,7 @@ def _list(config: CatalogConfig) -> int:
 
 
 def _clips(entry: StoreEntry) -> int | None:
-    """How many clips the store has; of one that every user makes himself, here and now. None: there is none yet."""
+    """Number of clips; of a store that is not pinned, read from the store. None: it does not exist yet."""
     if entry.about.shape[0] is not None:
         return entry.about.shape[0]
     from tubelet_store.storage import open_root
@@ -109,7 +109,7 @@ def _show(config: CatalogConfig) -> int:
     lines = {
         "name": entry.name,
         "store": entry.url,
-        "identity": entry.identity or "not pinned: every user makes this store himself",
+        "identity": entry.identity or "not pinned: each user builds this store locally",
         "clips": "none found" if (clips := _clips(entry)) is None else str(clips),
         "grid": f"{time} time x {height} height x {width} width, {about.dtype}",
         "hooks": ", ".join(f"{block.hook} [{block.shape[3]}]" for block in entry.hooks),
@@ -177,7 +177,7 @@ def _check(config: CatalogConfig) -> int:
     else:
         for name, problem in wrong:
             print(f"{name}: {problem}")
-        print(f"{len(chosen) - len(wrong)} of {len(chosen)} stores are there and are the ones meant")
+        print(f"{len(chosen) - len(wrong)} of {len(chosen)} stores exist and have the recorded identity")
     return 1 if wrong or catalog.problems else 0
 
 
@@ -195,7 +195,7 @@ def _problem(entry: StoreEntry) -> str | None:
     if not state.complete:
         return f"{entry.url} is unfinished"
     if entry.identity is not None and state.identity != entry.identity:
-        return f"{entry.url} has identity {state.identity}, the catalog means {entry.identity}"
+        return f"{entry.url} has identity {state.identity}, the catalog says {entry.identity}"
     held = {hook.name: (state.plan.clips, *state.plan.clip_shape(hook)) for hook in state.plan.hooks}
     for block in entry.hooks:
         there = held.get(block.hook, ())
