@@ -1,6 +1,6 @@
-"""What a store says of itself to strangers: a data card in Markdown, and a Croissant file for search engines and hubs.
+"""Data card of a store in Markdown, and its Croissant file for search engines and hubs.
 
-Both are made from the store alone; nothing in them is written by hand, so nothing in them goes stale.
+Both are generated from the store alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The durable record of one finished shard: what was written, what it held, and its moments.
 
-A shard exists for everybody else once its record does. The record is created last and never replaced, so of two writers
-of the same shard one wins, and a writer that dies leaves nothing that counts.
+Readers see a shard once its record exists. The record is created last and never replaced, so of two writers of the same
+shard one wins, and a killed writer leaves no visible shard.
 """
 
 from __future__ import annotations

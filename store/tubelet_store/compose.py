@@ -1,11 +1,10 @@
-"""New stores out of old ones: a part of one, or several one after the other. The old ones stay as they are.
+"""New stores from existing ones: part of a store, or several stores joined. The existing ones stay unchanged.
 
     clips chosen in each store ─▶ plan and clip table of the new store ─▶ its shards, one by one
         a whole old shard in the same place of its clips:   its objects are linked (same disk) or copied, unread
         anything else:                                      clip by clip through the shard writer, each clip checked
 
-A store is never changed once complete. Appending therefore makes a new store beside the old one, which shares its full
-shards with it; the old identity still reads.
+A complete store never changes. Adding videos therefore makes a new store, which shares full shards with the old one.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A shard that is computed and lies in local files: publishing it, now or once the object storage is back.
+"""A computed shard in local files, and its publication, now or once the object storage is reachable again.
 
     objects ─▶ moments ─▶ commit record (create-only, last)
 
-Under a lock (local roots) what a dead writer left is replaced. Where nobody can lock, an object is written once and
-never replaced: who finds other bytes of the same shard there takes those over, so the record always describes what lies
-beside it, whoever wrote it and however many write at once.
+Local roots lock the shard and replace objects of a killed writer. Object storage has no locks, so an object is written
+once and never replaced: a writer that finds other bytes of the same shard adopts them. The record therefore always
+describes the objects beside it, however many writers there are.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def publish(root: ObjectRoot, plan: Plan, finished: FinishedShard) -> Commit:
 
     Raises:
         TubeletError: another writer's objects lie there and hold other clips as failed.
-        StoreUnreachable: the object storage does not answer.
+        StoreUnreachable: the object storage is unreachable.
     """
     shard = finished.commit.shard
     # A scheduler may run the same shard twice at once; where the root can lock, one of the two goes first.
@@ -69,7 +69,7 @@ def publish(root: ObjectRoot, plan: Plan, finished: FinishedShard) -> Commit:
             if root.deposit(stored.key, finished.files[stored.key], stored.sha256):
                 objects.append(stored)
             else:
-                objects.append(_take_over(root, plan, stored.key, finished.commit, moments))
+                objects.append(_adopt(root, plan, stored.key, finished.commit, moments))
         commit = finished.commit.model_copy(update={"objects": tuple(objects)})
         ours = finished.moments if commit.objects == finished.commit.objects else encode_commit_moments(moments)
         lies_there = root.settle(commit_moments_key(shard), ours)
@@ -85,8 +85,8 @@ def publish(root: ObjectRoot, plan: Plan, finished: FinishedShard) -> Commit:
     return winner
 
 
-def _take_over(root: ObjectRoot, plan: Plan, key: str, commit: Commit, moments: dict[str, Moments]) -> StoredObject:
-    """Describe the object that another writer of the same shard put at `key`; its moments take the place of ours."""
+def _adopt(root: ObjectRoot, plan: Plan, key: str, commit: Commit, moments: dict[str, Moments]) -> StoredObject:
+    """Describe the object that another writer of the same shard put at `key`, and use its moments."""
     kind, hook = next(
         (kind, hook)
         for kind in array_kinds(plan)

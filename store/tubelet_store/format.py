@@ -4,8 +4,8 @@
                    ^ offset 0: C-order array, page-aligned for a memory map
 
 The index is zarr's own (codec `sharding_indexed`, index at the end): (offset, bytes) per inner chunk as little-endian
-uint64. Clips beyond the data set's end (last shard only) are marked absent, so the object holds no padding. Because
-writers may order inner chunks freely, a reader checks the index before it trusts the contiguous view.
+uint64. Clips beyond the data set's end (last shard only) are marked absent, so the object holds no padding. Zarr allows
+inner chunks in any order, so a reader checks the index before it maps the clips as one array.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All clips of a store at one hook, as one array that reads what it is asked for.
+"""All clips of a store at one hook as one lazy array.
 
     store["blocks.3"][17]                 a clip: a view of the memory map [time, space, channel]
     store["blocks.3"][[3, 1, 900]]        clips from several shards: a copy of just these
@@ -6,7 +6,7 @@
     store["blocks.3"].torch(0)            one shard as a torch tensor, without a copy
     store["blocks.3"].dask(), .xarray()   the whole, lazily
 
-Of a remote store the shards that are touched come through the cache, verified.
+Shards of a remote store are fetched into the local cache and verified.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class HookArray:
         self.dims = DIMENSIONS if kind == ACTIVATIONS else SPECIAL_DIMENSIONS
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What travels to a Dask worker is the place, not the maps: the store is opened again there.
+        # A Dask worker gets the URL and opens the store again, with its own memory maps.
         return (HookArray, (self.store, self.hook, self.kind))
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
-"""What a finished store consists of: one row per object. Its digest is the store's identity.
+"""The objects of a finished store, one row each. The digest of the manifest is the store's identity.
 
-The commit records, the planned table and the group document are not in it: they say how the store came to be, not what
-it holds. The plan's digest is, so what is measured and what it means are identified together.
+Commit records, planned table and group document are not listed: they describe how the store was made, not its contents.
+The plan's digest is part of the identity.
 
 A manifest stays an Arrow table, and its rows become objects one by one: a store of 100 TB has some 300,000 of them.
 """
@@ -117,7 +117,7 @@ class Manifest(Sequence[StoredObject]):
 
 
 class ManifestRows:
-    """A manifest being gathered, a shard's objects at a time, in little more memory than it takes in the end."""
+    """Builds a manifest from the objects of one shard after the other, in little more memory than the result takes."""
 
     def __init__(self) -> None:
         self._objects: list[StoredObject] = []

@@ -1,7 +1,7 @@
-"""What dead jobs left in a store: found, and removed when asked.
+"""Objects that killed jobs left in a store: listed, and removed on request.
 
-Only objects that this format names, and that belong to nothing, are ever removed: a shard object of an unfinished store
-may be a living job's, whose record comes last, so young ones are left too. Files of other programs are not ours.
+Only objects with names of this format are removed. A shard object of an unfinished store may belong to a running job,
+whose commit record comes last, so young objects are kept. Files of other programs are never removed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OURS = re.compile(
 
 @dataclass(frozen=True)
 class Orphan:
-    """An object that belongs to nothing."""
+    """An object that neither manifest nor commit records name."""
 
     key: str
     size_bytes: int
@@ -44,7 +44,7 @@ class Orphan:
 
 
 def orphan_keys(store: Store) -> list[str]:
-    """Objects that belong to nothing: left by dead writers, or put there by somebody else."""
+    """Keys of objects that neither manifest nor commit records name: of killed writers, or of other programs."""
     objects = expected_objects(store)
     known = set(objects.keys) if isinstance(objects, Manifest) else {stored.key for stored in objects}
     known |= {GROUP, PLAN_TABLE, MANIFEST}
@@ -58,11 +58,11 @@ def orphan_keys(store: Store) -> list[str]:
 
 
 def find_orphans(store: Store, older_than_s: float) -> list[Orphan]:
-    """Objects of `store` that belong to nothing.
+    """Orphans of `store`.
 
     Args:
         store: The store, complete or not.
-        older_than_s: Younger ones are kept: a living writer may be about to record them.
+        older_than_s: Younger ones are kept: a running writer may be about to commit them.
     """
     found = []
     for key in orphan_keys(store):

@@ -1,7 +1,7 @@
-"""What a store will hold, decided before the first video is decoded.
+"""The plan of a store, made before the first video is decoded.
 
-The plan is hashed. Two machines that plan the same extraction get the same digest, so it holds no path of a machine, no
-secret and no clock; where the videos lie, who ran it and with which versions is provenance, kept outside the hash.
+The plan is hashed. Two machines that plan the same extraction get the same digest, so a plan holds no local paths,
+secrets or times; those (data set root, user, software versions) are provenance, outside the hash.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Grid(Config):
 class TokenSelection(Config):
     """Which of the backbone's tokens are stored, where not all are.
 
-    Whatever is kept is kept at every time step, so that a token's neighbor in time is always there.
+    Whatever is kept is kept at every time step, so that temporal pairs are always complete.
     """
 
     kind: Literal["patches", "pooled"]

@@ -1,7 +1,7 @@
-"""A store as its readers see it: plan, clip table, moments, and shards as read-only memory maps.
+"""Readable stores: plan, clip table, moments, and shards as read-only memory maps.
 
 open_store(url) ─▶ Store ─▶ shard_map(hook, i): the file itself, as an array [clip, time, space, channel]
-                                                 (of a remote store: the cached file, see `cache`)
+                                                 (of a remote store: its file in the local cache)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tubelet_store.store_state import StoreState, read_state, readings
 
 T = TypeVar("T")
 
-# What Arrow, zarr, pydantic and NumPy raise over bytes that are not what was written.
+# Errors of Arrow, zarr, pydantic and NumPy on damaged bytes.
 _DAMAGE = (pa.ArrowException, LookupError, NotImplementedError, OSError, TypeError, ValueError)
 
 
@@ -305,11 +305,11 @@ class Store(Tabular):
             kind: `activations`, or `special_tokens` ([clip, time or 1, token, channel]).
             private: Give a map that may be written to: changes stay in this map (copy on write).
 
-        The map of a remote store is of the cached file, which is fetched first and kept while the map lives.
+        For a remote store this maps the cached file, which is fetched first and not evicted while the map is open.
 
         Raises:
-            TubeletError: no such hook; the shard is not committed, missing, truncated, or not in order; or it cannot be
-                cached.
+            TubeletError: no such hook; the shard is not committed, missing, truncated or not in order, or it cannot be
+                fetched.
         """
         of_hook, key = self.plan.hook(hook), shard_key(kind, hook, shard)
         path = self.root.local_path(key)
@@ -341,7 +341,7 @@ class Store(Tabular):
         return np.memmap(file, self.plan.numpy_dtype, "c" if private else "r", offset=0, shape=shape)
 
     def prefetch(self, hook: str, shards: Iterable[int]) -> None:
-        """Say which shards will be mapped next, in order: a cache fetches them ahead. Nothing to do for a local store.
+        """Fetch the next shards of a remote store in the background. Does nothing for a local store.
 
         Args:
             hook: Name of the hook.
@@ -351,7 +351,7 @@ class Store(Tabular):
             self.cache.prefetch(self.shard_object(hook, shard) for shard in shards)
 
     def shard_object(self, hook: str, shard: int, kind: str = ACTIVATIONS) -> ShardObject:
-        """What a cache needs to know of a shard.
+        """Size and checksums of a shard, for the local cache.
 
         Raises:
             TubeletError: no such hook; the shard is not committed, or not in the manifest.

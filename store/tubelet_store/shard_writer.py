@@ -1,9 +1,8 @@
-"""Writing one shard: clips go in one by one, in order; objects and record come out whole or not at all.
+"""Writer of one shard: takes clips one by one, in order; objects and record appear whole or not at all.
 
     append(clip 0), append(clip 1), ... ─▶ scratch file per array ─▶ publish objects ─▶ moments ─▶ commit record (last)
 
-Memory stays at one clip. One writer owns the whole shard: partial-shard writes by several writers lose data silently,
-and there is no way to ask for one here.
+Memory use is one clip. One writer owns the whole shard: with several writers per shard, Zarr loses data silently.
 """
 
 from __future__ import annotations

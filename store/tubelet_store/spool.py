@@ -1,9 +1,9 @@
-"""Finished shards that wait on this machine's disk until the object storage answers again.
+"""Finished shards on the local disk that wait until the object storage is reachable again.
 
-    finished shard ─▶ keep (storage does not answer) ─▶ <directory>/<store>/<shard>/ ─▶ drain (it answers) ─▶ gone
+    finished shard ─▶ keep (storage unreachable) ─▶ <directory>/<store>/<shard>/ ─▶ drain (reachable) ─▶ removed
 
-An entry appears whole or not at all and is removed after its commit record lies in the store, so killing anything at
-any time loses nothing; the next run on this machine, with the same plan, uploads what it finds.
+An entry appears whole or not at all and is removed after its commit record is in the store, so a kill at any time loses
+nothing; the next run on this machine with the same plan uploads what it finds.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Spool:
         return True
 
     def drain(self, root: ObjectRoot) -> list[int]:
-        """Upload what waits, until the storage fails again; shards that another process uploads now are left to it.
+        """Upload waiting shards until the storage fails; shards that another process is uploading are skipped.
 
         Returns:
             Shards that are committed now.
@@ -103,7 +103,7 @@ class Spool:
                     publish(root, self._plan, self._read(entry))
                 except StoreUnreachable:
                     break
-                # Half an entry must not be taken for a whole one.
+                # Renamed first: a partly removed entry must not look complete.
                 gone = self._mine / f"partial-{uuid.uuid4().hex}"
                 entry.rename(gone)
                 # `discard_partial` of another process may be at it too.
@@ -113,7 +113,7 @@ class Spool:
         return done
 
     def discard_partial(self) -> None:
-        """Remove what a process left that was killed while it moved a shard here."""
+        """Remove entries of processes that were killed while they moved a shard here."""
         if self._mine.exists():
             with locked(self.directory / "room.lock"):
                 for partial in self._mine.glob("partial-*"):

@@ -46,9 +46,9 @@ from tubelet_store.storage import open_root
 from tubelet_store.storage.object_root import ObjectRoot
 from tubelet_store.store_state import StoreState, read_state, state_document
 
-# On object storage each record is a request, and a large store has 100,000 of them.
+# Each record is a request on object storage, and a large store has 100,000 records.
 _READERS = 16
-# A shard's moments may be 100 MB, and a few of them a reader lie ready.
+# Moments of a shard may take 100 MB, and each reader holds a few.
 _MOMENTS_READERS = 2
 _SPOOL_FULL_PAUSE_S = 5.0
 
@@ -82,7 +82,7 @@ class StoreWriter:
         state = read_state(root)
         if state is None:
             documents = metadata_documents(plan, {})
-            # A killed `begin` of the same plan leaves some of these; anything else is somebody's.
+            # A killed `begin` of the same plan leaves some of these; any other object belongs to another program.
             if set(root.list_keys()) - {PLAN_TABLE, *documents}:
                 raise TubeletError(
                     f"{url} is not empty and not a Tubelet store", "Choose a new path, or empty this one"
@@ -177,7 +177,7 @@ class StoreWriter:
             time.sleep(_SPOOL_FULL_PAUSE_S * random.uniform(0.5, 1.0))
 
     def drain(self, spool: Spool) -> list[int]:
-        """Upload what waits in `spool`, as far as the storage answers; the shards that are committed now."""
+        """Upload shards from `spool` while the storage is reachable; returns the shards committed now."""
         return spool.drain(self._root)
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
@@ -185,11 +185,11 @@ class StoreWriter:
         return self._root.scratch()
 
     def discard_scratch(self) -> None:
-        """Remove what killed writers left behind; living ones keep theirs."""
+        """Remove scratch files of killed writers; running writers keep theirs."""
         self._root.discard_scratch()
 
     def free_bytes(self) -> int | None:
-        """Room left where the store lies, None where that cannot be known."""
+        """Free space at the store's location, None if unknown."""
         return self._root.free_bytes()
 
     def finish(self) -> StoreState:

@@ -1,9 +1,9 @@
-"""Moving objects and whole stores between two places, checked where they are read and where they are written.
+"""Copies of objects and whole stores, verified where they are read and where they are written.
 
     source ─▶ scratch file (digest against the manifest) ─▶ target, whole or not at all ─▶ read back (digest again)
 
 A copy is resumable because objects appear whole: what is at the target with the right digest is done. Its `zarr.json`
-goes last, so nobody opens half a copy.
+goes last, so an unfinished copy cannot be opened.
 """
 
 from __future__ import annotations

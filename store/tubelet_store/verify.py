@@ -1,6 +1,6 @@
-"""Is every byte of a store still what was written? Objects against the manifest, clips against their checksums.
+"""Verification of every byte of a store: objects against the manifest, clips against their checksums.
 
-    every object ─▶ size, digest, checksum of each clip ─▶ findings ─▶ (with another copy at hand) repair
+    every object ─▶ size, digest, checksum of each clip ─▶ findings ─▶ (given another copy) repair
 
 The identity covers sizes and digests. The checksums per clip, which only tell where the damage is, are computed anew
 from the objects, so a manifest in which they were changed is found too.
@@ -65,7 +65,7 @@ def expected_objects(store: Store) -> Sequence[StoredObject]:
 
 
 class Progress:
-    """Objects that an interrupted `verify` found good, kept in the user's cache, so that the next run goes on there.
+    """Objects that an interrupted `verify` has verified, kept in the user's cache: the next run continues there.
 
     Args:
         store: The store that is verified.

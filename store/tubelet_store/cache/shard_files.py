@@ -185,7 +185,7 @@ class ShardFiles:
         if excess_bytes <= 0:
             return True
         expected = self.expected
-        # What nobody here expects goes first, unused for longest first; then what is expected last.
+        # First files that this process will not need, least recently used first; then those it needs last.
         candidates = sorted(
             (-expected.get(path.name, len(expected)), status.st_mtime_ns, status.st_size, path)
             for path, status in self._files()
@@ -199,7 +199,7 @@ class ShardFiles:
         return False
 
     def _evict(self, path: Path) -> bool:
-        """Unlink the file unless somebody uses it."""
+        """Unlink the file unless a process uses it."""
         with contextlib.suppress(FileNotFoundError), _unused(path) as unused:
             if unused:
                 path.unlink(missing_ok=True)
@@ -247,7 +247,7 @@ class ShardFiles:
 
 @contextlib.contextmanager
 def _unused(path: Path) -> Iterator[bool]:
-    """Whether nobody uses the file; nobody can begin to before leaving. Raises FileNotFoundError."""
+    """Whether no process uses the file, and none can start to inside the block. Raises FileNotFoundError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

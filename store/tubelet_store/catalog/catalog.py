@@ -18,7 +18,7 @@ from tubelet_store.storage.object_root import ObjectRoot
 
 DEFAULT = "catalog.yaml"
 
-# Catalogs of catalogs are for people to find their way: deeper ones, or more, are a mistake or malice.
+# Limits against loops and deliberate floods of nested catalogs.
 _MAX_NESTING = 4
 _MAX_CATALOGS = 64
 
@@ -40,8 +40,8 @@ class Catalog:
         """The catalog at `url` (a path or an fsspec URL) with those nested in it.
 
         Raises:
-            TubeletError: it is missing or refused (see `document` and `entry`). A nested one that is becomes one of
-                `problems`: a stranger's mistake does not hide one's own stores.
+            TubeletError: it is missing or refused (see `document` and `entry`). A nested one with a fault is listed in
+                `problems` instead, so that it does not hide the other stores.
         """
         stores, links = read_one(url)
         catalog = cls(url, stores, [])

@@ -1,8 +1,8 @@
 """What an entry of a catalog may say, and how several of them describe one store.
 
 An entry is Intake's: a reader over a `data` item, one per store and hook, so that Intake opens the array by itself. Our
-block stands under `metadata.tubelet`. A catalog is read by people who trust its stores, not its author: only one
-reader is allowed over a store and one over a nested catalog, and no text may hold what Intake would run.
+block is `metadata.tubelet`. The author of a catalog is not trusted: only one reader is allowed for a store and one for
+a nested catalog, and no text may hold code that Intake would run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CATALOG_OBJECT = "intake.readers.entry:Catalog"
 
 CATALOG_DIR = "{CATALOG_DIR}"
 ANONYMOUSLY = {"anon": True}
-"""storage_options of a store that everybody may read: no credentials are looked for."""
+"""storage_options of a public store: read without credentials."""
 SCHEMES = ("abfs", "abfss", "az", "file", "gcs", "gs", "hf", "http", "https", "memory", "s3", "s3a")
 
 # Intake runs `{func(...)}`, `{import(...)}`, `{pickle64(...)}` and reads `{env(...)}` wherever it finds them.

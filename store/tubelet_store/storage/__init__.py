@@ -1,11 +1,12 @@
-"""Where the objects of a store lie: a local directory or any fsspec URL, behind one small interface.
+"""Storage of objects below a URL: `ObjectRoot` with a local and a remote implementation. Get one from `open_root`.
 
-An object is written once, and appears whole or not at all.
+An object appears whole or not at all.
 
-Reading objects over a network: one small interface, two clients behind it, the same retries around all of them.
+    LocalRoot   files in a directory
+    RemoteRoot  any fsspec URL: reads through a `Client` (fsspec or obstore), writes through an `Uploader`
 
-    read / read_range / size / list_keys ─▶ one attempt by the client ─▶ passing fault? wait (doubling, jittered), again
-                                                                     └▶ anything else: one clear error, named by key
+A client retries requests after transient faults (exponential backoff with jitter); other faults become one error that
+names the key.
 
 `FsspecClient` works for every fsspec URL. `ObstoreClient` reads `s3://` where obstore is installed, at twice the
 speed of s3fs and half its processor time (benchmarks/results/remote.txt; plain sockets signed by botocore were not

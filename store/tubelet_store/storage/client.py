@@ -28,12 +28,12 @@ _RENEWALS = 2
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long one read is tried."""
+    """How often and how long a request is tried."""
 
     attempts: int = 8
     """Requests per read, the first included; AWS_MAX_ATTEMPTS in the environment may lower it."""
     timeout_s: float = 30.0
-    """Silence after which a request counts as stalled and is made again."""
+    """Seconds without data after which a request is repeated."""
 
     @property
     def requests(self) -> int:

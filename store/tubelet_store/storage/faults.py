@@ -1,4 +1,4 @@
-"""What kind of failure an error is, whichever client raised it: one that passes, one of credentials, nothing there."""
+"""Kinds of failure (transient, credentials, missing), whichever client raised the error."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PASSING = {
 _MISSING = {"404", "NoSuchBucket", "NoSuchKey"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
-# By class name, so that botocore is not imported where nobody uses it.
+# By class name, so that botocore is not imported where it is not needed.
 _NO_CREDENTIALS = {
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
     *("SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError", "NoAuthTokenError"),
 }
-# What these packages raise without a code is a request that did not get through.
+# What these packages raise without a code is a failed request.
 _CLIENTS = {
     *("aiobotocore", "aiohttp", "botocore", "http", "httpcore", "httpx", "httpx2", "huggingface_hub", "obstore"),
     *("requests", "ssl", "urllib3"),
