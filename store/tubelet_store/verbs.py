@@ -118,10 +118,10 @@ def _views_line(views: dict[str, Any]) -> str:
 def _verify(config: VerifyConfig) -> int:
     from tubelet.errors import TubeletError
     from tubelet.formats import human_bytes
-    from tubelet.progress import Progress as Shown
+    from tubelet.progress import Progress
     from tubelet_store.orphans import orphan_keys
     from tubelet_store.reader import open_store
-    from tubelet_store.verify import Progress, Repair, expected_objects, verify
+    from tubelet_store.verify import Repair, VerifiedObjects, expected_objects, verify
 
     store = open_store(config.store, allow_unfinished=True)
     repair = Repair(store, open_store(config.source)) if config.source is not None else None
@@ -136,21 +136,21 @@ def _verify(config: VerifyConfig) -> int:
         repair.manifest()
         store = open_store(config.store)
     total_bytes = sum(stored.size_bytes for stored in expected_objects(store))
-    progress = Progress(store, config.fresh)
-    if len(progress):
-        print(f"{len(progress)} objects were verified by a run that was interrupted {progress.age_s / 60:.0f} min ago.")
-    with Shown("verifying", total_bytes, "bytes") as shown:
-        for stored, findings in verify(store, config.threads, progress.knows):
-            shown.advance(stored.size_bytes)
-            if not findings and not progress.knows(stored):
-                progress.good(stored)
+    verified = VerifiedObjects(store, config.fresh)
+    if len(verified):
+        print(f"{len(verified)} objects were verified by a run that was interrupted {verified.age_s / 60:.0f} min ago.")
+    with Progress("verifying", total_bytes, "bytes") as progress:
+        for stored, findings in verify(store, config.threads, verified.__contains__):
+            progress.advance(stored.size_bytes)
+            if not findings and stored not in verified:
+                verified.add(stored)
             for finding in findings:
                 problems += 1
                 if repair is not None:
                     repair.replace(finding, stored)
                 done = "" if repair is None else ": replaced"
                 print(f"{finding.key}: {finding.problem}{done}")
-    progress.done()
+    verified.clear()
     for key in orphan_keys(store):
         print(f"{key}: orphan (left by a killed job, or written by another program); see `tubelet gc`")
     if not store.complete:
@@ -160,8 +160,8 @@ def _verify(config: VerifyConfig) -> int:
     if problems and repair is None:
         print(f"{problems} damaged objects. Repair them with `--from ANOTHER_COPY`, or extract into a new store.")
         return 1
-    mended = f"{problems} objects replaced from {config.source}" if problems else "nothing damaged"
-    print(f"{human_bytes(total_bytes)} verified, {mended}. Identity {store.identity}")
+    result = f"{problems} objects replaced from {config.source}" if problems else "nothing damaged"
+    print(f"{human_bytes(total_bytes)} verified, {result}. Identity {store.identity}")
     return 0
 
 

@@ -64,7 +64,7 @@ def expected_objects(store: Store) -> Sequence[StoredObject]:
     return [stored for commit in commits for stored in (*commit.objects, commit.moments)]
 
 
-class Progress:
+class VerifiedObjects:
     """Objects that an interrupted `verify` has verified, kept in the user's cache: the next run continues there.
 
     Args:
@@ -78,30 +78,30 @@ class Progress:
         self._path = cache / f"{name}.txt"
         if fresh:
             self._path.unlink(missing_ok=True)
-        self._good: frozenset[str] = frozenset()
+        self._verified: frozenset[str] = frozenset()
         self.age_s = 0.0
         """How long ago the interrupted run stopped."""
         if self._path.exists():
             self.age_s = time.time() - self._path.stat().st_mtime
             # The last line may be cut off; no object is called by a part of a digest.
-            self._good = frozenset(self._path.read_text().split())
+            self._verified = frozenset(self._path.read_text().split())
         cache.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a")
 
     def __len__(self) -> int:
-        return len(self._good)
+        return len(self._verified)
 
-    def knows(self, stored: StoredObject) -> bool:
-        """An interrupted run found it good."""
-        return self._line(stored) in self._good
+    def __contains__(self, stored: StoredObject) -> bool:
+        """An interrupted run has verified it."""
+        return self._line(stored) in self._verified
 
-    def good(self, stored: StoredObject) -> None:
+    def add(self, stored: StoredObject) -> None:
         """Remember it."""
         self._file.write(self._line(stored) + "\n")
         self._file.flush()
 
-    def done(self) -> None:
-        """The run came to its end: nothing to go on with."""
+    def clear(self) -> None:
+        """Forget them: the run is complete."""
         self._file.close()
         self._path.unlink(missing_ok=True)
 

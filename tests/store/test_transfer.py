@@ -19,7 +19,7 @@ from tubelet_store.manifest import Manifest
 from tubelet_store.reader import Store, open_store
 from tubelet_store.storage.local import LocalRoot
 from tubelet_store.transfer import ATTEMPTS, StoreCopy
-from tubelet_store.verify import Progress, verify
+from tubelet_store.verify import VerifiedObjects, verify
 
 SHARD = "activations/blocks.1/c/1/0/0/0"
 
@@ -271,10 +271,10 @@ class TestRepair:
 
 def test_an_interrupted_verification_goes_on_where_it_was(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    progress = Progress(store)
+    verified = VerifiedObjects(store)
     checked = list(store.manifest())[:5]
     for stored in checked:
-        progress.good(stored)
+        verified.add(stored)
     assert main(["verify", store.url]) == 0
     assert "5 objects were verified" in capsys.readouterr().out
     assert main(["verify", store.url]) == 0
@@ -284,11 +284,11 @@ def test_an_interrupted_verification_goes_on_where_it_was(store, tmp_path, monke
 
 def test_verification_skips_only_what_it_knows(store, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    progress = Progress(store)
-    progress.good(store.manifest()[0])
-    again = Progress(store)
-    assert [stored.key for stored in store.manifest() if again.knows(stored)] == [store.manifest().keys[0]]
-    assert len(Progress(store, fresh=True)) == 0
+    verified = VerifiedObjects(store)
+    verified.add(store.manifest()[0])
+    again = VerifiedObjects(store)
+    assert [stored.key for stored in store.manifest() if stored in again] == [store.manifest().keys[0]]
+    assert len(VerifiedObjects(store, fresh=True)) == 0
 
 
 def test_everything_two_lines_give_is_read_only(store):
