@@ -49,6 +49,19 @@ class CopyConfig(Config):
         return not self.hooks and self.where == Where()
 
 
+class PushConfig(CopyConfig):
+    """What is published, where to, and what the catalog says about it."""
+
+    destination: str
+    """Path or URL, listed in catalog.yaml beside it; or CATALOG#NAME for the place of that entry."""
+    license: str | None = None
+    """License in the catalog entry; none: that of an existing entry."""
+    owner: str | None = None
+    """Contact person or team in the catalog entry; none: that of an existing entry."""
+    description: str | None = None
+    """One line in the catalog entry; none: that of an existing entry."""
+
+
 class PullConfig(CopyConfig):
     """What is downloaded, and where to."""
 
@@ -111,14 +124,14 @@ def _pull(config: PullConfig) -> int:
     return 0
 
 
-def _push(config: CopyConfig) -> int:
+def _push(config: PushConfig) -> int:
     from tubelet_store.catalog.publish import PublishedEntry
     from tubelet_store.reader import open_store
 
     entry = PublishedEntry.at(config.destination)
     entry.check(open_store(config.source).identity if config.is_whole_store else None)
     _transfer(config, config.source, entry.url)
-    if entry.write(open_store(entry.url).state):
+    if entry.write(open_store(entry.url).state, config.license, config.owner, config.description):
         print(f"{entry.catalog}: {entry.name}")
     return 0
 
@@ -212,7 +225,7 @@ def _card(config: CardConfig) -> int:
 
 _ENDS = ("source", "destination")
 COPY = Verb("copy", "Copy a store or part of it, verified at both ends.", lambda: CopyConfig, _copy, _ENDS)
-PUSH = Verb("push", "Publish a store: copy it, and list it in the catalog there.", lambda: CopyConfig, _push, _ENDS)
+PUSH = Verb("push", "Publish a store: copy it, and list it in the catalog there.", lambda: PushConfig, _push, _ENDS)
 PULL = Verb("pull", "Fetch a store from a catalog or URL.", lambda: PullConfig, _pull, _ENDS)
 MERGE = Verb("merge", "Join stores, or make the next version of one.", lambda: MergeConfig, _merge, ("stores...",))
 GC = Verb("gc", "List and remove objects that killed jobs left in a store.", lambda: GcConfig, _gc, ("store",))

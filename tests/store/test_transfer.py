@@ -205,6 +205,9 @@ class TestPush:
         (entry,) = Catalog.read(f"{there}/catalog.yaml").stores
         assert (entry.url, entry.identity) == (f"{there}/s.zarr", store.identity)
         assert {key: getattr(entry.about, key) for key in said} == said
+        assert main(["push", store.url, f"{there}/catalog.yaml#demo", "--owner", "another team"]) == 0
+        (entry,) = Catalog.read(f"{there}/catalog.yaml").stores
+        assert {key: getattr(entry.about, key) for key in said} == {**said, "owner": "another team"}
 
     def test_a_name_that_means_another_place_is_refused_before_anything_is_copied(self, store, tmp_path, capsys):
         there = tmp_path / "there"

@@ -22,6 +22,7 @@ from tubelet_store.catalog.entry import (
     CATALOG_READER,
     DASK_ARRAY,
     DASK_ZARR,
+    NAME_PATTERN,
     ZARR,
     CatalogBlock,
     HookBlock,
@@ -69,10 +70,15 @@ def describe(
         pin: Note its identity.
 
     Raises:
-        TubeletError: the store is unfinished.
+        TubeletError: the store is unfinished, or the name cannot be one.
     """
     if not state.complete:
         raise TubeletError(f"The store of '{name}' is unfinished", "Finish its extraction, then add it")
+    if re.fullmatch(NAME_PATTERN, name) is None:
+        raise TubeletError(
+            f"'{name}' cannot be a store's name in a catalog",
+            "Use letters, digits and single '.', '-', '_' between them",
+        )
     plan, provenance = state.plan, state.provenance
     grid = (plan.grid.time, plan.grid.height, plan.grid.width)
     created = str(provenance.get("created_utc") or datetime.now(UTC).isoformat(timespec="seconds"))

@@ -38,7 +38,8 @@ _CODE = re.compile(r"\w\s*\(")
 
 _KEY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$", max_length=200)]
+NAME_PATTERN = r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=200)]
 # What plain YAML gives. pydantic's JsonValue walks every value in Python, as long as the rest of the schema takes.
 Plain = str | int | float | bool | list[Any] | dict[str, Any] | None
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]

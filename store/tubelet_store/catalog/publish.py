@@ -70,18 +70,16 @@ class PublishedEntry:
                 "Push to another URL, then `tubelet catalog add --replace`",
             )
 
-    def write(self, state: StoreState) -> bool:
-        """Write the entry for the published store; False where it is there and complete already."""
-        if self.present is not None and self.present.identity == state.identity:
+    def write(
+        self, state: StoreState, license: str | None = None, owner: str | None = None, description: str | None = None
+    ) -> bool:
+        """Write the entry for the published store; None: what an existing entry says. False if nothing changes."""
+        given = {"license": license, "owner": owner, "description": description}
+        earlier = {} if self.present is None else {name: getattr(self.present.about, name) for name in given}
+        said = {name: earlier.get(name) if value is None else value for name, value in given.items()}
+        if self.present is not None and self.present.identity == state.identity and said == earlier:
             return False
-        about = None if self.present is None else self.present.about
-        blocks = describe(
-            state,
-            self.name,
-            license=about.license if about else None,
-            owner=about.owner if about else None,
-            description=about.description if about else None,
-        )
+        blocks = describe(state, self.name, **said)
         add_store(self.catalog, self.url, blocks, replace=self.present is not None)
         return True
 
