@@ -79,7 +79,7 @@ class PublishedEntry:
         said = {name: earlier.get(name) if value is None else value for name, value in given.items()}
         if self.present is not None and self.present.identity == state.identity and said == earlier:
             return False
-        blocks = describe(state, self.name, **said)
+        blocks = describe(state, self.name, said["license"], said["owner"], said["description"])
         add_store(self.catalog, self.url, blocks, replace=self.present is not None)
         return True
 
