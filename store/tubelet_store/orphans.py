@@ -64,7 +64,7 @@ def find_orphans(store: Store, older_than_s: float) -> list[Orphan]:
         store: The store, complete or not.
         older_than_s: Younger ones are kept: a running writer may be about to commit them.
     """
-    found = []
+    orphans = []
     for key in orphan_keys(store):
         size = store.root.size(key)
         if size is None:
@@ -75,8 +75,8 @@ def find_orphans(store: Store, older_than_s: float) -> list[Orphan]:
             reason = "not of this format: remove it by hand"
         elif age is None or age < older_than_s:
             reason = "of unknown age" if age is None else f"only {age / 3600:.1f} h old"
-        found.append(Orphan(key, size, reason))
-    return found
+        orphans.append(Orphan(key, size, reason))
+    return orphans
 
 
 def remove(store: Store, orphan: Orphan) -> None:

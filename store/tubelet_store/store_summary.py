@@ -63,8 +63,8 @@ def _tokens(store: Store) -> dict[str, Any]:
 
 def _views(store: Store) -> dict[str, Any]:
     """How many clips show each view of a video; a view is a stretch of time and a crop."""
-    found = pc.value_counts(store.clips()["view"])
-    counts = dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True))
+    views = pc.value_counts(store.clips()["view"])
+    counts = dict(zip(views.field("values").to_pylist(), views.field("counts").to_pylist(), strict=True))
     return {"number": len(counts), "clips": {str(view): count for view, count in sorted(counts.items())}}
 
 

@@ -145,12 +145,12 @@ def fetch(source: ObjectRoot, stored: StoredObject, folder: Path | None = None) 
         path = folder / "fetched"
         for _ in range(ATTEMPTS):
             try:
-                found = _download(source, stored.key, path)
+                digest = _download(source, stored.key, path)
             except FileNotFoundError as error:
                 raise TubeletError(
                     f"{source.url}/{stored.key} is missing", "Run `tubelet verify` on that store"
                 ) from error
-            if (found.size_bytes, found.sha256) == (stored.size_bytes, stored.sha256):
+            if (digest.size_bytes, digest.sha256) == (stored.size_bytes, stored.sha256):
                 yield path
                 return
     raise TubeletError(

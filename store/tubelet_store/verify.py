@@ -169,8 +169,8 @@ class _ObjectCheck:
         digest = digest_of(root.chunks(stored.key), len(clips), size_of_clip)
         damaged = [
             clip
-            for clip, found, recorded in zip(clips, digest.crc32c, stored.crc32c, strict=False)
-            if found != recorded
+            for clip, computed, recorded in zip(clips, digest.crc32c, stored.crc32c, strict=False)
+            if computed != recorded
         ]
         if digest.sha256 == stored.sha256:
             if digest.crc32c == stored.crc32c:

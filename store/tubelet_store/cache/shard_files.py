@@ -209,8 +209,8 @@ class ShardFiles:
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for name in (_OBJECTS, _PARTIAL):
-            with contextlib.suppress(FileNotFoundError), os.scandir(self.path / name) as found:
-                for entry in found:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path / name) as entries:
+                for entry in entries:
                     with contextlib.suppress(FileNotFoundError):
                         if not entry.name.endswith(ARRIVED):
                             yield Path(entry.path), entry.stat()

@@ -88,7 +88,7 @@ class Catalog:
         license: str | None = None,
     ) -> list[StoreEntry]:
         """Stores in which every word given occurs where it should; upper and lower case are the same."""
-        found = []
+        matching = []
         for entry in self.stores:
             about = entry.about
             if (
@@ -98,8 +98,8 @@ class Catalog:
                 and _occurs(license, [about.license])
                 and _occurs(text, [entry.name, entry.url, *(block.model_dump_json() for block in entry.hooks)])
             ):
-                found.append(entry)
-        return found
+                matching.append(entry)
+        return matching
 
 
 def _occurs(word: str | None, texts: Iterable[str | None]) -> bool:

@@ -64,15 +64,15 @@ def _read(config: CatalogConfig) -> Catalog:
 
 
 def _list(config: CatalogConfig) -> int:
-    found = _read(config).search(config.text, config.dataset, config.backbone, config.hook, config.license)
+    stores = _read(config).search(config.text, config.dataset, config.backbone, config.hook, config.license)
     if config.format == "json":
-        print(json.dumps([_record(entry) for entry in found], indent=2, ensure_ascii=False))
+        print(json.dumps([_record(entry) for entry in stores], indent=2, ensure_ascii=False))
         return 0
-    if not found:
+    if not stores:
         print("No such store in the catalog.")
-    width = max((len(entry.name) for entry in found), default=0)
+    width = max((len(entry.name) for entry in stores), default=0)
     lines = []
-    for entry in found:
+    for entry in stores:
         about = entry.about
         hooks = ", ".join(block.hook for block in entry.hooks)
         said = [about.dataset.get("name") or about.dataset.get("kind"), about.backbone.get("id"), about.license]
@@ -170,10 +170,10 @@ def _check(config: CatalogConfig) -> int:
 
     catalog = _read(config)
     chosen = [catalog.find(config.name)] if config.name else catalog.stores
-    found = [(entry.name, problem) for entry, problem in in_parallel(_problem, chosen, 16)]
-    wrong = [(name, problem) for name, problem in found if problem is not None]
+    checked = [(entry.name, problem) for entry, problem in in_parallel(_problem, chosen, 16)]
+    wrong = [(name, problem) for name, problem in checked if problem is not None]
     if config.format == "json":
-        print(json.dumps([{"name": name, "problem": problem} for name, problem in found], indent=2))
+        print(json.dumps([{"name": name, "problem": problem} for name, problem in checked], indent=2))
     else:
         for name, problem in wrong:
             print(f"{name}: {problem}")

@@ -66,12 +66,12 @@ class LocalRoot(ObjectRoot):
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See ObjectRoot."""
-        found = []
+        keys = []
         for folder, below, names in os.walk(self.directory / prefix):
             if SCRATCH in below:
                 below.remove(SCRATCH)
-            found += [(Path(folder) / name).relative_to(self.directory).as_posix() for name in names]
-        return sorted(found)
+            keys += [(Path(folder) / name).relative_to(self.directory).as_posix() for name in names]
+        return sorted(keys)
 
     def replace(self, key: str, data: bytes) -> None:
         """See ObjectRoot."""

@@ -54,7 +54,7 @@ class ObstoreClient(Client):
                 "Start processes with `spawn`, or set `client: fsspec`",
             )
         ObstoreClient._runtime_of = os.getpid()
-        settings = S3Settings.found(self.url)
+        settings = S3Settings.from_environment(self.url)
         return S3Store(
             settings.bucket,
             prefix=settings.prefix or None,
@@ -74,14 +74,14 @@ class ObstoreClient(Client):
     def _read(self, key: str) -> bytes:
         import obstore
 
-        found = obstore.get(self._store(), key)
-        size = found.meta["size"]
+        answer = obstore.get(self._store(), key)
+        size = answer.meta["size"]
         if size <= _READ_BYTES:
-            data = bytes(found.bytes())
+            data = bytes(answer.bytes())
         else:
             # In parts, because obstore's timeout is for the whole of an answer, however long.
             parts = [(start, min(start + _READ_BYTES, size)) for start in range(0, size, _READ_BYTES)]
-            data = b"".join(self._part(key, part, found.meta) for part in parts)
+            data = b"".join(self._part(key, part, answer.meta) for part in parts)
         if len(data) != size:
             raise ShortRead(f"{len(data)} of {size} bytes came")
         return data
@@ -108,7 +108,7 @@ class ObstoreClient(Client):
     def _list(self, prefix: str) -> list[str]:
         import obstore
 
-        return [str(found["path"]) for found in obstore.list(self._store(), prefix or None).collect()]
+        return [str(listed["path"]) for listed in obstore.list(self._store(), prefix or None).collect()]
 
     def _renew(self) -> None:
         self._store.forget()

@@ -64,7 +64,7 @@ class S3Settings:
     """botocore's, which renew themselves where they can; None: anonymous."""
 
     @classmethod
-    def found(cls, url: str) -> S3Settings:
+    def from_environment(cls, url: str) -> S3Settings:
         """The settings of this process for `url`: botocore's, under fsspec's `s3` section.
 
         Raises:

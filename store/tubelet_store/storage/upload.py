@@ -83,8 +83,8 @@ class Uploader(FsspecClient):
             self._files().put_file(str(path), self._path(key), **(options if self._is_s3 else {}), **mode)
 
         def arrived() -> bool | None:
-            found = self.size(key)
-            return None if found is None else found == size and self.digest(key) == sha256
+            present_bytes = self.size(key)
+            return None if present_bytes is None else present_bytes == size and self.digest(key) == sha256
 
         there = None if over else arrived()
         if there is not None:
