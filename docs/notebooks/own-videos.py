@@ -20,11 +20,13 @@
 # %%
 import os
 import tempfile
+import warnings
 
 os.chdir(tempfile.mkdtemp())
+warnings.filterwarnings("ignore", "IProgress not found")
 
 # %%
-# !tubelet videos videos --videos 96 --frames 32 --validation_share 0.25
+# !tubelet videos videos --videos 96 --frames 32 --validation_share 0.25 2> videos.log
 
 # %% [markdown]
 # ## Extract
@@ -48,7 +50,8 @@ tubelet.extract(settings, store="validation.zarr", **{"dataset.split": "validati
 # %% [markdown]
 # ## Train
 #
-# A TopK SAE with a weak temporal contrast, which makes codes follow the content over time.
+# A TopK SAE with a weak temporal contrast, which makes codes follow the content over time. The contrast compares 128 tokens
+# of a batch with their neighbors.
 
 # %%
 run = tubelet.train(
@@ -56,8 +59,9 @@ run = tubelet.train(
     out="run",
     sae={"kind": "topk", "k": 16, "expansion": 4},
     objective={"lambda_t": 0.03},
-    batch_tokens=1024,
-    epochs=10,
+    pairs={"anchors": 128},
+    batch_tokens=512,
+    epochs=5,
 )
 run
 
@@ -74,6 +78,7 @@ report = tubelet.evaluate(
     other_store=True,
     split="all",
     fit_store="train.zarr",
+    skip=["ablation"],
     control_draws=1,
     out="report",
 )
