@@ -50,8 +50,8 @@ tubelet.extract(settings, store="validation.zarr", **{"dataset.split": "validati
 # %% [markdown]
 # ## Train
 #
-# A TopK SAE with a weak temporal contrast, which makes codes follow the content over time. The contrast compares 128 tokens
-# of a batch with their neighbors.
+# A TopK SAE with a weak temporal contrast, which makes codes follow the content over time. The contrast compares 128
+# tokens of a batch with their neighbors.
 
 # %%
 run = tubelet.train(
