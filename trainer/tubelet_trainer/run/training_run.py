@@ -24,8 +24,7 @@ from tubelet_trainer.data.clip_mixing import Mixing, measure_mixing
 from tubelet_trainer.data.source import choose_hook
 from tubelet_trainer.data.streams import Stream, Streams
 from tubelet_trainer.losses.coherence import coherence_terms
-from tubelet_trainer.losses.objective import Objective
-from tubelet_trainer.losses.sharded import sharded_terms
+from tubelet_trainer.losses.objective import Objective, sharded_terms
 from tubelet_trainer.losses.sparsity import sae_terms
 from tubelet_trainer.optim.sae_group import SAEGroup
 from tubelet_trainer.optim.sae_trainer import SAETrainer
