@@ -54,7 +54,8 @@ def test_the_closed_form_is_the_pairwise_sum(clips: int, seed: int, sparse: bool
     if not signed:
         a = np.maximum(a - (1.0 if sparse else 0.0), 0)
     e = unit(rng, clips, 5)
-    np.testing.assert_allclose(monosemanticity(a, e), pairwise(a, e), rtol=0, atol=1e-12)
+    # The closed form subtracts sums: where nearly all weight lies on one clip, a few digits cancel.
+    np.testing.assert_allclose(monosemanticity(a, e), pairwise(a, e), rtol=0, atol=1e-9)
 
 
 def test_dead_constant_and_single_clip_latents_have_no_score() -> None:
