@@ -35,6 +35,8 @@ check: lint types docs test  ## What a change needs before it is sent; CI runs .
 dist: $(INSTALLED)  ## Wheel and source distribution, in dist/.
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist > /dev/null
+	# Metadata left here would hide those of the installed package from `python -m`.
+	rm -rf tubelet.egg-info
 
 smoke: dist  ## Every extra, installed from the wheel into an environment of its own and used.
 	$(BIN)/python tests/release/smoke.py dist/tubelet-*.whl

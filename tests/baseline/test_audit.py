@@ -92,7 +92,6 @@ def test_purity_of_the_strongest_clips(code_FCST, labels, latents):
     assert (np.abs(purity_F - recorded_F)[known_F] < 1e-9).mean() > 0.9
 
 
-@pytest.mark.xfail(reason="fields in British spelling are not mapped by the readers yet", strict=True)
 def test_the_sae_gives_these_codes(arrays, code_FCST):
     sae = load_sae(AUDIT)
     x_TSD = torch.from_numpy(arrays["x"].astype(np.float32))
