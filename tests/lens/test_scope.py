@@ -330,7 +330,7 @@ def test_temporal_scope_of_a_framewise_backbone_is_exactly_zero(framewise: Path)
         assert found.latent_columns[name].drop_null().to_numpy().size > 20
     for name in ("scope.action.raw", "scope.action_without_high.raw", "scope.action_without_low.random"):
         assert 0 <= result.figure(name).value <= 1
-    assert "only the backbone" in " ".join(
+    assert "only reference is the backbone" in " ".join(
         note.lower() for section in result.sections if section.name == "monosemanticity" for note in section.notes
     )
 

@@ -9,6 +9,7 @@ A penalty is per row: loss = mean over rows + penalty / 2 ||W||². Fits run on t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,9 @@ def _fits(
         bias_C[present] = 0
         if len(present) > 1:
             model.set_params(C=logits / (penalty * len(rows_NF)))
-            with _threads_for(standard_NF):
+            with _threads_for(standard_NF), warnings.catch_warnings():
+                # Few clips per class are the rule here, not a sign of regression targets.
+                warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
                 model.fit(standard_NF, class_N)
             coefficients, intercepts = model.coef_, model.intercept_
             if logits == 2:
