@@ -32,7 +32,7 @@ os.chdir(tempfile.mkdtemp())
 # package, trains an SAE and evaluates it. Here it runs at a small size.
 
 # %%
-# !tubelet demo --videos 64 --epochs 4 2> demo.log | tail -n 30
+# !tubelet demo --videos 32 --epochs 2 2> demo.log | tail -n 30
 # !tubelet catalog add demo-train demo/train.zarr
 
 # %% [markdown]
@@ -72,7 +72,7 @@ run
 
 # %% [markdown]
 # FVU is the share of the variance that the SAE does not explain, L0 the mean number of active latents per token. A few
-# epochs on 46 videos are far too few for a good SAE; this only shows the path.
+# epochs on 15 videos are far too few for a good SAE; this only shows the path.
 #
 # ## Encode
 #
