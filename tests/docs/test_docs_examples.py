@@ -52,3 +52,11 @@ def _check(text: str, where: str) -> None:
     for node in ast.walk(ast.parse(text, where)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tubelet":
             assert node.attr in dir(tubelet), (where, node.attr)
+
+
+@pytest.mark.parametrize("page", sorted((pages.DOCS / "reference").glob("*.md")), ids=lambda page: page.stem)
+def test_what_the_reference_lists_exists(page):
+    from pkgutil import resolve_name
+
+    for target in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+        assert resolve_name(target) is not None
