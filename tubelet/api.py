@@ -17,7 +17,7 @@ from tubelet.extras import require_extra
 if TYPE_CHECKING:
     from tubelet_lens.config import EvaluateConfig
     from tubelet_lens.gallery.config import GalleryConfig
-    from tubelet_lens.gallery.make_gallery import Summary
+    from tubelet_lens.gallery.make_gallery import GallerySummary
     from tubelet_lens.report.evaluation_result import EvaluationResult
     from tubelet_lens.steering.config import EditConfig
     from tubelet_lens.steering.edit_report import EditReport
@@ -111,7 +111,7 @@ def edit(config: Source | EditConfig = None, /, **fields: Any) -> EditReport:
     return report
 
 
-def gallery(config: Source | GalleryConfig = None, /, **fields: Any) -> Summary:
+def gallery(config: Source | GalleryConfig = None, /, **fields: Any) -> GallerySummary:
     """Write a static site with a page per latent: the clips on which it fires most.
 
     Raises:

@@ -85,7 +85,7 @@ def test_the_notebook_runs_as_written(here: Path, capsys: pytest.CaptureFixture[
     assert len(edited.table()) == 1
     assert Path(f"runs/a/edits/latent-{latent}/edit.html").is_file()
 
-    site = tubelet.gallery(run=run, store=store, latents=[latent])
+    site = tubelet.gallery(run=run, store=store, latents={"kind": "list", "numbers": [latent]})
     assert site.pages == 1
     assert "address" in repr(site)
     # Progress went to stderr; nothing of the API writes to stdout.
