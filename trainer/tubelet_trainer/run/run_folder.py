@@ -83,7 +83,7 @@ def _write_configs(run: Run) -> None:
 
 
 def _as_set(config: TrainConfig) -> dict[str, Any]:
-    defaults = {name: {} for name in ("sae", "objective", "optimizer")}
+    defaults: dict[str, Any] = {name: {} for name in ("sae", "objective", "optimizer")}
     return {**defaults, **config.model_dump(mode="json", by_alias=True, exclude_unset=True)}
 
 

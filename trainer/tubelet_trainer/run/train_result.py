@@ -225,7 +225,8 @@ def _plot(saes: tuple[TrainedSAE, ...]) -> bytes:
     shown = [sae for sae in saes if sae.coherence is not None and sae.fvu is not None]
     for kind in dict.fromkeys(sae.kind for sae in shown):
         of_kind = [sae for sae in shown if sae.kind == kind]
-        axes.scatter([sae.coherence for sae in of_kind], [sae.fvu for sae in of_kind], label=kind)
+        points = [(sae.coherence or 0.0, sae.fvu or 0.0) for sae in of_kind]
+        axes.scatter(*zip(*points, strict=True), label=kind)
     axes.margins(0.15)
     middle = sum(axes.get_xlim()) / 2
     for place, sae in enumerate(sorted(shown, key=lambda sae: sae.coherence or 0.0)):
