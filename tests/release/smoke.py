@@ -141,7 +141,7 @@ def _clean_environment() -> dict[str, str]:
     """The environment's variables, without what points Python or a cache at other packages or data."""
     dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TUBELET_CACHE")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return {**kept, "HF_HUB_OFFLINE": "1", "MLFLOW_ALLOW_FILE_STORE": "true", "COLUMNS": "120"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "MLFLOW_ALLOW_FILE_STORE": "true", "OMP_NUM_THREADS": "1"}
 
 
 def check_store(env: Environment) -> None:
