@@ -38,7 +38,7 @@ def extract(config: Source | ExtractConfig = None, /, **fields: Any) -> ExtractS
     An unfinished store with the same plan is continued.
 
     Raises:
-        TubeletError: a field is unknown or does not fit; no room for the store; shards that fail again and again.
+        TubeletError: a field is unknown or invalid; no room for the store; shards that fail again and again.
     """
     require_extra("pipeline", "tubelet.extract")
     from tubelet_pipeline.driver import extract
@@ -54,7 +54,7 @@ def estimate(config: Source | EstimateConfig = None, /, **fields: Any) -> Estima
     """What an extraction will cost (bytes, requests, hours), before it runs.
 
     Raises:
-        TubeletError: a field is unknown or does not fit, or videos or backbone cannot be read.
+        TubeletError: a field is unknown or invalid, or videos or backbone cannot be read.
     """
     require_extra("pipeline", "tubelet.estimate")
     from tubelet_pipeline.estimate import EstimateConfig, estimate
@@ -69,7 +69,7 @@ def train(config: Source | TrainConfig = None, /, **fields: Any) -> TrainResult:
         tubelet.train(store="demo/train.zarr", out="runs/a", sae={"kind": "batchtopk", "k": 16}, epochs=2)
 
     Raises:
-        TubeletError: a field is unknown or does not fit, `out` holds another run, or training diverged.
+        TubeletError: a field is unknown or invalid, `out` holds another run, or training diverged.
     """
     require_extra("trainer", "tubelet.train")
     from tubelet_trainer.config import TrainConfig
@@ -82,7 +82,7 @@ def evaluate(config: Source | EvaluateConfig = None, /, **fields: Any) -> Evalua
     """Measure a trained SAE on a store; the report is written into `out`, by default `evaluation` in the run's folder.
 
     Raises:
-        TubeletError: a field is unknown or does not fit, run and store do not belong together, or no clip is left.
+        TubeletError: a field is unknown or invalid, run and store do not belong together, or no clip is left.
     """
     require_extra("lens", "tubelet.evaluate")
     from tubelet_lens.config import EvaluateConfig
@@ -98,7 +98,7 @@ def edit(config: Source | EditConfig = None, /, **fields: Any) -> EditReport:
     """Change latents of an SAE on clips, run the backbone on, and compare with controls; the page is written too.
 
     Raises:
-        TubeletError: a field is unknown or does not fit, SAE, store and backbone do not belong together, or a video
+        TubeletError: a field is unknown or invalid, SAE, store and backbone do not belong together, or a video
             cannot be read.
     """
     require_extra("all", "tubelet.edit")
@@ -115,7 +115,7 @@ def gallery(config: Source | GalleryConfig = None, /, **fields: Any) -> GalleryS
     """Write a static site with a page per latent: the clips on which it fires most.
 
     Raises:
-        TubeletError: a field is unknown or does not fit, run and store do not belong together, or no latent fires.
+        TubeletError: a field is unknown or invalid, run and store do not belong together, or no latent fires.
     """
     require_extra("lens", "tubelet.gallery")
     from tubelet_lens.gallery.config import GalleryConfig
@@ -128,7 +128,7 @@ def study(config: Source | StudyConfig = None, /, **fields: Any) -> StudySummary
     """Train and evaluate a grid of SAEs over stores; tables and plots over all cells.
 
     Raises:
-        TubeletError: a field is unknown or does not fit, or a store cannot be opened.
+        TubeletError: a field is unknown or invalid, or a store cannot be opened.
     """
     require_extra("all", "tubelet.study")
     from tubelet_lens.study.config import StudyConfig

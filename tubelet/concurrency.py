@@ -90,7 +90,7 @@ class PerProcess(Generic[T]):
 
     def __init__(self, build: Callable[[], T]) -> None:
         self._build = build
-        # The parent's stays in a forked child: to end a client whose threads are not there may wait for ever.
+        # A forked child keeps the parent's: closing a client whose threads do not exist here may hang.
         self._made: dict[int, T] = {}
         self._lock = threading.Lock()
         PerProcess._alive.add(self)

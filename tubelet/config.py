@@ -83,7 +83,7 @@ def configure(model: type[C], source: Any, fields: Mapping[str, Any]) -> C:
         model: What is configured.
         source: An instance of `model`, a mapping of fields, the path of a YAML file, or None.
         fields: Values by field name, dotted or nested; mappings are merged into those of `source`. A run or a store
-            may be given as the object that stands for it.
+            may be given as an object with that path.
 
     Raises:
         TubeletError: a field is unknown, missing or of the wrong type; one line, as on the command line.
@@ -126,7 +126,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _reference(value: Any) -> Any:
-    """The path or URL of an object that stands for one: a run, an open store."""
+    """The path or URL of an object that has one: a run, an open store."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.url if isinstance(getattr(value, "url", None), str) else value
@@ -171,7 +171,7 @@ def validate(
     """Validate `tree`, read from `origin` but for the fields `typed` in `typed_in`, as `model`.
 
     Raises:
-        TubeletError: it does not fit; one line that names the first field at fault, and the remedy.
+        TubeletError: it is invalid; one line that names the first field at fault, and the remedy.
     """
     try:
         return model.model_validate(tree)
@@ -185,8 +185,8 @@ def validate(
             below = fault["ctx"]["field"].split(".")
             path, given = [*path, *below], _inside(given, below)
         field = ".".join(path)
-        # A default that does not fit was not given.
-        said = "" if given is None else f" (given: {given!r})"
+        # An invalid default was not given.
+        value = "" if given is None else f" (given: {given!r})"
         # `sae={"kk": 1}` types all fields below `sae`.
         is_typed = any(f"{field}.".startswith(f"{name}.") for name in typed)
         origin = typed_in if is_typed else origin
@@ -204,7 +204,7 @@ def validate(
             message = "it has fields of its own, `field: value`"
         raise TubeletError(
             # A fault between fields has no path of its own.
-            f"Field '{field}' in {origin} does not fit: {message}{said}"
+            f"Field '{field}' in {origin} is invalid: {message}{value}"
             if field
             else f"The fields in {origin} do not fit together: {message}",
             f"help({model.__name__}) lists every field" if in_python else "`--help-all` lists every field",
@@ -225,7 +225,7 @@ def _read(text: str, loader: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.Safe
 
 
 def _as_typed(value: Any, letters: Any, path: list[str]) -> Any:
-    """`value` with the letters of what lies at `path` in it."""
+    """`value` with the scalars at `path` replaced by their text in `letters`."""
     if not path:
         return letters
     name, *below = path

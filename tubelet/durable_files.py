@@ -23,7 +23,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     while True:
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Its last holder may have removed the file: a lock on a file without a name excludes nobody.
+            # Its last holder may have removed the file: a lock on an unlinked file excludes no other process.
             if not os.fstat(file.fileno()).st_nlink:
                 continue
             yield

@@ -13,7 +13,7 @@ def missing_packages(extras: Iterable[str]) -> list[str]:
     """Distributions that these extras need and that are not installed, each once."""
     missing: dict[str, None] = {}
     pending = list(extras)
-    # The list grows while it is walked: `all` asks for tubelet's other extras.
+    # The list grows while it is walked: `all` requires tubelet's other extras.
     for extra in pending:
         for name, extras_of_it in _requirements(extra):
             if name == "tubelet":

@@ -8,6 +8,6 @@ from pathlib import Path
 
 def cache_folder(name: str) -> Path:
     """The folder `name` in $TUBELET_CACHE, else in $XDG_CACHE_HOME/tubelet, else in ~/.cache/tubelet; absolute."""
-    ours = os.environ.get("TUBELET_CACHE")
-    home = Path(ours) if ours else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tubelet"
+    given = os.environ.get("TUBELET_CACHE")
+    home = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tubelet"
     return home.expanduser().absolute() / name

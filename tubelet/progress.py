@@ -26,7 +26,7 @@ class Progress:
 
     Args:
         label: What is being done: `evaluating`.
-        total: Units of work; None: not known yet, `update` tells.
+        total: Units of work; None: not known yet; set by `update`.
         unit: What is counted, plural: `clips`; `bytes` are shown as KiB, MiB, ...
         done: Units done before this process started; they do not count for the rate.
         is_silent: Show nothing (all processes of a group but one).
@@ -97,7 +97,7 @@ class Progress:
         Args:
             done: Including those before this process started.
             total: The total, where it has become known.
-            text: What to show beside the amount; None: the rate.
+            text: Shown after the amount; None: the rate.
         """
         self.done = done
         self.total = self.total if total is None else total
@@ -109,7 +109,7 @@ class Progress:
             return
         now = time.monotonic()
         is_last = done == self.total
-        # What is over at once needs no line.
+        # A task that ends immediately needs no line.
         if now >= self._next_line_s or (is_last and now - self._start_s >= _QUICK_S):
             self._next_line_s = now + self._line_every_s
             parts = [self._amount(), text, f"in {human_seconds(now - self._start_s)}" if is_last else self._left()]

@@ -80,7 +80,7 @@ class ClusterConfig(Config):
     threads: int = Field(default=2, ge=1)
     """Threads of the forward pass per worker, on CPU (Dask sets one)."""
     resources: dict[str, float] = Field(default_factory=dict)
-    """Dask resources that one shard task asks for, such as {GPU: 1}; workers must be started with them."""
+    """Dask resources that one shard task requires, such as {GPU: 1}; workers must be started with them."""
     start_timeout_s: float = Field(default=600, gt=0)
     """Time to wait for the first worker that can take a shard; a job may wait in a queue."""
 
@@ -126,7 +126,7 @@ class ClusterConfig(Config):
 
     @property
     def expected_workers(self) -> int:
-        """Number of workers asked for; 0 if unknown."""
+        """Number of workers requested; 0 if unknown."""
         if self.adapt is not None:
             return self.adapt.maximum
         return self.workers or 0
@@ -254,8 +254,8 @@ def _check_queue(name: str, cluster_class: type) -> None:
 
 
 def _causes(error: BaseException | None) -> str:
-    said = []
+    messages = []
     while error is not None:
-        said.append(" ".join(str(error).split()) or type(error).__name__)
+        messages.append(" ".join(str(error).split()) or type(error).__name__)
         error = error.__cause__
-    return ": ".join(said)
+    return ": ".join(messages)

@@ -51,7 +51,7 @@ def extract(
         task: What runs on the workers.
 
     Raises:
-        TubeletError: the configuration does not fit, there is no space for the store, or shards fail repeatedly (the
+        TubeletError: the configuration is invalid, there is no space for the store, or shards fail repeatedly (the
             others are committed and stay committed).
     """
     with contextlib.ExitStack() as stack:
@@ -176,7 +176,7 @@ class _Job:
 
 
 def shard_job(config: ExtractConfig, planned: Planned) -> ShardJob:
-    """What every task of the extraction is told; paths are absolute, because workers may run in another directory."""
+    """The specification of every shard task; paths are absolute, because workers may run in another directory."""
     backbone = config.backbone
     if Path(backbone.id).is_dir():
         backbone = backbone.model_copy(update={"id": _absolute(backbone.id)})

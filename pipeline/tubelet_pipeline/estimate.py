@@ -128,7 +128,7 @@ def estimate(config: EstimateConfig) -> Estimate:
     """Plan the job and measure a small part of it; nothing is written to its store.
 
     Raises:
-        TubeletError: the configuration does not fit, or none of the sampled clips can be decoded.
+        TubeletError: the configuration is invalid, or none of the sampled clips can be decoded.
     """
     planned = make_plan(config)
     plan = planned.plan
@@ -237,7 +237,7 @@ def count_requests(plan: Plan) -> dict[str, int]:
     for kind in array_kinds(plan):
         for hook in plan.hooks:
             put += plan.shards * part_count(shard_bytes(plan, kind, hook, 0))
-            # Existence, arrival and size, and once more when the store is finished.
+            # Existence, arrival and size, and again when the store is finished.
             get += plan.shards * 4
     # Record and moments are written once; the record is read twice and its existence checked twice, the moments are
     # read once.

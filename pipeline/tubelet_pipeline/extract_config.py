@@ -69,7 +69,7 @@ class ExtractConfig(Config):
     upload: UploadConfig = UploadConfig()
     """Behavior while object storage is unreachable."""
     log: Path | None = None
-    """Machine-readable log, one JSON object per line. None: `STORE.log.jsonl` beside a local store, else none."""
+    """Machine-readable log, one JSON object per line. None: `STORE.log.jsonl` next to a local store, else none."""
 
     @property
     def workers_from(self) -> ClusterConfig:

@@ -1,7 +1,7 @@
 """Checks before the first shard: a worker can take it, and runs the same versions as this process.
 
-A task that asks for a resource that no worker has waits for ever without an error, so one small task with the same
-resources is submitted first.
+A task that requires a resource that no worker has waits without an error, so one small task with the same resources is
+submitted first.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _fits(worker: dict[str, dict[str, float]], config: ClusterConfig) -> bool:
 
 
 def _no_resources(workers: int, config: ClusterConfig) -> TubeletError:
-    asked = ", ".join(f"{name}={amount:g}" for name, amount in config.resources.items())
+    required = ", ".join(f"{name}={amount:g}" for name, amount in config.resources.items())
     return TubeletError(
-        f"None of the {workers} workers has the resources that a shard asks for ({asked}), so the job would not start",
-        f"Start workers with `--resources {asked.replace(', ', ' ')}`, or leave out cluster.resources",
+        f"None of the {workers} workers has the resources of a shard task ({required}), so the job would not start",
+        f"Start workers with `--resources {required.replace(', ', ' ')}`, or leave out cluster.resources",
     )

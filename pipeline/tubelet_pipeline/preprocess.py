@@ -38,7 +38,7 @@ class CropBox(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a crop lies in the resized frame; by default in its center."""
+    """Position of a crop in the resized frame; by default its center."""
 
     along: float | None = None
     """Position along the longer side: 0 (start), 1/2 or 1 (end). None: centered."""
@@ -122,7 +122,7 @@ class Preprocessing(Config):
 
         Args:
             frames_u8: uint8 [T, H, W, 3], red first.
-            place: Where the crop lies.
+            place: Position of the crop.
 
         Returns:
             float32 [T, 3, h, w] on the CPU with (h, w) = `size`, and the box of the source frame that they show.
@@ -171,7 +171,7 @@ def read_preprocessing(folder: Path, origin: str, *, square: bool = False) -> Pr
         square: What a bare `"size": 224` means for this family: 224x224 (True) or shortest edge 224 (False).
 
     Raises:
-        TubeletError: there is no processor file, or it asks for an unsupported operation.
+        TubeletError: there is no processor file, or it requires an unsupported operation.
     """
     for name in PROCESSOR_FILES:
         path = folder / name
@@ -202,7 +202,7 @@ def parse_processor(fields: dict[str, Any], origin: str, *, square: bool = False
         return fields[name]
 
     if fields.get("do_pad"):
-        raise TubeletError(f"{origin} asks for padding (do_pad), which would make tokens without content", remedy)
+        raise TubeletError(f"{origin} requires padding (do_pad), which would make tokens without content", remedy)
     parsed: dict[str, Any] = {}
     if fields.get("do_resize", True):
         size = need("size")

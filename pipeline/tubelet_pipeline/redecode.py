@@ -3,7 +3,7 @@
     store ─▶ backbone_of ─▶ Backbone, whose weights have the recorded digest
     plan ─▶ FrameRedecoder ─▶ the decode request of each video, and its pixels
 
-For running the backbone, or showing frames, beside stored activations.
+Used to run the backbone on, or to show, the frames of stored activations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sampling_of(plan: Plan) -> DenseSampling | UniformSampling:
     """The plan's frame sampling.
 
     Raises:
-        TubeletError: this version does not know the rule.
+        TubeletError: this version does not support the rule.
     """
     recorded = {name: value for name, value in plan.sampling.items() if name != "views"}
     return _parsed(Sampling, recorded, "sampling")
@@ -43,7 +43,7 @@ def views_of(plan: Plan) -> CenterView | ThreeCrops | ShiftedViews:
     """The plan's views of each video.
 
     Raises:
-        TubeletError: this version does not know the rule.
+        TubeletError: this version does not support the rule.
     """
     recorded: Any = plan.sampling.get("views")
     return CenterView() if recorded is None else _parsed(Views, recorded, "views")
@@ -135,9 +135,9 @@ class FrameRedecoder:
 
 
 def _parsed(union: Any, recorded: dict[str, Any], what: str) -> Any:
-    """The member of `union` that a record describes; further entries of a record are formulas."""
-    members: tuple[type[BaseModel], ...] = get_args(get_args(union)[0])
-    kinds = {model.model_fields["kind"].default: model for model in members}
+    """The model of `union` that a record describes; further entries of a record are formulas."""
+    models: tuple[type[BaseModel], ...] = get_args(get_args(union)[0])
+    kinds = {model.model_fields["kind"].default: model for model in models}
     try:
         model = kinds[recorded["kind"]]
         return TypeAdapter(model).validate_python(
@@ -145,6 +145,6 @@ def _parsed(union: Any, recorded: dict[str, Any], what: str) -> Any:
         )
     except (KeyError, ValidationError) as error:
         raise TubeletError(
-            f"This version of Tubelet does not know the store's {what}: {recorded.get('kind')!r}",
+            f"This version of Tubelet does not support the store's {what}: {recorded.get('kind')!r}",
             "Use the version of Tubelet that made the store",
         ) from error

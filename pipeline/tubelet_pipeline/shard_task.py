@@ -3,7 +3,7 @@
     decode processes ─▶ frames, in order ─▶ pixels (a thread) ─▶ forward pass (this thread) ─▶ writer thread ─▶ publish
 
 The stages overlap; what is in flight is bounded by `batch_size`. Where a worker has two threads, the decoding of the
-next shard overlaps the end of this one; forward passes take turns. The task is told the store and the number of the
+next shard overlaps the end of this one; forward passes take turns. The task gets the store and the number of the
 shard, and returns a few counts: no array travels through Dask. A bad clip is a row of the clip table, not an exception.
 """
 
@@ -141,7 +141,7 @@ def _prepare(runtime: Runtime, batch: list[tuple[int, DecodedClip | DecodeFailur
     backbone, views = runtime.backbone, runtime.job.views
     for number, clip in batch:
         if isinstance(clip, DecodeFailure):
-            # Without the root, so that the clip table does not depend on where the data set lies.
+            # Without the root, so that the clip table does not depend on the location of the data set.
             message = clip.message.replace(resolve_uri(runtime.job.dataset_root, ""), "")
             outcomes.append(ClipOutcome.failure(clip.code, message))
             continue

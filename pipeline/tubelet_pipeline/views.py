@@ -86,7 +86,7 @@ def locate(views: CenterView | ThreeCrops | ShiftedViews, number: int) -> View:
 
 
 def place(views: CenterView | ThreeCrops | ShiftedViews, view: View, patch_size: tuple[int, int]) -> Place:
-    """Where the crop of `view` lies; `patch_size` is height and width in pixels."""
+    """Position of the crop of `view`; `patch_size` is height and width in pixels."""
     if isinstance(views, ThreeCrops):
         return Place(along=(view.spatial_view or 0) / 2)
     if isinstance(views, ShiftedViews) and views.patches:

@@ -1,4 +1,4 @@
-"""What every shard task is told, and what a worker process keeps between shards, per job.
+"""The specification that every shard task gets, and what a worker process keeps between shards, per job.
 
     shard task ─▶ runtimes.using(job) ─▶ Runtime, shared by the job's shards here ─▶ idle: kept while it is the newest
 
@@ -34,7 +34,7 @@ from tubelet_store.store_writer import StoreWriter
 
 
 class ShardJob(Config):
-    """What every shard task is told. Sent through Dask as JSON, without secrets."""
+    """The specification that every shard task gets. Sent through Dask as JSON, without secrets."""
 
     store: str
     plan_digest: str

@@ -1,4 +1,4 @@
-"""The zarr data type `bfloat16`, by its zarr-extensions name, so that tensorstore reads ours and we read theirs.
+"""The zarr data type `bfloat16`, by its zarr-extensions name, so that arrays are exchanged with tensorstore.
 
 zarr-python has none. Registered through the entry point `zarr.data_type` when Tubelet is installed, and on import here.
 NaN is written 0x7fc0, as the extension's text says.
@@ -25,7 +25,7 @@ class BFloat16(BaseFloat):
     dtype_cls = type(BFLOAT16)
     _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"
     _zarr_v2_names: ClassVar[tuple[str, ...]] = ("bfloat16",)
-    # ml_dtypes knows native order only; every platform we support is little endian.
+    # ml_dtypes has native byte order only; every platform we support is little endian.
     endianness: Literal["little"] = "little"
 
     @property
@@ -69,7 +69,7 @@ class BFloat16(BaseFloat):
 
 
 def register() -> None:
-    """Make zarr-python know `bfloat16` (safe to call again)."""
+    """Register `bfloat16` with zarr-python (safe to call again)."""
     data_type_registry.register("bfloat16", BFloat16)
 
 

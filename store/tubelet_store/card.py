@@ -114,7 +114,7 @@ Means and covariances of every hook are in `moments/`.
 def croissant_document(store: Store, title: str, license: str | None) -> dict[str, Any]:
     """Croissant 1.0 JSON-LD: the clip table as records, the activation arrays as files; digests from the manifest.
 
-    Croissant has no N-dimensional arrays: how to read the shards is told by the description, and by Zarr's metadata.
+    Croissant has no N-dimensional arrays: the description and Zarr's metadata document how to read the shards.
     """
     manifest, plan = store.manifest(), store.plan
     table = manifest.get(CLIPS)

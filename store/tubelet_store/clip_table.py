@@ -1,4 +1,4 @@
-"""The clip table: which videos a store holds, and what became of each.
+"""The clip table: the videos of a store, and the outcome of each.
 
 planned columns (before extraction) ──▶ plan.parquet
 planned + outcome columns (after)   ──▶ clips.parquet, one row per clip, in array order
@@ -86,7 +86,7 @@ class ClipOutcome(Config):
     """Patches that are stored, ascending, where the plan keeps only some of each clip."""
     decoder: str | None = None
     truncated: bool | None = None
-    """The stream ends well before its container says."""
+    """The stream ends well before the duration in its container."""
     corrupt_frames: int | None = None
     """Frames the decoder flagged as damaged."""
 
@@ -165,5 +165,5 @@ def from_parquet(data: bytes) -> pa.Table:
 
 
 def _give_back() -> None:
-    # Arrow keeps what it freed: of 100,000 clips five times their table, as long as the driver lives.
+    # Arrow keeps what it freed: of 100,000 clips five times their table, until the driver exits.
     pa.default_memory_pool().release_unused()

@@ -96,7 +96,7 @@ def write_commit(root: ObjectRoot, commit: Commit) -> bool:
 
 
 def encode_commit_moments(moments: dict[str, Moments]) -> bytes:
-    """The shard's moments as they lie beside its record, to be merged when the store is finished."""
+    """The shard's moments, stored with its record, to be merged when the store is finished."""
     flat: dict[str, NDArray[np.generic]] = {
         f"{hook}/{name}": np.asarray(values, order="C")
         for hook, of_hook in moments.items()

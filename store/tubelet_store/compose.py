@@ -114,7 +114,7 @@ class Composition:
 
     Raises:
         TubeletError: a part is unfinished, the plans differ in more than their clips, a clip comes twice, no such
-            hook, or something else lies at `url`.
+            hook, or `url` holds something else.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Composition:
                         os.link(lies_at, path)
                         continue
                 except OSError:
-                    # On another disk, or the disk knows no hard links.
+                    # On another disk, or the file system has no hard links.
                     pass
                 path.mkdir()
                 files[key] = fetched.enter_context(fetch(source.root, stored, path))

@@ -9,7 +9,7 @@ import google_crc32c
 
 
 class ObjectDigest:
-    """Feed it an object's bytes in order; ask for its checksums at the end.
+    """Checksums of an object, updated with its bytes in order.
 
     Args:
         clips: Clips at the start of the object (none for objects that hold none).

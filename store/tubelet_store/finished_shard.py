@@ -4,7 +4,7 @@
 
 Local roots lock the shard and replace objects of a killed writer. Object storage has no locks, so an object is written
 once and never replaced: a writer that finds other bytes of the same shard adopts them. The record therefore always
-describes the objects beside it, however many writers there are.
+describes the objects that are there, however many writers there are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FinishedShard:
     """Everything there is to publish of one shard."""
 
     commit: Commit
-    """The record, if the objects are ours."""
+    """The record, if this writer's objects are published."""
     moments: bytes
     files: Mapping[str, Path]
     """Local file of each object, by key."""
@@ -50,13 +50,13 @@ class FinishedShard:
 
 
 def publish(root: ObjectRoot, plan: Plan, finished: FinishedShard) -> Commit:
-    """Publish the objects, then the record. Publishing again after a failure goes on where it stopped.
+    """Publish the objects, then the record. Publishing again after a failure resumes.
 
     Returns:
         The record that counts: this one, or that of another writer of the same shard who was first.
 
     Raises:
-        TubeletError: another writer's objects lie there and hold other clips as failed.
+        TubeletError: the objects of another writer are there, with other failed clips.
         StoreUnreachable: the object storage is unreachable.
     """
     shard = finished.commit.shard
@@ -71,9 +71,9 @@ def publish(root: ObjectRoot, plan: Plan, finished: FinishedShard) -> Commit:
             else:
                 objects.append(_adopt(root, plan, stored.key, finished.commit, moments))
         commit = finished.commit.model_copy(update={"objects": tuple(objects)})
-        ours = finished.moments if commit.objects == finished.commit.objects else encode_commit_moments(moments)
-        lies_there = root.settle(commit_moments_key(shard), ours)
-        commit = commit.model_copy(update={"moments": stored_moments(shard, lies_there)})
+        settled = finished.moments if commit.objects == finished.commit.objects else encode_commit_moments(moments)
+        settled = root.settle(commit_moments_key(shard), settled)
+        commit = commit.model_copy(update={"moments": stored_moments(shard, settled)})
         if write_commit(root, commit):
             return commit
     winner = read_commit(root, shard)
@@ -86,7 +86,7 @@ def publish(root: ObjectRoot, plan: Plan, finished: FinishedShard) -> Commit:
 
 
 def _adopt(root: ObjectRoot, plan: Plan, key: str, commit: Commit, moments: dict[str, Moments]) -> StoredObject:
-    """Describe the object that another writer of the same shard put at `key`, and use its moments."""
+    """Describe the object that another writer of the same shard wrote at `key`, and use its moments."""
     kind, hook = next(
         (kind, hook)
         for kind in array_kinds(plan)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 class HookArray:
     """Activations [clip, time, space, channel] (or special tokens) of `store` at `hook`. Get one from `store[hook]`.
 
-    Indexing is NumPy's, with an integer, a slice, a list of integers or a boolean mask on the first axis. What lies in
-    one shard comes as a read-only view of its memory map, what lies in several as a copy.
+    Indexing is NumPy's, with an integer, a slice, a list of integers or a boolean mask on the first axis. Clips of
+    one shard are returned as a read-only view of its memory map, clips of several shards as a copy.
 
     Raises:
         TubeletError: the store has no such hook, or no special tokens.

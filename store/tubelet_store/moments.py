@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Above this width the full covariance (8 d^2 bytes a shard) is no longer small beside the shard: its diagonal is kept.
+# Above this width the full covariance (8 d^2 bytes a shard) is large compared with the shard: only its diagonal is
+# kept.
 COVARIANCE_MAX_CHANNELS = 1024
 
 # Norm bins: 32 an octave from 2^-16 to 2^20, so a quantile is known to 2.2 %.
@@ -123,7 +124,7 @@ class Moments:
         return self.norm_sum / max(self.count, 1)
 
     def norm_quantile(self, level: float) -> float:
-        """L2 norm below which a fraction `level` of the tokens lies, to one bin (2.2 %). NaN without tokens."""
+        """L2 norm below which a fraction `level` of the tokens falls, to one bin (2.2 %). NaN without tokens."""
         if self.count == 0:
             return float("nan")
         reached = np.searchsorted(np.cumsum(self.norm_histogram), max(level * self.count, 1))

@@ -72,7 +72,7 @@ def find_orphans(store: Store, older_than_s: float) -> list[Orphan]:
         age = store.root.age_s(key)
         reason = None
         if _OURS.fullmatch(key) is None:
-            reason = "not of this format: remove it by hand"
+            reason = "not of this format: remove it manually"
         elif age is None or age < older_than_s:
             reason = "of unknown age" if age is None else f"only {age / 3600:.1f} h old"
         orphans.append(Orphan(key, size, reason))

@@ -64,7 +64,7 @@ class TokenSelection(Config):
     grid: Grid
     """Grid of the backbone, before the selection."""
     seed: int | None = None
-    """patches: chooses them, anew for each clip."""
+    """patches: seed of the choice, which differs per clip."""
 
 
 class Hook(Config):

@@ -367,7 +367,7 @@ class Store(Tabular):
         size_bytes = shard_bytes(self.plan, kind, of_hook, shard)
         if stored is None or stored.size_bytes != size_bytes or len(stored.crc32c) != clips:
             raise TubeletError(
-                f"{self.url}/{key}: the manifest does not describe the {size_bytes} bytes that the plan asks for",
+                f"{self.url}/{key}: the manifest does not describe the {size_bytes} bytes that the plan requires",
                 "Copy the store again from its source",
             )
         return ShardObject(
@@ -389,7 +389,7 @@ def open_store(url: str, allow_unfinished: bool = False, cache: CacheConfig | No
     """Open the store at `url` (a path, an fsspec URL, or `catalog.yaml#name`).
 
     Args:
-        url: Where the store lies, or its name in a catalog (by path or URL), whose digest it must then have.
+        url: Location of the store, or its name in a catalog (by path or URL), whose digest it must then have.
         allow_unfinished: Also open a store that is still being written; only its committed shards are seen.
         cache: Where and how much of a remote store is kept on a local disk; None: the defaults.
 
@@ -401,7 +401,7 @@ def open_store(url: str, allow_unfinished: bool = False, cache: CacheConfig | No
     if is_reference(url):
         entry = resolve(url)
         url, identity = entry.url, entry.identity
-        remedy = f"The catalog says of it: {entry.about.description or 'nothing about where else it lies'}"
+        remedy = f"Its description in the catalog: {entry.about.description or 'none'}"
     root = open_root(url)
     state = read_state(root)
     if state is None:
@@ -410,7 +410,7 @@ def open_store(url: str, allow_unfinished: bool = False, cache: CacheConfig | No
     if identity is not None and store.identity != identity:
         raise TubeletError(
             f"{url} is not the store that the catalog means: its identity is {store.identity}, not {identity}",
-            "If the store was made anew on purpose, `tubelet catalog add --replace` lists the new one",
+            "If the store was rebuilt on purpose, `tubelet catalog add --replace` lists the new one",
         )
     if not state.complete and not allow_unfinished:
         done = len(store.committed)

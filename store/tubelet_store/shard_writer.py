@@ -31,7 +31,7 @@ from tubelet_store.object_keys import ACTIVATIONS, SPECIAL, shard_key
 from tubelet_store.plan import Hook, Plan
 from tubelet_store.storage.object_root import ObjectRoot
 
-# How many there were is told by the clip's error alone, so that a shard copied clip by clip has the same moments.
+# Their number is recorded in the clip's error only, so that a shard copied clip by clip has the same moments.
 _NONFINITE = re.compile(r"nonfinite: (?P<values>\d+) values of \w+/(?P<hook>\S+) are NaN or infinite")
 
 
@@ -147,7 +147,7 @@ class ShardWriter:
         ascending = all(a < b for a, b in zip((-1, *patches), (*patches, plan.position_grid.space), strict=True))
         if not some or len(patches) != plan.grid.space or not ascending:
             wanted = f"{plan.grid.space} of {plan.position_grid.space}, ascending" if some else "none"
-            raise ValueError(f"clip {self._range[len(self._outcomes)]} names patches {patches}, the plan asks {wanted}")
+            raise ValueError(f"clip {self._range[len(self._outcomes)]}: patches {patches}, the plan requires {wanted}")
 
     def _check_range(self, outcome: ClipOutcome, arrays: Mapping[str, Mapping[str, NDArray[Any]]]) -> ClipOutcome:
         limit = float(ml_dtypes.finfo(self._plan.numpy_dtype).max)

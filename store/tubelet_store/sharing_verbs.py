@@ -53,7 +53,7 @@ class PushConfig(CopyConfig):
     """What is published, where to, and what the catalog says about it."""
 
     destination: str
-    """Path or URL, listed in catalog.yaml beside it; or CATALOG#NAME for the place of that entry."""
+    """Path or URL, listed in catalog.yaml of the same folder; or CATALOG#NAME for the URL of that entry."""
     license: str | None = None
     """License in the catalog entry; none: that of an existing entry."""
     owner: str | None = None
@@ -77,7 +77,7 @@ class MergeConfig(Config):
     stores: tuple[str, ...] = Field(min_length=2)
     """Stores of different videos, made with the same settings, in the order of the result. They stay unchanged."""
     out: str | None = None
-    """Path or URL of the new store; none: the next version beside the first store, NAME.v2.zarr."""
+    """Path or URL of the new store; none: the next version in the folder of the first store, NAME.v2.zarr."""
     clips_per_shard: int | None = Field(default=None, ge=1)
     """Of the new store; none: that of the first store."""
     threads: int = Field(default=4, ge=1)

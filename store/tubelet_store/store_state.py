@@ -52,7 +52,7 @@ def read_state(root: ObjectRoot) -> StoreState | None:
     """The state of the store at `root`; None where nothing was begun.
 
     Raises:
-        TubeletError: there is a Zarr group that is not ours, of a later format, or damaged.
+        TubeletError: the Zarr group is not a Tubelet store, is of a later format, or is damaged.
     """
     for reading in range(readings(root), 0, -1):
         try:
@@ -88,7 +88,7 @@ def _parsed(raw: bytes, root: ObjectRoot) -> StoreState:
             f"{root.url}/{GROUP} is damaged at '{where}': {fault['msg']}", "Copy it again from its source"
         ) from error
     if state.plan.digest != state.plan_digest:
-        raise TubeletError(f"{root.url}/{GROUP}: the plan was changed by hand", "Copy it again from its source")
+        raise TubeletError(f"{root.url}/{GROUP}: the plan was edited", "Copy it again from its source")
     return state
 
 

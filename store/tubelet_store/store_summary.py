@@ -56,9 +56,9 @@ def _tokens(store: Store) -> dict[str, Any]:
     plan = store.plan
     if plan.tokens is None:
         return {"kind": "all", "backbone_grid": plan.grid.model_dump(), "stored": plan.grid.tokens}
-    said = plan.tokens.model_dump(exclude={"grid"}, exclude_none=True)
+    selection = plan.tokens.model_dump(exclude={"grid"}, exclude_none=True)
     whole = plan.tokens.grid
-    return {**said, "backbone_grid": whole.model_dump(), "stored": plan.grid.tokens, "of": whole.tokens}
+    return {**selection, "backbone_grid": whole.model_dump(), "stored": plan.grid.tokens, "of": whole.tokens}
 
 
 def _views(store: Store) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class StoreWriter:
             provenance: What describes this run but decides no byte (data set root, software, time): kept, not hashed.
 
         Raises:
-            TubeletError: something else lies at `url`, or a store with another plan (the differences are listed).
+            TubeletError: `url` holds something else, or a store with another plan (the differences are listed).
         """
         root = open_root(url)
         table = check_planned(clips)
@@ -90,14 +90,14 @@ class StoreWriter:
             state = StoreState(plan=plan, plan_digest=plan.digest, provenance=dict(provenance))
             documents[GROUP] = state_document(state)
             root.replace(PLAN_TABLE, to_parquet(table))
-            # The group document comes last: where it stands, the store was begun.
+            # The group document comes last: if it exists, the store was begun.
             for key in sorted(documents, key=lambda key: key == GROUP):
                 root.replace(key, documents[key])
         elif state.plan_digest != plan.digest:
             differences = "; ".join(state.plan.differences(plan))
             raise TubeletError(
                 f"{url} was begun with another plan ({differences})",
-                "Give the earlier settings to continue it, or another store path to start anew",
+                "Give the earlier settings to continue it, or another store path to start over",
             )
         if not state.complete:
             root.probe_create()
@@ -105,7 +105,7 @@ class StoreWriter:
 
     @classmethod
     def attach(cls, url: str, plan_digest: str) -> StoreWriter:
-        """The begun store at `url`, for a worker that was told which plan to expect.
+        """The begun store at `url`, for a worker that expects a given plan.
 
         Raises:
             TubeletError: there is none, or its plan is another.

@@ -39,7 +39,7 @@ class StoreCopy:
         read_back: Compare digests at the target too; without, only lengths.
 
     Raises:
-        TubeletError: the source is unfinished; something else lies at `url`.
+        TubeletError: the source is unfinished; `url` holds something else.
     """
 
     def __init__(self, source: Store, url: str, read_back: bool = True) -> None:
@@ -51,17 +51,17 @@ class StoreCopy:
         present = read_state(self._target)
         if present is not None and present.identity != source.identity:
             raise TubeletError(
-                f"Another store lies at {url} ({present.identity or 'unfinished'})", "Choose another destination"
+                f"{url} holds another store ({present.identity or 'unfinished'})", "Choose another destination"
             )
-        ours = {*self.manifest.keys, GROUP, PLAN_TABLE, MANIFEST, *self._commit_keys()}
-        if present is None and (foreign := sorted(set(self._target.list_keys()) - ours)):
+        expected = {*self.manifest.keys, GROUP, PLAN_TABLE, MANIFEST, *self._commit_keys()}
+        if present is None and (foreign := sorted(set(self._target.list_keys()) - expected)):
             raise TubeletError(
                 f"{url} is not empty: {foreign[0]} is no part of {source.url}",
                 "Choose a new destination, or empty this one",
             )
 
     def run(self, threads: int = 8) -> Iterator[tuple[StoredObject, bool]]:
-        """Copy what is missing; yields each object of the manifest, and whether it had to travel.
+        """Copy what is missing; yields each object of the manifest, and whether it was transferred.
 
         Raises:
             TubeletError: an object cannot be had, or cannot be written, undamaged.
@@ -123,7 +123,7 @@ def transfer(source: ObjectRoot, target: ObjectRoot, stored: StoredObject, read_
                 return
     raise TubeletError(
         f"{target.url}/{stored.key} was written {ATTEMPTS} times and is damaged there each time",
-        "Check the disk or the object storage it lies on",
+        "Check the disk or the object storage of the target",
     )
 
 
@@ -134,7 +134,7 @@ def fetch(source: ObjectRoot, stored: StoredObject, folder: Path | None = None) 
     Args:
         source: Where to read it.
         stored: What it must be.
-        folder: Where to put it; default: a temporary folder.
+        folder: Folder of the copy; default: a temporary one.
 
     Raises:
         TubeletError: it is missing, or read three times it was damaged each time.
@@ -154,13 +154,13 @@ def fetch(source: ObjectRoot, stored: StoredObject, folder: Path | None = None) 
                 yield path
                 return
     raise TubeletError(
-        f"{source.url}/{stored.key} is damaged: read {ATTEMPTS} times, it is never what the manifest says",
+        f"{source.url}/{stored.key} is damaged: read {ATTEMPTS} times, it never has the digest in the manifest",
         "Run `tubelet verify` on that store; repair it with --from ANOTHER_COPY",
     )
 
 
 def holds(root: ObjectRoot, stored: StoredObject, read_back: bool = True) -> bool:
-    """The object lies at `root`, with its length and (unless `read_back` is off) its digest."""
+    """The object is at `root`, with its length and (unless `read_back` is off) its digest."""
     if root.size(stored.key) != stored.size_bytes:
         return False
     return not read_back or digest_of(root.chunks(stored.key)).sha256 == stored.sha256

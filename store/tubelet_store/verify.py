@@ -2,7 +2,7 @@
 
     every object ─▶ size, digest, checksum of each clip ─▶ findings ─▶ (given another copy) repair
 
-The identity covers sizes and digests. The checksums per clip, which only tell where the damage is, are computed anew
+The identity covers sizes and digests. The checksums per clip, which only locate the damage, are recomputed
 from the objects, so a manifest in which they were changed is found too.
 """
 
@@ -27,7 +27,7 @@ from tubelet_store.transfer import transfer
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One fault."""
 
     key: str
     """Object it concerns."""
@@ -141,7 +141,7 @@ class Repair:
 
 
 class _ObjectCheck:
-    """Checks one object; knows which object holds which clips."""
+    """Checks one object, and finds the clips that a fault affects."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

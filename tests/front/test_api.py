@@ -46,7 +46,7 @@ def test_keywords_override_and_leave_their_neighbors(tmp_path, of: str) -> None:
     [
         ({"sea": {}}, r"Unknown field 'sea' in the arguments\. Did you mean 'sae'\?"),
         ({"sae": {"kind": "batchtopk", "kk": 16}}, r"Unknown field 'sae\.kk' in the arguments\. Did you mean 'k'\?"),
-        ({"epochs": "many"}, r"Field 'epochs' in the arguments does not fit: .*given: 'many'.*help\(TrainConfig\)"),
+        ({"epochs": "many"}, r"Field 'epochs' in the arguments is invalid: .*given: 'many'.*help\(TrainConfig\)"),
         ({"steps": 1}, r"give one of steps and epochs"),
     ],
 )

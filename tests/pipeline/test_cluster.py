@@ -107,7 +107,7 @@ def test_a_resource_nobody_has_is_said_not_waited_for(tmp_path: Path) -> None:
         asks = cluster(scheduler=address, resources={"GPU": 1})
         with connect(asks) as client, pytest.raises(TubeletError) as caught:
             check_workers(client, asks, "preflight-gpu")
-        assert "None of the 1 workers has the resources that a shard asks for (GPU=1)" in str(caught.value)
+        assert "None of the 1 workers has the resources of a shard task (GPU=1)" in str(caught.value)
         assert "--resources GPU=1" in str(caught.value)
 
         # The same scheduler, through its file and through the environment.

@@ -100,5 +100,5 @@ class TestAnonymousReading:
             with pytest.raises(TubeletError, match="storage_options may hold secrets"):
                 Catalog.read(str(path))
         path.write_text(good.replace("s3://public", "gs://public"))
-        with pytest.raises(TubeletError, match="only S3 knows `anon`"):
+        with pytest.raises(TubeletError, match="`anon` is an option of S3 only"):
             Catalog.read(str(path))

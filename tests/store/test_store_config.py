@@ -1,4 +1,4 @@
-"""A configuration that does not fit is answered with the field's name and the remedy, in one line."""
+"""An invalid configuration is refused with the field's name and the remedy, in one line."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_a_bit_that_flips_on_arrival_is_healed_or_named(store, tmp_path, times):
 def test_nothing_is_overwritten_that_is_not_the_same_store(store, tmp_path):
     url = str(tmp_path / "c.zarr")
     scripted.begin(url)
-    with pytest.raises(TubeletError, match="Another store lies at"):
+    with pytest.raises(TubeletError, match="holds another store"):
         StoreCopy(store, url)
     (tmp_path / "d.zarr").mkdir()
     (tmp_path / "d.zarr/mine.txt").write_text("x")

@@ -39,7 +39,7 @@ def specs(config: TrainConfig) -> list[Spec]:
     """The SAEs that `config` describes, in the order of the list and the grid.
 
     Raises:
-        TubeletError: a field belongs to the stream, is unknown or does not fit, or two SAEs have one name.
+        TubeletError: a field belongs to the stream, is unknown or invalid, or two SAEs have one name.
     """
     if not config.saes and not config.sweep:
         return [Spec("", config)]

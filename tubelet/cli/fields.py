@@ -42,7 +42,7 @@ def fields_of(model: type[Config]) -> list[Field]:
 
 
 def _fields(model: type[Config], instance: Any, prefix: str) -> list[Field]:
-    found = []
+    fields = []
     for name, info in model.model_fields.items():
         path = f"{prefix}{info.alias or name}"
         meaning = " ".join((info.description or "").split())
@@ -53,13 +53,13 @@ def _fields(model: type[Config], instance: Any, prefix: str) -> list[Field]:
         if not sections:
             is_switch = bool in (info.annotation, *get_args(info.annotation))
             values = _literals(info.annotation)
-            found.append(Field(path, text, meaning, values, is_required=required, is_switch=is_switch))
+            fields.append(Field(path, text, meaning, values, is_required=required, is_switch=is_switch))
             continue
-        found.append(Field(path, text, meaning, is_section=True, is_required=required))
-        found += _merged(
+        fields.append(Field(path, text, meaning, is_section=True, is_required=required))
+        fields += _merged(
             [(section, _fields(section, default, f"{path}.")) for section in sections], default, f"{path}.kind"
         )
-    return found
+    return fields
 
 
 def _merged(variants: list[tuple[type[Config], list[Field]]], default: Any, tag_path: str) -> list[Field]:
@@ -75,7 +75,7 @@ def _merged(variants: list[tuple[type[Config], list[Field]]], default: Any, tag_
     first = variants[0][1]
     tag = next(field for field in first if field.path == tag_path)
     text = kinds.get(type(default), REQUIRED)
-    meaning = tag.meaning or "Which variant; each has fields of its own."
+    meaning = tag.meaning or "Which variant; each has its own fields."
     values, required = tuple(kinds.values()), text == REQUIRED
     merged = [replace(tag, default=text, values=values, meaning=meaning, is_required=required)]
     common = [field for field, having in holders.items() if len(having) == len(variants)]

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tubelet: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # `tubelet info STORE | head` closed the pipe: what is left to print, the exit's flush included, goes nowhere.
+        # `tubelet info STORE | head` closed the pipe: discard the remaining output, including the flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:

@@ -197,7 +197,7 @@ class Backbone(ABC):
 
         Args:
             frames_u8: uint8 [T, H, W, 3] with T = `frames`.
-            place: Where the crop lies.
+            place: Position of the crop.
 
         Returns:
             float32 [T, 3, h, w] on the CPU; top, left, height, width in pixels of the source frame.
@@ -218,7 +218,7 @@ class Backbone(ABC):
 
         Args:
             pixels: float32 [B, T, 3, h, w] as `preprocess` gives them, on any device.
-            hooks: Names that `resolve_hook` knows.
+            hooks: Names that `resolve_hook` accepts.
 
         Returns:
             One `Captured` per hook, keyed by the given name.

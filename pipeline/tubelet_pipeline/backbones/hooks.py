@@ -38,7 +38,7 @@ class _AllCaptured(Exception):
 class CompiledCapture:
     """`capture` as a compiled function of the pixels, for one set of modules, whose hooks stay until `close`.
 
-    It compiles on its first call, and once more, for any batch size, when the batch size changes. It returns only the
+    It compiles on its first call, and again, for any batch size, when the batch size changes. It returns only the
     outputs of `modules`, so the compiler drops what the model computes after the last of them.
 
     Args:

@@ -41,7 +41,7 @@ class ReferenceCheckpoint:
     hooks: tuple[str, ...]
     """A middle block and a late one: where motion and classes are usually read."""
     special_tokens: int = 0
-    """Tokens before the grid (CLS, registers), stored beside it."""
+    """Tokens before the grid (CLS, registers), stored next to it."""
     final_norm: bool = True
     """Whether there is a hook `final_norm`."""
     block_parts: bool = True

@@ -32,7 +32,7 @@ def rewriting(backbone: Backbone, hook: str, rewrite: Rewrite) -> Iterator[None]
 
     Args:
         backbone: Not compiled.
-        hook: Any name that `resolve_hook` knows.
+        hook: Any name that `resolve_hook` accepts.
         rewrite: Called once per pass. Precision and device of its tokens are the backbone's.
 
     Raises:

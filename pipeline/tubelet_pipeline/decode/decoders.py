@@ -43,7 +43,7 @@ def decode(path: str, backend: str, choose: Choose, allocate: Allocate, announce
         backend: As in `DecodeConfig`.
         choose: Frames of the clip, given the number of frames of the video.
         allocate: Returns the uint8 array of shape [T, H, W, 3] to decode into.
-        announce: Called with the decoder's name before it starts: if this process dies, the parent knows which it was.
+        announce: Called with the decoder's name before it starts: if this process dies, the parent knows the decoder.
 
     Raises:
         DecodeFailure: any code but `missing`, `fetch_failed`, `timeout`, `crash`.
@@ -81,19 +81,19 @@ def decode_with_decord(path: str, index: VideoIndex, choose: Choose, allocate: A
         reader = decord.VideoReader(path, num_threads=1, fault_tol=1)
         if len(reader) != index.frames:
             raise DecodeFailure("inexact", f"decord counts {len(reader)} frames, the container {index.frames}")
-        wanted, slots = np.unique(choice.indices, return_inverse=True)
+        wanted, places = np.unique(choice.indices, return_inverse=True)
         timestamps_s = (index.pts[choice.indices] * index.time_base_s).astype(np.float64)
         seen_s = reader.get_frame_timestamp(choice.indices.tolist())[:, 0]
         # decord counts time from the first frame, in float32.
         if not np.allclose(seen_s, timestamps_s - index.pts[0] * index.time_base_s, rtol=1e-6, atol=1e-3):
             raise DecodeFailure("inexact", "decord's timestamps differ from the container's")
-        pictures = reader.get_batch(wanted.tolist()).asnumpy()
-    # decord raises plain RuntimeError and AssertionError beside its own errors, for the same faults.
+        decoded = reader.get_batch(wanted.tolist()).asnumpy()
+    # decord raises plain RuntimeError and AssertionError as well as its own errors, for the same faults.
     except (decord.DECORDError, RuntimeError, AssertionError, StopIteration) as error:
         raise DecodeFailure("decode_failed", " ".join(str(error).split())[-200:]) from error
-    _, height, width, _ = pictures.shape
+    _, height, width, _ = decoded.shape
     frames = allocate((len(choice.indices), height, width, 3))
-    np.take(pictures, slots, axis=0, out=frames)
+    np.take(decoded, places, axis=0, out=frames)
     return index.clip(choice, frames, timestamps_s, decord_version(), corrupt_frames=None)
 
 
@@ -112,18 +112,18 @@ def decode_with_torchcodec(path: str, index: VideoIndex, choose: Choose, allocat
         reader = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         if len(reader) != index.frames:
             raise DecodeFailure("inexact", f"torchcodec counts {len(reader)} frames, the container {index.frames}")
-        wanted, slots = np.unique(choice.indices, return_inverse=True)
+        wanted, places = np.unique(choice.indices, return_inverse=True)
         batch = reader.get_frames_at(wanted.tolist())
     # torchcodec raises plain RuntimeError, ValueError and IndexError.
     except (RuntimeError, ValueError, IndexError) as error:
         raise DecodeFailure("decode_failed", " ".join(str(error).split())[-200:]) from error
     timestamps_s = (index.pts[choice.indices] * index.time_base_s).astype(np.float64)
-    if not np.allclose(batch.pts_seconds.numpy()[slots], timestamps_s, rtol=1e-9, atol=1e-6):
+    if not np.allclose(batch.pts_seconds.numpy()[places], timestamps_s, rtol=1e-9, atol=1e-6):
         raise DecodeFailure("inexact", "torchcodec's timestamps differ from the container's")
-    pictures = batch.data.numpy()
-    _, height, width, _ = pictures.shape
+    decoded = batch.data.numpy()
+    _, height, width, _ = decoded.shape
     frames = allocate((len(choice.indices), height, width, 3))
-    np.take(pictures, slots, axis=0, out=frames)
+    np.take(decoded, places, axis=0, out=frames)
     return index.clip(choice, frames, timestamps_s, torchcodec_version(), corrupt_frames=None)
 
 

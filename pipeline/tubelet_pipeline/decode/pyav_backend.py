@@ -43,18 +43,18 @@ class _FrameBuffer:
         self.to_rgb = VideoReformatter()
         self.pts: list[int | None] = [None] * len(choice.indices)
 
-    def put(self, index: int, frame: av.VideoFrame) -> None:
+    def write(self, index: int, frame: av.VideoFrame) -> None:
         rgb_HWC = np.asarray(self.to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray(), np.uint8)
-        picture = upright(rgb_HWC, frame.side_data.get("DISPLAYMATRIX"))
+        upright_HWC = upright(rgb_HWC, frame.side_data.get("DISPLAYMATRIX"))
         if self.frames is None:
-            self.frames = self.allocate((len(self.indices), *picture.shape))
-        if picture.shape != self.frames.shape[1:]:
-            was, now = self.frames.shape[1:3], picture.shape[:2]
+            self.frames = self.allocate((len(self.indices), *upright_HWC.shape))
+        if upright_HWC.shape != self.frames.shape[1:]:
+            was, now = self.frames.shape[1:3], upright_HWC.shape[:2]
             raise DecodeFailure("resolution_change", f"{was[1]}x{was[0]} becomes {now[1]}x{now[0]} at frame {index}")
-        slots = np.flatnonzero(self.indices == index)
-        self.frames[slots] = picture
-        for slot in slots:
-            self.pts[slot] = frame.pts
+        places = np.flatnonzero(self.indices == index)
+        self.frames[places] = upright_HWC
+        for place in places:
+            self.pts[place] = frame.pts
 
 
 def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> DecodedClip:
@@ -67,10 +67,10 @@ def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> 
         choice = choose(index.frames)
         seeking: list[int] = index.keys.tolist()
         for keys in (seeking, []):
-            picture = _FrameBuffer(choice, allocate)
+            buffer = _FrameBuffer(choice, allocate)
             try:
-                corrupt = _by_timestamp(path, index, index.pts, keys, picture)
-                return _clip(index, choice, picture, corrupt)
+                corrupt = _by_timestamp(path, index, index.pts, keys, buffer)
+                return _clip(index, choice, buffer, corrupt)
             except _Disagreement:
                 pass
     frames = sum(1 for _ in _decoded(path, index.frames))
@@ -78,25 +78,25 @@ def decode(path: str, index: VideoIndex, choose: Choose, allocate: Allocate) -> 
         raise DecodeFailure("no_frames", f"none of {index.frames} packets gives a frame")
     lost = max(0, index.frames - frames)
     choice = choose(frames)
-    picture = _FrameBuffer(choice, allocate)
-    corrupt = _by_counting(path, frames, picture)
-    return _clip(index.without_timestamps(frames), choice, picture, corrupt + lost)
+    buffer = _FrameBuffer(choice, allocate)
+    corrupt = _by_counting(path, frames, buffer)
+    return _clip(index.without_timestamps(frames), choice, buffer, corrupt + lost)
 
 
-def _clip(index: VideoIndex, choice: FrameChoice, picture: _FrameBuffer, corrupt: int) -> DecodedClip:
-    assert picture.frames is not None  # every choice has at least one frame
-    seconds = [np.nan if pts is None else pts * index.time_base_s for pts in picture.pts]
-    return index.clip(choice, picture.frames, np.array(seconds, np.float64), DECODER, corrupt)
+def _clip(index: VideoIndex, choice: FrameChoice, buffer: _FrameBuffer, corrupt: int) -> DecodedClip:
+    assert buffer.frames is not None  # every choice has at least one frame
+    seconds = [np.nan if pts is None else pts * index.time_base_s for pts in buffer.pts]
+    return index.clip(choice, buffer.frames, np.array(seconds, np.float64), DECODER, corrupt)
 
 
-def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: list[int], picture: _FrameBuffer) -> int:
-    """Fill `picture` by matching timestamps, entering at `keys`; number of damaged frames on the way."""
+def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: list[int], buffer: _FrameBuffer) -> int:
+    """Fill `buffer` by matching timestamps, seeking to `keys`; number of damaged frames decoded."""
     corrupt = 0
     with av.open(path, metadata_errors="replace") as container:
         stream = _single_threaded(container)
         frames = _forward(container, stream, index.frames)
         first = at = entered = int(pts[0])
-        for number in np.unique(picture.indices).tolist():
+        for number in np.unique(buffer.indices).tolist():
             target = int(pts[number])
             before = bisect_right(keys, target)
             key = keys[before - 1] if before else first
@@ -119,19 +119,19 @@ def _by_timestamp(path: str, index: VideoIndex, pts: NDArray[np.int64], keys: li
             if frame.pts != target:
                 raise _Disagreement
             at = target
-            picture.put(number, frame)
+            buffer.write(number, frame)
     return corrupt
 
 
-def _by_counting(path: str, frames: int, picture: _FrameBuffer) -> int:
-    """Fill `picture` by position in a full decode; number of damaged frames on the way."""
-    wanted = set(picture.indices.tolist())
+def _by_counting(path: str, frames: int, buffer: _FrameBuffer) -> int:
+    """Fill `buffer` by position in a full decode; number of damaged frames decoded."""
+    wanted = set(buffer.indices.tolist())
     last = max(wanted)
     corrupt = 0
     for number, frame in enumerate(_decoded(path, frames)):
         corrupt += frame.is_corrupt
         if number in wanted:
-            picture.put(number, frame)
+            buffer.write(number, frame)
         if number == last:
             break
     return corrupt
@@ -164,24 +164,24 @@ def _forward(container: av.container.InputContainer, stream: VideoStream, expect
         ) from error
 
 
-def upright(picture: NDArray[np.uint8], display_matrix: Any) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] `picture` after the quarter turns and reflections of its display matrix, as a player shows it.
+def upright(frame_HWC: NDArray[np.uint8], display_matrix: Any) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] frame after the quarter turns and reflections of its display matrix, as a player shows it.
 
     Args:
-        picture: uint8 [H, W, 3].
+        frame_HWC: uint8 [H, W, 3].
         display_matrix: Buffer of nine int32 (a b u; c d v; x y w), which sends the point (p, q) to
             (a p + c q, b p + d q); None: identity.
     """
     if display_matrix is None:
-        return picture
+        return frame_HWC
     matrix = np.frombuffer(display_matrix, np.int32, 9).reshape(3, 3)
     (a, b), (c, d) = matrix[:2, :2].tolist()
     if abs(a) >= abs(b):
         across, down = a, d
     else:
-        picture = picture.transpose(1, 0, 2)
+        frame_HWC = frame_HWC.transpose(1, 0, 2)
         across, down = c, b
-    turned = picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+    turned = frame_HWC[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
     upright_HWC = np.empty(turned.shape, np.uint8)
     for channel in range(3):  # five times faster than copying three bytes at a time
         upright_HWC[..., channel] = turned[..., channel]

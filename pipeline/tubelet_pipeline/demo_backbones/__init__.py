@@ -3,7 +3,7 @@
 `backbone.id` takes their names on every machine; the store records name and digest of the weights.
 
 They were trained by the scripts in `benchmarks/pretrain/` on videos of the demo's generator, with another seed, and
-know nothing about real videos.
+are of no use on real videos.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Stage:
     half_width: float
     half_height: float
 
-    def clock(self) -> Series:
+    def times(self) -> Series:
         """Time of each frame, from 0 (first) to 1 (last)."""
         return np.linspace(0, 1, self.frames)
 
@@ -66,7 +66,7 @@ Choreography = Callable[[np.random.Generator, Stage], tuple[Track, ...]]
 
 def _pace(rng: np.random.Generator, stage: Stage) -> Series:
     """Progress from 0 to 1: anything between steady and eased at both ends."""
-    t = stage.clock()
+    t = stage.times()
     ease = rng.uniform(0, 1)
     return (1 - ease) * t + ease * t * t * (3 - 2 * t)
 
@@ -123,7 +123,7 @@ def _appearing(rng: np.random.Generator, stage: Stage) -> tuple[Track, ...]:
     x, y = stage.place(rng, radius * REACH, radius * REACH)
     begin, end = rng.uniform(0.1, 0.35), rng.uniform(0.6, 0.9)
     base = still(stage, x, y, radius, _angle(rng))
-    return (Track(base.x, base.y, base.radius, base.angle, np.clip((stage.clock() - begin) / (end - begin), 0, 1)),)
+    return (Track(base.x, base.y, base.radius, base.angle, np.clip((stage.times() - begin) / (end - begin), 0, 1)),)
 
 
 def _meeting(rng: np.random.Generator, stage: Stage) -> tuple[Track, ...]:
@@ -159,7 +159,7 @@ def _shaking(rng: np.random.Generator, stage: Stage) -> tuple[Track, ...]:
     x, y = stage.place(rng, radius * REACH + swing, radius * REACH + swing)
     bearing = rng.uniform(0, np.pi)
     # At most 4 oscillations per clip: 16 sampled frames then sample each oscillation at 4 points.
-    offset = swing * np.sin(2 * np.pi * rng.uniform(2.5, 4) * stage.clock() + rng.uniform(0, 2 * np.pi))
+    offset = swing * np.sin(2 * np.pi * rng.uniform(2.5, 4) * stage.times() + rng.uniform(0, 2 * np.pi))
     base = still(stage, 0.0, 0.0, radius, _angle(rng))
     track = Track(x + offset * np.cos(bearing), y + offset * np.sin(bearing), base.radius, base.angle, base.opacity)
     return (track,)

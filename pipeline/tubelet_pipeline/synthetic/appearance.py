@@ -211,6 +211,6 @@ BACKGROUND_PATTERNS: dict[str, Pattern] = {
 
 
 def paint(rng: np.random.Generator, pattern: str, color: Color, height: int, width: int) -> NDArray[np.float32]:
-    """Background picture, float32 [height, width, 3] in 0..255."""
+    """Background image, float32 [height, width, 3] in 0..255."""
     swing = 1 + CONTRAST * BACKGROUND_PATTERNS[pattern](rng, height, width)
     return np.clip(swing[:, :, None] * np.array(color), 0, 255).astype(np.float32)

@@ -60,7 +60,7 @@ class Scene:
     """Mask value v is actor v - 1. The objects of the placeholders come first, a bystander last."""
     placeholders: tuple[str, ...]
     background_HWC: NDArray[np.float32]
-    """Still picture, 0..255."""
+    """Still background, 0..255."""
     order: NDArray[np.int64]
     """Frame of the choreography (and of the camera noise) that each frame shows, [frames]."""
     noise_seed: tuple[int, ...]

@@ -60,8 +60,8 @@ def encode(path: Path, frames_THWC: NDArray[np.uint8], fps: int, encoding: Encod
             stream.codec_context.gop_size = encoding.gop
             stream.codec_context.thread_count = 1
             stream.codec_context.flags |= av.codec.context.Flags.bitexact
-            for picture in frames_THWC:
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            for frame_HWC in frames_THWC:
+                frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         unfinished.replace(path)

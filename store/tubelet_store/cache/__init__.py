@@ -18,7 +18,7 @@ All state is in one directory, which all processes of a machine share, for any s
 * Files are not synced (fsync took a third of the time), so a power cut may lose bytes. The first process after a boot
   therefore moves every object to the partial files; each is verified on its next use, and lost parts are fetched.
 
-Locks are released by name (LOCK_UN), not only by closing: a child forked meanwhile holds the same open file.
+Locks are released by name (LOCK_UN), not only by closing: a child forked in between holds the same open file.
 """
 
 from __future__ import annotations

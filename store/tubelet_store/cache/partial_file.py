@@ -22,7 +22,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class PartialFile:
-    """A file being downloaded; a second file beside it has one byte per part that arrived."""
+    """A file being downloaded; a second file next to it has one byte per part that arrived."""
 
     def __init__(self, path: Path, descriptor: int, parts: int) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class PartialFile:
         return np.frombuffer(noted, np.uint8) == 1
 
     def damaged(self, wanted: ShardObject, part: Part) -> bool:
-        """Whether a part that is said to be here is not: the note may have outlived the bytes, after a power cut."""
+        """Whether a part marked as arrived is missing: a power failure may leave the mark without the bytes."""
         data = np.frombuffer(os.pread(self.descriptor, part.stop - part.start, part.start), np.uint8)
         return len(data) != part.stop - part.start or wanted.damaged(part, data) is not None
 

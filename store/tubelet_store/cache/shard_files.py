@@ -140,7 +140,7 @@ class ShardFiles:
                 while self._make_room(partial, excess_bytes, demanded):
                     if partial.allocate(stored.size_bytes):
                         return
-                    # The disk is fuller than the budget knows: go on while there is something to evict.
+                    # The disk fills before the budget: continue while there is something to evict.
                     excess_bytes, disk_full = 1, True
                 if disk_full:
                     raise self.disk_full(stored)
@@ -163,7 +163,7 @@ class ShardFiles:
         )
 
     def keep(self, partial: PartialFile, stored: StoredObject) -> BinaryIO:
-        """Move the finished file to its place, and pin it before anybody can evict it."""
+        """Move the finished file to its place, and pin it before it can be evicted."""
         path = self._object(stored)
         with self._locked():
             os.rename(partial.path, path)
@@ -180,7 +180,7 @@ class ShardFiles:
     def _held_bytes(self) -> int:
         return sum(status.st_size for _, status in self._files())
 
-    def _make_room(self, mine: PartialFile, excess_bytes: int, demanded: bool) -> bool:
+    def _make_room(self, partial: PartialFile, excess_bytes: int, demanded: bool) -> bool:
         """Evict at least `excess_bytes`, least needed first; False where what is in use leaves too little."""
         if excess_bytes <= 0:
             return True
@@ -189,7 +189,7 @@ class ShardFiles:
         candidates = sorted(
             (-expected.get(path.name, len(expected)), status.st_mtime_ns, status.st_size, path)
             for path, status in self._files()
-            if path != mine.path and (demanded or path.name not in expected)
+            if path != partial.path and (demanded or path.name not in expected)
         )
         for _, _, size_bytes, path in candidates:
             if self._evict(path):

@@ -1,7 +1,7 @@
 """A catalog with the catalogs nested in it: its stores by name, searched, found, resolved.
 
 Catalog.read(url) ─▶ its own entries, then those of nested catalogs, each once, to a depth
-resolve("catalog.yaml#k400") ─▶ where the store lies and which identity it must have
+resolve("catalog.yaml#k400") ─▶ the store's URL and the identity it must have
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Catalog:
     """The stores of one catalog and of those nested in it.
 
     Attributes:
-        url: Where it lies.
+        url: Location of the catalog.
         stores: What it lists, its own first.
         problems: Nested catalogs that could not be read, one line each.
     """

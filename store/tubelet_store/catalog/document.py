@@ -2,9 +2,9 @@
 
     text ─▶ parser events ─▶ dict, list, str, int, float, bool, None   and the lines where each entry stands
 
-Whoever can write a catalog that others read could otherwise hand them a bomb (aliases of aliases), an object of a
-type of his choice (tags), or two values for one key, of which each reader takes another. None of these is needed in a
-catalog, so anchors, aliases, tags and repeated keys are errors here. The tree of a text that passes is that of
+A catalog that others wrote could otherwise hold a YAML bomb (aliases of aliases), an object of an arbitrary type
+(tags), or two values for one key, of which readers take different ones. None of these is needed in a catalog,
+so anchors, aliases, tags and repeated keys are errors here. The tree of a text that passes is that of
 `safe_load`, in a tenth of its time: only scalars that look like something else than text meet its resolver.
 """
 
@@ -31,7 +31,7 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @dataclass
 class Section:
-    """Where a top-level mapping stands in the text, to insert and remove entries without touching the rest."""
+    """Line range of a top-level mapping, to insert and remove entries without touching the rest."""
 
     key_line: int
     """Line of its key, from 0."""
@@ -174,7 +174,7 @@ class _Builder:
                     self._finish(self.sections[keys[0]], key, last)
 
     def _refuse_key(self, key: Any, event: Any) -> None:
-        self._refuse(event, f"the key '{key}' stands twice" if type(key) is str else f"the key {key!r} is no text")
+        self._refuse(event, f"duplicate key '{key}'" if type(key) is str else f"the key {key!r} is not a string")
 
     def _begin(self, keys: list[Any], event: Any) -> None:
         """A section, or an entry of one, begins."""

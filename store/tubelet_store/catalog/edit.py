@@ -1,4 +1,4 @@
-"""Adding and removing entries: lines go in and out, and every other line, comments too, stays as it is."""
+"""Adds and removes entries. All other lines, comments included, stay byte for byte."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def describe(
     description: str | None = None,
     pin: bool = True,
 ) -> tuple[HookBlock, ...]:
-    """What a catalog says of a store, called `name`, per hook.
+    """The catalog blocks of a store named `name`, one per hook.
 
     Args:
         state: Of the store, complete.
-        name: What the catalog calls it.
+        name: Its name in the catalog.
         license: Its license.
-        owner: Who answers for it.
+        owner: Contact person or team.
         description: One line.
         pin: Note its identity.
 
@@ -107,11 +107,11 @@ def describe(
 
 
 def add_store(catalog: str, url: str, blocks: tuple[HookBlock, ...], replace: bool = False) -> str | None:
-    """List the store at `url` in `catalog`, which is begun if there is none.
+    """List the store at `url` in `catalog`, which is created if it does not exist.
 
     Args:
         catalog: Path or URL of the catalog.
-        url: Where the store lies.
+        url: Location of the store.
         blocks: From `describe`.
         replace: The name may be in use; the store it meant keeps an entry, under the name that is returned.
 
@@ -127,14 +127,14 @@ def add_store(catalog: str, url: str, blocks: tuple[HookBlock, ...], replace: bo
             if not replace:
                 raise TubeletError(f"{catalog} already has a store '{name}'", "Choose another name, or give --replace")
             old = present[name]
-            _take_out(text, old)
+            _remove_entry(text, old)
             if old.identity is not None and old.identity != blocks[0].id:
                 kept = f"{name}-{old.identity.removeprefix('sha256:')[:8]}"
                 if kept not in present:
                     renamed = tuple(block.model_copy(update={"store": kept}) for block in old.hooks)
-                    _put_in(text, *_items(_relative(old.url, text.root), renamed))
+                    _insert(text, *_items(_relative(old.url, text.root), renamed))
                 blocks = tuple(block.model_copy(update={"parents": (old.identity,)}) for block in blocks)
-        _put_in(text, *_items(_relative(url, text.root), blocks))
+        _insert(text, *_items(_relative(url, text.root), blocks))
         return kept
 
 
@@ -152,7 +152,7 @@ def add_catalog(catalog: str, url: str, name: str, description: str | None = Non
         token = f"{name}.yaml"
         data = {token: _data(CATALOG_FILE, {"url": _relative(url, text.root)})}
         entry = _entry(CATALOG_READER, token, CATALOG_OBJECT, block.model_dump(mode="json", exclude_none=True))
-        _put_in(text, data, {name: entry})
+        _insert(text, data, {name: entry})
 
 
 def remove(catalog: str, name: str) -> None:
@@ -165,7 +165,7 @@ def remove(catalog: str, name: str) -> None:
         stores, links = read_entries(text.document, catalog, text.root.url)
         entry = next((entry for entry in stores if entry.name == name), None)
         if entry is not None:
-            _take_out(text, entry)
+            _remove_entry(text, entry)
         elif any(link.name == name for link in links):
             _cut(text, [name])
         else:
@@ -180,7 +180,7 @@ class _Text:
     def __init__(self, root: ObjectRoot, document: Document, text: str) -> None:
         self.root, self.document = root, document
         if re.search("[\x85\u2028\u2029]|\r(?!\n)", text):
-            raise TubeletError(f"{root.url}: a strange line break in the catalog", "End its lines with line feeds")
+            raise TubeletError(f"{root.url}: unsupported line break in the catalog", "End its lines with line feeds")
         self.lines = [f"{line}\n" for line in text.removesuffix("\n").split("\n")]
         self.after: dict[int, list[str]] = {}
         """Lines to insert after a line."""
@@ -223,15 +223,15 @@ def _items(url: str, blocks: tuple[HookBlock, ...]) -> tuple[dict[str, Any], dic
     options = {"storage_options": ANONYMOUSLY} if without_credentials else {}
     for block in blocks:
         name = f"{block.store}/{block.hook}"
-        # Intake recurses for ever where a data item has the name of its entry.
+        # Intake recurses without end where a data item has the name of its entry.
         token = f"{name}.zarr"
         data[token] = _data(ZARR, {"url": url, **options, "root": f"{ACTIVATIONS}/{block.hook}"})
-        said = block.model_dump(mode="json", exclude_none=True)
-        said = {key: value for key, value in said.items() if value not in ({}, [])}
+        metadata = block.model_dump(mode="json", exclude_none=True)
+        metadata = {key: value for key, value in metadata.items() if value not in ({}, [])}
         if entries:
             # The store is described once, at its first hook.
-            said = {key: said[key] for key in ("store", "hook", "shape")}
-        entries[name] = _entry(DASK_ZARR, token, DASK_ARRAY, said)
+            metadata = {key: metadata[key] for key in ("store", "hook", "shape")}
+        entries[name] = _entry(DASK_ZARR, token, DASK_ARRAY, metadata)
     return data, entries
 
 
@@ -250,7 +250,7 @@ def _entry(reader: str, token: str, output: str, block: Mapping[str, Any]) -> di
     }
 
 
-def _put_in(text: _Text, data: dict[str, Any], entries: dict[str, Any]) -> None:
+def _insert(text: _Text, data: dict[str, Any], entries: dict[str, Any]) -> None:
     for name, items in (("data", data), ("entries", entries)):
         section = _section(text, name)
         for key in items:
@@ -263,7 +263,7 @@ def _put_in(text: _Text, data: dict[str, Any], entries: dict[str, Any]) -> None:
         text.after.setdefault(section.last_line, []).extend(lines)
 
 
-def _take_out(text: _Text, entry: StoreEntry) -> None:
+def _remove_entry(text: _Text, entry: StoreEntry) -> None:
     names = {block.hook for block in entry.hooks}
     keys = []
     for key, raw in text.document.tree["entries"].items():
@@ -297,7 +297,7 @@ def _section(text: _Text, name: str) -> Section:
 
 
 def _relative(url: str, root: ObjectRoot) -> str:
-    """`url` as an entry says it: what lies beside or below the catalog moves with it."""
+    """`url` as written in an entry: relative to the catalog where it is below its folder, so that both can be moved."""
     if "://" not in url or url.startswith("file://"):
         above, name = place(url)
         url = f"{above.url}/{name}"

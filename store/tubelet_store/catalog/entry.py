@@ -84,7 +84,7 @@ class StoreEntry:
     name: str
     """Name, after those of the catalogs it is nested in: `team-b/k400`."""
     url: str
-    """Where it lies, resolved."""
+    """Its location, resolved."""
     hooks: tuple[HookBlock, ...]
     catalog: str
     """URL of the catalog that lists it."""
@@ -123,7 +123,7 @@ class _Entry(Config):
     user_parameters: dict[str, Plain] = Field(default_factory=dict, max_length=0)
 
 
-# Keys that earlier versions wrote into our blocks; the only place that knows them.
+# Keys written by earlier versions, by their current name.
 _EARLIER_KEYS = {"licence": "license"}
 
 # Whole sections at once: ten thousand calls cost more than what they check.
@@ -138,7 +138,7 @@ def read_entries(document: Document, origin: str, folder: str) -> tuple[list[Sto
     Args:
         document: The parsed text.
         origin: URL of the catalog.
-        folder: What `{CATALOG_DIR}` stands for.
+        folder: The value of `{CATALOG_DIR}`.
 
     Raises:
         TubeletError: the text breaks the schema, or could make a reader run or reach what it should not.
@@ -157,23 +157,23 @@ def read_entries(document: Document, origin: str, folder: str) -> tuple[list[Sto
         url = resolve_url(data.kwargs.get("url"), folder, where)
         if data.kwargs.get("storage_options"):
             if not is_s3(url):
-                raise TubeletError(f"{where}: only S3 knows `anon`", "Leave storage_options out")
+                raise TubeletError(f"{where}: `anon` is an option of S3 only", "Leave storage_options out")
             url = anonymous(url)
         if data.datatype == CATALOG_FILE:
             link = _validated(_LINK, entry.metadata.get("tubelet"), f"{where}, metadata.tubelet")
             links.append(Link(link.catalog, url))
             continue
-        said = entry.metadata.get("tubelet")
-        if isinstance(said, dict):
-            said = {_EARLIER_KEYS.get(name, name): value for name, value in said.items()}
-            if isinstance(said.get("store"), str):
-                said = {**firsts.setdefault(said["store"], said), **said}
-        block = _validated(_HOOK, said, f"{where}, metadata.tubelet")
+        metadata = entry.metadata.get("tubelet")
+        if isinstance(metadata, dict):
+            metadata = {_EARLIER_KEYS.get(name, name): value for name, value in metadata.items()}
+            if isinstance(metadata.get("store"), str):
+                metadata = {**firsts.setdefault(metadata["store"], metadata), **metadata}
+        block = _validated(_HOOK, metadata, f"{where}, metadata.tubelet")
         if data.kwargs.get("root") != f"{ACTIVATIONS}/{block.hook}":
             raise TubeletError(f"{where}: its data is not of hook {block.hook}", f"root: {ACTIVATIONS}/{block.hook}")
         if urls.setdefault(block.store, url) != url or (block.store in hooks and hooks[block.store][0].id != block.id):
             raise TubeletError(
-                f"{where}: another entry gives store '{block.store}' another place or id", "Name it anew"
+                f"{where}: another entry gives store '{block.store}' a different URL or id", "Rename one of them"
             )
         hooks.setdefault(block.store, []).append(block)
     return [StoreEntry(name, urls[name], tuple(blocks), origin) for name, blocks in hooks.items()], links
@@ -187,8 +187,8 @@ def _check_top(tree: dict[str, Any], origin: str) -> None:
             raise TubeletError(f"{origin}: `{name}` is missing or no mapping", f"Write `{name}: {{}}`")
     if tree["user_parameters"]:
         raise TubeletError(f"{origin} has user_parameters, which Intake evaluates", "Write `user_parameters: {}`")
-    ours = tree["metadata"].get("tubelet", {})
-    if not isinstance(ours, dict) or ours.get("schema", SCHEMA) != SCHEMA:
+    metadata = tree["metadata"].get("tubelet", {})
+    if not isinstance(metadata, dict) or metadata.get("schema", SCHEMA) != SCHEMA:
         raise TubeletError(f"{origin}: metadata.tubelet.schema is not {SCHEMA}", "Upgrade Tubelet")
     for section in ("data", "entries"):
         for key in tree[section]:
@@ -213,7 +213,7 @@ def _data_of(items: dict[str, _Data], tree: dict[str, Any], entry: _Entry, where
     if data.kwargs.get("storage_options") not in (None, {}, ANONYMOUSLY):
         raise TubeletError(
             f"{where}: storage_options may hold secrets",
-            "Only {anon: true} may stand there; endpoint and keys come from the environment",
+            "Only {anon: true} is allowed; endpoint and keys come from the environment",
         )
     if unknown := set(data.kwargs) - {"url", "root", "storage_options"}:
         raise TubeletError(f"{where}: data.kwargs has {min(unknown)}", "Only url and root belong there")
@@ -240,7 +240,7 @@ def resolve_url(url: Plain, folder: str, where: str) -> str:
 
     rest = url.removeprefix(CATALOG_DIR + "/")
     if re.search(r"[{}\\\x00-\x20#]|::", rest):
-        raise refuse("holds a template, a chain or a strange character", f"Only {CATALOG_DIR}/ may stand before it")
+        raise refuse("holds a template, a chained URL or a forbidden character", f"The only prefix is {CATALOG_DIR}/")
     if ".." in rest.split("/"):
         raise refuse("leads upwards", "Give the whole URL, or a path below the catalog")
     scheme, separator, path = rest.partition("://")

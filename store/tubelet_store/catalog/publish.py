@@ -23,15 +23,15 @@ class PublishedEntry:
     catalog: str
     name: str
     present: StoreEntry | None
-    """What the catalog says under that name today."""
+    """The catalog's present entry of that name, if any."""
 
     @classmethod
     def at(cls, destination: str) -> PublishedEntry:
         """The entry for a store that goes to `destination`.
 
         Args:
-            destination: `catalog.yaml#name`: the place that this entry gives, else NAME.zarr beside the catalog. Or a
-                path or URL: the entry is called after its last part and stands in `catalog.yaml` beside it.
+            destination: `catalog.yaml#name`: the URL in this entry, else NAME.zarr in the catalog's folder. Or a
+                path or URL: the entry is named after its last part, in `catalog.yaml` of the same folder.
 
         Raises:
             TubeletError: the catalog cannot be read, or the name belongs to a store elsewhere.
@@ -42,7 +42,7 @@ class PublishedEntry:
             present = _entry(catalog, name)
             if present is None:
                 return cls(f"{root.url}/{name}.zarr", catalog, name, None)
-            # An entry of a nested catalog is written where it stands, under its own name there.
+            # An entry of a nested catalog is written in that catalog, under its own name there.
             return cls(present.url, present.catalog, present.about.store, present)
         url = open_root(destination).url
         folder, _, last = url.rstrip("/").rpartition("/")
@@ -73,13 +73,13 @@ class PublishedEntry:
     def write(
         self, state: StoreState, license: str | None = None, owner: str | None = None, description: str | None = None
     ) -> bool:
-        """Write the entry for the published store; None: what an existing entry says. False if nothing changes."""
+        """Write the entry for the published store; None keeps the existing entry's value. False if nothing changes."""
         given = {"license": license, "owner": owner, "description": description}
         earlier = {} if self.present is None else {name: getattr(self.present.about, name) for name in given}
-        said = {name: earlier.get(name) if value is None else value for name, value in given.items()}
-        if self.present is not None and self.present.identity == state.identity and said == earlier:
+        updated = {name: earlier.get(name) if value is None else value for name, value in given.items()}
+        if self.present is not None and self.present.identity == state.identity and updated == earlier:
             return False
-        blocks = describe(state, self.name, said["license"], said["owner"], said["description"])
+        blocks = describe(state, self.name, updated["license"], updated["owner"], updated["description"])
         add_store(self.catalog, self.url, blocks, replace=self.present is not None)
         return True
 

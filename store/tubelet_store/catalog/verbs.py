@@ -75,8 +75,8 @@ def _list(config: CatalogConfig) -> int:
     for entry in stores:
         about = entry.about
         hooks = ", ".join(block.hook for block in entry.hooks)
-        said = [about.dataset.get("name") or about.dataset.get("kind"), about.backbone.get("id"), about.license]
-        words = " · ".join(str(word) for word in said if word)
+        parts = [about.dataset.get("name") or about.dataset.get("kind"), about.backbone.get("id"), about.license]
+        words = " · ".join(str(word) for word in parts if word)
         clips = _clips(entry)
         held = f"{'none found':>14}" if clips is None else f"{clips:>8} clips"
         lines.append(f"{entry.name:<{width}}  {held}  {words}  [{hooks}]")
@@ -94,7 +94,7 @@ def _clips(entry: StoreEntry) -> int | None:
     try:
         state = read_state(open_root(entry.url))
     except TubeletError:
-        # One place that cannot be reached does not hide the others; `catalog check` says what is wrong with it.
+        # An unreachable store does not hide the others; `catalog check` names its fault.
         return None
     return None if state is None else state.plan.clips
 
@@ -195,7 +195,7 @@ def _problem(entry: StoreEntry) -> str | None:
     if not state.complete:
         return f"{entry.url} is unfinished"
     if entry.identity is not None and state.identity != entry.identity:
-        return f"{entry.url} has identity {state.identity}, the catalog says {entry.identity}"
+        return f"{entry.url} has identity {state.identity}, the catalog pins {entry.identity}"
     held = {hook.name: (state.plan.clips, *state.plan.clip_shape(hook)) for hook in state.plan.hooks}
     for block in entry.hooks:
         there = held.get(block.hook, ())

@@ -27,7 +27,7 @@ from tubelet_store.storage.s3 import split_anonymous
 
 
 def open_root(url: str) -> ObjectRoot:
-    """The root for `url`: a path, `file://...` or any scheme fsspec knows; `s3://anon@BUCKET/...` without credentials.
+    """The root for `url`: a path, `file://...` or any scheme of fsspec; `s3://anon@BUCKET/...` without credentials.
 
     Raises:
         TubeletError: no filesystem is known (or installed) for the scheme, or the URL names no bucket or folder.

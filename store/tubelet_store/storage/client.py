@@ -22,7 +22,7 @@ ClientName = Literal["auto", "obstore", "fsspec"]
 
 _FIRST_WAIT_S = 0.2
 _LONGEST_WAIT_S = 10.0
-# New credentials are looked for this often per read before the user is asked.
+# Credentials are renewed at most this often per read; then the read fails.
 _RENEWALS = 2
 
 
@@ -53,7 +53,7 @@ class Client(ABC):
     fresh credentials after they expired.
 
     Args:
-        url: Where the objects lie.
+        url: Location of the objects.
         retries: How often and how long to try.
     """
 
@@ -134,7 +134,7 @@ class Client(ABC):
         return retry(attempt, may_retry, _FIRST_WAIT_S, _LONGEST_WAIT_S)
 
     def _explained(self, key: str, fault: Fault, error: Exception, attempts: int) -> TubeletError:
-        name, said = f"{self.url}/{key}".rstrip("/"), detail(error)
+        name, reason = f"{self.url}/{key}".rstrip("/"), detail(error)
         if fault == "expired":
             return NoAccess(
                 f"{name}: the credentials have expired",
@@ -143,8 +143,8 @@ class Client(ABC):
             )
         if fault == "denied":
             remedy = "Check the credentials (environment, profile or role) and their rights"
-            return NoAccess(f"No access to {name}: {said}", remedy)
+            return NoAccess(f"No access to {name}: {reason}", remedy)
         return StoreUnreachable(
-            f"{name} cannot be reached ({attempts} attempts): {said}",
+            f"{name} cannot be reached ({attempts} attempts): {reason}",
             "Check the endpoint, the network and the credentials, and run the same command again",
         )

@@ -78,15 +78,15 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def detail(error: Exception) -> str:
-    """What the server or the client said, on one line."""
+    """The message of the server or the client, on one line."""
     for each in _chain(error):
         if isinstance(response := getattr(each, "response", None), dict):
             answer = response.get("Error", {})
             return f"{answer.get('Code')} {answer.get('Message', '')}".strip()
-    # obstore adds its own structures, for its makers.
+    # obstore appends its internal structures.
     text = " ".join(str(error).partition("Debug source:")[0].split()) or type(error).__name__
-    said = re.search(r"<Code>(.*?)</Code>.*?(?:<Message>(.*?)</Message>|$)", text)
-    return " ".join(filter(None, said.groups())) if said else text[:300]
+    answered = re.search(r"<Code>(.*?)</Code>.*?(?:<Message>(.*?)</Message>|$)", text)
+    return " ".join(filter(None, answered.groups())) if answered else text[:300]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

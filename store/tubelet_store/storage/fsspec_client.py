@@ -34,10 +34,13 @@ class FsspecClient(Client):
         options: dict[str, Any] = {"use_listings_cache": False}
         if s3 := is_s3(self.url):
             timeout = self.retries.timeout_s
-            # Retries are ours: those of three layers would multiply.
-            ours = {"retries": {"total_max_attempts": 1}, "read_timeout": timeout, "connect_timeout": timeout}
-            theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-            options |= {"config_kwargs": {"max_pool_connections": 64, **theirs, **ours}, "skip_instance_cache": True}
+            # Only `Client` retries: retries of three layers would multiply.
+            fixed = {"retries": {"total_max_attempts": 1}, "read_timeout": timeout, "connect_timeout": timeout}
+            configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options |= {
+                "config_kwargs": {"max_pool_connections": 64, **configured, **fixed},
+                "skip_instance_cache": True,
+            }
             options |= {"anon": True} if self._anonymous else {}
         files, _ = fsspec.core.url_to_fs(self._plain, **options)
         if s3:

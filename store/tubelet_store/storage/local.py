@@ -103,7 +103,7 @@ class LocalRoot(ObjectRoot):
         self._rename(finished, key)
 
     def deposit(self, key: str, finished: Path, sha256: str) -> bool:  # noqa: ARG002
-        """See ObjectRoot. Without a record, what lies there is a dead writer's."""
+        """See ObjectRoot. Without a record, an object there was left by a writer that ended."""
         self._rename(finished, key)
         return True
 
@@ -126,7 +126,7 @@ class LocalRoot(ObjectRoot):
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """See ObjectRoot. A lock held inside tells that the owner lives."""
+        """See ObjectRoot. A lock held inside shows that its owner runs."""
         with contextlib.ExitStack() as lock:
             folder = self._owned_folder(lock)
             try:
@@ -137,7 +137,7 @@ class LocalRoot(ObjectRoot):
     def _owned_folder(self, lock: contextlib.ExitStack) -> Path:
         while True:
             folder = self.directory / SCRATCH / uuid.uuid4().hex
-            # Until its lock is held, `discard_scratch` may take it for a dead writer's.
+            # Until its lock is held, `discard_scratch` may take it for that of a writer that ended.
             with contextlib.suppress(FileNotFoundError):
                 folder.mkdir(parents=True)
                 lock.enter_context(locked(folder / _OWNER))

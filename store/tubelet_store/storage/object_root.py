@@ -1,4 +1,4 @@
-"""The interface to the objects of a store, wherever they lie."""
+"""The interface to the objects of a store, local or remote."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ObjectRoot(ABC):
 
     @abstractmethod
     def deposit(self, key: str, finished: Path, sha256: str) -> bool:
-        """Make the finished file, whose digest is given, the object, unless another writer's bytes lie there.
+        """Make the finished file, whose digest is given, the object, unless another writer's bytes are there.
 
         Returns:
             False where they do (never under `exclusive`, where the root can lock): they are left as they are.
@@ -62,10 +62,10 @@ class ObjectRoot(ABC):
 
     @abstractmethod
     def settle(self, key: str, data: bytes) -> bytes:
-        """Write the object beside a deposited one: over an older one under `exclusive`, else unless it exists.
+        """Write the companion of a deposited object: over an older one under `exclusive`, else unless it exists.
 
         Returns:
-            What lies there now.
+            The content that is there now.
         """
 
     @abstractmethod
@@ -74,7 +74,7 @@ class ObjectRoot(ABC):
 
     @abstractmethod
     def exclusive(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock `name` among the writers of this root, where the root can lock; freed if its holder dies."""
+        """Hold the lock `name` among the writers of this root, where the root can lock; freed when its holder ends."""
 
     @abstractmethod
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
@@ -82,7 +82,7 @@ class ObjectRoot(ABC):
 
     @abstractmethod
     def discard_scratch(self) -> None:
-        """Remove what dead writers left unfinished; living writers keep theirs."""
+        """Remove the unfinished files of writers that have ended."""
 
     @abstractmethod
     def local_path(self, key: str) -> Path | None:

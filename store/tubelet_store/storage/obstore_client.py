@@ -29,7 +29,7 @@ class ObstoreClient(Client):
 
     name = "obstore"
 
-    # Its runtime's threads do not live on in a forked child, where every call would wait for them for ever.
+    # Its runtime's threads do not exist in a forked child, where every call would wait for them without end.
     _runtime_of: ClassVar[int | None] = None
 
     def __init__(self, url: str, retries: RetryPolicy | None = None) -> None:
@@ -120,12 +120,12 @@ def _version(meta: ObjectMeta) -> tuple[str | None, datetime, int]:
 
 
 def _provider(credentials: Credentials) -> Callable[[], Any]:
-    """Credentials as obstore asks for them."""
+    """A credential callback for obstore."""
 
     def current() -> dict[str, Any]:
         frozen = credentials.get_frozen_credentials()
         signing = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key}
-        # botocore renews what can be renewed when asked; None would mean that obstore never asks again.
+        # botocore renews expired credentials on access; with None, obstore would never call again.
         soon = timedelta(minutes=5)
         return {**signing, "token": frozen.token, "expires_at": datetime.now(UTC) + soon}
 

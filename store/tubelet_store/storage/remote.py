@@ -25,7 +25,7 @@ from tubelet_store.storage.upload import Uploader
 class RemoteRoot(ObjectRoot):
     """Objects below an fsspec URL (`s3://bucket/prefix`, `memory://name`, ...).
 
-    Reads go through a `Client`, writes through fsspec. Clients are built where they are used and never travel: their
+    Reads go through a `Client`, writes through fsspec. Clients are built where they are used and never pickled: their
     pickles would carry the credentials.
     """
 

@@ -1,6 +1,6 @@
 """Where S3 is and how to sign requests to it: the environment, a profile or a role, as botocore finds them.
 
-`s3://anon@BUCKET/...` means: without credentials. The URL says it, so it holds wherever the URL travels.
+`s3://anon@BUCKET/...` means: without credentials. As part of the URL, it holds in every process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_s3(url: str) -> bool:
 
 
 def split_anonymous(url: str) -> tuple[str, bool]:
-    """`url` as every S3 client knows it, and whether it asked for no credentials."""
+    """`url` as every S3 client takes it, and whether it is anonymous."""
     scheme, _, rest = url.partition("://")
     if is_s3(url) and rest.startswith(_ANONYMOUS):
         return f"{scheme}://{rest.removeprefix(_ANONYMOUS)}", True
@@ -68,7 +68,7 @@ class S3Settings:
         """The settings of this process for `url`: botocore's, under fsspec's `s3` section.
 
         Raises:
-            botocore.exceptions.NoCredentialsError: none are found, and `url` asks for some.
+            botocore.exceptions.NoCredentialsError: none are found, and `url` is not anonymous.
         """
         import botocore.exceptions
         import botocore.session

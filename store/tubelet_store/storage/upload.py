@@ -1,8 +1,8 @@
-"""Writing objects over a network: retried, created only where nothing lies, checked on arrival.
+"""Writing objects over a network: retried, create-only, checked on arrival.
 
     put ─▶ HEAD: equal digest there? adopt ─▶ create-only PUT (multipart when large) ─▶ HEAD: size and digest as sent?
 
-The digest of a shard object travels in its metadata, so what lies at a key is known without reading it. Clients are
+The digest of a shard object is in its metadata, so the content at a key is known without reading it. Clients are
 built where they are used; their credentials come from the environment, a profile or a role and go nowhere else.
 """
 
@@ -44,7 +44,7 @@ class Uploader(FsspecClient):
     """Writes the objects below one URL, and reads them, through fsspec.
 
     Args:
-        url: Where the objects lie.
+        url: Location of the objects.
         retries: How often and how long to try; AWS_MAX_ATTEMPTS in the environment may lower it.
     """
 
@@ -62,19 +62,19 @@ class Uploader(FsspecClient):
         return self._create(key, lambda mode: self._files().pipe_file(self._path(key), data, **mode))
 
     def put_file(self, key: str, path: Path, sha256: str, over: bool = False) -> bool:
-        """Make the file's bytes the object, unless other bytes lie there.
+        """Make the file's bytes the object, unless other bytes are there.
 
         Args:
             key: Of the object.
             path: Local file.
             sha256: Hex digest of the file.
-            over: Write over whatever lies there.
+            over: Overwrite an existing object.
 
         Returns:
-            False where an object with other bytes lies there; it is left alone.
+            False where an object with other bytes exists; it is left unchanged.
 
         Raises:
-            StoreUnreachable: no try got through whole.
+            StoreUnreachable: every attempt failed or arrived damaged.
         """
         size = path.stat().st_size
 
@@ -93,12 +93,11 @@ class Uploader(FsspecClient):
             if over:
                 self._retried(key, lambda: put({}))
             else:
-                mine = self._create(key, put)
-                if not mine:
+                if not self._create(key, put):
                     return bool(arrived())
             if arrived():
                 return True
-            # Not what was sent, though the answer said so: only bytes of ours lie there, and they are no good.
+            # Damaged although the request succeeded: the object is this writer's, so overwrite it.
             over = True
         raise StoreUnreachable(
             f"{self.url}/{key} arrived damaged {self.retries.requests} times", "Check the network and the storage"
@@ -119,7 +118,7 @@ class Uploader(FsspecClient):
         return self._retried(key, look)
 
     def probe_create(self) -> bool:
-        """Whether the server refuses to create what exists; found by trying. A server that does not is warned about."""
+        """Whether the server refuses to create what exists; tested by trying. Warns about a server that does not."""
         self.create(_PROBE, b"")
         honored = not self.create(_PROBE, b"") and self._conditional
         # Who may write but not delete leaves an empty object behind.
@@ -127,8 +126,8 @@ class Uploader(FsspecClient):
             self._retried(_PROBE, lambda: self._files().rm_file(self._path(_PROBE)))
         if not honored:
             _log.warning(
-                "%s ignores conditional writes (If-None-Match): two jobs that write one store at once are not kept "
-                "apart. Run one at a time.",
+                "%s ignores conditional writes (If-None-Match): two jobs that write one store at once can overwrite "
+                "each other. Run one at a time.",
                 self.url,
             )
         return honored
