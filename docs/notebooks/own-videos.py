@@ -13,7 +13,7 @@
 # %% [markdown]
 # # From your videos to an explained latent
 #
-# The whole path by hand: extract, train, evaluate, look at exemplars, edit. `tubelet videos` renders 96 videos as a
+# Step by step: extract, train, evaluate, look at exemplars, edit. `tubelet videos` renders 96 videos as a
 # stand-in for yours. Replace `dataset` with your own folder (`{kind: folder, root: /data/my-videos}`) and `backbone.id`
 # with a model of the Hugging Face hub.
 
@@ -69,7 +69,7 @@ run
 # ## Evaluate
 #
 # Probes are fitted on the training videos and measured on the validation videos. A figure means little without what
-# stands beside it: the raw activations, an untrained SAE of the same width, a null.
+# is next to it: the raw activations, an untrained SAE of the same width, a null.
 
 # %%
 report = tubelet.evaluate(
@@ -120,7 +120,7 @@ site = tubelet.gallery(
 site
 
 # %% [markdown]
-# The page itself, in `gallery/latents/`, plays the clips. Here as still pictures: where the latent fires on its
+# The page itself, in `gallery/latents/`, plays the clips. Here as still images: where the latent fires on its
 # strongest clip, one picture per latent time step.
 
 # %%
@@ -151,7 +151,7 @@ clips.groupby("label_name").mean().sort_values("largest activation", ascending=F
 # %% [markdown]
 # ## Edit it
 #
-# The last question is causal: what changes in the backbone's output when the latent is suppressed? Beside it stand
+# The last question is causal: what changes in the backbone's output when the latent is suppressed? Next to it are
 # other latents with similar activation, and random directions with steps of the same length. If these change as much,
 # the effect does not belong to this latent.
 

@@ -1,4 +1,4 @@
-"""What looks at a trained SAE: metrics with nulls beside them, one JSON file, one HTML report.
+"""Evaluation of trained SAEs: metrics with their null models, one JSON file, one HTML report.
 
     report = tubelet.evaluate(run="runs/a", store="demo/train.zarr")
     report.evaluation.figure("reconstruction.fvu").value

@@ -74,11 +74,11 @@ class TransformersText(Config):
 
 
 class PrecomputedText(Config):
-    """Embeddings made elsewhere."""
+    """Precomputed embeddings."""
 
     kind: Literal["array"] = "array"
     path: Path
-    """Parquet with columns `caption` and `embedding`, or .npy [captions, E] beside a .txt with one caption per line."""
+    """Parquet with columns `caption` and `embedding`, or NAME.npy [captions, E] with NAME.txt, one caption per line."""
 
 
 AnyText = Annotated[Words | TransformersText | PrecomputedText, Field(discriminator="kind")]
@@ -117,7 +117,7 @@ class StoreReference(_Reference):
 
 
 class ArrayReference(_Reference):
-    """Embeddings made elsewhere."""
+    """Precomputed embeddings."""
 
     kind: Literal["array"] = "array"
     path: Path
@@ -134,7 +134,7 @@ class MonosemanticityConfig(Config):
     activation: Literal["max", "mean"] = "max"
     """A clip's activation: the largest or the mean over its tokens."""
     references: tuple[AnyReference, ...] = ()
-    """Models whose embeddings measure likeness, beside the backbone itself."""
+    """Models whose embeddings measure similarity, in addition to the backbone itself."""
 
 
 class ScopeConfig(Config):
@@ -254,5 +254,5 @@ class EvaluateConfig(Config):
 
     @property
     def report_folder(self) -> Path:
-        """Where the report goes."""
+        """Path of the report."""
         return self.out if self.out is not None else self.run / "evaluation"

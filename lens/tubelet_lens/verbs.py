@@ -113,7 +113,7 @@ def _gallery(config: GalleryConfig) -> int:
     if made.silent:
         print(f"{made.silent:,} latents do not fire on any of these clips and have no page")
     if made.no_picture:
-        print(f"{made.no_picture:,} clips are shown as heat-maps only, without pictures: {made.reason}")
+        print(f"{made.no_picture:,} clips are shown as heat-maps only, without frames: {made.reason}")
     print(made.address)
     return 0
 

@@ -1,4 +1,4 @@
-"""`docs/hooks.py` fills the generated parts of the pages. It is a script beside the pages, not part of a package."""
+"""`docs/hooks.py` fills the generated parts of the pages. It is a script in their folder, not part of a package."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class PairsConfig(Config):
 
 
 class ObjectiveConfig(Config):
-    """Loss terms beside the reconstruction and the SAE's own: coherence in time and space.
+    """Loss terms in addition to the reconstruction and the SAE's own: coherence in time and space.
 
     With all weights 0 it is the plain SAE, bit for bit. T-SAE (Bhalla et al. 2026) is lambda_t 0.1, lambda_slow 1 and
     codes prefix.
@@ -244,7 +244,7 @@ class TrainConfig(Config):
     """Record the step as a CUDA graph and replay it: for SAEs so small that launching kernels takes longer than running
     them. Needs a GPU and a single process."""
     tracker: AnyTracker = NoTracker()
-    """Where metrics are logged beside metrics.jsonl."""
+    """Where metrics are logged, in addition to metrics.jsonl."""
 
     @classmethod
     def current_names(cls, tree: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What files written in British spelling hold, in today's names: run YAML, sae.json, checkpoints.
+"""Maps the names of files in format 1 (British spelling) to current ones: run YAML, sae.json, checkpoints.
 
 Everything that reads such a file calls one of the functions below; what is written has today's names.
 """
@@ -26,14 +26,14 @@ _TENSORS = (
 
 
 def current_fields(tree: Any) -> Any:
-    """A configuration, or a part of one, with today's names of fields; dotted names (of a sweep) too."""
+    """A configuration, or a part of one, with current field names; dotted names (of a sweep) too."""
     if isinstance(tree, Mapping):
         return {_current(name): current_fields(value) for name, value in tree.items()}
     return [current_fields(part) for part in tree] if isinstance(tree, list | tuple) else tree
 
 
 def current_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`sae.json` or a checkpoint's `state.json` with today's names. What belongs to the store is left as it is."""
+    """`sae.json` or a checkpoint's `state.json` with current names. Entries that describe the store are unchanged."""
     current = dict(record)
     if "broken" in current:
         current["diverged"] = current.pop("broken")

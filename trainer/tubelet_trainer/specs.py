@@ -101,7 +101,7 @@ def _short(dotted: str, grid: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    """A swept value as it stands in a folder's name."""
+    """A swept value as part of a folder's name."""
     if isinstance(value, Mapping):
         # Of a section its kind says most: {kind: random, prefixes: 4} is random-prefixes-4.
         parts = [str(value["kind"])] if "kind" in value else []

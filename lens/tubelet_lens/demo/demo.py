@@ -31,7 +31,7 @@ _INTRODUCTION = (
     "This demo renders {videos} short videos of moving shapes, stores the activations of a tiny video backbone on them, "
     "trains a sparse autoencoder (SAE) on these activations, measures it on held-out videos, and writes a gallery that "
     "shows what its latents fire on. It needs no network and no GPU, and takes a few minutes on two CPU cores. "
-    "Everything is written to {out}; a second run repeats nothing that is done."
+    "Everything is written to {out}; a second run skips what is done."
 )
 
 _COLUMNS = {"SAE": "sae", "raw": "raw", "untrained SAE": "untrained"}
@@ -49,7 +49,7 @@ _READING = {
     "mean.",
     "L0": "Latents that are active on a token. The SAE was trained to use 16.",
     "dead latents": "Share of latents that fire on no held-out token.",
-    "temporal coherence": "Correlation of a patch's code with the code one time step later, beside the same for the raw "
+    "temporal coherence": "Correlation of a patch's code with the code one time step later, next to that of the raw "
     "activations. A code that changes faster than the activations it explains splits lasting content into short-lived "
     "latents.",
     "action probe, top-1": "Accuracy of a linear classifier of the action on a clip's mean code. Compare with raw and "

@@ -5,5 +5,5 @@
     videos ─▶ sheets of the frames that the backbone saw                             │
     evaluation ─▶ figures and effects of each latent                                 ┘
 
-The site needs no server: pages hold their data, pictures are files beside them, and no address leads outside.
+The site needs no server: pages hold their data, images are local files, and there are no external links.
 """

@@ -3,7 +3,7 @@
     probe on pooled codes ─▶ exact change of each class's logit when the latent is set to 0 in the code
     effects.parquet       ─▶ what `tubelet evaluate --in_backbone {}` (or another tool) measured in the backbone
 
-The first is about the code, not about the backbone; the page says so.
+The first is about the code, not about the backbone; the page states this.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class HeatMaps:
 def packed(levels: NDArray[np.uint8]) -> str:
     """Base64 of (gap, level) byte pairs, one for each nonzero level.
 
-    The gap is the number of zeros since the previous pair; a pair (255, 0) stands for 256 zeros.
+    The gap is the number of zeros since the previous pair; a pair (255, 0) encodes 256 zeros.
     """
     return base64.b64encode(bytes(_pairs(levels.reshape(-1)))).decode()
 

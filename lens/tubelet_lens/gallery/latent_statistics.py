@@ -83,9 +83,9 @@ def _of_table(table: pa.Table, latents: int, url: str) -> tuple[Statistic, ...]:
 
 def _of_survey(survey: SurveyResult) -> tuple[Statistic, ...]:
     fired = survey.tokens_F > 0
-    nowhere = np.full(len(fired), np.nan)
+    undefined = np.full(len(fired), np.nan)
     where = f"the {survey.tokens:,} tokens of the {survey.clips:,} clips in this gallery"
-    mean = np.divide(survey.sum_F, survey.tokens_F, out=nowhere.copy(), where=fired)
+    mean = np.divide(survey.sum_F, survey.tokens_F, out=undefined.copy(), where=fired)
     figures = [
         Statistic(
             "frequency", "Frequency", f"Fraction of {where} on which the latent fires.", survey.tokens_F / survey.tokens

@@ -284,7 +284,7 @@ def _chosen(config: GalleryConfig, survey: SurveyResult, figures: Sequence[Stati
     shown = wanted[fires[wanted]]
     if not len(shown):
         raise TubeletError(
-            f"None of the {len(wanted)} latents asked for fires on any of the {survey.clips} clips",
+            f"None of the {len(wanted)} given latents fires on any of the {survey.clips} clips",
             "Look at more clips, or choose other latents",
         )
     return shown.tolist(), len(wanted) - len(shown)

@@ -1,6 +1,6 @@
 """Renders the pages: the overview, its data, and one page per latent.
 
-Data is in the page or in a script beside it, because browsers do not fetch files from `file://`.
+Data is in the page or in a script file, because browsers do not fetch files from `file://`.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Pages:
             "frame": [maps[latent] for latent in self._shown],
             "aspect": self._about.aspect,
         }
-        # Plain ASCII without "<": safe in a script, whatever a label says.
+        # Plain ASCII without "<": safe in a script, whatever a label contains.
         text = json.dumps(tree, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
         return f"window.tubelet = {text};\n".encode()
 

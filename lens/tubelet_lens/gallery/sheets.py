@@ -69,8 +69,8 @@ def draw_sheet(frames: NDArray[np.uint8], crop: tuple[float, float, float, float
     columns = sheet_columns(count)
     sheet = Image.new("RGB", (columns * size[0], math.ceil(count / columns) * size[1]))
     for place, frame in enumerate(frames):
-        picture = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC, box=box)
-        sheet.paste(picture, (place % columns * size[0], place // columns * size[1]))
+        image = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC, box=box)
+        sheet.paste(image, (place % columns * size[0], place // columns * size[1]))
     data = io.BytesIO()
     sheet.save(data, "WEBP", quality=config.quality, method=_METHOD)
     return data.getvalue()

@@ -77,9 +77,9 @@ class Site:
 
     def finish(self, latents: Iterable[int], record: Mapping[str, Any]) -> None:
         """Delete pages of other latents, and record that the site is complete."""
-        mine = {page_key(latent) for latent in latents}
+        current = {page_key(latent) for latent in latents}
         for key in self.root.list_keys("latents"):
-            if key not in mine:
+            if key not in current:
                 self.root.delete(key)
         self._write_record({"state": "complete", **record})
 

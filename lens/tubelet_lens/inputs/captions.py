@@ -25,7 +25,7 @@ _WORD = re.compile(r"\w+")
 
 
 def embed(captions: Sequence[str], known: Sequence[str], config: AnyText, device: torch.device) -> NDArray[np.float64]:
-    """Unit vectors float64 [captions, E]; a caption of which nothing is known is the zero vector.
+    """Unit vectors float64 [captions, E]; a caption without an embedding is the zero vector.
 
     Args:
         captions: Distinct texts.
@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[list[str], NDArray[Any]]:
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise TubeletError(
             f"{path} cannot be read as text embeddings: {str(error).splitlines()[0]}",
-            "Give a Parquet file with columns caption and embedding, or NAME.npy beside NAME.txt",
+            "Give a Parquet file with columns caption and embedding, or NAME.npy with NAME.txt",
         ) from error
 
 

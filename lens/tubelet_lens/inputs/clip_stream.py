@@ -4,7 +4,7 @@
 
 Whole clips, so that neighbors in time and space are index arithmetic. Each clip is encoded alone, in one call of fixed
 shape: a figure does not depend on how many clips share a window. Codes are lists of their active entries; a dense code
-exists only where a metric asks for it. Peak memory is at most about `clip_bytes(...) x clips per window`, plus a
+exists only where a metric needs it. Peak memory is at most about `clip_bytes(...) x clips per window`, plus a
 bounded part per metric.
 """
 
@@ -116,6 +116,6 @@ def read_clip(store: Store, hook: str, clip: int) -> Tensor:
     shard, place = divmod(clip, store.plan.clips_per_shard)
     values = np.array(store.shard_map(hook, shard)[place])
     if store.plan.dtype == "bfloat16":
-        # torch does not know numpy's bfloat16: pass the bits.
+        # torch does not accept numpy's bfloat16: pass the bits.
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).float()
     return torch.from_numpy(values).float()

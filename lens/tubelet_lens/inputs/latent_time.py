@@ -38,7 +38,7 @@ def latent_time(store: Store, clips: NDArray[np.int64]) -> LatentTime:
     """Latent time of `store`; the step sizes are medians over `clips`.
 
     A frame repeats if its index equals its predecessor's, or if it is one of the `padded_frames` last of a dense clip
-    (the first of those may be a new frame, but stands at the wrong distance).
+    (the first of those may be a new frame, but is at the wrong distance).
 
     Raises:
         TubeletError: a clip's frames do not divide into the grid's steps.

@@ -164,7 +164,7 @@ class PooledSplit:
         store: Where they lie.
         clips: int64 [N] Their numbers there.
         videos: object [N] Video ids.
-        labels: int64 [N] Class, -1 where the store knows none.
+        labels: int64 [N] Class, -1 where the store has none.
         label_names: object [N] Its name, None where unknown.
         captions: object [N] Caption, None where unknown.
         draws: Vectors by subject ("sae", "raw" and the controls), one entry per draw of what is random.

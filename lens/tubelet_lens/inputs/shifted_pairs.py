@@ -1,4 +1,4 @@
-"""Pairs of views of one video that show the same thing at different places of the token grid.
+"""Pairs of views of one video that show the same content at different places of the token grid.
 
     in space   still [s:, s:]  and  moved [:-s, :-s]  are the same pixels     (a view s patches further down and right)
     in time    still [s:]      and  moved [:-s]       are the same frames     (a window s tubelets later)

@@ -16,7 +16,7 @@ from tubelet_trainer.sae.sae_files import load_record, load_sae
 
 @dataclass(frozen=True, eq=False)
 class TrainedSae:
-    """An SAE with what its run folder says about it."""
+    """An SAE with the provenance in its run folder."""
 
     folder: Path
     coder: SparseCoder
@@ -38,7 +38,7 @@ def load_trained(folder: Path, device: str) -> TrainedSae:
     record = load_record(folder)
     if "hook" not in record.provenance:
         raise TubeletError(
-            f"The SAE in {folder} does not say at which hook its tokens are read",
+            f"The SAE in {folder} does not record its hook",
             "Import it again with --hook, as the store names it",
         )
     return TrainedSae(
@@ -76,8 +76,8 @@ def check_store(sae: TrainedSae, store: Store, other_store: bool) -> None:
     if "backbone" not in sae.provenance:
         if not other_store:
             raise TubeletError(
-                f"The SAE in {sae.folder} does not say which backbone it was trained on: it is not of `tubelet train`",
-                f"If {store.url} holds the same backbone's activations, say --other_store true, and --split all",
+                f"The SAE in {sae.folder} does not record its backbone: it was not written by `tubelet train`",
+                f"If {store.url} holds the same backbone's activations, give --other_store true and --split all",
             )
         return
     differ = differences(
@@ -85,14 +85,14 @@ def check_store(sae: TrainedSae, store: Store, other_store: bool) -> None:
         {"backbone": store.plan.backbone, "dataset": store.plan.dataset},
     )
     if sae.provenance["backbone"] != store.plan.backbone:
-        telling = [line for line in differ if line.startswith(("backbone.family:", "backbone.id:"))] or differ
+        differing = [line for line in differ if line.startswith(("backbone.family:", "backbone.id:"))] or differ
         raise TubeletError(
-            f"The SAE in {sae.folder} was trained on another backbone than {store.url} holds: {'; '.join(telling)}",
+            f"The SAE in {sae.folder} was trained on another backbone than {store.url} holds: {'; '.join(differing)}",
             "Give a store of the same backbone",
         )
     if not other_store:
         detail = f": {'; '.join(differ)}" if differ else " (sampling, preprocessing, grid, clips or dtype differ)"
         raise TubeletError(
             f"{store.url} has another plan than the store the SAE in {sae.folder} was trained on{detail}",
-            "Give that store, or take this one all the same with --other_store true",
+            "Give that store, or accept this one with --other_store true",
         )

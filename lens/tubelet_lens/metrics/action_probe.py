@@ -246,7 +246,7 @@ class _Probing:
             "only as far as it leads the random projection and the untrained SAE.",
             "The SAE and the partition of the videos are one draw each: the intervals do not cover other training "
             "seeds.",
-            "Other sections probe anew and report other accuracies: ablation fits without the videos on which it ranks "
+            "Other sections fit their own probes, with other accuracies: ablation omits the videos on which it ranks "
             "latents, and information scope probes raw activations.",
         ]
         unknown = int((self._known.video_class < 0).sum())

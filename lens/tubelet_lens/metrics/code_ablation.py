@@ -2,7 +2,7 @@
 
     fit side but its ranking part ─▶ probe     ranking part ─▶ importance     test side ─▶ accuracy with latents at 0
 
-This says nothing causal about the backbone: it is not run again, only the probe's input changes. [RECON: the paper
+This is no causal evidence about the backbone: it is not run again, only the probe's input changes. [RECON: the paper
 names no measure of importance and no matching of the random sets; both are chosen here.]
 """
 
@@ -107,7 +107,7 @@ FIGURES = FigureTable(
         "m_50 of a single class, median",
         "Per class: smallest m for which setting the class's m most important latents to 0 costs half of (its accuracy "
         f"- chance); median over the classes, undefined if most do not get there by {{largest}}. {_HOW}",
-        n_of="classes that the probe knows",
+        n_of="classes of the probe",
         better="low",
         name="ablation.class_m50.sae",
         when="the probe is above chance on a class",
@@ -116,7 +116,7 @@ FIGURES = FigureTable(
         "class_area",
         "Area lost by a single class",
         "The area lost of a class's own accuracy with its own most important latents at 0, mean over the classes.",
-        n_of="classes that the probe knows",
+        n_of="classes of the probe",
         better="high",
         null="ablation.class_area.random",
         name="ablation.class_area.sae",
@@ -126,7 +126,7 @@ FIGURES = FigureTable(
         "class_area_random",
         "Area lost by a single class",
         "The same with matched random latents at 0, {draws} draws per class and size.",
-        n_of="classes that the probe knows",
+        n_of="classes of the probe",
         name="ablation.class_area.random",
         when="the probe is above chance on a class",
     ),
@@ -134,8 +134,8 @@ FIGURES = FigureTable(
         "class_others",
         "Area lost by the other classes",
         "With a class's most important latents at 0: share of the other classes' accuracy that is lost, mean over the "
-        "sizes and classes. Small beside the area lost by the class itself: the latents are its own.",
-        n_of="classes that the probe knows",
+        "sizes and classes. Small compared with the area lost by the class itself: the latents are specific to it.",
+        n_of="classes of the probe",
         better="low",
         null="ablation.class_area.sae",
         when="the probe is above chance on a class",
@@ -145,7 +145,7 @@ FIGURES = FigureTable(
         "Concentration (Gini)",
         "Gini coefficient over the alive latents of the effects |w_cj| E[z_j | c], on the test videos of class c; mean "
         "over the classes. 0: all latents matter alike; toward 1: one carries everything.",
-        n_of="classes that the probe knows",
+        n_of="classes of the probe",
         better="high",
         when="the probe is above chance on a class",
     ),
@@ -261,14 +261,14 @@ def code_ablation(clips: ClipSetting) -> ClipResult | None:
 
 
 def _section(known: Labeled, whole: Ablation, by_class: dict[int, _OfClass], draws: int, alive: int) -> Section:
-    # A class that the probe does not know has nothing to lose.
+    # Accuracy on a class that the probe was not fitted on cannot fall.
     classes = {number: of for number, of in by_class.items() if of.ablation.before > of.ablation.chance}
     return Section(
         name="ablation",
         title="Ablation in the code",
         lead="How few latents does the action probe need? The latents that matter most to it are set to 0 in the code, "
-        "beside random ones that are as active. This changes what the probe is given; nothing is run again in the "
-        "backbone, so it says nothing causal about the backbone.",
+        "against random ones that are as active. This changes what the probe is given; nothing is run again in the "
+        "backbone, so it is no causal evidence about the backbone.",
         figures=(
             *_figures(known, whole, draws, alive),
             *(_figures_by_class(classes, draws) if classes else ()),
@@ -280,7 +280,7 @@ def _section(known: Labeled, whole: Ablation, by_class: dict[int, _OfClass], dra
         notes=(
             "Few latents (a small m_50, a Gini coefficient near 1) mean that what the probe uses is concentrated; the "
             "random latents show what taking away as much activity does by itself.",
-            "The more latents are taken, the fewer are left to match: the random ones' activity stands in the table.",
+            "The more latents are taken, the fewer are left to match: the random ones' activity is in the table.",
             "The accuracy before differs from the action probe's: this probe was fitted without the ranking part.",
         ),
     )
@@ -359,7 +359,7 @@ def _curve_by_class(classes: dict[int, _OfClass], draws: int) -> Curve:
             ),
             Line(label="itself, matched random", subject="random", y=tuple(map(float, np.mean(random, axis=0)))),
         ),
-        definition="Accuracy over accuracy before, mean over the classes that the probe knows: of a class with its own "
+        definition="Accuracy over accuracy before, mean over the classes of the probe: of a class with its own "
         "m most important latents at 0, of all other classes with the same latents at 0, and of the class with m "
         f"random latents of the same mean activation at 0 ({draws} draws). {_HOW}",
         log_x=True,

@@ -28,7 +28,7 @@ FIGURES = FigureTable(
         "than k latents are positive.",
         n_of="tokens",
         headline=True,
-        null="exact: a count; it is a cost to read beside FVU, and has no null",
+        null="exact: a count; it is a cost to read together with FVU, and has no null",
     ),
     FigureSpec(
         "l0_quantile",
@@ -56,7 +56,7 @@ FIGURES = FigureTable(
         "always_on",
         "Latents on more than half of the tokens",
         f"Number of latents with density above {_ALWAYS_ON}. A few always-on latents make any code look coherent "
-        "through time: read temporal coherence beside this.",
+        "through time: read temporal coherence together with this.",
         n_of="latents",
         style="count",
         better="low",

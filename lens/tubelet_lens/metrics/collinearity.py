@@ -1,6 +1,6 @@
 """Collinearity of the dictionary: do latents share directions?
 
-Each alive latent's largest |cosine| to another, beside random directions of the same number and dimension: the more
+Each alive latent's largest |cosine| to another, against random directions of the same number and dimension: the more
 latents there are in a space, the nearer the nearest of them is by chance.
 """
 
@@ -66,7 +66,7 @@ FIGURES = FigureTable(
 
 
 def measure_collinearity(clips: ClipSetting) -> ClipResult | None:
-    """How near the alive latents' directions lie to each other; None for fewer than two alive latents."""
+    """How near the alive latents' directions are to each other; None for fewer than two alive latents."""
     codes = clips.test.pooled["sae"]
     alive_F = codes.max_NF.max(0) > 0
     if codes.negative is not None:
@@ -83,7 +83,7 @@ def measure_collinearity(clips: ClipSetting) -> ClipResult | None:
     section = Section(
         name="collinearity",
         title="Directions of the dictionary",
-        lead="Do latents share directions? Nearly equal ones say the same thing twice. Random directions show how near "
+        lead="Do latents share directions? Nearly equal ones are redundant. Random directions show how near "
         "chance alone brings them.",
         figures=(
             *(figure for subject in ("sae", "random") for figure in _figures(subject, sizes[subject], ranks[subject])),
@@ -137,6 +137,6 @@ def _curve(sizes: dict[str, NDArray[np.float64]]) -> Curve:
         y_label="share of latents",
         x=tuple(float(value) for value in (edges[:-1] + edges[1:]) / 2),
         lines=tuple(lines),
-        definition=f"Share of alive latents in each of {_BINS} bins of the largest |cosine| to another, beside as many "
+        definition=f"Share of alive latents in each of {_BINS} bins of the largest |cosine| to another, and of as many "
         "random directions.",
     )

@@ -4,7 +4,7 @@
     CDS_j = mean of EMD(N(M1), N(M2)) / D,    N: to sum 1,    D: the largest distance in the overlap
 
 Contextual dependency score after Ro, Choi & Kim 2026 (arXiv 2604.05724), from a summary of the paper. Low: the
-latent fires on a content wherever it stands (local). High: where it fires depends on what else is in view (global).
+latent fires on a content wherever it is in the frame (local). High: it depends on what else is in view (global).
 [RECON] Settings and conventions that the summary leaves open:
 - the k strongest clips (pairs of views), by the largest |z_j| on the overlap in either view;
 - in space the maps are of one latent step, the one where |z_j| is largest; D is the diagonal of the overlap;
@@ -57,7 +57,7 @@ class Split:
 
     Attributes:
         threshold: Halfway between the largest of the low group and the smallest of the high one.
-        separation: Share of the variance that lies between the groups, 0 ... 1.
+        separation: Share of the variance between the groups, 0 ... 1.
     """
 
     threshold: float
@@ -240,7 +240,7 @@ def otsu(values: NDArray[np.float64]) -> Split | None:
     sums = np.cumsum(ordered)
     gap = sums[:-1] / low - (sums[-1] - sums[:-1]) / high
     between = low * high * gap**2 / len(ordered) ** 2
-    # Equal values stand on one side.
+    # Equal values are in one group.
     between[ordered[:-1] == ordered[1:]] = -1
     cut = int(between.argmax())
     return Split(float(ordered[cut] + ordered[cut + 1]) / 2, float(between[cut] / ordered.var()))

@@ -1,7 +1,7 @@
 """What a group of latents carries: the action probe on activations from which the group was removed.
 
     x' = x - sum over the group of z_j d_j     raw units; the error term x - decode(z) and all other latents stay
-    fit side, test side ─▶ mean activations without the group ─▶ probe, fitted anew ─▶ top-1
+    fit side, test side ─▶ mean activations without the group ─▶ probe, refitted ─▶ top-1
 
 Decoding is affine, so the edit of a mean over tokens is the mean of the edits: no second pass over the store, exactly.
 The probe reads the mean of a clip's raw activations, as linear probes on a frozen backbone do (Ro, Choi & Kim 2026).
@@ -28,7 +28,7 @@ from tubelet_lens.stats.linear_models import choose_penalty, fit_probe
 
 _TOP1 = (
     "Top-1 on test videos of a linear probe on the mean of a clip's raw activations x (fitted like the action probe, "
-    "anew each time)"
+    "again each time)"
 )
 _EDIT = "x minus the group's part of the reconstruction; the error term and all other latents stay"
 
@@ -114,7 +114,7 @@ def removal_figures(clips: ClipSetting, groups: Mapping[str, NDArray[np.int64]])
 
     Args:
         clips: The evaluation.
-        groups: Latents by name; the name stands in the figure's.
+        groups: Latents by name, which is part of the figure's name.
     """
     known, fit, parts = clips.labeled, clips.fit, clips.parts
     if known is None or fit is None or parts is None:

@@ -80,7 +80,7 @@ FIGURES = FigureTable(
     FigureSpec(
         "separation",
         "Scope in {place}, separation of the groups",
-        f"Share of the variance of CDS that lies between the groups, {_CUT}. 1: two values; an even spread still gives "
+        f"Share of the variance of CDS between the groups, {_CUT}. 1: two values; an even spread still gives "
         "0.75. {how}",
         n_of="latents",
         style="percent",
@@ -187,7 +187,7 @@ def _measure(clips: ClipSetting, store: Store, pairs: ShiftedPairs) -> Scope:
 def _how(clips: ClipSetting, pairs: ShiftedPairs) -> str:
     config, grid = clips.config.scope, pairs.grid
     if pairs.axis == "spatial":
-        moved = f"one lies {pairs.shift} patches further down and right"
+        moved = f"one is {pairs.shift} patches further down and right"
         maps = "maps of |z_j| over the patches of the latent step where it is largest"
         largest = f"the diagonal of the overlap of {grid.height} x {grid.width} patches, {pairs.largest:.3g}"
     else:
@@ -239,7 +239,7 @@ def _curve(scope: Scope, split: Split | None, how: str) -> Curve:
     for label, subject, values_F in shown:
         counts, _ = np.histogram(np.minimum(values_F[np.isfinite(values_F)], 1), bins=edges)
         lines.append(Line(label=label, subject=subject, y=tuple(float(count) for count in counts)))
-    cut = f" The threshold between low and high lies at {split.threshold:.3f}." if split else ""
+    cut = f" The threshold between low and high is {split.threshold:.3f}." if split else ""
     return Curve(
         name=f"scope.{scope.axis}_distribution",
         title=f"Scope in {_PLACE[scope.axis]}",
@@ -247,7 +247,7 @@ def _curve(scope: Scope, split: Split | None, how: str) -> Curve:
         y_label="latents",
         x=tuple(float(value) for value in (edges[:-1] + edges[1:]) / 2),
         lines=tuple(lines),
-        definition=f"Latents in each of {_BINS} bins of CDS, beside the null.{cut} {how}",
+        definition=f"Latents in each of {_BINS} bins of CDS, next to the null.{cut} {how}",
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether single latents stand for one label: purity of their strongest videos.
+"""Whether single latents represent one label: purity of their strongest videos.
 
     purity@16 of a latent = share of the commonest label among the 16 videos on which it fires most strongly
 
@@ -88,7 +88,7 @@ def label_purity(clips: ClipSetting) -> ClipResult | None:
         Section(
             name="labels",
             title="Latents and labels",
-            lead="Do the videos on which a latent fires most share a label? A latent may stand for a color, a place or "
+            lead="Do the videos on which a latent fires most share a label? A latent may represent a color, a place or "
             "a speed instead: a low score here does not make it a bad latent.",
             figures=(
                 FIGURES.fill("purity", purity, count, how=how, latents=latents),

@@ -38,7 +38,7 @@ from tubelet_store.reader import Store
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What a metric over tokens knows before the first window."""
+    """Input of a metric over tokens before the first window."""
 
     store: Store
     hook: str
@@ -79,7 +79,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ClipSetting:
-    """What a metric over clips knows."""
+    """Input of a metric over clips."""
 
     setting: Setting
     config: EvaluateConfig

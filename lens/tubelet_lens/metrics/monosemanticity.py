@@ -134,7 +134,7 @@ other, however narrow the values lie."""
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """What one reference says.
+    """Monosemanticity by one reference.
 
     Attributes:
         floor: Mean cosine of two clips: the null, what a latent scores in expectation when clips are permuted.

@@ -1,7 +1,7 @@
 """Text-video retrieval: can a linear map take pooled codes to the embeddings of their captions ?
 
-    fit side ─ ridge map M (penalty chosen on validation videos) ─▶ test videos: M z beside the captions' embeddings
-    text ─▶ video: each distinct caption asks, all test videos answer       video ─▶ text: the other way round
+    fit side ─ ridge map M (penalty chosen on validation videos) ─▶ test videos: M z against the captions' embeddings
+    text ─▶ video: queries are the distinct captions, the gallery is all test videos       video ─▶ text: the reverse
 
 [RECON] The paper does not describe its text side. Neither DINOv2 nor VideoMAE has a text tower: a map must be fitted.
 """
@@ -67,12 +67,12 @@ FIGURES = FigureTable(
     FigureSpec(
         "recall",
         "{title}, R@{top}",
-        "Share of {asked} whose right answer is among the nearest {top} of all {gallery}, by the cosine of the "
+        "Share of {queried} whose right answer is among the nearest {top} of all {gallery}, by the cosine of the "
         "caption's embedding and the mapped {vector}{draws}. The map is ridge regression from vectors standardized by "
         "the fitted-on clips to embeddings less their mean there, with the penalty per clip (chosen: {penalties}) of "
         "best mean reciprocal rank on validation videos; views of a video are summed. Embeddings: {embeddings}. Rank = "
-        f"1 + greater + ties / 2. Range: {LEVEL:.0%} bootstrap interval over {{asked}}.",
-        n_of="{asked}",
+        f"1 + greater + ties / 2. Range: {LEVEL:.0%} bootstrap interval over {{queried}}.",
+        n_of="{queried}",
         style="percent",
         better="high",
         headline=True,
@@ -83,9 +83,9 @@ FIGURES = FigureTable(
     FigureSpec(
         "median_rank",
         "{title}, median rank",
-        "Median rank of the best right answer among all {gallery}, over the {asked}; 1 is best.{draws} Rank = 1 + "
+        "Median rank of the best right answer among all {gallery}, over the {queried}; 1 is best.{draws} Rank = 1 + "
         "greater + ties / 2; a range, where one is given, counts ties for and against the right answer.",
-        n_of="{asked}",
+        n_of="{queried}",
         better="low",
         interval="ties counted for and against the right answer",
         name="retrieval.{direction}_medr.{subject}",
@@ -93,9 +93,9 @@ FIGURES = FigureTable(
     FigureSpec(
         "mean_rank",
         "{title}, mean rank",
-        "Mean rank of the best right answer among all {gallery}, over the {asked}; 1 is best.{draws} Rank = 1 + "
+        "Mean rank of the best right answer among all {gallery}, over the {queried}; 1 is best.{draws} Rank = 1 + "
         "greater + ties / 2; a range, where one is given, counts ties for and against the right answer.",
-        n_of="{asked}",
+        n_of="{queried}",
         better="low",
         interval="ties counted for and against the right answer",
         name="retrieval.{direction}_meanr.{subject}",
@@ -103,8 +103,8 @@ FIGURES = FigureTable(
     FigureSpec(
         "chance",
         "{title}, chance R@1",
-        "Share of the {gallery} that are right, mean over the {asked}: R@1 of guessing.",
-        n_of="{asked}",
+        "Share of the {gallery} that are right, mean over the {queried}: R@1 of guessing.",
+        n_of="{queried}",
         style="percent",
         name="retrieval.{direction}_chance",
     ),
@@ -197,7 +197,7 @@ def retrieval(clips: ClipSetting) -> ClipResult | None:
             name="retrieval",
             title="Text-video retrieval",
             lead=f"Does a linear map find a video by its caption? Captions are embedded by {described(config.text)}; "
-            f"{queries['text_to_video']:,} distinct captions ask among {queries['video_to_text']:,} test videos, and "
+            f"{queries['text_to_video']:,} distinct captions query {queries['video_to_text']:,} test videos, and "
             "the other way round.",
             figures=(
                 *figures,
@@ -207,9 +207,9 @@ def retrieval(clips: ClipSetting) -> ClipResult | None:
                 ),
             ),
             notes=(
-                "Every video that shares the caption asked for, to the letter, is a right answer, and captions are "
-                "asked once each: so chance is above 1 / gallery where captions repeat.",
-                "A ratio to the raw activations says little where both are near chance.",
+                "Every video whose caption is identical to the query is a right answer, and captions are "
+                "queried once each: so chance is above 1 / gallery where captions repeat.",
+                "A ratio to the raw activations means little where both are near chance.",
             ),
         )
     )
@@ -294,5 +294,5 @@ def _rank_figures(direction: str, subject: Subject, draws: list[Ranks]) -> tuple
 
 
 def _words(direction: str) -> dict[str, Any]:
-    asked, gallery = ("captions", "test videos") if direction == "text_to_video" else ("test videos", "captions")
-    return {"direction": direction, "title": _DIRECTIONS[direction], "asked": asked, "gallery": gallery}
+    queried, gallery = ("captions", "test videos") if direction == "text_to_video" else ("test videos", "captions")
+    return {"direction": direction, "title": _DIRECTIONS[direction], "queried": queried, "gallery": gallery}

@@ -1,6 +1,6 @@
 """Temporal coherence of codes and of raw activations: how stable they are from one latent step to the next.
 
-    headline   pooled lag-1 autocorrelation of the codes, beside the same statistic of the raw dimensions
+    headline   pooled lag-1 autocorrelation of the codes, next to that of the raw dimensions
     null       time shuffled within each clip: what is left is the difference between clips and patches
     drop       (raw - SAE) / raw
 
@@ -173,7 +173,7 @@ class _Order(NamedTuple):
 
 
 class _Temporal:
-    """Statistics of one thing (codes or raw activations), in true order and with time shuffled."""
+    """Statistics of codes or raw activations, in true order and with time shuffled."""
 
     def __init__(self, subject: Subject, shuffled: Subject, features: int, lags: int, setting: Setting) -> None:
         self.subject, self.shuffled = subject, shuffled
@@ -256,10 +256,10 @@ class Coherence:
             ),
             curves=(self._curve(),),
             notes=(
-                "A dictionary with a few always-on latents scores high whatever it says about the video: read these "
-                "figures beside FVU, L0, dead latents and the density histogram.",
+                "A dictionary with a few always-on latents scores high whatever it encodes: read these "
+                "figures together with FVU, L0, dead latents and the density histogram.",
                 "Two backbones are comparable only at an equal distance in time, and at the same sampling of frames.",
-                "Differences between clips and between patches count as coherence: the shuffled columns say how much "
+                "Differences between clips and between patches count as coherence: the shuffled columns show how much "
                 "of a figure they make up.",
             ),
         )
@@ -283,7 +283,9 @@ class Coherence:
         known += [f"{time.step_seconds:.3g} s" if time.step_seconds is not None else ""]
         words = " = ".join(word for word in known if word)
         return (
-            f"One latent step is {words} of video." if words else "How long a latent step is, the store does not say."
+            f"One latent step is {words} of video."
+            if words
+            else "The store does not record the length of a latent step."
         )
 
     def _drops(self) -> tuple[Figure, ...]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from tubelet.formats import styled
 from tubelet.tables import Table, Tabular
-from tubelet_lens.report.render import SUBJECTS, beside, count, range_of, render_report, why_undefined
+from tubelet_lens.report.render import SUBJECTS, comparisons, count, range_of, render_report, why_undefined
 from tubelet_lens.results.evaluation import Evaluation
 from tubelet_lens.results.latent_table import LatentEffect, write_effects, write_latents
 from tubelet_lens.results.section import Figure
@@ -41,7 +41,7 @@ class EvaluationResult(Tabular):
         for figure in self._headlines():
             controls = ", ".join(
                 f"{SUBJECTS[other.subject]} {styled(other.value, other.style)}"
-                for other in beside(self.evaluation, figure)
+                for other in comparisons(self.evaluation, figure)
             )
             rows.append(
                 (figure.title, figure.value, figure.low, figure.high, controls, figure.n, figure.n_of, figure.name)
@@ -61,7 +61,7 @@ class EvaluationResult(Tabular):
         """The headline figures for a terminal, each with its count and controls; then what limits the evaluation."""
         for figure in self._headlines():
             parts = [f"{_text(figure)}{range_of(figure)}, from {count(figure)}"]
-            parts += [f"{SUBJECTS[other.subject]}: {_text(other)}" for other in beside(self.evaluation, figure)]
+            parts += [f"{SUBJECTS[other.subject]}: {_text(other)}" for other in comparisons(self.evaluation, figure)]
             yield f"{figure.title}: {'; '.join(parts)}"
         yield from self.evaluation.cautions
 

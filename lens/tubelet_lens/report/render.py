@@ -42,7 +42,9 @@ def render_report(evaluation: Evaluation) -> str:
         evaluation=evaluation,
         headlines=[figure for figure in evaluation.figures() if figure.headline],
         topic={figure.name: section.title for section in evaluation.sections for figure in section.figures},
-        beside={figure.name: beside(evaluation, figure) for figure in evaluation.figures() if figure.headline},
+        comparisons={
+            figure.name: comparisons(evaluation, figure) for figure in evaluation.figures() if figure.headline
+        },
         tables={section.name: _table(section) for section in evaluation.sections},
         drawings={curve.name: svg(curve) for section in evaluation.sections for curve in section.curves},
         subjects=SUBJECTS,
@@ -65,7 +67,7 @@ def _show(figure: Figure) -> str:
 
 
 def range_of(figure: Figure) -> str:
-    """The lower and upper end beside the value, if it has them."""
+    """The lower and upper end of the value, if it has them."""
     if figure.low is None or figure.high is None:
         return ""
     low, high = (styled(end, figure.style) for end in (figure.low, figure.high))
@@ -73,13 +75,13 @@ def range_of(figure: Figure) -> str:
 
 
 def count(figure: Figure) -> str:
-    """How many things the figure is computed from, and whether they are too few."""
+    """How many samples the figure is computed from, and whether they are too few."""
     few = ": too few to rely on" if "video" in figure.n_of and figure.n < FEWEST_VIDEOS else ""
     return f"{figure.n:,} {figure.n_of}{few}"
 
 
 def why_undefined(figure: Figure) -> str:
-    """The clause of the definition that says when the figure is undefined, if it is."""
+    """The clause of the definition about when the figure is undefined, if it is."""
     clause = _UNDEFINED.search(figure.definition) if figure.value is None else None
     return f" ({clause[0].strip()})" if clause else ""
 
@@ -101,8 +103,8 @@ def _table(section: Section) -> dict[str, Any]:
     return {"columns": columns, "wide": wide, "narrow": narrow}
 
 
-def beside(evaluation: Evaluation, headline: Figure) -> list[Figure]:
-    """The same figure of other subjects: what a headline must be read beside."""
+def comparisons(evaluation: Evaluation, headline: Figure) -> list[Figure]:
+    """The same figure of other subjects, which a headline must be compared with."""
     others = [
         figure
         for section in evaluation.sections

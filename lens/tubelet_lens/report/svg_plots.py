@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from tubelet_lens.results.section import Curve, Line
 
 _INK, _GRID = "#010101", "#020202"
-# One stand-in color per role; controls and nulls share the color of neither the SAE nor the raw activations.
+# One placeholder color per role; controls and nulls share the color of neither the SAE nor the raw activations.
 _ROLES = {"sae": "#030303", "raw": "#040404", "control": "#050505"}
 _VARIABLES = {
     _INK: "var(--ink-soft)",

@@ -1,4 +1,4 @@
-"""The result of an evaluation, as it stands in `evaluation.json`."""
+"""The result of an evaluation, as written to `evaluation.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tubelet.errors import TubeletError, nearest
 from tubelet_lens.results.section import Figure, Section
 
 FEWEST_VIDEOS = 20
-"""Below this many videos a share or an interval says little."""
+"""Below this many videos a share or an interval means little."""
 
 
 class Coverage(Config):
@@ -49,7 +49,7 @@ class Evaluation(Config):
     software: dict[str, JsonValue]
     sections: tuple[Section, ...]
     not_measured: dict[str, str] = Field(default_factory=dict)
-    """Topics that were asked for and not measured, with what they lack."""
+    """Topics that were requested and not measured, with what they lack."""
 
     @property
     def cautions(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ class FigureSpec:
 
     Attributes:
         key: Name of the row within its table.
-        title: What readers see; figures of one title stand in one row of the report, one column per subject.
+        title: Displayed name; figures of one title form one row of the report, one column per subject.
         definition: Formula and conventions, readable alone.
         n_of: What `n` counts.
         style: How to print the value.
@@ -88,10 +88,10 @@ class FigureTable:
         Args:
             key: Of the row.
             value: None: undefined on these data.
-            n: How many things it is computed from.
+            n: Number of samples it is computed from.
             subject: What it is about; also the word `{subject}`.
             ends: `low` and `high`.
-            headline: False: not a headline here, whatever the row says.
+            headline: False: not a headline here, whatever the row's default.
             words: Fill the row's `{words}`.
 
         Raises:

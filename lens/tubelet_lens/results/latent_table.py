@@ -1,4 +1,4 @@
-"""One row per latent, a column per statistic: `latents.parquet` beside the evaluation.
+"""One row per latent, a column per statistic: `latents.parquet` in the evaluation's folder.
 
 The gallery's overview and its pages read this table; a column carries its definition in the field's metadata.
 """

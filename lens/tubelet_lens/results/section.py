@@ -3,7 +3,7 @@
     Section (one metric) ─┬─ Figure   one number: value, unit of counting, definition
                           └─ Curve    lines or bars over one axis, with their definition
 
-The JSON file holds sections as they stand; the report renders any section, so a new metric needs no new template.
+The JSON file holds sections unchanged; the report renders any section, so a new metric needs no new template.
 """
 
 from __future__ import annotations
@@ -36,20 +36,19 @@ class Figure(Config):
     name: str = Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)+$")
     """Unique, stable key: `section.quantity` or `section.quantity.subject`."""
     title: str = Field(min_length=1)
-    """What people call it; figures of one section that share it stand in one row, a column per subject."""
+    """Displayed name; figures of one section that share it form one row, a column per subject."""
     subject: Subject = "sae"
     value: float | None
-    """None: undefined on these data (the definition says when)."""
+    """None: undefined on these data (see the definition)."""
     low: float | None = None
-    """Lower end of the range shown beside the value: lowest of repeated draws, or end of an interval; the definition
-    says which."""
+    """Lower end of the range of the value: lowest of repeated draws, or end of an interval (see the definition)."""
     high: float | None = None
     n: int = Field(ge=0)
-    """How many things the figure is computed from."""
+    """Number of samples the figure is computed from."""
     n_of: str = Field(min_length=1)
     """What `n` counts: tokens, pairs of tokens, latents, ..."""
     definition: str = Field(min_length=1)
-    """Formula and conventions, readable alone."""
+    """Formula and conventions, self-contained."""
     style: Literal["number", "percent", "count", "seconds"] = "number"
     """How to print it."""
     better: Literal["high", "low", "neither"] = "neither"

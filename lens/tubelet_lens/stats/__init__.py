@@ -1,1 +1,1 @@
-"""Statistics that know nothing of SAEs: probes, regressions, intervals, distances."""
+"""Statistics independent of SAEs: probes, regressions, intervals, distances."""

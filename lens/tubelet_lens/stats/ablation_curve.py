@@ -1,4 +1,4 @@
-"""Accuracy against the number of latents set to 0, in the order of a ranking, beside matched random sets.
+"""Accuracy against the number of latents set to 0, in the order of a ranking, against matched random sets.
 
     importance I_jc = |w_cj| E[z_j | c]  ─▶ ranking ─▶ sets: top m, bottom m, m at random with the same mean activation
     measure(set) = accuracy with the set's latents at 0  ─▶ Ablation: curves over m, area, m_50
@@ -19,7 +19,7 @@ from tubelet_lens.results.section import Line
 Measure = Callable[[NDArray[np.int64]], float]
 """Accuracy with these latents at 0."""
 
-# A random latent is drawn among this many whose mean activation is nearest to that of the latent it stands in for.
+# A random latent is drawn among this many whose mean activation is nearest to that of the latent it replaces.
 _NEAREST = 8
 
 
@@ -31,7 +31,7 @@ def matched_set(
 ) -> NDArray[np.int64]:
     """As many alive latents as `targets`, none of them among these, drawn to have the same mean activations.
 
-    Each target in turn, in random order, is stood in for by one of the 8 unused latents of nearest log mean activation.
+    Each target in turn, in random order, is replaced by one of the 8 unused latents of nearest log mean activation.
     [RECON] The paper does not define the matching.
 
     Args:
@@ -47,7 +47,7 @@ def matched_set(
     chosen = []
     for target in rng.permutation(targets):
         at = int(np.searchsorted(log_free, np.log(mean_F[target])))
-        # The nearest lie around the place where the target itself would stand.
+        # The nearest are around the sorted position of the target itself.
         low, high = max(0, at - _NEAREST), min(len(free), at + _NEAREST)
         distance = np.abs(log_free[low:high] - np.log(mean_F[target]))
         near = np.argsort(distance, kind="stable")[:_NEAREST]
@@ -82,14 +82,14 @@ class Ablation:
     mismatch: float | None
 
     def area(self, accuracies: NDArray[np.float64]) -> float | None:
-        """Mean over the sizes of the share of (before - chance) that is lost; None where there is nothing to lose."""
+        """Mean over the sizes of the share of (before - chance) that is lost; None where `before` is at chance."""
         if self.before <= self.chance:
             return None
         return float(np.mean(self.before - accuracies) / (self.before - self.chance))
 
     @property
     def random_areas(self) -> list[float]:
-        """The area of every random draw; empty where there is nothing to lose."""
+        """The area of every random draw; empty where accuracy is at chance already."""
         return [lost for draw in self.random if (lost := self.area(draw)) is not None]
 
 

@@ -213,7 +213,7 @@ def class_edit_section(
         title: Heading of the section.
         lead: The question it answers.
         how: Choice of latents and predictor, for the definitions.
-        extra: Figures to put first.
+        extra: Figures that come first.
     """
     place = int(np.argmin([abs(strength - _HEADLINE) for strength in edits.strengths]))
     strength = edits.strengths[place]

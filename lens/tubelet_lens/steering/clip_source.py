@@ -60,7 +60,7 @@ class ClipSource:
         decode: Video decoding.
 
     Raises:
-        TubeletError: this version does not know the plan's sampling or views.
+        TubeletError: this version does not support the plan's sampling or views.
     """
 
     def __init__(

@@ -79,7 +79,7 @@ class EditConfig(ChangeConfig):
 
     @property
     def report_folder(self) -> Path:
-        """Where the page goes."""
+        """Path of the page."""
         return self.out if self.out is not None else self.run / "edits" / f"latent-{self.latent}"
 
     @property

@@ -28,7 +28,7 @@ class Spread(Config):
 
 
 class Compared(Config):
-    """A figure of the edit beside that of its controls; null: no control could be drawn."""
+    """A figure of the edit and that of its controls; null: no control could be drawn."""
 
     edit: float
     matched: Spread | None
@@ -114,7 +114,7 @@ class ClipEffect(Config):
 
 
 class EditReport(Tabular, Config):
-    """What edits of latents change in some clips, beside controls."""
+    """The effects of edits of latents in some clips, with controls."""
 
     format: Literal["tubelet-edit"] = "tubelet-edit"
     schema_version: Literal[1] = 1
@@ -131,7 +131,7 @@ class EditReport(Tabular, Config):
     software: dict[str, JsonValue]
 
     def table(self) -> Table:
-        """A row per clip: how much was changed, and what changed after it beside the controls."""
+        """A row per clip: how much was changed, and what changed after it, with the controls."""
         rows: list[tuple[object, ...]] = []
         for clip in self.clips:
             kl = clip.kl

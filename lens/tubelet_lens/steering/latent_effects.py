@@ -1,7 +1,7 @@
 """Effects of single latents on the backbone's classes: each is switched off alone.
 
     fit side's probe ─▶ the most important latents
-    backbone, test side: x' = x - f_j d_j ─▶ readout ─▶ mean change of each class's logit, beside a random
+    backbone, test side: x' = x - f_j d_j ─▶ readout ─▶ mean change of each class's logit, against a random
     direction with steps of the same length
 
 The rows become `effects.parquet`, which the gallery shows on the pages of the latents.

@@ -71,8 +71,8 @@ def mask_classes(kind: Kind, described: Described) -> list[int]:
     names = CLASSES[kind]
     words = [phrase.split() for phrase in phrases(described)]
     # "a red striped circle": article, color, perhaps a texture, shape.
-    said = [each[1] if kind == "color" and len(each) > 1 else each[-1] for each in words]
-    return [names.index(word) if word in names[1:] else NONE for word in said]
+    last = [each[1] if kind == "color" and len(each) > 1 else each[-1] for each in words]
+    return [names.index(word) if word in names[1:] else NONE for word in last]
 
 
 def patch_labels(

@@ -36,7 +36,7 @@ class Question:
     """Of its files."""
     title: str
     lead: str
-    """What it asks, and what to keep in mind when reading it."""
+    """The question, and what to keep in mind when reading the answer."""
     columns: tuple[Column, ...]
 
 
@@ -77,7 +77,7 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "action",
         "Action classification",
-        "A linear probe on a clip's pooled codes, beside the same probe on the raw activations. A wider vector helps a "
+        "A linear probe on a clip's pooled codes, and the same probe on the raw activations. A wider vector helps a "
         "linear probe by itself: the random projection and the untrained SAE have the SAE's width.",
         _columns(
             action__top1__sae="SAE",
@@ -139,8 +139,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "ablation",
         "Causal ablation of the code",
-        "How many latents carry what the probe reads? Latents are taken out of the code, best first, beside random "
-        "ones matched in activation. This says what the probe uses, not what the backbone does.",
+        "How many latents carry what the probe reads? Latents are set to 0, best first, against random "
+        "ones matched in activation. This shows what the probe uses, not what the backbone uses.",
         _columns(
             ablation__before__sae="accuracy before",
             ablation__m50__sae="latents for half",

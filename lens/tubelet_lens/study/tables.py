@@ -76,7 +76,7 @@ class StudyTable:
     """The answer to one question.
 
     Attributes:
-        question: What is asked.
+        question: The question that the table answers.
         columns: Those of the question's columns for which any cell has a figure.
         definitions: What each column is, from the figures of all cells: one definition, or several where cells differ.
         values: A row per (source, variant); columns source, backbone, dataset, variant, and of each figure its mean,

@@ -28,7 +28,7 @@ class Pairs:
     most: int
     """Maximum number of anchors of a rank in this batch."""
     several_clips: bool
-    """The anchors of the whole batch, over all ranks, come from more than one clip. Known without asking the device.
+    """The anchors of the whole batch, over all ranks, come from more than one clip. Needs no synchronization.
     Also true of the short batch that ends a run: it may be a single token, whose contrast is 0."""
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Batch:
     """Tokens and their positions."""
 
     hooks: Mapping[str, Tensor]
-    """Per hook [B, D], as stored (not normalized); float32 unless another type was asked for."""
+    """Per hook [B, D], as stored (not normalized); float32 unless the loader has another dtype."""
     positions: Tensor
     """[B] int64: (clip x time steps + time) x patches + patch; distance in space and time is arithmetic."""
     grid: Grid

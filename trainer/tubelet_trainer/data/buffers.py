@@ -127,7 +127,7 @@ def _keep(free: list[NDArray[np.uint8]], memory: NDArray[np.uint8]) -> None:
 
 
 def page_aligned(rows: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """Memory [rows, channels] of any content that begins with a page; NumPy asks for huge ones where it is large."""
+    """Memory [rows, channels] of any content that begins with a page; NumPy requests huge pages if it is large."""
     size_bytes = rows * channels * dtype.itemsize
     memory = np.empty(size_bytes + _PAGE_BYTES, np.uint8)
     start = -memory.ctypes.data % _PAGE_BYTES

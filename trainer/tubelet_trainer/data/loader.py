@@ -205,9 +205,9 @@ class ActivationLoader:
         Raises:
             TubeletError: the state belongs to another stream (store, hook, clips, batch or window size) or seed.
         """
-        mine = self.state_dict()
-        if wrong := [name for name in ("digest", "seed") if state.get(name) != mine[name]]:
-            differing = ", ".join(f"{name} {state.get(name)} (here {mine[name]})" for name in wrong)
+        current = self.state_dict()
+        if wrong := [name for name in ("digest", "seed") if state.get(name) != current[name]]:
+            differing = ", ".join(f"{name} {state.get(name)} (here {current[name]})" for name in wrong)
             raise TubeletError(
                 f"The loader's state belongs to another order of tokens: {differing}",
                 "Resume with the same store, hook, held-out share, seed, batch_tokens, window_tokens, block_patches, "

@@ -117,7 +117,7 @@ def _join(batches: Sequence[Batch]) -> Batch:
 
 
 def _join_pairs(parts: Sequence[Pairs | None], starts: Sequence[int]) -> Pairs | None:
-    # A store whose share of this batch came to nothing has no pairs.
+    # A store without tokens in this batch has no pairs.
     present = [(part, start) for part, start in zip(parts, starts, strict=True) if part is not None]
     return join_pairs([part for part, _ in present], [start for _, start in present]) if present else None
 
@@ -143,7 +143,7 @@ def mixed_moments(moments: Sequence[Moments], shares: Sequence[float]) -> Moment
 
 
 def refuse_other_kind(one: Store, other: Store, hooks: Sequence[str]) -> None:
-    """Refuse to mix stores whose tokens do not mean the same.
+    """Refuse to mix stores whose tokens are not comparable.
 
     Raises:
         TubeletError: grid, type, backbone, preprocessing, or the width of a hook differ.

@@ -157,7 +157,7 @@ def fresh_steps(store: Store) -> NDArray[np.bool_]:
     """bool [clips, steps]: latent steps that cover no repeated frame.
 
     A frame repeats if its index equals its predecessor's, or if it is one of the `padded_frames` last of a clip that
-    was not sampled uniformly (there the first of those stands at the wrong distance even where it is new).
+    was not sampled uniformly (there the first of those is at the wrong distance even where it is new).
     """
     steps = store.plan.grid.time
     table = store.clips()
@@ -249,15 +249,15 @@ class DrawnPairs:
         clips = where.clips_on_host(host_rows[:taken])
         self._clips |= {int(clips.min()), int(clips.max())}
         first = (part.rank - part.offset - self._seen) % part.ranks
-        mine = rows[first : taken : part.ranks]
-        self._rows.append(torch.arange(filled, filled + len(mine), device=rows.device))
-        places = part.offset + self._seen + first + part.ranks * torch.arange(len(mine), device=rows.device)
+        own = rows[first : taken : part.ranks]
+        self._rows.append(torch.arange(filled, filled + len(own), device=rows.device))
+        places = part.offset + self._seen + first + part.ranks * torch.arange(len(own), device=rows.device)
         for collected, neighbors_of in (
             (self._temporal, self._arithmetic.temporal),
             (self._spatial, self._arithmetic.spatial),
         ):
             if collected is not None:
-                neighbors, valid = neighbors_of(mine, where.clips(mine), part.step, places)
+                neighbors, valid = neighbors_of(own, where.clips(own), part.step, places)
                 collected.positions.append(where.positions(neighbors))
                 collected.valid.append(valid)
                 collected.tokens.append(tuple(tokens.index_select(0, neighbors).float() for tokens in window.tokens))

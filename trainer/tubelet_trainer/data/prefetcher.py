@@ -35,7 +35,7 @@ class Locations:
     grid: Grid
     block_patches: int
     clip_offset: int
-    """What clip numbers in positions are counted from."""
+    """Offset of clip numbers in positions."""
     first_position: NDArray[np.int64]
     """[blocks] Position of each block's first token."""
     on_device: Tensor
@@ -52,7 +52,7 @@ class Locations:
 
     @cached_property
     def _all(self) -> Tensor:
-        """[rows of the window] Made once: divisions for each batch took half as long as gathering its tokens."""
+        """[rows of the window] Computed once: divisions for each batch took half as long as gathering its tokens."""
         inside = torch.arange(self.block_tokens, device=self.on_device.device)
         steps, patches = inside // self.block_patches, inside % self.block_patches
         return (self.on_device[:, None] + (steps * self.grid.space + patches)).flatten()
@@ -62,7 +62,7 @@ class Locations:
         return self.positions(rows) // self.grid.tokens - self.clip_offset
 
     def clips_on_host(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same plus `clip_offset`, without asking the device."""
+        """The same plus `clip_offset`, without synchronizing with the device."""
         return self.first_position[rows // self.block_tokens] // self.grid.tokens
 
 
@@ -193,7 +193,7 @@ class Prefetcher:
                     place = self._order.locate(position)
                     self._group_begins(*place)
                     coming = self._ahead(end, stop)
-                    # Beside the copying: drawing the order takes a fifth of its time.
+                    # In parallel with the copying: drawing the order takes a fifth of its time.
                     drawn = pool.submit(self._order.rows, *place)
                     self._copy(buffer, blocks, pool)
                     order, first = drawn.result(), self._first(blocks)
@@ -209,7 +209,7 @@ class Prefetcher:
         return self._order.start(epoch, window + 1)
 
     def _ahead(self, position: int, stop: int) -> WindowBlocks | None:
-        """Blocks of the window at `position`, on their way to the page cache; None where the stream ends."""
+        """Blocks of the window at `position`, being read into the page cache; None where the stream ends."""
         if position >= stop:
             return None
         blocks = self._order.window(*self._order.locate(position))
@@ -225,7 +225,7 @@ class Prefetcher:
     def _copy(self, buffer: Buffer, blocks: WindowBlocks, pool: ThreadPoolExecutor) -> None:
         """Copy a window's blocks from the memory maps to the buffer's host side."""
         if buffer.copied is not None:
-            buffer.copied.synchronize()  # the host side may still be on its way to the device
+            buffer.copied.synchronize()  # the host side may still be being copied to the device
         # A GPU sums the window at almost no cost; on the CPU each block is searched once.
         check = buffer.finite is None and not self._checked[blocks.numbers].all()
         count = len(blocks.clips)

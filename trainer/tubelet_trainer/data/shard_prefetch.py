@@ -59,7 +59,7 @@ class ShardPrefetch:
         self._told = {cache for cache, objects in coming.items() if objects}
 
     def _merged(self) -> Iterator[tuple[Source, int]]:
-        # Who began last, e.g. an evaluation amid training, reads first.
+        # The stream that began last, e.g. an evaluation during training, reads first.
         newest_first = list(self._groups.values())[::-1]
         return chain.from_iterable(chain.from_iterable(zip_longest(*newest_first, fillvalue=[])))
 
@@ -85,12 +85,12 @@ def refuse_small_cache(needs: Sequence[tuple[Source, int]]) -> None:
     for source, shards in needs:
         if source.store.cache is not None:
             by_folder.setdefault(source.store.cache.config.folder, []).append((source, shards))
-    for folder, found in by_folder.items():
-        wanted_bytes = sum(source.shard_bytes * shards for source, shards in found)
-        budget_bytes = min(int(source.store.cache.config.budget) for source, _ in found if source.store.cache)
+    for folder, groups in by_folder.items():
+        wanted_bytes = sum(source.shard_bytes * shards for source, shards in groups)
+        budget_bytes = min(int(source.store.cache.config.budget) for source, _ in groups if source.store.cache)
         if wanted_bytes > budget_bytes:
-            parts = ", ".join(f"{shards} of {source.store.url} hook {source.hook}" for source, shards in found)
-            fitting = budget_bytes // sum(source.shard_bytes for source, _ in found)
+            parts = ", ".join(f"{shards} of {source.store.url} hook {source.hook}" for source, shards in groups)
+            fitting = budget_bytes // sum(source.shard_bytes for source, _ in groups)
             fewer = f", or resident_shards to at most {fitting} (another order of tokens)" if fitting else ""
             raise TubeletError(
                 f"The cache in {folder} may hold {budget_bytes} bytes, but the shards that are shuffled together have"

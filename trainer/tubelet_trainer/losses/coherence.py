@@ -129,7 +129,7 @@ def _pre(sae: SAE, x_AD: Tensor, pre_AF: Tensor) -> Tensor:
 
 @contextmanager
 def _aside(sparsifier: Sparsifier, tokens: int) -> Iterator[None]:
-    """Let `sparsifier` choose from `tokens` (over all ranks) beside the batch's, without changing its threshold."""
+    """Let `sparsifier` choose from `tokens` (over all ranks), apart from the batch, without changing its threshold."""
     before = {name: buffer.clone() for name, buffer in sparsifier.named_buffers()}
     ranked = sparsifier if isinstance(sparsifier, RankedBatchTopK) else None
     whole = None if ranked is None else ranked.whole

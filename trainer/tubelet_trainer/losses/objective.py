@@ -154,7 +154,7 @@ class Reconstruction:
 
 
 class AuxK:
-    """Dead latents learn what the living ones leave over (Gao et al. 2024, appendix A.2).
+    """Dead latents learn to reconstruct the residual of the alive ones (Gao et al. 2024, appendix A.2).
 
     The k largest pre-activations among dead latents, through ReLU, are decoded without b_dec and compared with the
     detached residual e = x - x^:  coef ||e - e^||^2 / ||e - mean(e)||^2, and 0 where that is not a number.

@@ -29,7 +29,7 @@ from tubelet_trainer.sae.sparsifiers import Choice, JumpReLU
 _CONTROL_RATE = 0.01
 
 # The L0 controller multiplies or divides the weight by at most this. [RECON] From the default weights an active latent
-# then costs as much as all the variance there is to explain, or nothing: going further would only delay the way back.
+# then costs as much as all the variance there is to explain, or nothing: going further would only delay the recovery.
 MAX_GAIN = 1000.0
 _MAX_LOG_GAIN = math.log(MAX_GAIN)
 

@@ -11,7 +11,7 @@ from tubelet_trainer.process_group import ALONE, ProcessGroup
 from tubelet_trainer.sae.model import Codes
 
 # Steps between two reads of the number of dead latents, and the age of the number that is read: long enough for the
-# copy to arrive, and short beside the millions of tokens after which a latent counts as dead.
+# copy to arrive, and short compared with the millions of tokens after which a latent counts as dead.
 _READ_EVERY = 4
 
 

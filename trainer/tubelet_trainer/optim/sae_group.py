@@ -96,5 +96,5 @@ def _same(one: StackedSAEs, other: StackedSAEs) -> bool:
 
 def _same_normalization(one: Normalization, other: Normalization) -> bool:
     """Whether two normalizations are the same map."""
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)

@@ -187,7 +187,7 @@ def _split(bags: Bags, count: int, tokens: int) -> list[Bags]:
 
 
 class _Leaves(torch.autograd.Function):
-    """The array that holds all SAEs' weights, as a function of those weights; nothing is copied either way."""
+    """The array that holds all SAEs' weights, as a function of those weights; nothing is copied in either case."""
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class StopRequest:
         return float(ranks.sum(requested)) > 0
 
     def leave(self, ranks: ProcessGroup) -> None:
-        """End the process as the signal asks, all ranks together: the launcher kills the rest when one has ended.
+        """End the process as the signal requires, all ranks together: the launcher kills the rest when one has ended.
 
         Raises:
             KeyboardInterrupt: it was Ctrl-C.

@@ -118,7 +118,7 @@ class _Nowhere:
 class _TensorBoard:
     def __init__(self, out: Path, step: int) -> None:
         writer = _library("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        # Events after `step` belong to a run that was killed: they come again, and replace the old ones.
+        # Events after `step` belong to a run that was killed: they are logged again, and replace the old ones.
         self._writer = writer(log_dir=str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -193,7 +193,7 @@ def open_tracker(config: AnyTracker, out: Path, step: int, settings: Mapping[str
                 return _MLflow(config, out, settings)
     except TubeletError:
         raise
-    # Whatever the library has of its own: no key, no server, a version that does not fit.
+    # Any error of the library: no key, no server, an incompatible version.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         remedy = {"wandb": "Run `wandb login`, or set --tracker.mode offline", "mlflow": "Check --tracker.uri"}

@@ -39,7 +39,7 @@ class Codes:
     """Sparse codes: `values` [N, K] at latents `indices` [N, K]. Entries that are not active have value 0.
 
     Kinds that keep many latents give all of them: K = F, `indices` 0, 1, ..., F - 1 for each token. BatchTopK in
-    training gives a list [E] of entries, token after token; `bags` tells whose they are.
+    training gives a list [E] of entries, token after token; `bags` maps them to tokens.
     """
 
     values: Tensor

@@ -1,4 +1,4 @@
-"""A trained SAE on disk: `sae.safetensors` (weights and normalization) beside `sae.json` (recipe and provenance).
+"""A trained SAE on disk: `sae.safetensors` (weights and normalization) and `sae.json` (recipe and provenance).
 
 `sae.json` is written last: where it is, the SAE is whole.
 """

@@ -55,10 +55,10 @@ class ShardedSAE(SAE):
         self.config, self.normalization, self.channels = config, whole.normalization, whole.channels
         self.latents = whole.latents // ranks.size
         self.ranks = ranks
-        mine = slice(ranks.rank * self.latents, (ranks.rank + 1) * self.latents)
-        self.W_enc = nn.Parameter(whole.W_enc.detach()[mine].clone())
-        self.b_enc = nn.Parameter(whole.b_enc.detach()[mine].clone())
-        self.W_dec = nn.Parameter(whole.W_dec.detach()[mine].clone())
+        own = slice(ranks.rank * self.latents, (ranks.rank + 1) * self.latents)
+        self.W_enc = nn.Parameter(whole.W_enc.detach()[own].clone())
+        self.b_enc = nn.Parameter(whole.b_enc.detach()[own].clone())
+        self.W_dec = nn.Parameter(whole.W_dec.detach()[own].clone())
         self.b_dec = nn.Parameter(whole.b_dec.detach().clone())
         if isinstance(config, TopKConfig):
             self.sparsifier = ShardedTopK(config.k, ranks)
@@ -133,7 +133,7 @@ class RankedBatchTopK(BatchTopK):
         """Tokens of the batch over all ranks; None: as many as there are here."""
 
     def budget(self, pre_NF: Tensor) -> int:
-        """Entries that this rank makes room for."""
+        """Capacity of this rank, in entries."""
         return min(2 * -(-self._all(pre_NF) // self.ranks.size), pre_NF.numel())
 
     def _all(self, pre_NF: Tensor) -> int:

@@ -7,11 +7,11 @@ swapped.
     decode:  out_n = sum_k values_nk W[indices_nk]                       (rows of the decoder)
     select:  pre_nk = W[indices_nk] . (x_n - b_dec) + b_enc[indices_nk]  (the pre-activations that were kept)
 
-Where tokens keep different numbers, the entries of a batch are one list, token after token, and `Bags` tells whose
-they are; its length is known in advance, so nothing synchronizes with the device.
+Where tokens keep different numbers, the entries of a batch are one list, token after token, and `Bags` maps them to
+tokens; its length is known in advance, so nothing synchronizes with the device.
 
 Codes whose indices come from `every_latent` are dense (K = F), and both products are plain matrix products. So kinds
-that keep many latents go the same way as those that keep few.
+that keep many latents use the same code as those that keep few.
 
 Measured with N 1024, F 6144, D 768, one CPU thread, forward and backward of `decode`: K 32 18 ms, K 64 43 ms, K 256
 126 ms, K 512 231 ms; dense 380 to 480 ms.

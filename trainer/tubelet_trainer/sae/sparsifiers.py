@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 
 class Sparsifier(nn.Module, ABC):
-    """Chooses from pre-activations; `training` tells a training batch from inference."""
+    """Chooses from pre-activations; `training` distinguishes a training batch from inference."""
 
     stackable: ClassVar[bool] = False
     """One choice may be made for the tokens of several SAEs of the same shape (see `tubelet_trainer.optim.stacked`)."""
@@ -114,7 +114,7 @@ class BatchTopK(Sparsifier):
     """The N k largest positive pre-activations of a training batch; all above a threshold at inference.
 
     The threshold is a running mean of each training batch's smallest kept pre-activation (Bussmann et al. 2024, section
-    3.2), started at the first batch's. At inference a token's code does not depend on the tokens beside it.
+    3.2), started at the first batch's. At inference a token's code does not depend on the other tokens.
 
     Args:
         k: Active latents per token, on average.

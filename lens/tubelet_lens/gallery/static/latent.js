@@ -1,4 +1,4 @@
-// Plays the clips of a latent's page in step with their heat-maps. Everything it draws stands in the page.
+// Plays the clips of a latent's page in step with their heat-maps. All its data is in the page.
 "use strict";
 (() => {
   const { grid: [steps, height, width], cards } = JSON.parse(document.getElementById("data").textContent);

@@ -33,7 +33,7 @@
     history.replaceState(null, "", `#${kept}`);
   }
   function open(i) { state.at = String(data.latents[i]); save(); location.href = address(i); }
-  function picture(i) {
+  function thumbnail(i) {
     const screen = make("div", undefined, { class: "screen thumb" });
     if (data.clip[i] !== null) {
       const across = Math.ceil(Math.sqrt(data.frames[i])), frame = data.frame[i];
@@ -128,7 +128,7 @@
     link.addEventListener("click", () => { state.at = String(data.latents[i]); save(); });
     const words = make("div", label(i) === null ? "" : `${label(i)} (${data.agree[i]})`, { dir: "auto" });
     chosen.classList.add("full");
-    chosen.replaceChildren(picture(i), link, words, list);
+    chosen.replaceChildren(thumbnail(i), link, words, list);
   }
   function nearestTo(px, py, reach) {
     let best = -1, least = reach * reach;
@@ -147,7 +147,7 @@
   });
   canvas.addEventListener("click", (event) => {
     const touch = event.pointerType === "touch", i = nearestTo(...at(event), touch ? 2 * NEAR : NEAR);
-    // A finger covers several points: the first tap says which one it meant, the link beside the plot opens it.
+    // A finger covers several points: the first tap selects one, the link next to the plot opens it.
     if (i >= 0) touch ? choose(i) : open(i);
   });
   canvas.addEventListener("keydown", (event) => {
@@ -199,7 +199,7 @@
     node.tHead.replaceChildren(head);
     node.tBodies[0].replaceChildren(...rows.slice(page * ROWS, (page + 1) * ROWS).map((i) => {
       const row = make("tr"), pic = make("td", undefined, { class: "pic" }), name = make("th", undefined, { scope: "row" });
-      pic.append(picture(i));
+      pic.append(thumbnail(i));
       const link = make("a", `${data.latents[i]}`, { href: address(i), "aria-label": `Latent ${data.latents[i]}` });
       link.addEventListener("click", () => { state.at = String(data.latents[i]); save(); });
       name.append(link); row.append(pic, name);

@@ -1,6 +1,6 @@
 """`tubelet export` and `tubelet import`: SAEs to and from other libraries.
 
-In a run an SAE is stored with its normalization beside it; an exported one has it folded into the weights, and takes
+In a run an SAE is stored next to its normalization; an exported one has it folded into the weights, and takes
 raw tokens.
 """
 

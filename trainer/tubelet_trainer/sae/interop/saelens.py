@@ -1,4 +1,4 @@
-"""SAEs in SAELens's layout: `cfg.json` beside `sae_weights.safetensors`, as its version 6 reads and writes them.
+"""SAEs in SAELens's layout: `cfg.json` and `sae_weights.safetensors`, as its version 6 reads and writes them.
 
     Tubelet                    SAELens
     W_enc [F, D]               W_enc [D, F]
@@ -9,7 +9,7 @@
     batchtopk                  jumprelu      (its one threshold for every latent, as SAELens itself saves it)
 
 Normalization is folded in: what is written takes raw tokens. SAELens folds its own at the end of a training and then
-sets `normalize_activations` to none; a checkpoint of an unfinished training has it in files beside the weights, and is
+sets `normalize_activations` to none; a checkpoint of an unfinished training has it in files next to the weights, and is
 folded when it is read.
 """
 
@@ -48,7 +48,7 @@ WEIGHTS = "sae_weights.safetensors"
 # The release whose loader these files were tried with. Without a version of at least 6 it would take them for older.
 _SAELENS_VERSION = "6.54.12"
 
-# What a checkpoint of a training under way keeps its normalization in.
+# Files in which a checkpoint of an unfinished training keeps its normalization.
 SCALER = "activation_scaler.json"
 WHITENING = "activation_whitening.safetensors"
 
@@ -162,7 +162,7 @@ def _normalization(folder: Path, kind: str, channels: int) -> Normalization:
     if kind == "covariance_whitening":
         path = folder / WHITENING
         if not path.is_file():
-            raise _unfolded(folder, kind, f"there is no {WHITENING} beside it")
+            raise _unfolded(folder, kind, f"its {WHITENING} is missing")
         try:
             t = {name: tensor.float() for name, tensor in load_file(path).items()}
             return Normalization(t["mean"], plain.scale, t["matrix"], t["inverse_matrix"])
@@ -174,7 +174,7 @@ def _normalization(folder: Path, kind: str, channels: int) -> Normalization:
 def _scaling_factor(path: Path) -> float:
     kind = "expected_average_only_in"
     if not path.is_file():
-        raise _unfolded(path.parent, kind, f"there is no {SCALER} beside it")
+        raise _unfolded(path.parent, kind, f"its {SCALER} is missing")
     try:
         factor = json.loads(path.read_text())["scaling_factor"]
     except (ValueError, KeyError, TypeError) as error:

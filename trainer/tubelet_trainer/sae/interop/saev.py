@@ -54,7 +54,7 @@ def load_saev(
         if input_bias == "kept" or (input_bias == "auto" and "schema" in header):
             weights["b_enc"] = without_input_bias(W_enc, b_enc, weights["b_dec"])
         if isinstance(config, BatchTopKConfig):
-            # There what exceeds the threshold is kept, here what reaches it; 0 stands for "not learned yet".
+            # There what exceeds the threshold is kept, here what reaches it; 0 means "not learned yet".
             threshold = tensors[_THRESHOLD].float()
             weights["sparsifier.threshold"] = torch.nextafter(threshold, torch.full_like(threshold, torch.inf))
         plain = Normalization.identity(W_enc.shape[1])
