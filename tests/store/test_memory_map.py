@@ -178,7 +178,7 @@ def test_a_later_format_asks_for_an_upgrade(path):
 
 def test_an_edited_plan_is_refused(path):
     edit_attributes(path, lambda tubelet: tubelet["plan"]["backbone"].update(id="another"))
-    assert "plan was changed" in refusal(path)
+    assert "plan was edited" in refusal(path)
 
 
 def test_a_field_that_does_not_fit_is_named(path):
