@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from goals import Goal, goal_lines
-from tubelet_store.catalog.edit import _items, add_store
+from tubelet_store.catalog.edit_catalog import _items, add_store
 from tubelet_store.catalog.entry import HookBlock
 from tubelet_store.clip_table import FINISHED, to_parquet
 from tubelet_store.commit import StoredObject

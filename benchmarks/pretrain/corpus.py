@@ -29,8 +29,8 @@ from tubelet.errors import TubeletError
 from tubelet_pipeline.preprocess import Preprocessing
 from tubelet_pipeline.synthetic.actions import OPPOSITES, TEMPLATES
 from tubelet_pipeline.synthetic.appearance import OBJECT_COLORS, SHAPES, TEXTURES
-from tubelet_pipeline.synthetic.render import render
 from tubelet_pipeline.synthetic.render_dataset import VideosConfig
+from tubelet_pipeline.synthetic.render_scene import render
 from tubelet_pipeline.synthetic.scene import Look, scene_at
 from tubelet_pipeline.synthetic.video_files import VP9_WEBM, encode
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
-from tubelet_pipeline.backbones.checkpoint import quiet_transformers
+from tubelet_pipeline.backbones.pretrained import quiet_transformers
 from tubelet_pipeline.datasets import Ssv2, resolve_uri
 from tubelet_pipeline.datasets.ssv2 import list_videos
 from tubelet_pipeline.decode.decoded_clip import DecodeFailure

@@ -19,7 +19,7 @@ from torch import nn
 
 from pretrain.corpus import SIDE, open_corpus
 from tubelet_pipeline.backbones import BackboneConfig, load_backbone
-from tubelet_pipeline.backbones.checkpoint import quiet_transformers
+from tubelet_pipeline.backbones.pretrained import quiet_transformers
 from tubelet_pipeline.backbones.tiny import write_processor
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tubelet.config import Config, validate
-from tubelet_pipeline.backbones.checkpoint import BackboneConfig
+from tubelet_pipeline.backbones.pretrained import BackboneConfig
 from tubelet_pipeline.cluster import ClusterConfig
 from tubelet_pipeline.datasets import DatasetConfig
 from tubelet_pipeline.decode.process import DecodeConfig

@@ -24,7 +24,7 @@ def test_the_backbone_gives_each_token_its_patch(example, tmp_path, monkeypatch)
     from transformers import ViTConfig, ViTModel
 
     from tubelet_pipeline.backbones import registry
-    from tubelet_pipeline.backbones.checkpoint import BackboneConfig
+    from tubelet_pipeline.backbones.pretrained import BackboneConfig
     from tubelet_pipeline.backbones.tiny import save_random, write_processor
 
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -21,7 +21,7 @@ from tubelet_lens.config import EvaluateConfig, Topic
 from tubelet_lens.evaluate import BACKBONE_METRICS, CLIP_METRICS, METRICS, evaluate
 from tubelet_lens.inputs.clip_selection import some_of
 from tubelet_lens.report.evaluation_result import EvaluationResult
-from tubelet_lens.report.render import count, why_undefined
+from tubelet_lens.report.html_report import count, why_undefined
 from tubelet_lens.results.evaluation import Evaluation, read_evaluation
 from tubelet_lens.results.latent_table import read_latents
 from tubelet_lens.results.section import Figure

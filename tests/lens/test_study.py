@@ -26,7 +26,7 @@ from tubelet_lens.study.questions import Column, Question
 from tubelet_lens.study.run_study import StudySummary, run_cell, study
 from tubelet_lens.study.shared_figures import common_frames, equal_time_figures
 from tubelet_lens.study.study_plots import _draw
-from tubelet_lens.study.tables import StudyTable, figure_frame, study_table
+from tubelet_lens.study.study_tables import StudyTable, figure_frame, study_table
 
 
 def store_at(path: Path, seed: int, steps: int = 4) -> str:

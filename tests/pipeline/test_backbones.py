@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tubelet.errors import TubeletError
-from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone
-from tubelet_pipeline.backbones import checkpoint as checkpoint_module
+from tubelet_pipeline.backbones import Backbone, BackboneConfig, load_backbone, pretrained
 from tubelet_pipeline.backbones.tiny import write_tiny_dinov2, write_tiny_videomae
 from tubelet_pipeline.preprocess import Preprocessing
 
@@ -412,7 +411,7 @@ def test_the_commit_that_was_loaded_is_recorded(folders: dict[str, Path], tmp_pa
 
 
 def test_old_transformers_are_refused(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]) -> None:
-    monkeypatch.setattr(checkpoint_module, "version", lambda _: "5.17.0")
+    monkeypatch.setattr(pretrained, "version", lambda _: "5.17.0")
     with pytest.raises(TubeletError, match=r"transformers 5\.17\.0 is too old.*>=5\.18"):
         load(folders["dinov2"])
 

@@ -22,8 +22,8 @@ from tubelet_pipeline.decode.decoded_clip import DecodedClip
 from tubelet_pipeline.decode.pool import DecodePool, DecodeRequest
 from tubelet_pipeline.decode.process import DecodeConfig
 from tubelet_pipeline.demo_backbones import NAMES, demo_backbone
-from tubelet_pipeline.synthetic.render import render
 from tubelet_pipeline.synthetic.render_dataset import VideosConfig, make_dataset
+from tubelet_pipeline.synthetic.render_scene import render
 from tubelet_pipeline.synthetic.scene import scene_at
 
 GRIDS = {"videomae-tiny": (8, 8, 8), "dinov2-tiny": (16, 8, 8)}

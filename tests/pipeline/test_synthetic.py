@@ -23,8 +23,8 @@ from tubelet.errors import TubeletError
 from tubelet_pipeline.synthetic.actions import OPPOSITES, TEMPLATES, class_name
 from tubelet_pipeline.synthetic.annotations import SPLITS, split_of
 from tubelet_pipeline.synthetic.appearance import REACH, SHAPES
-from tubelet_pipeline.synthetic.render import render
 from tubelet_pipeline.synthetic.render_dataset import SETTINGS_FILE, VideosConfig, make_dataset
+from tubelet_pipeline.synthetic.render_scene import render
 from tubelet_pipeline.synthetic.scene import scene_at
 from tubelet_pipeline.synthetic.video_files import H264_MP4, VP9_WEBM, Encoding, encode, mask_path, read_masks
 

@@ -16,7 +16,7 @@ from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_store.catalog.catalog import Catalog
 from tubelet_store.catalog.document import MAX_DEPTH, parse
-from tubelet_store.catalog.edit import add_catalog, add_store, describe, remove
+from tubelet_store.catalog.edit_catalog import add_catalog, add_store, describe, remove
 from tubelet_store.reader import Store, open_store
 from tubelet_store.storage import open_root
 

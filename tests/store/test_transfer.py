@@ -14,7 +14,7 @@ import scripted
 from tubelet.cli.main import main
 from tubelet.errors import TubeletError
 from tubelet_store.catalog.catalog import Catalog
-from tubelet_store.catalog.edit import add_store, describe
+from tubelet_store.catalog.edit_catalog import add_store, describe
 from tubelet_store.manifest import Manifest
 from tubelet_store.reader import Store, open_store
 from tubelet_store.storage.local import LocalRoot

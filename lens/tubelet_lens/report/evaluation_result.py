@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from tubelet.formats import styled
 from tubelet.tables import Table, Tabular
-from tubelet_lens.report.render import SUBJECTS, comparisons, count, range_of, render_report, why_undefined
+from tubelet_lens.report.html_report import SUBJECTS, comparisons, count, range_of, render_report, why_undefined
 from tubelet_lens.results.evaluation import Evaluation
 from tubelet_lens.results.latent_table import LatentEffect, write_effects, write_latents
 from tubelet_lens.results.section import Figure

@@ -18,7 +18,7 @@ from tubelet_lens.study.config import StudyConfig
 from tubelet_lens.study.questions import QUESTIONS
 from tubelet_lens.study.shared_figures import equal_time_figures, figures_over_seeds
 from tubelet_lens.study.study_plots import curves, pareto
-from tubelet_lens.study.tables import StudyTable, figure_frame, study_table
+from tubelet_lens.study.study_tables import StudyTable, figure_frame, study_table
 
 _CURVES = (
     ("coherence.lags", "Autocorrelation against distance in time", "coherence"),

@@ -7,7 +7,7 @@ with rewriting(backbone, hook, function):       ──▶ every pass continues w
 """
 
 from tubelet_pipeline.backbones.backbone import Backbone, Captured
-from tubelet_pipeline.backbones.checkpoint import BackboneConfig
+from tubelet_pipeline.backbones.pretrained import BackboneConfig
 from tubelet_pipeline.backbones.registry import FAMILIES, load_backbone
 from tubelet_pipeline.backbones.rewrite import rewriting
 

@@ -25,13 +25,13 @@ from torch import nn
 
 from tubelet.device import choose_device
 from tubelet.errors import TubeletError, nearest
-from tubelet_pipeline.backbones.checkpoint import (
+from tubelet_pipeline.backbones.hooks import CompiledCapture, capture, find_blocks
+from tubelet_pipeline.backbones.pretrained import (
     BackboneConfig,
     Checkpoint,
     digest_of_weights,
     load_model,
 )
-from tubelet_pipeline.backbones.hooks import CompiledCapture, capture, find_blocks
 from tubelet_pipeline.preprocess import CENTER, CropBox, Place, Preprocessing, read_preprocessing
 from tubelet_store.plan import Grid
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.backbone import Backbone
-from tubelet_pipeline.backbones.checkpoint import load_model
+from tubelet_pipeline.backbones.pretrained import load_model
 
 _ENDINGS = ("ForVideoClassification", "ForImageClassification")
 

@@ -6,8 +6,8 @@ from importlib.metadata import entry_points
 
 from tubelet.errors import TubeletError, nearest
 from tubelet_pipeline.backbones.backbone import Backbone
-from tubelet_pipeline.backbones.checkpoint import BackboneConfig, find_checkpoint, require_transformers
 from tubelet_pipeline.backbones.image_models import CLIP, DINOv2, DINOv2WithRegisters, DINOv3, SigLIP, SigLIP2
+from tubelet_pipeline.backbones.pretrained import BackboneConfig, find_checkpoint, require_transformers
 from tubelet_pipeline.backbones.video_models import VJEPA2, TimeSformer, VideoMAE, ViViT
 
 _CLASSES: tuple[type[Backbone], ...] = (

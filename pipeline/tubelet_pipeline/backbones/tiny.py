@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tubelet_pipeline.backbones.checkpoint import quiet_transformers
+from tubelet_pipeline.backbones.pretrained import quiet_transformers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

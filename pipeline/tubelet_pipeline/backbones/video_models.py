@@ -11,7 +11,7 @@ import torch
 
 from tubelet.errors import TubeletError
 from tubelet_pipeline.backbones.backbone import Captured, VideoBackbone
-from tubelet_pipeline.backbones.checkpoint import BackboneConfig, Checkpoint
+from tubelet_pipeline.backbones.pretrained import BackboneConfig, Checkpoint
 
 
 class VideoMAE(VideoBackbone):

@@ -22,7 +22,7 @@ from tubelet.config import Config
 from tubelet.errors import TubeletError
 from tubelet_pipeline.synthetic.actions import TEMPLATES
 from tubelet_pipeline.synthetic.annotations import LAYOUTS, Entry, Split, split_of, write_annotations
-from tubelet_pipeline.synthetic.render import render
+from tubelet_pipeline.synthetic.render_scene import render
 from tubelet_pipeline.synthetic.scene import scene_at
 from tubelet_pipeline.synthetic.video_files import H264_MP4, VP9_WEBM, Encoding, encode, mask_path, write_masks
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tubelet.errors import TubeletError
 from tubelet_store.catalog.catalog import DEFAULT, Catalog, is_reference, place
-from tubelet_store.catalog.edit import add_store, describe
+from tubelet_store.catalog.edit_catalog import add_store, describe
 from tubelet_store.catalog.entry import StoreEntry
 from tubelet_store.storage import open_root
 

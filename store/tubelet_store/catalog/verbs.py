@@ -132,7 +132,7 @@ def _show(config: CatalogConfig) -> int:
 
 
 def _add(config: CatalogConfig) -> int:
-    from tubelet_store.catalog.edit import add_catalog, add_store, describe
+    from tubelet_store.catalog.edit_catalog import add_catalog, add_store, describe
     from tubelet_store.storage import open_root
     from tubelet_store.store_state import read_state
 
@@ -158,7 +158,7 @@ def _add(config: CatalogConfig) -> int:
 
 
 def _remove(config: CatalogConfig) -> int:
-    from tubelet_store.catalog.edit import remove
+    from tubelet_store.catalog.edit_catalog import remove
 
     remove(config.catalog, _named(config))
     print(f"{config.catalog}: removed {config.name}; the store itself stays where it is")
