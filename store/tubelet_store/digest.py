@@ -1,4 +1,4 @@
-"""Checksums of an object, taken while its bytes go by: SHA-256 of the whole, CRC-32C of each clip in it."""
+"""Checksums of an object, computed while its bytes are read: SHA-256 of the whole, CRC-32C of each clip in it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ObjectDigest:
 
     @property
     def crc32c(self) -> tuple[int, ...]:
-        """Checksum of each clip that has gone by whole."""
+        """Checksum of each complete clip so far."""
         return tuple(self._crc32c)
 
 

@@ -1,4 +1,4 @@
-"""What the objects of a store are called. Every other name of the format is in `layout`, `clips` and `moments`."""
+"""Names of the objects of a store. All other names of the format are in `format`, `clip_table` and `moments`."""
 
 from __future__ import annotations
 

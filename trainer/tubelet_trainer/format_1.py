@@ -1,6 +1,6 @@
 """Maps the names of files in format 1 (British spelling) to current ones: run YAML, sae.json, checkpoints.
 
-Everything that reads such a file calls one of the functions below; what is written has today's names.
+Everything that reads such a file calls one of the functions below; files are written with current names.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def current_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_tensor(name: str) -> str:
-    """Today's name of a tensor."""
+    """Current name of a tensor."""
     for pattern, replacement in _TENSORS:
         name = pattern.sub(replacement, name)
     return name

@@ -1,6 +1,6 @@
-"""The text of a catalog as a plain tree, parsed as `yaml.safe_load` would, with limits held while the text goes by.
+"""The text of a catalog as a plain tree, parsed as `yaml.safe_load` would, with limits that are checked while parsing.
 
-    text ─▶ parser events ─▶ dict, list, str, int, float, bool, None   and the lines where each entry stands
+    text ─▶ parser events ─▶ dict, list, str, int, float, bool, None   and the line range of each entry
 
 A catalog that others wrote could otherwise hold a YAML bomb (aliases of aliases), an object of an arbitrary type
 (tags), or two values for one key, of which readers take different ones. None of these is needed in a catalog,
