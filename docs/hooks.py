@@ -25,7 +25,7 @@ from tubelet.cli.fields import REQUIRED, Field, fields_of
 from tubelet.cli.verb import load_verb
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"store": "Store", "pipeline": "Pipeline", "trainer": "Trainer", "lens": "Lens"}
+PACKAGES = {"store": "Store", "pipeline": "Pipeline", "trainer": "Trainer", "lens": "Lens"}
 TAG = "[RECON"
 _MARKER = re.compile(r"^<!-- (fields|backbones|backbone|open-choices)(?::(\w+))?(?: not:(\w+))? -->$", re.MULTILINE)
 
@@ -135,19 +135,19 @@ class OpenChoice:
 
 
 def open_choices() -> list[OpenChoice]:
-    """All of them, by room, file and line."""
-    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    """All of them, by package, file and line."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     return [choice for path in paths for choice in _choices_in(path)]
 
 
 def open_choices_list() -> str:
-    """Markdown list of them, under a heading per room."""
+    """Markdown list of them, under a heading per package."""
     choices = open_choices()
     lines: list[str] = []
-    for room, title in ROOMS.items():
+    for package, title in PACKAGES.items():
         lines += [f"### {title}", ""]
         for choice in choices:
-            if choice.path.parts[0] == room:
+            if choice.path.parts[0] == package:
                 module = ".".join(choice.path.with_suffix("").parts[1:])
                 where = f"{module}.{choice.name}" if choice.name else module
                 lines.append(f"- `{where}`  \n  {_escape(choice.text)}")

@@ -12,7 +12,7 @@ PAGE = pages.DOCS / "papers-leave-open.md"
 
 
 def test_every_tag_in_the_code_is_on_the_page():
-    sources = [path for room in hooks.ROOMS for path in (pages.ROOT / room).rglob("*.py")]
+    sources = [path for package in hooks.PACKAGES for path in (pages.ROOT / package).rglob("*.py")]
     in_code = sum(path.read_text().count(hooks.TAG) for path in sources)
     listed = hooks.open_choices()
     assert in_code > 20
@@ -38,7 +38,7 @@ def test_no_other_page_and_no_help_text_has_the_tag():
 
 
 def test_nothing_refers_to_notes_that_are_not_in_the_repository():
-    sources = [path for room in ("tubelet", *hooks.ROOMS) for path in (pages.ROOT / room).rglob("*.py")]
+    sources = [path for package in ("tubelet", *hooks.PACKAGES) for path in (pages.ROOT / package).rglob("*.py")]
     found = {
         str(path.relative_to(pages.ROOT)): words
         for path in [*sources, *pages.PAGES]

@@ -1,4 +1,4 @@
-"""Concurrency, retries, locks and devices: what every room stands on."""
+"""Concurrency, retries, locks and devices: what every package builds on."""
 
 from __future__ import annotations
 

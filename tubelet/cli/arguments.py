@@ -2,7 +2,7 @@
 
 Why not a library: pydantic-settings' `CliApp` (2.16) was tried on `TrainConfig`. It adds 0.17 s to every start and does
 not read `--resume false` or `--sweep '{sae.k: [16, 32]}'` (flags and JSON only); positionals need its types inside the
-rooms' models; and the nearest names, the error of one line and the help by kinds would still be own code.
+packages' models; and the nearest names, the error of one line and the help by kinds would still be own code.
 """
 
 from __future__ import annotations

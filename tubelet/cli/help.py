@@ -19,7 +19,7 @@ _GROUPS = {
     "tubelet_trainer": "Train",
     "tubelet_lens": "Analyze",
 }
-"""Heading of the verbs of each room, in order; those of other packages come last."""
+"""Heading of the verbs of each package, in order; those of other packages come last."""
 
 _SHORT_HELP_FIELDS = 16
 """With more fields, `--help` shows the common ones only."""
@@ -28,13 +28,13 @@ _WIDEST = 110
 
 
 def overview(available: dict[str, EntryPoint]) -> str:
-    """Every verb with its summary, by room; those whose extra is missing are named at the end."""
+    """Every verb with its summary, by package; those whose extra is missing are named at the end."""
     lines = [*_wrapped("Cache activations of frozen video backbones, train sparse autoencoders on them, analyze them.")]
     lines += ["", "usage: tubelet VERB [CONFIG.yaml] [--field value ...]"]
     shown = [entry for entry in available.values() if is_installed(entry)]
-    rooms = {entry.name: entry.module.partition(".")[0] for entry in shown}
-    for room, heading in {**_GROUPS, **{name: "More" for name in rooms.values() if name not in _GROUPS}}.items():
-        verbs = [entry.load() for entry in shown if rooms[entry.name] == room]
+    packages = {entry.name: entry.module.partition(".")[0] for entry in shown}
+    for package, heading in {**_GROUPS, **{name: "More" for name in packages.values() if name not in _GROUPS}}.items():
+        verbs = [entry.load() for entry in shown if packages[entry.name] == package]
         if verbs:
             lines += ["", f"{heading}:", *_two_columns((verb.name, verb.summary) for verb in verbs)]
     hidden = [entry for entry in available.values() if entry not in shown]

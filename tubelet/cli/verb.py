@@ -1,7 +1,7 @@
 """What a verb of the command line is, and which verbs are registered. Imports nothing heavy.
 
-Each room registers its verbs under the entry-point group `tubelet.verbs`. An entry point names the extra it needs, so
-that a machine with only the trainer installed shows only the verbs it can run.
+Each package registers its verbs under the entry-point group `tubelet.verbs`. An entry point names its extra, so that
+a machine with only the trainer installed shows only the verbs it can run.
 """
 
 from __future__ import annotations

@@ -44,11 +44,11 @@ class PartialFile:
 
     @property
     def reserved_bytes(self) -> int:
-        """Room that the file takes."""
+        """Disk space that the file takes."""
         return os.fstat(self.descriptor).st_size
 
     def allocate(self, size_bytes: int) -> bool:
-        """Take the room on the disk; False where there is none. Raises OSError: no file may be that long."""
+        """Allocate the space on disk; False where there is too little. Raises OSError: no file may be that long."""
         before = self.reserved_bytes
         try:
             os.posix_fallocate(self._map, 0, self._parts)
@@ -71,7 +71,7 @@ class PartialFile:
         return len(data) != part.stop - part.start or wanted.damaged(part, data) is not None
 
     def write(self, part: Part, data: NDArray[np.uint8]) -> None:
-        """Put a checked part in its place. Raises OSError where the disk is full although room was taken."""
+        """Write a checked part. Raises OSError where the disk is full although space was allocated."""
         view, position = data.data, part.start
         with self._writing:
             while len(view):
@@ -90,7 +90,7 @@ class PartialFile:
         self.path.with_suffix(ARRIVED).unlink(missing_ok=True)
 
     def drop(self) -> None:
-        """Give the room back; `close` removes the file."""
+        """Free the space; `close` removes the file."""
         os.ftruncate(self.descriptor, 0)
 
     def close(self) -> None:
