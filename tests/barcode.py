@@ -53,7 +53,7 @@ class ClipSpec:
     hidden: int = 0
     """Leading frames that are in the file, from its key frame on, and that its edit list hides."""
     hidden_tail: int = 0
-    """Trailing frames that the edit list hides; whoever counts packets sees some of them."""
+    """Trailing frames that the edit list hides; a reader that counts packets sees some of them."""
     rotation: int = 0
     """Display rotation in degrees, counter-clockwise, stored in the container; frames decode unrotated."""
 

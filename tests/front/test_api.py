@@ -50,13 +50,13 @@ def test_keywords_override_and_leave_their_neighbors(tmp_path, of: str) -> None:
         ({"steps": 1}, r"give one of steps and epochs"),
     ],
 )
-def test_what_does_not_fit_is_said_in_one_line(fields, said) -> None:
+def test_invalid_fields_give_a_one_line_error(fields, said) -> None:
     with pytest.raises(TubeletError, match=said) as caught:
         tubelet.train(**FIELDS | fields)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_missing_is_said_as_python_writes_it() -> None:
+def test_a_missing_field_is_named_in_python_syntax() -> None:
     with pytest.raises(TubeletError, match=r"'out' is missing\. Give out=\.\.\."):
         tubelet.train(store="s.zarr")
 
@@ -72,7 +72,7 @@ def test_a_fault_of_the_file_is_not_laid_on_the_arguments(tmp_path) -> None:
         tubelet.train(3)
 
 
-def test_objects_stand_for_their_paths(tmp_path) -> None:
+def test_objects_are_accepted_for_their_paths(tmp_path) -> None:
     from stores import make_store
     from tubelet_trainer.run.train_result import TrainResult
 

@@ -89,7 +89,7 @@ def test_sizes_leave_as_many_latents_to_draw_from() -> None:
     assert set_sizes(1, 5) == ()
 
 
-def test_gini_knows_equality_and_monopoly() -> None:
+def test_gini_of_equality_and_of_monopoly() -> None:
     assert gini(np.ones(10)) == pytest.approx(0)
     assert gini(np.eye(1, 10)[0]) == pytest.approx(0.9)
     values = np.random.default_rng(4).random(30)

@@ -115,7 +115,7 @@ def test_the_probe_reads_the_class_as_often_as_it_is_written(store: Store) -> No
     assert "action.top5.sae" not in figures
 
 
-def test_the_lead_over_each_control_is_the_difference_and_knows_its_sign(sure: ClipSetting) -> None:
+def test_the_lead_over_each_control_is_the_signed_difference(sure: ClipSetting) -> None:
     figures = {figure.name: figure for figure in section_of(action(sure)).figures}
     for control in ("raw", "random_topk", "pca"):
         gain = figures[f"action.gain.{control}"]
@@ -136,7 +136,7 @@ def test_views_of_a_video_are_one_prediction(store: Store) -> None:
     assert section_of(action(several)).figures[0].n == 40
 
 
-def test_without_labels_or_without_anything_to_fit_on_nothing_is_said(store: Store, sure: ClipSetting) -> None:
+def test_without_labels_or_without_anything_to_fit_on_there_are_no_figures(store: Store, sure: ClipSetting) -> None:
     blind = planted(store, 40, 3)
     blind.labels[:] = -1
     blind.captions[:] = None
@@ -197,7 +197,7 @@ def test_retrieval_finds_the_videos_of_a_caption_and_noise_does_not(sure: ClipSe
     assert figures["retrieval.text_to_video_chance"] == pytest.approx(1 / 6)
 
 
-def test_one_null_stands_in_the_figure_and_in_what_is_above_it(sure: ClipSetting) -> None:
+def test_one_null_is_used_in_the_figure_and_in_what_is_above_it(sure: ClipSetting) -> None:
     found = values(section_of(measure_monosemanticity(sure)))
     e_NE = sure.test.pooled["raw"].mean_NF.astype(np.float64)
     e_NE /= np.linalg.norm(e_NE, axis=1, keepdims=True)

@@ -62,7 +62,7 @@ def test_a_permuted_dictionary_is_matched_exactly() -> None:
     assert match(cosines(rows, flipped, signed=False)).mean == pytest.approx(1)
 
 
-def test_one_learned_direction_cannot_stand_for_two_true_ones() -> None:
+def test_one_learned_direction_cannot_match_two_true_ones() -> None:
     true = torch.eye(4)
     learned = torch.stack([true[0], true[0], nnf.normalize(true[1] + true[2], dim=0)])
     found = recovery(learned, true)

@@ -156,7 +156,7 @@ def test_the_control_steps_as_far_as_the_edit_on_every_token(sae: SAE) -> None:
     assert not torch.allclose(control(x), RandomDirection(edits, seed=2)(x))
 
 
-def test_stand_ins_are_other_latents_that_are_about_as_active(sae: SAE) -> None:
+def test_matched_latents_are_others_that_are_about_as_active(sae: SAE) -> None:
     x = tokens_of(sae.normalization)[0]
     latent = active_latent(sae, x[None])
     mean = sae.encode(x.flatten(0, 1)).abs().mean(0).double().numpy()

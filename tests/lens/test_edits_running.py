@@ -198,7 +198,7 @@ def test_suppressing_a_classs_latent_changes_that_class_and_no_other(planted: Ba
         assert found.rates[arm][1].target() == 0.0
 
 
-def test_where_no_other_latent_is_alive_its_stand_ins_are_undefined_and_the_rest_stands(
+def test_where_no_other_latent_is_alive_matched_latents_are_undefined_and_the_rest_is_not(
     planted: BackboneSession,
 ) -> None:
     def predict(rewrite: Any) -> np.ndarray:
@@ -384,7 +384,7 @@ def test_a_backbone_in_a_local_folder_is_found_again(
         moved.rename(made / BACKBONE)
 
 
-def test_an_edit_says_what_changed_beside_its_controls(report: EditReport) -> None:
+def test_an_edit_reports_what_changed_with_its_controls(report: EditReport) -> None:
     (clip,) = report.clips
     assert 0 < clip.changed_tokens <= 3 * 64
     assert [each.hook for each in clip.hooks] == ["blocks.2", "blocks.3"]
@@ -415,7 +415,7 @@ def test_an_identity_edit_changes_no_logit_and_no_hook(made: Path, store: Store)
     assert all(each.change.edit == 0 for each in clip.hooks)
 
 
-def test_the_page_stands_alone_and_the_json_is_read_back(report: EditReport, tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_the_json_is_read_back(report: EditReport, tmp_path: Path) -> None:
     page = report.write(tmp_path).read_text()
     assert "://" not in page
     assert not re.search(r"<(script|link|img|iframe)\b", page)

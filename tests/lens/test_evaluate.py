@@ -155,7 +155,7 @@ def test_what_cannot_be_measured_is_named_with_what_it_lacks(
     assert "evaluating: 28 of 28 clips" in progress
 
 
-def test_too_few_videos_are_called_too_few_and_counts_stand_beside_figures(trained: Path) -> None:
+def test_too_few_videos_are_called_too_few_and_figures_have_counts(trained: Path) -> None:
     url = str(trained / "s.zarr")
     few = evaluate(EvaluateConfig(run=trained / "run", store=url, limit_clips=2, **QUICK))
     assert any(line.startswith("Too few videos") for line in few.evaluation.cautions)
@@ -202,7 +202,7 @@ def test_no_video_is_both_fitted_on_and_evaluated(trained: Path) -> None:
     assert evaluation(there).figure(name).value == evaluation(here).figure(name).value
 
 
-def test_probes_and_maps_stand_beside_their_controls(result: Evaluation) -> None:
+def test_probes_and_maps_have_controls(result: Evaluation) -> None:
     for name in ("action.top1", "retrieval.text_to_video_r1"):
         for subject in ("sae", "raw", "untrained", "random_topk", "pca"):
             assert result.figure(f"{name}.{subject}").value is not None
@@ -224,7 +224,7 @@ def test_the_json_is_versioned_and_defines_every_figure(trained: Path, result: E
     assert read_evaluation(written / "evaluation.json") == result
 
 
-def test_every_headline_about_time_stands_beside_raw_and_null(result: Evaluation) -> None:
+def test_every_headline_about_time_is_compared_with_raw_and_null(result: Evaluation) -> None:
     for quantity in ("lag1", "lag1_median", "lag1_weighted", "within", "cosine"):
         for subject in ("sae", "raw", "sae_shuffled", "raw_shuffled"):
             assert result.figure(f"coherence.{quantity}.{subject}").value is not None
@@ -235,7 +235,7 @@ def test_the_same_evaluation_twice_is_the_same(trained: Path, result: Evaluation
     assert again == result
 
 
-def test_the_report_stands_alone(written: Path) -> None:
+def test_the_report_is_self_contained(written: Path) -> None:
     page = (written / "report.html").read_text()
     assert "://" not in page
     assert not re.search(r"<(script|link|img|iframe)\b", page)
@@ -307,7 +307,7 @@ def test_a_store_without_the_saes_hook_is_refused(trained: Path, tmp_path: Path)
         evaluate(EvaluateConfig(run=trained / "run", store=other.url))
 
 
-def test_a_store_of_another_plan_is_refused_unless_asked_for(trained: Path, tmp_path: Path) -> None:
+def test_a_store_of_another_plan_is_refused_by_default(trained: Path, tmp_path: Path) -> None:
     plan = make_plan(hooks={"blocks.1": 8}).model_copy(update={"dataset": {"kind": "folder", "name": "other"}})
     other = make_store(tmp_path / "o.zarr", plan)
     with pytest.raises(TubeletError, match=r"another plan.*dataset"):

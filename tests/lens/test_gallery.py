@@ -210,7 +210,7 @@ def test_pages_show_the_codes_of_their_clips(made: Made, site: tuple[Path, Galle
             assert card["seconds"] == pytest.approx(1 / 25)
 
 
-def test_heat_maps_lie_at_the_patches_that_are_stored(tmp_path: Path) -> None:
+def test_heat_maps_are_at_the_stored_patches(tmp_path: Path) -> None:
     made = make_run(tmp_path / "made", keep_patches=5)
     make_gallery(made.config(tmp_path / "site", videos=str(tmp_path)))
     codes = codes_of(made)
@@ -364,7 +364,7 @@ def test_run_again_after_a_kill_it_gives_the_same_site_and_draws_only_what_is_mi
     assert {path: path.stat().st_mtime_ns for path in sheets} == sheets
 
 
-def test_other_settings_of_the_pictures_draw_them_anew_and_fewer_latents_leave_no_page_behind(
+def test_other_image_settings_redraw_the_images_and_fewer_latents_leave_no_page_behind(
     made: Made, tmp_path: Path
 ) -> None:
     make_gallery(made.config(tmp_path / "site"))
@@ -384,7 +384,7 @@ def test_a_folder_with_other_files_is_left_alone(made: Made, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_on_object_storage_browsers_are_told_what_each_file_is(
+def test_on_object_storage_each_file_has_its_content_type(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with s3_server() as endpoint:
@@ -422,7 +422,7 @@ def test_the_top_latents_by_a_figure_get_the_pages(
         assert sorted(frequency[shown]) == pytest.approx(values[:3] if lowest else values[-3:])
 
 
-def test_setting_a_latent_to_zero_changes_the_probes_logits_as_said() -> None:
+def test_setting_a_latent_to_zero_changes_the_probes_logits_as_reported() -> None:
     rng = np.random.default_rng(0)
     class_N = np.arange(90) % 3
     codes = np.abs(rng.standard_normal((90, 5))).astype(np.float32)

@@ -194,7 +194,7 @@ def test_hostile_captions_do_nothing(site: Path, browser: Browser) -> None:
     assert "</script><script>" in browser.js("document.querySelector('.caption').textContent")
 
 
-def test_who_asks_for_less_motion_gets_still_pictures(site: Path) -> None:
+def test_reduced_motion_gives_still_images(site: Path) -> None:
     latent = data(site)["latents"][0]
     with Browser(still=True) as browser:
         browser.open(site / "latents" / f"{latent:06d}.html")
@@ -219,7 +219,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(site: Path, dark: bool) -> 
         assert browser.problems == []
 
 
-def test_every_picture_and_control_has_a_name(site: Path, browser: Browser) -> None:
+def test_every_image_and_control_has_a_name(site: Path, browser: Browser) -> None:
     for page in (site / "index.html", site / "latents" / f"{data(site)['latents'][0]:06d}.html"):
         browser.open(page)
         nameless = browser.js(

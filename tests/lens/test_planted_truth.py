@@ -6,7 +6,7 @@ Every token is the sum of two of 20 random directions. What they stand for:
     CLASS    4    one per class, on three tenths of the content of a video of that class; the label agrees with what is
                   shown in about 85 % of the videos, so no probe can be right more often
     PLAIN   10    on content, without a bearing on the class
-    GLOBAL   6    at one place of each view, chosen anew, whatever the content
+    GLOBAL   6    at one place of each view, chosen independently of the content
 """
 
 from __future__ import annotations

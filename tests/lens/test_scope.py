@@ -137,8 +137,8 @@ def shifted_table(shifts: tuple[tuple[int, int], ...]) -> pa.Table:
 def planted_views(rng: np.random.Generator) -> list[np.ndarray]:
     """The three views of one video, [T, H, W, 5], of latents with a planted scope.
 
-    LOCAL fires on a content, wherever that is in the view; BOUND at one place of the view; ANYWHERE at a place that
-    each view chooses anew; LOST in the first view alone; SILENT never.
+    LOCAL fires on a content, wherever that is in the view; BOUND at one place of the view; ANYWHERE at a place
+    chosen again in each view; LOST in the first view alone; SILENT never.
     """
     canvas = np.zeros((STEPS + SHIFT_STEPS, SIDE + SHIFT_PATCHES, SIDE + SHIFT_PATCHES))
     t, y, x = (int(rng.integers(low, high)) for low, high in ((2, STEPS), (1, SIDE), (1, SIDE)))

@@ -121,7 +121,7 @@ def table_of(
     return table
 
 
-def test_what_is_said_of_all_seeds_together_keeps_its_lowest_and_highest(ran: tuple[StudyConfig, StudySummary]) -> None:
+def test_a_figure_over_all_seeds_keeps_its_lowest_and_highest(ran: tuple[StudyConfig, StudySummary]) -> None:
     config, _ = ran
     together = figure("seeds.cosine", 0.4, low=0.2, high=0.625)
     found = table_of(

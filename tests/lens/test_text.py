@@ -58,7 +58,7 @@ def test_a_captions_embedding_does_not_depend_on_its_batch(text_model: Path, poo
     assert not np.allclose(together[0], together[2])
 
 
-def test_a_model_with_a_picture_half_gives_its_own_text_embedding(text_model: Path, tmp_path: Path) -> None:
+def test_an_image_text_model_gives_its_own_text_embedding(text_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     tokenizer = AutoTokenizer.from_pretrained(text_model)

@@ -193,7 +193,7 @@ def test_a_number_of_tokens_that_is_not_the_grids_is_refused(backbones: dict[str
         del backbone.forward
 
 
-def test_a_picture_size_that_the_model_does_not_take_is_refused(folders: dict[str, Path]) -> None:
+def test_a_frame_size_that_the_model_does_not_take_is_refused(folders: dict[str, Path]) -> None:
     other = Preprocessing(shortest_edge=40, crop=(40, 40))
     with pytest.raises(TubeletError, match=r"32x32 .*40x40"):
         load(folders["videomae"], preprocessing=other)
@@ -224,7 +224,7 @@ def test_precision_is_respected(folders: dict[str, Path], name: str, precision: 
     assert 0 < (got.float() - want).norm() / want.norm() < (0.005 if precision == "float16" else 0.05)
 
 
-def test_a_checkpoint_in_half_precision_loads_as_asked(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_in_half_precision_loads_in_the_given_precision(folders: dict[str, Path], tmp_path: Path) -> None:
     def halve(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
             tensors[name] = tensors[name].to(torch.bfloat16)
@@ -301,7 +301,7 @@ def test_videomae_keeps_its_query_and_value_biases(folders: dict[str, Path]) -> 
             assert torch.equal(inner.get_submodule(layer).bias, bias)
 
 
-def test_describe_is_the_same_wherever_the_folder_lies(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_describe_does_not_depend_on_the_folders_location(folders: dict[str, Path], tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "videomae"
     shutil.copytree(folders["videomae"], moved)
     here, there = load(folders["videomae"]), load(moved)

@@ -55,7 +55,7 @@ def test_ssv2_in_both_layouts(tmp_path, prefix):
     assert missing_videos(table).examples == (f"{folder}/9.webm",)
 
 
-def test_ssv2_videos_may_lie_in_the_root_and_annotations_elsewhere(tmp_path):
+def test_ssv2_videos_may_be_in_the_root_and_annotations_elsewhere(tmp_path):
     write_ssv2(tmp_path / "notes")
     touch(tmp_path / "videos", "7.webm", "3.webm", "9.mp4")
     table = build_clip_table(Ssv2(root=str(tmp_path / "videos"), annotations=str(tmp_path / "notes")), ONE)
@@ -97,7 +97,7 @@ def test_kinetics_paths_outside_the_root_stay_whole(tmp_path):
     assert resolve_uri(str(tmp_path), "/elsewhere/abc.mp4") == "/elsewhere/abc.mp4"
 
 
-def test_kinetics_mmaction_lists_lie_below_the_folder_of_their_split(tmp_path):
+def test_kinetics_mmaction_lists_are_below_the_folder_of_their_split(tmp_path):
     touch(tmp_path, "videos_train/abseiling/a.mp4", "videos_train/air_drumming/b.mp4", "videos_val/abseiling/v.mp4")
     (tmp_path / "kinetics400_train_list_videos.txt").write_text(
         "abseiling/a.mp4 0\nair_drumming/b.mp4 1\nabseiling/z.mp4 0"
@@ -265,7 +265,7 @@ def _absent_kinetics_split(tmp_path):
         (_absent_kinetics_split, "no folder for split 'val'"),
     ],
 )
-def test_what_is_wrong_with_a_data_set_is_said_in_one_line(tmp_path, make, says):
+def test_a_faulty_data_set_gives_a_one_line_error(tmp_path, make, says):
     with pytest.raises(TubeletError, match=says) as caught:
         build_clip_table(make(tmp_path), ONE)
     assert "\n" not in str(caught.value)

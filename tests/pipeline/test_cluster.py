@@ -98,7 +98,7 @@ def test_a_cluster_class_gets_its_arguments_and_its_size(
         pass
 
 
-def test_a_resource_nobody_has_is_said_not_waited_for(tmp_path: Path) -> None:
+def test_a_resource_that_no_worker_has_is_an_error_without_waiting(tmp_path: Path) -> None:
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as running,
         Client(running),
@@ -129,7 +129,7 @@ def test_workers_with_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch
             check_workers(client, cluster(), "preflight-versions")
 
 
-def test_no_worker_within_the_time_is_said() -> None:
+def test_no_worker_within_the_time_is_an_error() -> None:
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as running,
         Client(running) as client,

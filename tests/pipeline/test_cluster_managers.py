@@ -48,7 +48,7 @@ def worker_options(command: list[str]) -> dict[str, Any]:
     return dict(dask_worker.make_context("dask worker", command).params)
 
 
-def test_the_documented_slurm_section_asks_for_one_worker_a_gpu_that_ends_before_its_job(
+def test_the_documented_slurm_section_requests_one_worker_a_gpu_that_ends_before_its_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     jobqueue = pytest.importorskip("dask_jobqueue")
@@ -85,7 +85,7 @@ def test_the_documented_kubernetes_section_gives_pods_that_the_operator_takes() 
     assert [variable["name"] for variable in worker["env"]] == ["AWS_REGION"]
 
 
-def test_kubernetes_without_a_cluster_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kubernetes_without_a_cluster_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dask_kubernetes.operator")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -118,7 +118,7 @@ def test_an_extraction_runs_on_workers_that_a_queue_started(
     assert extract(config).identity == open_store(str(undisturbed)).identity
 
 
-def test_a_queue_that_is_not_there_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_queue_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dask_jobqueue")
     config = documented(SLURM)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -42,7 +42,7 @@ def read_indices(name: str, frames) -> list[int]:
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("backend", ["auto", "pyav", "decord", TORCHCODEC])
 @pytest.mark.parametrize("name", barcode.CLIPS)
-def test_every_backend_gives_the_frames_asked_for(barcode_clips, name, backend, choice):
+def test_every_backend_gives_the_requested_frames(barcode_clips, name, backend, choice):
     used = []
     clip = decode(str(barcode_clips[name]), backend, CHOICES[choice], allocate, used.append)
     expected = CHOICES[choice](barcode.CLIPS[name].frames)
@@ -156,7 +156,7 @@ def test_far_frames_are_reached_by_a_seek_and_not_by_decoding_all(barcode_clips,
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_pictures_stand_upright(tmp_path, rotation):
+def test_rotated_frames_are_upright(tmp_path, rotation):
     path = barcode.make_clip(tmp_path / "turned.mp4", barcode.ClipSpec(".mp4", frames=3, rotation=rotation))
     clip = decode(str(path), "pyav", CHOICES["every"], allocate, lambda _: None)
     assert [barcode.read_index(np.rot90(frame, -rotation // 90)) for frame in clip.frames] == [0, 1, 2]
@@ -211,7 +211,7 @@ def test_a_damaged_title_is_no_damage_to_the_video(tmp_path):
     assert read_indices("five_frames", clip.frames) == list(range(5))
 
 
-def test_a_codec_that_nobody_knows_is_named(barcode_clips, tmp_path):
+def test_an_unknown_codec_is_named(barcode_clips, tmp_path):
     whole = barcode_clips["five_frames"].read_bytes()
     assert whole.count(b"avc1") >= 1
     at = whole.rindex(b"avc1")
@@ -237,7 +237,7 @@ def test_damage_is_counted(barcode_clips, tmp_path):
     assert clip.corrupt_frames > 0
 
 
-def test_a_changing_picture_size_is_a_failure(tmp_path):
+def test_a_changing_frame_size_is_a_failure(tmp_path):
     path = tmp_path / "resized.ts"
     with open(path, "wb") as file:
         for width in (128, 160):

@@ -75,7 +75,7 @@ def slow_clip(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("backend", ["auto", "pyav", "decord", TORCHCODEC])
-def test_results_come_in_order_and_carry_the_frames_asked_for(barcode_clips, tmp_path, backend):
+def test_results_come_in_order_and_carry_the_requested_frames(barcode_clips, tmp_path, backend):
     names = [name for name in barcode.CLIPS if name != "rotated"]
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 50)
     paths = [barcode_clips[name] for name in names]

@@ -88,7 +88,7 @@ def test_the_file_that_kills_decord_from_memory_is_contained_from_remote(real_vi
     assert isinstance(after, DecodedClip)
 
 
-def test_a_naive_call_hangs_where_ours_returns(real_videos):
+def test_a_plain_call_hangs_where_the_pool_returns(real_videos):
     path = real_videos / "broken" / "hang_decord_editlist_tail_h264.mp4"
     naive = f"import decord; v = decord.VideoReader({str(path)!r}, num_threads=1); v.get_batch(list(range(9, 300, 19)))"
     with pytest.raises(subprocess.TimeoutExpired):

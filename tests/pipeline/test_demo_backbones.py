@@ -157,7 +157,7 @@ def test_nothing_moves_in_a_still_clip() -> None:
     assert motion_targets(_blob(lambda t: (32, 32)), 8).abs().max() == 0
 
 
-def test_frame_labels_lie_on_their_objects(few_videos: NDArray[np.uint8]) -> None:
+def test_frame_labels_are_on_their_objects(few_videos: NDArray[np.uint8]) -> None:
     batch = dinov2.draw_frames(few_videos, frame_labels(16, dinov2.PATCH), 64, np.random.default_rng(0))
     patch = batch.objects.nonzero()[:, 1]
     centers = (torch.stack([patch % 8, patch // 8], 1) + 0.5) / 4 - 1

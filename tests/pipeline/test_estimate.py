@@ -30,7 +30,7 @@ def test_sizes_and_counts_are_those_of_the_store(job_settings: dict[str, Any], u
     assert not Path("/nowhere").exists()
 
 
-def test_it_speaks_both_ways(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_text_and_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", str(job)]) == 0
     text = capsys.readouterr().out
     for word in ("blocks.1:", "objects", "PUT", "limited by", "dtype float32", "patches"):

@@ -78,7 +78,7 @@ def test_killed_jobs_and_workers_leave_the_store_an_undisturbed_run_writes(
     with pytest.raises(TubeletError, match="unfinished"):
         open_store(str(store))
 
-    # Both workers, one after the other, while the job goes on; then the driver alone, workers left behind.
+    # Both workers, one after the other, while the job continues; then the driver alone, workers left behind.
     process = start_tubelet("extract", str(job))
     killed: set[int] = set()
     deadline = time.monotonic() + PATIENT_S

@@ -145,7 +145,7 @@ def test_other_frames_are_refused(frames: np.ndarray) -> None:
         Preprocessing(shortest_edge=8, crop=(8, 8))(frames)
 
 
-def test_pictures_of_varying_size_are_refused() -> None:
+def test_frames_of_varying_size_are_refused() -> None:
     with pytest.raises(ValidationError, match="differ in size"):
         Preprocessing(shortest_edge=224)
     with pytest.raises(ValidationError, match="does not fit"):

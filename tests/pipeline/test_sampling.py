@@ -84,7 +84,7 @@ def test_no_frames_and_no_such_view_are_refused():
         choose(UniformSampling(frames=4, clips=2), 9, 2)
 
 
-def test_kind_tells_the_rules_apart():
+def test_kind_selects_the_rule():
     adapter = TypeAdapter(Sampling)
     assert adapter.validate_python({"kind": "uniform", "frames": 4}) == UniformSampling(frames=4)
     assert adapter.validate_python({"kind": "dense", "frames": 4, "stride": 2}) == DenseSampling(frames=4, stride=2)

@@ -65,7 +65,7 @@ def test_any_scene_can_be_drawn_and_shows_its_objects(seed: int, index: int, siz
 
 
 @pytest.mark.parametrize("index", range(0, 4 * len(TEMPLATES), 3))
-def test_masks_are_where_the_picture_differs_from_its_background(index: int) -> None:
+def test_masks_are_where_the_frame_differs_from_its_background(index: int) -> None:
     scene = scene_at(0, index, 16, 96, 96)
     frames, masks = render(scene)
     background, no_masks = render(replace(scene, actors=()))
@@ -282,7 +282,7 @@ def test_ssv2_files_hold_the_frames_and_masks_of_their_scene(ssv2: VideosConfig)
         np.testing.assert_array_equal(read_masks(ssv2.out, str(index + 1)), masks)
 
 
-def test_kinetics_files_lie_where_the_official_csv_says(tmp_path: Path) -> None:
+def test_kinetics_files_are_where_the_official_csv_expects_them(tmp_path: Path) -> None:
     config = small(tmp_path / "k", layout="kinetics", videos=32, test_share=0.2)
     make_dataset(config)
     seen = 0

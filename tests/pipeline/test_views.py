@@ -56,7 +56,7 @@ def test_shifted_crops_are_the_same_pixels_where_they_overlap(rule, height, widt
     assert shifted_box.left - box.left == pytest.approx(by * across)
 
 
-def test_the_shifted_picture_is_drawn_p_plus_s_patches_large():
+def test_the_shifted_frame_is_resized_to_p_plus_s_patches():
     """Science: resize to (p + s) n, crop p n, offset by s n."""
     frames = np.random.default_rng(0).integers(0, 256, (2, 90, 90, 3), np.uint8)
     whole, _ = Preprocessing(resize_to=(40, 40))(frames)
@@ -89,7 +89,7 @@ def test_shifted_windows_take_the_same_frames_where_they_overlap(frames, stride,
         assert shifted[-1] < video
 
 
-def test_three_crops_lie_at_the_beginning_in_the_middle_and_at_the_end():
+def test_three_crops_are_at_the_beginning_in_the_middle_and_at_the_end():
     wide = np.random.default_rng(0).integers(0, 256, (1, 64, 128, 3), np.uint8)
     boxes = [box for _, box in pixels_of(ThreeCrops(), RULES["edge is crop"], wide)]
     assert boxes == [(0, 0, 64, 64), (0, 32, 64, 64), (0, 64, 64, 64)]
@@ -161,7 +161,7 @@ def test_views_that_share_nothing_are_refused(job_settings, tmp_path, changes, w
         make_plan(config(job_settings, tmp_path / "s", **changes))
 
 
-def test_a_squeezed_picture_has_no_longer_side(job_settings, backbone, tmp_path):
+def test_a_frame_resized_to_a_fixed_size_has_no_longer_side(job_settings, backbone, tmp_path):
     squeezed = {"id": str(backbone), "preprocessing": {"resize_to": [32, 32]}}
     with pytest.raises(TubeletError, match="no longer side"):
         make_plan(config(job_settings, tmp_path / "s", backbone=squeezed, views={"kind": "three_crops"}))

@@ -130,7 +130,7 @@ class Environment:
         """What is installed is what the extras ask for."""
         difference = json.loads(self.execute(CLOSURE, *self.extras))
         assert not difference["missing"], f"{self.name}: not installed: {difference['missing']}"
-        assert not difference["beyond"], f"{self.name}: installed, but asked for by nobody: {difference['beyond']}"
+        assert not difference["beyond"], f"{self.name}: installed, but required by nothing: {difference['beyond']}"
 
     def verbs(self) -> set[str]:
         """Verbs that the overview shows as usable."""

@@ -50,7 +50,7 @@ def test_the_laptops_benchmarks_have_goals():
         assert "goal_lines(" in (BENCHMARKS / f"{name}.py").read_text()
 
 
-def test_a_benchmark_that_fails_is_told(monkeypatch, capsys, tmp_path):
+def test_a_benchmark_that_fails_is_reported(monkeypatch, capsys, tmp_path):
     (tmp_path / "breaks.py").write_text("raise SystemExit(3)")
     (tmp_path / "silent.py").write_text("print('no goal')")
     (tmp_path / "good.py").write_text("print('goal good/x 1 <=2 met')")

@@ -73,7 +73,7 @@ def test_it_looks_like_an_array(store, whole):
     assert store.special_tokens("blocks.1")[:].shape == (CLIPS, 1, 1, 4)
 
 
-def test_a_store_knows_its_hooks_its_length_and_shapes(store, whole):
+def test_hooks_length_and_shapes_of_a_store(store, whole):
     assert store.hooks == tuple(store) == tuple(hook.name for hook in store.plan.hooks)
     assert len(store) == CLIPS
     assert store.shape("blocks.1") == store["blocks.1"].shape == whole.shape

@@ -1,4 +1,4 @@
-"""A cache gives the bytes that were written, within its budget, whoever shares it and whatever was cut off."""
+"""A cache gives the bytes that were written, within its budget, for many processes that may be killed."""
 
 from __future__ import annotations
 
@@ -323,7 +323,7 @@ def test_a_full_disk_is_one_clear_line(url, tmp_path, monkeypatch):
     assert files(tmp_path) == []
 
 
-def test_a_fuller_disk_than_the_budget_knows_is_met_by_eviction(url, local, tmp_path, monkeypatch):
+def test_a_disk_that_fills_before_the_budget_evicts(url, local, tmp_path, monkeypatch):
     store = open_store(url, cache=CacheConfig(directory=tmp_path))
     store.shard_map("h", 0)
     store.shard_map("h", 1)
@@ -471,7 +471,7 @@ def test_endpoint_and_credentials_come_from_fsspecs_settings_too(s3_url, endpoin
         assert open_client(s3_url, name, RetryPolicy(attempts=2)).size("zarr.json") > 0
 
 
-def test_nobody_else_locks_a_kept_file(url, tmp_path):
+def test_no_other_process_locks_a_kept_file(url, tmp_path):
     store = open_store(url, cache=CacheConfig(directory=tmp_path))
     mapped = store.shard_map("h", 0)
     with files(tmp_path)[0].open("rb") as file:
@@ -485,7 +485,7 @@ def test_nobody_else_locks_a_kept_file(url, tmp_path):
 class TestTheVerb:
     """`tubelet cache` fills the directory ahead."""
 
-    def test_it_fetches_the_hooks_asked_for(self, url, local, tmp_path, capsys):
+    def test_it_fetches_the_given_hooks(self, url, local, tmp_path, capsys):
         assert main(["cache", url, "--directory", str(tmp_path), "--hooks", "[g]"]) == 0
         assert "10 of 10 shard objects" in capsys.readouterr().out
         store = open_store(url, cache=CacheConfig(directory=tmp_path))

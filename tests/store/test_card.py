@@ -1,4 +1,4 @@
-"""Laws of `tubelet card`: a stranger's tools read what a store says of itself."""
+"""Laws of `tubelet card`: other tools read the description of a store."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_a_damaged_table_is_named(path, key, damage):
     assert "damaged" in message
 
 
-def test_an_unfinished_store_is_refused_unless_asked_for_and_then_shows_committed_shards_only(tmp_path, values):
+def test_an_unfinished_store_is_refused_by_default_and_else_shows_committed_shards_only(tmp_path, values):
     plan = make_plan()
     writer = StoreWriter.begin(str(tmp_path / "s.zarr"), plan, planned_table(10), {})
     store = open_store(str(tmp_path / "s.zarr"), allow_unfinished=True)
@@ -169,7 +169,7 @@ def test_a_damaged_group_document_is_refused(path, text):
     assert "zarr.json" in refusal(path)
 
 
-def test_a_later_format_asks_for_an_upgrade(path):
+def test_a_later_format_requires_an_upgrade(path):
     edit_attributes(path, lambda tubelet: tubelet.update(format_version=2, something_new=1))
     message = refusal(path)
     assert "format 2" in message

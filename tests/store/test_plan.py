@@ -132,7 +132,7 @@ def test_the_digest_of_format_1_never_changes():
     assert plan.digest == sha256_of_json(plan.model_dump(mode="json"))
 
 
-def test_what_is_hashed_knows_neither_the_path_nor_the_provenance(tmp_path):
+def test_the_hash_depends_on_neither_path_nor_provenance(tmp_path):
     digests = set()
     for folder, provenance in (("a", {"root": "/data/me", "token": "s3cret"}), ("b", {})):
         writer = StoreWriter.begin(str(tmp_path / folder / "s.zarr"), BASE, planned_table(10), provenance)

@@ -35,7 +35,7 @@ def local(tmp_path_factory) -> Store:
 
 @pytest.fixture
 def public(local, monkeypatch) -> Iterator[str]:
-    """A store that everybody may read, behind a door that refuses signatures; this process has no credentials."""
+    """A store with public read access, on a server that refuses signatures; this process has no credentials."""
     with s3_server() as server, faulty_proxy(server) as (proxy, endpoint):
         lead_to(endpoint, monkeypatch)
         create_bucket(server, "public")

@@ -35,7 +35,7 @@ class Relu(Config):
 
 class Data(Config):
     store: str = "s.zarr"
-    """Where the store lies."""
+    """Location of the store."""
     stride: int = Field(default=1, ge=1)
     """Frames between frames."""
 

@@ -152,7 +152,7 @@ def test_a_manifest_cannot_make_a_copy_write_elsewhere(store, key):
         Manifest.from_parquet(data, store.plan.digest)
 
 
-def test_pull_and_push_know_names(store, tmp_path, monkeypatch, capsys):
+def test_pull_and_push_take_names(store, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(store.url, tmp_path / "there/s.zarr")
     add_store("there/catalog.yaml", "there/s.zarr", describe(store.state, "demo"))
@@ -196,7 +196,7 @@ class TestPush:
         identity = self.pushed(there / "catalog.yaml")["few"][1]
         assert identity == open_store(str(there / "few.zarr")).identity != store.identity
 
-    def test_an_entry_that_pins_nothing_is_completed_and_keeps_what_it_said(self, store, tmp_path):
+    def test_an_entry_that_pins_nothing_is_completed_and_keeps_its_fields(self, store, tmp_path):
         there = tmp_path / "there"
         there.mkdir()
         said = {"license": "CC-BY-4.0", "owner": "team", "description": "Ten clips."}
@@ -285,7 +285,7 @@ def test_an_interrupted_verification_goes_on_where_it_was(store, tmp_path, monke
     assert list((tmp_path / "tubelet/verify").iterdir()) == []
 
 
-def test_verification_skips_only_what_it_knows(store, tmp_path, monkeypatch):
+def test_verification_skips_only_what_it_verified(store, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     verified = VerifiedObjects(store)
     verified.add(store.manifest()[0])

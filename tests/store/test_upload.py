@@ -1,4 +1,4 @@
-"""Writing to object storage: created once, retried, checked on arrival, kept on disk while nobody answers."""
+"""Writing to object storage: created once, retried, checked on arrival, kept on disk while the server is down."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_two_writers_of_a_shard_end_in_one_sound_shard(proxy: FaultyProxy, url: 
     values = stored.view(writer.plan.numpy_dtype).astype(np.float64)
     moments = open_store(url, allow_unfinished=True).moments(hook)
     np.testing.assert_allclose(moments.mean, values.reshape(-1, len(moments.mean)).mean(axis=0), atol=1e-6)
-    # The first record counts for ever.
+    # The first record is never replaced.
     assert writer.publish(finished(writer, 0)) == commit
 
 

@@ -1,4 +1,4 @@
-"""A store is the same bytes whoever wrote its shards, in whatever order, however often."""
+"""A store is the same bytes whichever process wrote its shards, in any order, any number of times."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_worker_that_sees_another_store_says_so(tmp_path):
         StoreWriter.attach(str(tmp_path / "s.zarr"), "sha256:other")
 
 
-def test_a_shard_is_seen_by_nobody_before_its_commit(tmp_path):
+def test_a_shard_is_invisible_before_its_commit(tmp_path):
     writer = scripted.begin(str(tmp_path / "s.zarr"))
     before = scripted.fingerprint(tmp_path / "s.zarr")
     with pytest.raises(ValueError, match="shard 0 has 1 of 4 clips"), writer.shard(0) as shard:

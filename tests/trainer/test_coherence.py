@@ -93,11 +93,11 @@ def test_masked_pairs_and_tokens_of_the_same_clip_get_no_gradient():
     assert info_nce(u[:2], v[:2], clip[:2], valid[:2]).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_equal_neighbors_of_orthogonal_clips_are_told_apart():
+def test_equal_neighbors_of_orthogonal_clips_are_distinguished():
     u = torch.eye(5, dtype=torch.float64)
-    everyone = torch.ones(5, dtype=torch.bool)
-    assert float(info_nce(u, u, torch.arange(5), everyone)) == pytest.approx(math.log(1 + 4 * math.exp(-10)))
-    mixed_up = info_nce(u, u.roll(1, 0), torch.arange(5), everyone)
+    everything = torch.ones(5, dtype=torch.bool)
+    assert float(info_nce(u, u, torch.arange(5), everything)) == pytest.approx(math.log(1 + 4 * math.exp(-10)))
+    mixed_up = info_nce(u, u.roll(1, 0), torch.arange(5), everything)
     assert float(mixed_up) > 5
 
 
@@ -258,7 +258,7 @@ def test_each_objective_improves_what_it_is_about(store, tmp_path):
         assert with_it < 0.95 * without, metric
 
 
-def test_the_prefix_is_the_first_group_unless_it_is_said():
+def test_the_prefix_is_the_first_group_by_default():
     grouped = TopKConfig(latents=100, nesting=Groups(fractions=(0.3, 0.7)))
     assert prefix_length(ObjectiveConfig(), grouped, 100) == 30
     assert prefix_length(ObjectiveConfig(prefix_fraction=0.5), grouped, 100) == 50

@@ -90,7 +90,7 @@ def as_saelens_says(folder, x):
     return codes, codes @ t["W_dec"] + t["b_dec"]
 
 
-def test_an_sae_that_comes_back_still_knows_what_it_was_trained_on(tmp_path):
+def test_an_exported_sae_keeps_its_provenance_when_imported(tmp_path):
     trained(tmp_path / "run", RECIPES["topk"], False)
     out = export_sae(ExportConfig(run=tmp_path / "run", out=tmp_path / "out"))
     known = {"hook": "blocks.6", "plan_digest": "sha256:a", "backbone": {"id": "b"}}

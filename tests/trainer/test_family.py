@@ -219,7 +219,7 @@ def test_auxk_reaches_the_encoder_of_dead_latents_for_every_kind_with_a_k(kind):
         assert (strength[~dead] == 0).all()
 
 
-def test_l0_is_what_was_asked():
+def test_l0_is_the_configured_one():
     for kind in ("topk", "abstopk", "batchtopk"):
         codes = make_sae(recipe(kind)).encode(tokens())
         assert (codes != 0).sum() == K * N
@@ -281,19 +281,19 @@ def test_the_gated_penalty_equals_its_formula():
     same_gradients(gradients(sae, found), gradients(sae, expected))
 
 
-def test_a_penalty_warms_up_and_is_steered_toward_its_target():
+def test_a_penalty_warms_up_and_is_controlled_toward_its_target():
     weight = PenaltyWeight(2.0, warmup_steps=4, target_l0=None, device=CPU)
     found = []
     for step in range(6):
         weight.begin(step)
         found.append(round(float(weight.now()), 6))
     assert found == [0.4, 0.8, 1.2, 1.6, 2.0, 2.0]
-    steered = PenaltyWeight(1.0, warmup_steps=0, target_l0=8.0, device=CPU)
+    controlled = PenaltyWeight(1.0, warmup_steps=0, target_l0=8.0, device=CPU)
     for step in range(4000):
         # A plant in which twice the weight halves L0; it should settle at a weight of 16.
-        steered.begin(step)
-        steered.observe(128 / steered.now())
-    assert math.isclose(float(steered.now()), 16, rel_tol=0.01)
+        controlled.begin(step)
+        controlled.observe(128 / controlled.now())
+    assert math.isclose(float(controlled.now()), 16, rel_tol=0.01)
 
 
 def test_a_weight_that_runs_away_stays_in_bounds_and_comes_back():

@@ -40,7 +40,7 @@ def run(store, out, steps=900, **sae):
         ({"kind": "gated", "target_l0": 8}, None, 0),
     ],
 )
-def test_a_target_out_of_reach_is_said_once_and_at_the_end(store, tmp_path, capsys, sae, words, limit):
+def test_a_target_out_of_reach_warns_once_and_at_the_end(store, tmp_path, capsys, sae, words, limit):
     lines = run(store, tmp_path / "run", **sae)
     said = [line for line in capsys.readouterr().err.splitlines() if "target_l0" in line]
     assert lines[-1]["sparsity_limit"] == limit
@@ -54,7 +54,7 @@ def test_a_target_out_of_reach_is_said_once_and_at_the_end(store, tmp_path, caps
     assert f"L0 is {lines[-1]['l0']:.1f}" in said[-1]
 
 
-def test_a_target_that_a_short_run_misses_is_said_at_the_end(store, tmp_path, capsys):
+def test_a_target_that_a_short_run_misses_warns_at_the_end(store, tmp_path, capsys):
     lines = run(store, tmp_path / "run", steps=60, kind="relu", target_l0=1)
     assert lines[-1]["sparsity_limit"] == 0
     assert lines[-1]["l0"] > 1.5

@@ -215,7 +215,7 @@ def test_buffers_are_allocated_once(store):
     assert sum(buffer.host[0].nbytes for buffer in loader._buffers) <= 2 * 130 * 3 * 2
 
 
-def test_a_batch_keeps_its_tokens_while_anybody_holds_them_and_its_memory_is_used_again(store):
+def test_a_batch_keeps_its_tokens_while_referenced_and_its_memory_is_reused(store):
     stream = iter(loader_of(store, total=50 * 16))
     kept = next(stream).tokens[3:5]
     before, places = kept.clone(), []
@@ -262,7 +262,7 @@ def test_memory_is_held_only_while_batches_are_served(store):
     assert [ref() for ref in memory] == [None, None]
 
 
-def test_asking_the_kernel_to_read_ahead_changes_nothing_and_a_missing_file_is_told_by_the_reader(store, tmp_path):
+def test_kernel_read_ahead_changes_nothing_and_a_missing_file_is_an_error_of_the_reader(store, tmp_path):
     source = Source(store, "h", 5)
     clips, groups = np.divmod(np.arange(CLIPS * source.groups), source.groups)
     out = np.empty((len(clips), GRID[0], 5, 3), source.bits)

@@ -593,7 +593,7 @@ def test_training_equals_the_formulas_for_two_values_of_an_option(store: Store, 
 
 
 @pytest.mark.parametrize(("first", "second"), [(5, 7), (9, None)])
-def test_dead_latents_are_resampled_after_as_many_steps_as_asked(store: Store, first: int, second: int | None) -> None:
+def test_dead_latents_are_resampled_after_the_configured_steps(store: Store, first: int, second: int | None) -> None:
     together = {"sae.auxk": 0, "sae.dead_after_tokens": 40}
     runs = [
         Run(configure(store, {**together, "optimizer.resample_every": every}), [store], CPU)
@@ -620,7 +620,7 @@ def test_lengths_of_random_prefixes_follow_the_power(power: float) -> None:
 
 
 @pytest.mark.parametrize("prefixes", [1, 3, 10])
-def test_as_many_random_prefixes_are_drawn_as_asked(prefixes: int) -> None:
+def test_as_many_random_prefixes_are_drawn_as_configured(prefixes: int) -> None:
     assert len(cuts(RandomPrefixes(prefixes=prefixes), 4096, 0, 0, 0).ends) == prefixes
 
 
@@ -673,7 +673,7 @@ STREAMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("settings", "without"), STREAMS, ids=str)
-def test_a_run_learns_from_the_tokens_that_were_asked_for(
+def test_a_run_learns_from_the_configured_tokens(
     store: Store, settings: dict[str, Any], without: dict[str, Any]
 ) -> None:
     expected = stream(store, settings)
@@ -693,7 +693,7 @@ def test_videos_are_held_out_by_a_hash_of_seed_and_name(fraction: float, seed: i
 
 
 @pytest.mark.parametrize("eval_tokens", [50, 10**6])
-def test_an_evaluation_sees_as_many_tokens_as_asked(store: Store, eval_tokens: int) -> None:
+def test_an_evaluation_sees_as_many_tokens_as_configured(store: Store, eval_tokens: int) -> None:
     run = Run(configure(store, {"eval_tokens": eval_tokens, "holdout.fraction": 0.3}), [store], CPU)
     assert run.heldout is not None
     held = CLIPS - len(run.loader.clips)

@@ -27,11 +27,11 @@ Option = tuple[type[Config], str]
 STREAM_OPTIONS = (
     "seed", "steps", "tokens", "epochs", "batch_tokens", "window_tokens", "block_patches", "resident_shards",
 )  # fmt: skip
-STREAM = "test_a_run_learns_from_the_tokens_that_were_asked_for"
+STREAM = "test_a_run_learns_from_the_configured_tokens"
 
 # Laws beside the cases of `test_option_laws`: the test of each option.
 LAWS: dict[Option, str] = {
-    (OptimizerConfig, "resample_every"): "test_dead_latents_are_resampled_after_as_many_steps_as_asked",
+    (OptimizerConfig, "resample_every"): "test_dead_latents_are_resampled_after_the_configured_steps",
     (InitConfig, "directions"): "test_initial_weights_are_tied_without_shared_storage",
     (InitConfig, "bias"): "test_initial_weights_are_tied_without_shared_storage",
     (InitConfig, "subspace"): "test_initial_weights_are_tied_without_shared_storage",
@@ -41,7 +41,7 @@ LAWS: dict[Option, str] = {
     (TrainConfig, "hook"): "test_each_has_its_folder_and_its_own_hook",
     **{(TrainConfig, name): STREAM for name in STREAM_OPTIONS},
     (TrainConfig, "mix"): "test_a_mixed_store_has_its_share_of_every_batch",
-    (TrainConfig, "eval_tokens"): "test_an_evaluation_sees_as_many_tokens_as_asked",
+    (TrainConfig, "eval_tokens"): "test_an_evaluation_sees_as_many_tokens_as_configured",
     (TrainConfig, "saes"): "test_trained_together_equals_trained_alone",
     (TrainConfig, "sweep"): "test_a_sweep_is_the_product_of_its_lists_and_of_the_list_of_saes",
     (TrainConfig, "parallel"): "test_ranks_that_split_the_dictionary_equal_train",

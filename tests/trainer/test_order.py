@@ -22,7 +22,7 @@ def test_every_id_comes_exactly_once(size, key):
 
 @given(size=st.integers(2, 10**12), key=keys, start=st.integers(0, 10**6))
 @settings(deadline=None)
-def test_any_position_can_be_asked_alone(size, key, start):
+def test_any_position_can_be_evaluated_alone(size, key, start):
     permutation = Permutation(size, key)
     start %= size
     stop = min(size, start + 50)

@@ -303,7 +303,7 @@ def test_of_a_store_that_keeps_some_patches_pairs_are_true_neighbors(tmp_path, n
     )  # fmt: skip
     rng = np.random.default_rng(3)
     kept = [np.sort(rng.choice(SPACE, keep, replace=False)) for _ in range(8)]
-    kept[5] = np.array([0, 2, 4, 6, 8, 10])  # with 4 neighbors nobody has one
+    kept[5] = np.array([0, 2, 4, 6, 8, 10])  # with 4 neighbors no patch has one
     writer = StoreWriter.begin(str(tmp_path / "s.zarr"), plan, planned_table(8), {})
     for shard in writer.pending():
         with writer.shard(shard) as shard_writer:

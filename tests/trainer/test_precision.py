@@ -22,7 +22,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def learner_of(config, terms, precision, device="cpu", seed=1):
-    """A learner whose SAE is in general position, with some latents dead."""
+    """A trainer whose SAE is in general position, with some latents dead."""
     generator = torch.Generator().manual_seed(seed)
     sae = SAE(config, Normalization(torch.randn(D, generator=generator), torch.tensor(2.5))).train()
     with torch.no_grad():

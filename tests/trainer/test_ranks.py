@@ -198,7 +198,7 @@ code = main""",
 )
 
 
-def test_ranks_that_are_told_to_stop_leave_a_checkpoint_together(store, tmp_path):
+def test_ranks_that_are_stopped_leave_a_checkpoint_together(store, tmp_path):
     fields = {"tokens": 400 * BATCH, "checkpoint_every": 10_000, "log_every": 2}
     some = {"topk": SPLIT_BATCH["topk"]}
     out = tmp_path / "run"

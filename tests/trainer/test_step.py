@@ -30,7 +30,7 @@ RECIPES = {
     "abstopk, over k": {"sae": {"kind": "abstopk", "k": 4, "nesting": {"kind": "hierarchical"}}},
     "topk, random prefixes": {"sae": {"k": 4, "nesting": {"kind": "random", "prefixes": 4}}},
     "batchtopk, random prefixes": {"sae": {"kind": "batchtopk", "k": 4, "nesting": {"kind": "random", "prefixes": 4}}},
-    "relu, steered": {"sae": {"kind": "relu", "target_l0": 4, "auxk": 8}},
+    "relu, controlled": {"sae": {"kind": "relu", "target_l0": 4, "auxk": 8}},
     "jumprelu": {"sae": {"kind": "jumprelu"}},
     "gated": {"sae": {"kind": "gated"}},
     "coherent": {
@@ -120,7 +120,7 @@ def test_no_step_waits_for_the_device(store, tmp_path, fields):
             if CUDA:
                 torch.cuda.set_sync_debug_mode("default")
     assert all(sae_run.sae_trainer.dead_latents.dead_count >= 10 for sae_run in run.sae_runs), (
-        "nobody died: AuxK went untested"
+        "no latent died: AuxK went untested"
     )
 
 

@@ -67,7 +67,7 @@ sys.exit(main(["train", sys.argv[1]]))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_told_to_stop_a_run_keeps_every_step_it_took(store, tmp_path, number, status):
+def test_a_stopped_run_keeps_every_step_it_took(store, tmp_path, number, status):
     fields = {"steps": 300, "log_every": 1}
     whole = train(configure(store, tmp_path / "whole", **fields)).out
     out = tmp_path / "run"

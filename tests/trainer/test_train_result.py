@@ -98,7 +98,7 @@ def test_codes_that_stay_the_same_over_time_are_coherent(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "steps"])
-def test_what_cannot_be_shown_is_said(store, tmp_path, monkeypatch, capsys, missing):
+def test_a_plot_that_cannot_be_made_is_reported(store, tmp_path, monkeypatch, capsys, missing):
     if missing == "matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     else:

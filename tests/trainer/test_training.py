@@ -81,8 +81,8 @@ EVERYTHING = {
         "kind": "batchtopk", "k": 4, "dead_after_tokens": 128, "init": {"directions": "active_subspace"},
         "nesting": {"kind": "random", "prefixes": 4, "sort_every": 7},
     },
-    "relu, steered": {"kind": "relu", "target_l0": 4, "dead_after_tokens": 128, "auxk": 8},
-    "jumprelu, steered": {"kind": "jumprelu", "target_l0": 4, "dead_after_tokens": 128},
+    "relu, controlled": {"kind": "relu", "target_l0": 4, "dead_after_tokens": 128, "auxk": 8},
+    "jumprelu, controlled": {"kind": "jumprelu", "target_l0": 4, "dead_after_tokens": 128},
     "gated": {"kind": "gated", "dead_after_tokens": 128, "nesting": {"kind": "groups"}},
     "abstopk, hierarchical": {"kind": "abstopk", "k": 4, "dead_after_tokens": 128, "nesting": {"kind": "hierarchical"}},
 }  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_lost_run_stops_with_a_remedy(store, tmp_path, sae, words):
         train(config)
 
 
-def test_the_start_of_a_run_tells_the_offset_of_its_tokens(store, tmp_path, capsys):
+def test_the_start_of_a_run_prints_the_offset_of_its_tokens(store, tmp_path, capsys):
     train(configure(store, tmp_path / "run", steps=2, sae={"k": 4}))
     assert "standard deviations from the origin; tokens are centered" in capsys.readouterr().err
 
@@ -187,7 +187,7 @@ class Recorder(types.ModuleType):
 
 
 @pytest.mark.parametrize(("kind", "write"), [("wandb", "log"), ("mlflow", "log_metrics")])
-def test_other_trackers_are_asked_for_the_same(store, tmp_path, monkeypatch, kind, write):
+def test_other_trackers_get_the_same(store, tmp_path, monkeypatch, kind, write):
     """Against a recorder of the calls; the libraries themselves have a test below, where they are installed."""
     library = Recorder(kind)
     monkeypatch.setitem(sys.modules, kind, library)
