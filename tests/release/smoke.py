@@ -221,7 +221,7 @@ def check_all(env: Environment) -> None:
     """The whole way, from rendered videos to a gallery."""
     assert {"info", "extract", "train", "evaluate", "gallery", "study", "edit", "demo"} <= env.verbs()
     assert "Not installed here" not in env.tubelet()
-    env.tubelet("demo", "--out", "demo", "--videos", "24", "--epochs", "1")
+    env.tubelet("demo", "--out", "demo", "--videos", "32", "--epochs", "1")
     assert list(env.work.glob("demo/**/*.html"))
 
 
