@@ -4,8 +4,8 @@
 
 CPU time of one process per clip, demux pass included, best of three in turn. CPU and not wall time, because an
 extraction keeps every core busy with decode processes and decord runs a thread of its own. Every decoder is held to the
-index of the demux pass, as in an extraction; `inexact` stands where it is not trusted with a file. Clips are rendered;
-video files in FOLDER are measured beside them.
+index of the demux pass, as in an extraction; `inexact`: it is not trusted with a file. Clips are rendered;
+video files in FOLDER are measured too.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def measure(path: str, choose: Choose, allocate: pyav_backend.Allocate) -> dict[
     """CPU milliseconds of sequential PyAV, of `auto`, and of the other decoders where they are exact."""
 
     def sequential() -> None:
-        picture = pyav_backend._FrameBuffer(choose(probe(path).frames), allocate)
-        pyav_backend._by_counting(path, 0, picture)
+        buffer = pyav_backend._FrameBuffer(choose(probe(path).frames), allocate)
+        pyav_backend._by_counting(path, 0, buffer)
 
     def auto() -> None:
         decoders.decode(path, "auto", choose, allocate, lambda _: None)
@@ -132,8 +132,8 @@ def main() -> None:
             name: make_clip(Path(folder) / f"{i}{spec.suffix}", spec) for i, (name, spec) in enumerate(RENDERED.items())
         }
         if len(sys.argv) > 1:
-            found = sorted(Path(sys.argv[1]).iterdir())
-            files |= {f"{path.name}": path for path in found if path.suffix in VIDEO_SUFFIXES}
+            paths = sorted(Path(sys.argv[1]).iterdir())
+            files |= {f"{path.name}": path for path in paths if path.suffix in VIDEO_SUFFIXES}
         with tempfile.TemporaryFile() as frames:
             memory = FrameMemory(frames.fileno(), 1 << 30)
             for name, path in files.items():

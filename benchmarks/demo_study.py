@@ -4,7 +4,7 @@
 
 Renders the demo's videos, extracts them with the tiny VideoMAE and the tiny frame-wise DINOv2 that ship with the
 package (training, validation, and validation again with shifted views), writes `study.yaml` and runs `tubelet study` on
-it. What stands in the documentation is copied to `--out`. A second run with the same `--work` finds all that is done.
+it. What the documentation shows is copied to `--out`. A second run with the same `--work` skips what is done.
 
 The neutral embedding that judges monosemanticity is that of the videos' captions (words, no model): neither backbone
 made it, and both are judged by the same.
@@ -57,10 +57,10 @@ def embed_captions(work: Path) -> None:
     table = open_store(str(work / "videomae-test.zarr")).clips()
     words = [set(caption.lower().split()) for caption in table["caption"].to_pylist()]
     vocabulary = sorted(set().union(*words))
-    vectors_NW = np.array([[float(word in said) for word in vocabulary] for said in words])
+    vectors_NW = np.array([[float(word in caption_words) for word in vocabulary] for caption_words in words])
     vectors_NW /= np.linalg.norm(vectors_NW, axis=1, keepdims=True)
-    found = pa.table({"video_id": table["video_id"], "embedding": list(vectors_NW)})
-    pq.write_table(found, work / "captions.parquet")
+    captions = pa.table({"video_id": table["video_id"], "embedding": list(vectors_NW)})
+    pq.write_table(captions, work / "captions.parquet")
 
 
 def study_settings(work: Path, workers: int, epochs: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""What extraction costs beside its parts, one run: decode, forward, write alone, the pipeline, a plain script.
+"""What extraction costs compared with its parts, one run: decode, forward, write alone, the pipeline, a plain script.
 
     python benchmarks/extract.py [--videos 144] [--size 224] [--layers 6] [--width 192]
 
 Ratios count, not seconds. The yardstick is the busiest resource: on a machine without a GPU the cores (CPU seconds of
 all three stages over the number of cores), with one the GPU or the cores, whichever is needed longer. A job of minutes
 pays for the start of its workers and for its last shards, when not all of them have work; a job of hours hardly does:
-the row `steady` is the rate between the first and the last eighth of the shards. Below the table stands who had the
-cores meanwhile: this job, others on the machine, nobody.
+the row `steady` is the rate between the first and the last eighth of the shards. Below the table is the use of the
+cores meanwhile: this job, other processes, idle.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ two workers take two shards at a time each, as docs/clusters.md starts them. An 
 
     worker killed         SIGKILL of a worker process; its nanny starts another
     worker preempted      SIGTERM of a worker and its nanny, as SLURM ends a job of workers; another one is started
-    scheduler lost        SIGKILL of the scheduler that `--scheduler ADDRESS` names, and of its workers; all start anew
+    scheduler lost        SIGKILL of the scheduler that `--scheduler ADDRESS` names, and of its workers; restarted
     network away          every connection is refused for seconds
     S3 server restarted   the server ends, and comes back at the same address with the same objects
     job: SIGTERM, SIGKILL the driver, as SLURM preempts it or the kernel's OOM killer does; the same command runs again
@@ -113,7 +113,7 @@ class Cluster:
         self.nannies = [self._start_worker() for _ in range(_WORKERS)]
 
     def lose_scheduler(self) -> None:
-        """Kill it, and the workers with it, as the end of the job that held them; start all anew."""
+        """Kill it, and the workers with it, as the end of the job that held them; restart all."""
         self.close()
         self.restart()
 
@@ -131,12 +131,12 @@ class Cluster:
 
     def workers(self) -> list[psutil.Process]:
         """The worker processes that live, below their nannies."""
-        found = []
+        processes = []
         for nanny in self.nannies:
             with contextlib.suppress(psutil.Error):
                 children = psutil.Process(nanny.pid).children()
-                found += [p for p in children if "spawn_main" in " ".join(p.cmdline())]
-        return found
+                processes += [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+        return processes
 
     def close(self) -> None:
         """End everything."""
@@ -154,7 +154,7 @@ class Cluster:
 
 
 class Adversary(threading.Thread):
-    """Spoils the running job from outside, one thing after the other, each when its number of shards is committed."""
+    """Spoils the running job from outside, one fault after the other, each when its number of shards is committed."""
 
     def __init__(
         self, job: Job, cluster: Cluster, proxy: Any, server: Any, disk: Disk, schedule: list[tuple[int, str]]
@@ -315,19 +315,19 @@ def campaign(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             cluster.close()
             disk.close()
         os.environ.update(object_server.s3_environment(upstream))
-        found = open_store(URL)
-        rows = found.clips().to_pylist()
+        store = open_store(URL)
+        rows = store.clips().to_pylist()
         events = [json.loads(line) for line in job.log.open()]
         result = {
             "faults": {**adversary.done, **{f"request: {k}": v for k, v in proxy.faults.items()}},
             "missed": len(adversary.schedule),
             "ends": dict(ends),
             "rerun": rerun.returncode,
-            "identity": found.identity == open_store(alone).identity,
+            "identity": store.identity == open_store(alone).identity,
             "bytes": _bytes(URL) == undisturbed,
             "clips_once": [row["clip"] for row in rows] == list(range(videos)),
             "failed_listed": sum(row["status"] == "failed" and bool(row["error"]) for row in rows),
-            "damaged": sum(len(findings) for _, findings in verify(found)),
+            "damaged": sum(len(findings) for _, findings in verify(store)),
             "spooled": sum(event["event"] == "spooled" for event in events),
             "reconnected": sum(event["event"] == "lost" for event in events),
             "left_in_spool": sum(1 for _ in (folder / "scratch" / "spool").rglob("commit.json")),
@@ -371,9 +371,9 @@ def _ending(status: int, err: str, words: int = 6) -> str:
     if status == 0:
         return "exit 0"
     line = next((line for line in reversed(err.splitlines()) if line.startswith("tubelet:")), "")
-    said = " ".join(line.removeprefix("tubelet: ").removeprefix("error: ").split()[:words])
+    message = " ".join(line.removeprefix("tubelet: ").removeprefix("error: ").split()[:words])
     traceback = " TRACEBACK" if "Traceback (most recent call last)" in err and status != -signal.SIGKILL else ""
-    return f"exit {status}: {said}{traceback}"
+    return f"exit {status}: {message}{traceback}"
 
 
 def _run_to_end(folder: Path, name: str, settings: dict[str, Any], environment: dict[str, str]) -> None:

@@ -110,9 +110,9 @@ def main() -> int:
         command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *LAPTOP[name]]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         print(f"{run.stdout}({time.monotonic() - began:.0f} s)\n", flush=True)
-        found = read_goals(run.stdout)
-        goals += found
-        if run.returncode or not found:
+        read = read_goals(run.stdout)
+        goals += read
+        if run.returncode or not read:
             failed.append(name)
     text = f"{machine}, Python {platform.python_version()}\n\n{table(goals)}\n"
     print(text, end="")

@@ -4,7 +4,7 @@
 
 Five tiny runs in this process (videos are rendered, their activations extracted with the demo's backbone, an SAE is
 trained on them, evaluated, and used for an edit), each through the installed command's own function. At each event
-below the call stack is read. A hop is a frame of a product function: its file lies in a package of this repository
+below the call stack is read. A hop is a frame of a product function: its file is in a package of this repository
 whose name starts with `tubelet`. Comprehensions, lambdas and frames of other libraries in between do not count; a
 generator does. Of the stacks of a way the deepest one counts, the first of these if several are as deep. A way ends in
 
@@ -16,7 +16,7 @@ generator does. Of the stacks of a way the deepest one counts, the first of thes
     open        two calls, added up: `open_store(path)` to the innermost opening of a document of the store, and
                 `store[hook][0]` to the opening of the first shard object
 
-Ways of a verb begin at the verb's own function. Frames of the command line before it are counted beside.
+Ways of a verb begin at the verb's own function. Frames of the command line before it are counted separately.
 Sizes are of the Python files of the product packages; code lines are without docstrings, comments and blank lines.
 """
 
@@ -54,7 +54,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from goals import Goal, goal_lines
 
-# What a restructured product may name differently, beside the verbs' fields in the settings below.
+# What a restructured product may name differently, apart from the verbs' fields in the settings below.
 COMMAND = "tubelet"
 COMMAND_LINE = re.compile(r"\.cli(\.|$)")
 OPEN_STORE = ("tubelet:open_store", "tubelet_store:open_store")
@@ -80,10 +80,10 @@ WRITING = ("w", "x", "a", "+")
 
 def product_packages() -> list[Path]:
     """Folders of the import packages of this repository, top level first."""
-    found = [
+    folders = [
         init.parent for pattern in ("tubelet*/__init__.py", "*/tubelet*/__init__.py") for init in ROOT.glob(pattern)
     ]
-    return sorted(folder for folder in found if not any(other in folder.parents for other in found))
+    return sorted(folder for folder in folders if not any(other in folder.parents for other in folders))
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ Chain = tuple[Hop, ...]
 
 _PACKAGES = tuple(f"{folder}/" for folder in product_packages())
 _inherited: contextvars.ContextVar[Chain] = contextvars.ContextVar("inherited", default=())
-"""The stack of whoever handed this thread its work."""
+"""The stack of the code that handed this thread its work."""
 _dask_tasks: dict[CodeType, Chain] = {}
-"""The stack of whoever handed this function to Dask."""
+"""The stack of the code that handed this function to Dask."""
 
 
 @functools.cache
@@ -244,17 +244,17 @@ def command(*arguments: str) -> None:
         RuntimeError: it failed.
     """
     (script,) = entry_points(group="console_scripts", name=COMMAND)
-    said, argv = io.StringIO(), sys.argv
+    output, argv = io.StringIO(), sys.argv
     sys.argv = [COMMAND, *arguments]
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = script.load()()
     except SystemExit as stop:
         status = stop.code
     finally:
         sys.argv = argv
     if status:
-        raise RuntimeError(f"`tubelet {' '.join(arguments)}` ended with status {status}:\n{said.getvalue()}")
+        raise RuntimeError(f"`tubelet {' '.join(arguments)}` ended with status {status}:\n{output.getvalue()}")
 
 
 def verb(folder: Path, name: str, settings: dict[str, Any]) -> None:
@@ -420,9 +420,9 @@ def goals(chains: dict[str, Chain]) -> Iterator[Goal]:
     before = RESULTS.read_text().partition(f"## {BEFORE} (")[2].partition("\n## ")[0]
     for way in HALVED:
         hops = sum(not COMMAND_LINE.search(hop.module) for hop in chains[way])
-        found = re.search(rf"^{way} +(\d+)", before, re.MULTILINE)
-        if found is not None:
-            yield Goal(f"hops/{way}", hops, at_most=int(found[1]) / 2)
+        matched = re.search(rf"^{way} +(\d+)", before, re.MULTILINE)
+        if matched is not None:
+            yield Goal(f"hops/{way}", hops, at_most=int(matched[1]) / 2)
 
 
 @dataclass

@@ -161,8 +161,8 @@ def measure(store: Store, folder: Path, kind: str, weight: float) -> Row:
     chosen = np.arange(min(MEASURED_CLIPS, store.plan.clips))
     held = evaluate(sae, ActivationLoader(Source(store, HOOK), chosen, batch_tokens=4096, window_tokens=2**17))
     with torch.no_grad():
-        found = coherence(store, range(min(MEASURED_CLIPS, store.plan.clips)), sae.latents, sae.encode)
-    return Row(kind, weight, held["fvu"], held["l0"], held["dead"], found)
+        measured = coherence(store, range(min(MEASURED_CLIPS, store.plan.clips)), sae.latents, sae.encode)
+    return Row(kind, weight, held["fvu"], held["l0"], held["dead"], measured)
 
 
 def table(rows: list[Row], raw: Coherence) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `tubelet evaluate` costs, metric by metric, beside one pass over the store and the SAE's own forward pass.
+"""What `tubelet evaluate` costs, by metric, compared with one pass over the store and the SAE's own forward pass.
 
     python benchmarks/lens.py [--out benchmarks/results/lens.txt]
 
@@ -51,7 +51,7 @@ CLASSES = 8
 HOLDOUT = HoldoutConfig(fraction=0.4)
 GOAL = 2.0
 LEAST_S = 0.01
-"""What takes less found nothing to measure here."""
+"""A metric that takes less was left out."""
 
 READ, FORWARD = "reading the store once", "the SAE's forward pass"
 STREAM, CONTROLS = "the stream (read, encode, decode)", "pooling, with 3 + 3 control draws"

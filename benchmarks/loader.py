@@ -1,4 +1,4 @@
-"""How fast batches come, and how well they are mixed, beside what a loader is usually made of.
+"""How fast batches come, and how well they are mixed, compared with the parts a loader is usually made of.
 
     python benchmarks/loader.py [--out benchmarks/results/loader.txt] [--peer sae_lens=ENV/bin/python ...]
 
@@ -105,7 +105,7 @@ def staging(store: Store, block_patches: int, check: bool = False, fresh: bool =
         store: The store.
         block_patches: Patches of a block.
         check: Also search for NaN, as is done once for each block where batches are wanted on the CPU.
-        fresh: Map the shards anew for each window, as in the first epoch of a run: every page faults.
+        fresh: Map the shards again for each window, as in the first epoch of a run: every page faults.
     """
     source = Source(store, HOOK, block_patches)
     rng = np.random.default_rng(0)
@@ -290,12 +290,12 @@ def cold(store: Store) -> list[Row]:
         return dataset.__getitems__(np.random.default_rng(0).integers(0, len(dataset), 512).tolist()).nbytes // 2
 
     def speed(work: Callable[[], int]) -> float:
-        found = []
+        rates = []
         for _ in range(REPEATS):
             drop()
             start = time.perf_counter()
-            found.append(work() / (time.perf_counter() - start))
-        return statistics.median(found)
+            rates.append(work() / (time.perf_counter() - start))
+        return statistics.median(rates)
 
     reference = speed(sequential)
     ways = {
@@ -305,9 +305,9 @@ def cold(store: Store) -> list[Row]:
         "  the same, without asking the kernel to read ahead": scattered(1 / 30, ask=False),
         "NumPy gather of random rows from the memory maps": rows,
     }
-    found = [Row(f"one file from end to end ({reference / 1e9:.1f} GB/s)", 1.0)]
-    found += [Row(name, speed(work) / reference) for name, work in list(ways.items())]
-    return found
+    measured = [Row(f"one file from end to end ({reference / 1e9:.1f} GB/s)", 1.0)]
+    measured += [Row(name, speed(work) / reference) for name, work in list(ways.items())]
+    return measured
 
 
 def measure(store: Store, interpreters: dict[str, str], folder: Path) -> list[Row]:
@@ -367,7 +367,7 @@ def table(rows: list[Row], from_disk: list[Row], gigabytes_per_s: float, load: f
     machine = (
         f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
     )
-    # Other work on the machine slows threads and page faults more than a single copy: it belongs beside the figures.
+    # Other work on the machine slows threads and page faults more than a single copy: it is reported with the figures.
     lines = [data, f"{machine}; memcpy {gigabytes_per_s:.1f} GB/s; load average {load:.1f}", ""]
     best = best_shuffled(rows).ratio
     lines.append(f"{'':<66}{'x memcpy':>10}{'clips':>8}{'entropy':>9}{'we are':>11}")

@@ -5,7 +5,7 @@
 A store, and one with 20 times the clips, are read in processes of their own, each once around. `anonymous` is the peak
 of what the process itself holds (the kernel's RssAnon: windows, batches, tables, libraries), over that of a process
 that has only imported the same and opened the store. `mapped` is the peak of pages of the store that lie in the page
-cache and are mapped (RssFile): the kernel takes them back when anybody needs them.
+cache and are mapped (RssFile): the kernel reclaims them on demand.
 
 The training takes as many steps on either store, with evaluations and checkpoints amid them.
 """

@@ -102,13 +102,13 @@ def frame_digests(path: Path) -> list[bytes]:
         ]
 
 
-def _digest(picture: NDArray[np.uint8]) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(picture).data, digest_size=16).digest()
+def _digest(frame: NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(frame).data, digest_size=16).digest()
 
 
 @dataclass
-class Found:
-    """What became of one file."""
+class Outcome:
+    """The outcome of one file."""
 
     mutant: Mutant
     outcome: str
@@ -119,11 +119,11 @@ class Found:
 
     @property
     def is_silent(self) -> bool:
-        """Other pictures, and nobody says so."""
+        """Different frames, without an error or a flag."""
         return self.outcome == "differs" and not self.flagged
 
 
-def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[Other] = OTHERS) -> list[Found]:
+def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[Other] = OTHERS) -> list[Outcome]:
     """Compare what was stored of each mutant with its parent.
 
     Raises:
@@ -134,14 +134,14 @@ def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[Other] = O
     rows = {row["video_id"]: row for row in store.clips().to_pylist()}
     truth = {parent: frame_digests(parent) for parent in {mutant.parent for mutant in mutants}}
     (hook,) = (hook.name for hook in store.plan.hooks)
-    found = []
+    results = []
     stored = (m for m in mutants if rows[f"mutants/{m.path.name}"]["status"] == "ok")
     clips = _decode((m.path for m in stored), "auto")
     for mutant in mutants:
         row = rows[f"mutants/{mutant.path.name}"]
         flagged = bool(row["truncated"] or row["corrupt_frames"])
         if row["status"] != "ok":
-            found.append(Found(mutant, row["error"].partition(":")[0], flagged))
+            results.append(Outcome(mutant, row["error"].partition(":")[0], flagged))
             continue
         clip = next(clips)
         if isinstance(clip, DecodeFailure) or clip.frame_indices.tolist() != row["frame_indices"]:
@@ -153,12 +153,12 @@ def inspect(store: Store, mutants: Sequence[Mutant], others: Sequence[Other] = O
             np.testing.assert_allclose(
                 _activations(store, hook, row), _activations(store, hook, parent), rtol=1e-2, atol=1e-2
             )
-        found.append(Found(mutant, "right" if right else "differs", flagged))
-    silent = [entry for entry in found if entry.is_silent]
+        results.append(Outcome(mutant, "right" if right else "differs", flagged))
+    silent = [entry for entry in results if entry.is_silent]
     for name in others:
         for entry, verdict in zip(silent, _verdicts([entry.mutant for entry in silent], name), strict=True):
             entry.elsewhere[name] = verdict
-    return found
+    return results
 
 
 def _activations(store: Store, hook: str, row: dict[str, Any]) -> NDArray[np.float32]:
@@ -221,7 +221,7 @@ def run_campaign(
     return open_store(str(folder / "store.zarr")), mutants
 
 
-def print_table(store: Store, found: Sequence[Found]) -> None:
+def print_table(store: Store, results: Sequence[Outcome]) -> None:
     """Everything there is to say."""
     rows = store.clips().to_pylist()
     stored = sum(row["status"] == "ok" for row in rows)
@@ -236,7 +236,7 @@ def print_table(store: Store, found: Sequence[Found]) -> None:
     columns = ("files", "refused", "right", "right+flag", "differs+flag", "differs, no flag")
     print(f"{'mutants':<18}" + "".join(f"{column:>18}" for column in columns))
     for kind in (*KINDS, "all"):
-        of_kind = [f for f in found if kind in (f.mutant.kind, "all")]
+        of_kind = [f for f in results if kind in (f.mutant.kind, "all")]
         counts = [
             len(of_kind),
             sum(f.outcome not in ("right", "differs") for f in of_kind),
@@ -246,9 +246,9 @@ def print_table(store: Store, found: Sequence[Found]) -> None:
             ),
         ]
         print(f"{kind:<18}" + "".join(f"{count:>18}" for count in counts))
-    refused = Counter(f.outcome for f in found if f.outcome not in ("right", "differs"))
+    refused = Counter(f.outcome for f in results if f.outcome not in ("right", "differs"))
     print("reasons of the refused: " + ", ".join(f"{n} {code}" for code, n in refused.most_common()))
-    silent = [f for f in found if f.is_silent]
+    silent = [f for f in results if f.is_silent]
     print(f"\n{len(silent)} mutants decode to other pictures and no flag is raised (PyAV). Other decoders on these:")
     for name in sorted({name for f in silent for name in f.elsewhere}):
         verdicts = Counter(f.elsewhere[name] for f in silent)

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 BATCH, REPEATS = 4096, 3
-# As many tokens as the windows that they stand beside.
+# As many tokens as the windows that they are compared with.
 BUFFER = 65_536
 
 

@@ -39,7 +39,7 @@ def random_store(folder: Path, grid: Grid, hook: Hook, clips: int, clips_per_sha
     for shard in writer.pending():
         with writer.shard(shard) as shard_writer:
             for clip in plan.shard_range(shard):
-                # Shifted, not drawn anew: drawing takes longer than writing.
+                # Shifted, not drawn again: drawing takes longer than writing.
                 shard_writer.append(outcome, {hook.name: np.roll(tokens, clip)})
             shard_writer.commit()
     writer.finish()

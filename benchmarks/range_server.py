@@ -63,8 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         with file:
             size = os.fstat(file.fileno()).st_size
             start, stop, status = 0, size, 200
-            if found := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
-                first, last = found.groups()
+            if matched := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
+                first, last = matched.groups()
                 start = int(first) if first else size - int(last)
                 stop = min(int(last) + 1, size) if first and last else size
                 status = 206

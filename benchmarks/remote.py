@@ -1,4 +1,4 @@
-"""How fast a store comes over S3, and what that costs, beside the limit of the same server.
+"""How fast a store comes over S3, and what that costs, compared with the limit of the same server.
 
     python benchmarks/remote.py [--out benchmarks/results/remote.txt] [--folder /dev/shm]
 
@@ -199,16 +199,16 @@ def rows(bench: Readers) -> list[Row]:
     return [measure(name, work, bench.scratch) for name, work in ways]
 
 
-def table(title: str, found: list[Row]) -> str:
+def table(title: str, rows: list[Row]) -> str:
     """One table as text."""
-    raw, written = found[0].mb_per_s, found[1].mb_per_s
+    raw, written = rows[0].mb_per_s, rows[1].mb_per_s
     lines = [title, f"{'':<52}{'MB/s':>8}{'x raw':>8}{'x raw to files':>16}{'CPU s/GB':>10}"]
     lines += [
         f"{row.name:<52}{row.mb_per_s:>8.0f}{row.mb_per_s / raw:>8.2f}{row.mb_per_s / written:>16.2f}"
         f"{row.cpu_s_per_gb:>10.2f}"
-        for row in found
+        for row in rows
     ]
-    of = {row.name: row for row in found}
+    of = {row.name: row for row in rows}
     obstore_row, s3fs_row = of["obstore ranges, into memory"], of["s3fs ranges, into memory"]
     lines.append(
         f"obstore against s3fs: {obstore_row.mb_per_s / s3fs_row.mb_per_s:.2f} of its speed,"

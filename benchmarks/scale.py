@@ -4,8 +4,8 @@
 
 The real driver on a scheduler and two workers in processes of their own, with a null backbone: a task decodes nothing
 and computes nothing, it writes made-up activations with the real writer. What is left is listing and planning, handing
-out, committing and finishing. Costs are processor time, which other work on the machine hardly changes; the wall stands
-beside them. Every size has fresh processes, so memory is its own.
+out, committing and finishing. Costs are processor time, which other work on the machine hardly changes; the wall time
+is given too. Every size has fresh processes, so memory is its own.
 """
 
 from __future__ import annotations

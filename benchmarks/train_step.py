@@ -1,4 +1,4 @@
-"""What a training step costs beside its encoder's matrix product, and what feeding it from the store costs.
+"""What a training step costs compared with its encoder's matrix product, and what feeding it from the store costs.
 
     python benchmarks/train_step.py [--sizes 4096 8192] [--out benchmarks/results/train_step.txt]
 

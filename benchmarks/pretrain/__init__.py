@@ -2,5 +2,5 @@
 
 PYTHONPATH=benchmarks python -m pretrain.videomae --out DIR     13 minutes on one core
 PYTHONPATH=benchmarks python -m pretrain.dinov2 --out DIR       6 minutes on one core
-PYTHONPATH=benchmarks python -m pretrain.probe_backbones        what the backbones know, by linear probes
+PYTHONPATH=benchmarks python -m pretrain.probe_backbones        linear probes of the backbones
 """

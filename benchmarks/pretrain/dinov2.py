@@ -3,7 +3,7 @@
     frame ──▶ encoder ──linear─▶ of every patch: object or background;
                                  of patches of an object: shape, color, texture, the object's center and radius
 
-Labels come from the generator (`frame_labels`), one frame at a time: nothing in it knows of motion. One thread: with
+Labels come from the generator (`frame_labels`), one frame at a time: it contains no motion. One thread: with
 the same versions of torch and FFmpeg the weights are the same on every run.
 
     PYTHONPATH=benchmarks python -m pretrain.dinov2 --out DIR

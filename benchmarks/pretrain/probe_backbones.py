@@ -1,10 +1,11 @@
-"""What a backbone knows of the demo's actions: linear probes on the encoded videos, beside the same net untrained.
+"""Linear probes of the demo's actions on encoded videos, with the backbone and with the same net untrained.
 
     .webm ──decode, preprocess──▶ backbone ──pool──▶ ridge regression, train split ──▶ accuracy, validation split
 
 Two poolings per block: `mean` over all tokens (so motion must be in the tokens), `time` over space alone (so a probe
 may compare time steps). Two accuracies: `class` among all 16, `twins` among the two opposed actions, which consist of
-the same frames (shaking and holding still left out, for their frames differ): one half for whoever has seen no motion.
+the same frames (shaking and holding still left out, for their frames differ): one half
+without motion information.
 
     PYTHONPATH=benchmarks python -m pretrain.probe_backbones [--videos 640] [--data DIR] [--out FILE]
 """
@@ -47,7 +48,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Clips:
-    """Decoded videos with what the probe may know of them; row = video."""
+    """Decoded videos with the probe's inputs; row = video."""
 
     frames: NDArray[np.uint8]
     """[N, 16, H, W, 3]."""

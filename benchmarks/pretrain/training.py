@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a training is told."""
+    """The settings of a training."""
 
     out: Path
     """Folder of the checkpoint."""
