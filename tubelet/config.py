@@ -266,20 +266,20 @@ def _walk(model: type[BaseModel], loc: tuple[int | str, ...], by_name: bool) -> 
     """
     path: list[str] = []
     owners: list[type[BaseModel]] = [model]
-    here: list[type[BaseModel]] = [model]
+    models: list[type[BaseModel]] = [model]
     last = len(loc) - 1
     for number, part in enumerate(loc):
         if isinstance(part, int):
             path.append(str(part))
             continue
-        holders = [m for m in here if part in _field_names(m) or part in m.model_fields]
+        holders = [m for m in models if part in _field_names(m) or part in m.model_fields]
         if not holders and (number < last or not by_name):
-            tagged = [m for m in here if part in _tags(m)]
+            tagged = [m for m in models if part in _tags(m)]
             if tagged:
-                here = tagged
+                models = tagged
                 continue
         path.append(part)
-        owners = here
+        owners = models
         below = [
             child
             for m in holders
@@ -287,7 +287,7 @@ def _walk(model: type[BaseModel], loc: tuple[int | str, ...], by_name: bool) -> 
             if part in (name, info.alias)
             for child in models_in(info.annotation)
         ]
-        here = below or here
+        models = below or models
     return path, owners
 
 

@@ -51,7 +51,7 @@ class Progress:
         self._restart_clock()
 
     def restart(self, done: int) -> None:
-        """Measure the rate from now on, with `done` units done: starting workers says nothing about it."""
+        """Measure the rate from now on, with `done` units done: the time to start workers is not part of it."""
         self.done = self._done_before = done
         self._restart_clock()
 
@@ -130,17 +130,17 @@ class Progress:
         return f"{show(self.done)}{unit}" if self.total is None else f"{show(self.done)} of {show(self.total)}{unit}"
 
     def _rate(self) -> str:
-        here, seconds = self.done - self._done_before, time.monotonic() - self._start_s
-        if not here or seconds <= 0:
+        done, seconds = self.done - self._done_before, time.monotonic() - self._start_s
+        if not done or seconds <= 0:
             return ""
         if self.unit == "bytes":
-            return f"{human_bytes(here / seconds)}/s"
-        per_s = here / seconds
+            return f"{human_bytes(done / seconds)}/s"
+        per_s = done / seconds
         return f"{number(per_s)} {self.unit or 'steps'}/s" if per_s >= 1 else f"{human_seconds(1 / per_s)} each"
 
     def _left(self) -> str:
-        here = self.done - self._done_before
-        if not here or self.total is None:
+        done = self.done - self._done_before
+        if not done or self.total is None:
             return ""
-        seconds = (time.monotonic() - self._start_s) / here * (self.total - self.done)
+        seconds = (time.monotonic() - self._start_s) / done * (self.total - self.done)
         return f"{human_seconds(seconds)} left"

@@ -47,7 +47,7 @@ def check_workers(client: Client, config: ClusterConfig, key: str) -> dict[str, 
     deadline = time.monotonic() + config.start_timeout_s
     while True:
         try:
-            there: dict[str, str] = probe.result(timeout=_POLL_S)
+            versions: dict[str, str] = probe.result(timeout=_POLL_S)
             break
         except TimeoutError:
             workers = client.scheduler_info(n_workers=-1)["workers"].values()
@@ -66,10 +66,10 @@ def check_workers(client: Client, config: ClusterConfig, key: str) -> dict[str, 
                 f"The workers cannot import {error.name}", "Install tubelet[pipeline] in their environment"
             ) from error
     probe.release()
-    here = worker_versions()
-    if different := [f"{n} {here[n]} here, {there.get(n)} there" for n in _MUST_AGREE if there.get(n) != here[n]]:
+    own = worker_versions()
+    if different := [f"{n} {own[n]} here, {versions.get(n)} there" for n in _MUST_AGREE if versions.get(n) != own[n]]:
         raise TubeletError(
-            f"Worker {there['host']} runs other versions: {'; '.join(different)}",
+            f"Worker {versions['host']} runs other versions: {'; '.join(different)}",
             "Use the same environment (container, or pip install -c constraints.txt) on all machines",
         )
     with warnings.catch_warnings():
@@ -82,7 +82,7 @@ def check_workers(client: Client, config: ClusterConfig, key: str) -> dict[str, 
                 f"Dask versions differ between client, scheduler and workers: {' '.join(str(error).split())}",
                 "Use the same environment on all machines",
             ) from error
-    return there
+    return versions
 
 
 def _fits(worker: dict[str, dict[str, float]], config: ClusterConfig) -> bool:

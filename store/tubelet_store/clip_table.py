@@ -153,17 +153,17 @@ def to_parquet(table: pa.Table) -> bytes:
     """The table as Parquet bytes; equal tables give equal bytes."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    _give_back()
+    _release_memory()
     return sink.getvalue()
 
 
 def from_parquet(data: bytes) -> pa.Table:
     """Inverse of `to_parquet`. Without Arrow's thread pools: the tables are small, and start-up and exit stay quick."""
     table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
-    _give_back()
+    _release_memory()
     return table
 
 
-def _give_back() -> None:
+def _release_memory() -> None:
     # Arrow keeps what it freed: of 100,000 clips five times their table, until the driver exits.
     pa.default_memory_pool().release_unused()

@@ -107,9 +107,9 @@ def _adopt(root: ObjectRoot, plan: Plan, key: str, commit: Commit, moments: dict
         )
     digest = digest_of([data], clips, size)
     if kind == ACTIVATIONS:
-        there = Moments.empty(hook.channels, nonfinite=moments[hook.name].nonfinite)
-        for clip, gone in zip(values, failed, strict=True):
-            if not gone:
-                there = there.merge(Moments.of(clip.reshape(-1, hook.channels)))
-        moments[hook.name] = there
+        adopted = Moments.empty(hook.channels, nonfinite=moments[hook.name].nonfinite)
+        for clip, is_failed in zip(values, failed, strict=True):
+            if not is_failed:
+                adopted = adopted.merge(Moments.of(clip.reshape(-1, hook.channels)))
+        moments[hook.name] = adopted
     return StoredObject(key=key, size_bytes=len(data), sha256=digest.sha256, crc32c=digest.crc32c)

@@ -172,9 +172,9 @@ class HookArray:
         out = np.empty((len(clips), *pattern.shape), dtype=self.dtype)
         shards = clips // each
         for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
+            places = np.flatnonzero(shards == shard)
             mapped = self.shard(int(shard))
-            for place in here:
+            for place in places:
                 out[place] = mapped[(int(clips[place]) - int(shard) * each, *inner)]
         return out
 

@@ -54,12 +54,12 @@ class Spool:
         self.limit_bytes = config.spool_mb << 20
         self.patience_s = config.patience_s
         self._plan = plan
-        self._mine = self.directory / hashlib.sha256(f"{url} {plan.digest}".encode()).hexdigest()[:24]
+        self._folder = self.directory / hashlib.sha256(f"{url} {plan.digest}".encode()).hexdigest()[:24]
 
     def shards(self) -> list[int]:
         """Shards that wait, ascending."""
         with contextlib.suppress(FileNotFoundError):
-            return sorted(int(name) for name in os.listdir(self._mine) if name.isdecimal())
+            return sorted(int(name) for name in os.listdir(self._folder) if name.isdecimal())
         return []
 
     def keep(self, finished: FinishedShard) -> bool:
@@ -67,12 +67,12 @@ class Spool:
         shard = finished.commit.shard
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.directory / "room.lock"):
-            if (self._mine / str(shard)).exists():
+            if (self._folder / str(shard)).exists():
                 return True
             used = sum(f.stat().st_size for f in self.directory.rglob("*") if f.is_file())
             if used + finished.size_bytes > self.limit_bytes:
                 return False
-            partial = self._mine / f"partial-{uuid.uuid4().hex}"
+            partial = self._folder / f"partial-{uuid.uuid4().hex}"
             partial.mkdir(parents=True)
             for number, stored in enumerate(finished.commit.objects):
                 shutil.move(finished.files[stored.key], partial / str(number))
@@ -80,7 +80,7 @@ class Spool:
             (partial / _COMMIT).write_text(finished.commit.model_dump_json())
             for path in [*partial.iterdir(), partial]:
                 synchronize(path)
-            partial.rename(self._mine / str(shard))
+            partial.rename(self._folder / str(shard))
         return True
 
     def drain(self, root: ObjectRoot) -> list[int]:
@@ -91,10 +91,10 @@ class Spool:
         """
         done = []
         for shard in self.shards():
-            entry = self._mine / str(shard)
+            entry = self._folder / str(shard)
             with contextlib.ExitStack() as lock:
                 try:
-                    lock.enter_context(locked(self._mine / f"{shard}.lock", wait=False))
+                    lock.enter_context(locked(self._folder / f"{shard}.lock", wait=False))
                 except BlockingIOError:
                     continue
                 if not entry.exists():
@@ -104,19 +104,19 @@ class Spool:
                 except StoreUnreachable:
                     break
                 # Renamed first: a partly removed entry must not look complete.
-                gone = self._mine / f"partial-{uuid.uuid4().hex}"
-                entry.rename(gone)
+                removed = self._folder / f"partial-{uuid.uuid4().hex}"
+                entry.rename(removed)
                 # `discard_partial` of another process may be at it too.
-                shutil.rmtree(gone, ignore_errors=True)
-                (self._mine / f"{shard}.lock").unlink()
+                shutil.rmtree(removed, ignore_errors=True)
+                (self._folder / f"{shard}.lock").unlink()
             done.append(shard)
         return done
 
     def discard_partial(self) -> None:
         """Remove entries of processes that were killed while they moved a shard here."""
-        if self._mine.exists():
+        if self._folder.exists():
             with locked(self.directory / "room.lock"):
-                for partial in self._mine.glob("partial-*"):
+                for partial in self._folder.glob("partial-*"):
                     shutil.rmtree(partial, ignore_errors=True)
 
     def _read(self, entry: Path) -> FinishedShard:

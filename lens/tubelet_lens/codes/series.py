@@ -73,10 +73,10 @@ class Series:
         """The series of a clip's codes."""
         steps, patches, features = codes.shape
         key_E = codes.token_E % patches * features + codes.latent_E
-        there = torch.zeros(patches * features, dtype=torch.bool, device=key_E.device)
-        there[key_E] = True
-        key_M = there.nonzero().squeeze(1)
-        place = torch.empty(len(there), dtype=torch.int64, device=key_E.device)
+        fired = torch.zeros(patches * features, dtype=torch.bool, device=key_E.device)
+        fired[key_E] = True
+        key_M = fired.nonzero().squeeze(1)
+        place = torch.empty(len(fired), dtype=torch.int64, device=key_E.device)
         place[key_M] = torch.arange(len(key_M), device=key_E.device)
         values_TM = torch.zeros(steps, len(key_M), dtype=torch.float64, device=key_E.device)
         values_TM[codes.token_E // patches, place[key_E]] = codes.value_E.double()

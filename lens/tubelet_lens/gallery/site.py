@@ -48,13 +48,13 @@ class Site:
 
     def __enter__(self) -> Site:
         # Before the scratch folder is made: a folder that is refused stays unchanged.
-        there = self.root.list_keys()
-        before = self._record() if RECORD in there else None
-        if there and (before is None or before.get("format") != _FORMAT):
+        keys = self.root.list_keys()
+        before = self._record() if RECORD in keys else None
+        if keys and (before is None or before.get("format") != _FORMAT):
             raise TubeletError(f"{self.root.url} has other files than a gallery", "Give an empty or new folder")
         self.sheets: set[int] = set()
         """Clips with an existing sheet."""
-        for key in there:
+        for key in keys:
             if key.startswith("clips/"):
                 if before is not None and before.get("sheets") == self._sheets:
                     self.sheets.add(int(PurePosixPath(key).stem))

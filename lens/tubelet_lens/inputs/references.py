@@ -110,12 +110,12 @@ def _from_store(config: StoreReference, side: PooledSplit) -> tuple[str, NDArray
 def _same_clips(store: Store, side: PooledSplit) -> list[int | None]:
     """Of each clip of `side` the clip of `store` of the same video and view; None where it has none."""
     table, ok = store.clips(), store.ok()
-    there = {
+    rows = {
         (video, view): clip
         for clip, video, view in zip(*(table[name].to_pylist() for name in ("clip", "video_id", "view")), strict=True)
         if ok[clip]
     }
-    return [there.get(key) for key in _keys(side)]
+    return [rows.get(key) for key in _keys(side)]
 
 
 def _keys(side: PooledSplit) -> list[tuple[str, int]]:
@@ -152,8 +152,8 @@ def _from_parquet(path: Path, side: PooledSplit) -> NDArray[np.float64]:
     else:
         by_video = dict(zip(videos, rows, strict=True))
         rows_of_clips = [by_video.get(video) for video in side.videos.tolist()]
-    nothing = np.full(rows.shape[1], np.nan)
-    return np.stack([nothing if row is None else row for row in rows_of_clips])
+    missing = np.full(rows.shape[1], np.nan)
+    return np.stack([missing if row is None else row for row in rows_of_clips])
 
 
 def _rows(path: Path, lists: Sequence[Sequence[float] | None]) -> NDArray[np.float64]:

@@ -144,12 +144,12 @@ class _Probing:
         known = self._known
         right, penalty = [], None
         for rows, test_rows in vectors(self._clips, self._fit, subject, kind):
-            here = rows[known.fit_rows]
+            fit_rows = rows[known.fit_rows]
             if penalty is None:
                 # One choice for all draws of a control.
                 penalties, held = self._config.penalties, self._validation
-                penalty = choose_penalty(here, known.fit_class, held, known.classes, penalties)
-            right.append(self._right(here, known.fit_class, test_rows[known.test_rows], penalty))
+                penalty = choose_penalty(fit_rows, known.fit_class, held, known.classes, penalties)
+            right.append(self._right(fit_rows, known.fit_class, test_rows[known.test_rows], penalty))
         assert penalty is not None
         top1, top5 = (np.stack(parts) for parts in zip(*right, strict=True))
         return _Score(top1.mean(0), top5.mean(0), tuple(float(draw.mean()) for draw in top1), penalty)
@@ -168,7 +168,7 @@ class _Probing:
         """The null: labels of the fit side given to other videos."""
         known, seed = self._known, self._clips.config.seed
         rows, test_rows = next(vectors(self._clips, self._fit, "sae", kind))
-        here, there = rows[known.fit_rows], test_rows[known.test_rows]
+        fit_rows, labeled_test_rows = rows[known.fit_rows], test_rows[known.test_rows]
         names, first, video = np.unique(
             self._fit.videos[known.fit_rows].astype(str), return_index=True, return_inverse=True
         )
@@ -176,7 +176,7 @@ class _Probing:
         for draw in range(self._clips.config.control_draws):
             order = np.random.default_rng([seed, draw]).permutation(len(names))
             shuffled = known.fit_class[first][order][video]
-            draws.append(float(self._right(here, shuffled, there, sae.penalty)[0].mean()))
+            draws.append(float(self._right(fit_rows, shuffled, labeled_test_rows, sae.penalty)[0].mean()))
         value, ends = spread(draws)
         return FIGURES.fill(
             "permuted", value, self._videos, subject="permuted", ends=ends, title=_TITLES[kind], draws=len(draws)

@@ -41,8 +41,8 @@ _ROWS = 1024
 
 def subjects(clips: ClipSetting) -> tuple[Subject, ...]:
     """Subjects that have vectors."""
-    there = set(clips.test.draws) | ({"pca"} if clips.config.controls else set())
-    return tuple(subject for subject in SUBJECT_WORDS if subject in there)
+    measured = set(clips.test.draws) | ({"pca"} if clips.config.controls else set())
+    return tuple(subject for subject in SUBJECT_WORDS if subject in measured)
 
 
 def vector_words(subject: Subject, kind: PoolingKind) -> str:
@@ -62,8 +62,8 @@ def vectors(
             yield rows, test_rows
         return
     source: Subject = "raw" if subject == "pca" else subject
-    for here, there in zip(fit.draws[source], clips.test.draws[source], strict=True):
-        rows, test_rows = _one(here, kind), _one(there, kind)
+    for fit_codes, test_codes in zip(fit.draws[source], clips.test.draws[source], strict=True):
+        rows, test_rows = _one(fit_codes, kind), _one(test_codes, kind)
         yield _components(rows, test_rows) if subject == "pca" else (rows, test_rows)
 
 

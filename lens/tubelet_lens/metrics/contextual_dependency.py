@@ -137,8 +137,8 @@ class _Strongest:
         order = np.argsort(numbers, kind="stable")
         ranks, latents, numbers = ranks[order], latents[order], numbers[order]
         for number in np.unique(numbers):
-            here = slice(*np.searchsorted(numbers, [number, number + 1]))
-            yield int(number), latents[here], ranks[here], self._step_KF[ranks[here], latents[here]]
+            span = slice(*np.searchsorted(numbers, [number, number + 1]))
+            yield int(number), latents[span], ranks[span], self._step_KF[ranks[span], latents[span]]
 
 
 class _Maps:

@@ -155,8 +155,8 @@ def _top1(
     rows_ND: NDArray[np.float32],
     test_ND: NDArray[np.float32],
 ) -> float:
-    here, penalties = rows_ND[known.fit_rows], clips.config.action.penalties
-    penalty = choose_penalty(here, known.fit_class, validation, known.classes, penalties)
-    probe = fit_probe(here, known.fit_class, known.classes, penalty)
+    fit_rows, penalties = rows_ND[known.fit_rows], clips.config.action.penalties
+    penalty = choose_penalty(fit_rows, known.fit_class, validation, known.classes, penalties)
+    probe = fit_probe(fit_rows, known.fit_class, known.classes, penalty)
     predicted_V = known.by_video(probe.probabilities(test_ND[known.test_rows])).argmax(1)
     return float((predicted_V == known.video_class).mean())

@@ -236,9 +236,9 @@ class _Fitting:
         targets_NE = self._texts[[self._place[text] for text in self._fit.captions[self._rows]]]
         ranks_of_draws, penalties = [], []
         for rows, test in vectors(self._clips, self._fit, subject, self._clips.config.retrieval.pooling):
-            here = rows[self._rows]
-            penalty = self._choose(here, targets_NE)
-            ridge = fit_ridge(here, targets_NE, (penalty,))[penalty]
+            fit_rows = rows[self._rows]
+            penalty = self._choose(fit_rows, targets_NE)
+            ridge = fit_ridge(fit_rows, targets_NE, (penalty,))[penalty]
             gallery = _gallery(self._clips.test, test_rows, self._place, self._texts, ridge.mean_E)
             ranks_of_draws.append(gallery.ranks(ridge(test[test_rows])))
             penalties.append(penalty)

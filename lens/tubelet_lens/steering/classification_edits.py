@@ -73,8 +73,8 @@ def classification_edits(clips: ClipSetting, session: BackboneSession) -> ClipRe
     pooled, readout = clips.fit.pooled["sae"], session.readout
     place, unknown = match_class_names(known.names, readout.classes), unknown_names(known.names, readout.classes)
     if not place:
-        nothing = f"No class could be edited, and the accuracy of the backbone is unknown. {unknown}"
-        return ClipResult(Section(name=_NAME, title=_TITLE, lead=_LEAD, notes=(nothing,)))
+        note = f"No class could be edited, and the accuracy of the backbone is unknown. {unknown}"
+        return ClipResult(Section(name=_NAME, title=_TITLE, lead=_LEAD, notes=(note,)))
     best = {
         place[known.names[number]]: latent_and_f1
         for number, latent_and_f1 in best_latents(pooled.mean_NF[known.fit_rows], known.fit_class).items()

@@ -235,11 +235,11 @@ def unknown_names(names: Iterable[str], classes: Sequence[str]) -> str | None:
         close = difflib.get_close_matches(_plain(name), plain, n=1)
         listed.append(f"'{name}'" + (f" (nearest: '{plain[close[0]]}')" if close else ""))
     listed += [f"{len(unknown) - _UNKNOWN_LISTED:,} more"] if len(unknown) > _UNKNOWN_LISTED else []
-    there = [f"'{name}'" for name in classes[:_LISTED]]
-    there += [f"{len(classes) - _LISTED:,} more"] if len(classes) > _LISTED else []
+    present = [f"'{name}'" for name in classes[:_LISTED]]
+    present += [f"{len(classes) - _LISTED:,} more"] if len(classes) > _LISTED else []
     return (
         f"{len(unknown):,} of the data set's {len(wanted):,} classes are not among those of the readout: "
-        f"{', '.join(listed)}. The readout has {len(classes):,} classes: {', '.join(there)}. Classes are matched by "
+        f"{', '.join(listed)}. The readout has {len(classes):,} classes: {', '.join(present)}. Classes are matched by "
         "name, ignoring case, underscores and spaces."
     )
 

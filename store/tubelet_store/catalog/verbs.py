@@ -198,8 +198,8 @@ def _problem(entry: StoreEntry) -> str | None:
         return f"{entry.url} has identity {state.identity}, the catalog pins {entry.identity}"
     held = {hook.name: (state.plan.clips, *state.plan.clip_shape(hook)) for hook in state.plan.hooks}
     for block in entry.hooks:
-        there = held.get(block.hook, ())
-        if there[1:] != block.shape[1:] or block.shape[0] not in (None, *there[:1]) or state.plan.dtype != block.dtype:
+        shape = held.get(block.hook, ())
+        if shape[1:] != block.shape[1:] or block.shape[0] not in (None, *shape[:1]) or state.plan.dtype != block.dtype:
             return f"{entry.url} does not hold {block.hook} with shape {list(block.shape)} in {block.dtype}"
     return None
 

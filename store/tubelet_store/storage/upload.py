@@ -86,9 +86,9 @@ class Uploader(FsspecClient):
             present_bytes = self.size(key)
             return None if present_bytes is None else present_bytes == size and self.digest(key) == sha256
 
-        there = None if over else arrived()
-        if there is not None:
-            return there
+        present = None if over else arrived()
+        if present is not None:
+            return present
         for _ in range(self.retries.requests):
             if over:
                 self._retried(key, lambda: put({}))

@@ -96,9 +96,9 @@ class PairArithmetic:
         """
         time = rows // self._block_patches % self._grid.time
         delta = 1 + _draws(places, ("temporal", self._seed, step)) % self._max_delta
-        there = time + delta < self._grid.time
-        delta = torch.where(there, delta, 0)
-        valid = there & self._fresh_CT[clips, time] & self._fresh_CT[clips, time + delta]
+        exists = time + delta < self._grid.time
+        delta = torch.where(exists, delta, 0)
+        valid = exists & self._fresh_CT[clips, time] & self._fresh_CT[clips, time + delta]
         return rows + delta * self._block_patches, valid
 
     def spatial(self, rows: Tensor, clips: Tensor, step: int, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,8 +107,8 @@ class PairArithmetic:
         time = rows // self._block_patches % self._grid.time
         draws, fresh = _draws(places, ("spatial", self._seed, step)), self._fresh_CT[clips, time]
         if self._kept_CS is not None:
-            other, there = self._kept_neighbor(self._kept_CS[clips], patch, draws)
-            return rows - patch + other, fresh & there
+            other, exists = self._kept_neighbor(self._kept_CS[clips], patch, draws)
+            return rows - patch + other, fresh & exists
         return rows - patch + self._neighbors_PM[patch, draws % self._counts_P[patch]], fresh
 
     def _kept_neighbor(self, kept_AS: Tensor, patch: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ class ShardPrefetch:
 
     def __init__(self) -> None:
         self._groups: dict[object, list[list[tuple[Source, int]]]] = {}
-        self._told: set[LocalCache] = set()
+        self._announced: set[LocalCache] = set()
         self._changing = threading.Lock()
 
     def announce(self, stream: object, groups: list[list[tuple[Source, int]]]) -> None:
@@ -34,16 +34,16 @@ class ShardPrefetch:
         with self._changing:
             self._groups.pop(stream, None)
             self._groups[stream] = groups
-            self._tell()
+            self._announce()
 
     def withdraw(self, stream: object) -> None:
         """`stream` reads no more."""
         with self._changing:
             if self._groups.pop(stream, None) is not None:
-                self._tell()
+                self._announce()
 
-    def _tell(self) -> None:
-        coming: dict[LocalCache, list[ShardObject]] = {cache: [] for cache in self._told}
+    def _announce(self) -> None:
+        coming: dict[LocalCache, list[ShardObject]] = {cache: [] for cache in self._announced}
         named, held_bytes = set(), 0
         for source, shard in self._merged():
             cache, wanted = source.store.cache, source.store.shard_object(source.hook, shard)
@@ -56,7 +56,7 @@ class ShardPrefetch:
             coming.setdefault(cache, []).append(wanted)
         for cache, objects in coming.items():
             cache.prefetch(objects)
-        self._told = {cache for cache, objects in coming.items() if objects}
+        self._announced = {cache for cache, objects in coming.items() if objects}
 
     def _merged(self) -> Iterator[tuple[Source, int]]:
         # The stream that began last, e.g. an evaluation during training, reads first.
