@@ -39,7 +39,7 @@ __all__ = [
     "train",
 ]
 
-# Module and extra of each name; strings, so that no room is imported before it is used.
+# Module and extra of each name; strings, so that no package is imported before it is used.
 _HOMES = {
     "TubeletError": ("tubelet.errors", ""),
     "edit": ("tubelet.api", ""),

@@ -32,7 +32,7 @@ class Config(BaseModel):
 
     @classmethod
     def current_names(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        """The mapping that a file holds, with today's names of fields; for files that earlier versions wrote."""
+        """The mapping that a file holds, with current field names; for files that earlier versions wrote."""
         return tree
 
 
@@ -201,7 +201,7 @@ def validate(
             ) from error
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
-            message = "it has fields of its own, `field: value`"
+            message = "expected a section, `field: value`"
         raise TubeletError(
             # A fault between fields has no path of its own.
             f"Field '{field}' in {origin} is invalid: {message}{value}"

@@ -1,4 +1,4 @@
-"""Repeating an operation after faults that pass."""
+"""Repeating an operation after transient faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def retry(
     """`call()`, repeated after an exception as long as `may_retry(exception, calls so far)` is true.
 
     The pause before each repetition is drawn uniformly from 0 to a limit that doubles from `first_pause_s` to
-    `longest_pause_s` (full jitter): processes that were refused together do not come back together.
+    `longest_pause_s` (full jitter): processes that failed together do not retry together.
 
     Raises:
         Exception: that of the last call, or what `may_retry` raises in its place.
@@ -35,7 +35,8 @@ def retry(
         except Exception as error:
             if not may_retry(error, calls):
                 raise
-        time.sleep(random.uniform(0, min(longest_pause_s, first_pause_s * 2.0 ** (calls - 1))))
+        # The exponent is bounded: 2.0 ** 1024 overflows, after some two hours of pauses.
+        time.sleep(random.uniform(0, min(longest_pause_s, first_pause_s * 2.0 ** min(calls - 1, 60))))
     raise AssertionError("unreachable")
 
 

@@ -107,6 +107,12 @@ def test_only_unreachable_storage_is_waited_for_and_only_so_long(pauses) -> None
         retry_while_unreachable(gone, 60)
     assert 60 <= sum(pauses) <= 60 + 15
 
+    # A day: more than 1024 pauses.
+    pauses.clear()
+    with pytest.raises(StoreUnreachable):
+        retry_while_unreachable(gone, 86_400)
+    assert 86_400 <= sum(pauses) <= 86_400 + 15
+
     def wrong() -> None:
         raise TubeletError("no", "never")
 
