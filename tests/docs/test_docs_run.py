@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.docs_run, pytest.mark.timeout(600)]
 
 # Pages whose commands need the files of others come after them.
 FIRST = ["demo", "videos", "extract", "estimate", "info", "verify", "copy", "push", "pull", "train", "export", "import"]
-SMALLER = {"tubelet demo": "tubelet demo --videos 64 --epochs 2"}
+SMALLER = {"tubelet demo": "tubelet demo --videos 48 --epochs 2"}
 """Commands that run at a smaller size here."""
 
 
