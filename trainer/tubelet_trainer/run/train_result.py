@@ -222,19 +222,17 @@ def _plot(saes: tuple[TrainedSAE, ...]) -> bytes:
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    shown = [sae for sae in saes if sae.coherence is not None and sae.fvu is not None]
-    for kind in dict.fromkeys(sae.kind for sae in shown):
-        of_kind = [sae for sae in shown if sae.kind == kind]
-        points = [(sae.coherence or 0.0, sae.fvu or 0.0) for sae in of_kind]
-        axes.scatter(*zip(*points, strict=True), label=kind)
+    points = [(sae, sae.coherence, sae.fvu) for sae in saes if sae.coherence is not None and sae.fvu is not None]
+    for kind in dict.fromkeys(sae.kind for sae, _, _ in points):
+        _, coherences, fvus = zip(*(point for point in points if point[0].kind == kind), strict=True)
+        axes.scatter(coherences, fvus, label=kind)
     axes.margins(0.15)
     middle = sum(axes.get_xlim()) / 2
-    for place, sae in enumerate(sorted(shown, key=lambda sae: sae.coherence or 0.0)):
+    for place, (sae, x, y) in enumerate(sorted(points, key=lambda point: point[1])):
         # Toward the middle, above and below in turns: names of neighbors do not overlap.
-        side = "right" if (sae.coherence or 0.0) > middle else "left"
+        side = "right" if x > middle else "left"
         offset = (-6 if side == "right" else 6, 6 if place % 2 else -12)
-        at = (sae.coherence, sae.fvu)
-        axes.annotate(sae.name, at, xytext=offset, textcoords="offset points", fontsize=7, ha=side)
+        axes.annotate(sae.name, (x, y), xytext=offset, textcoords="offset points", fontsize=7, ha=side)
     axes.set_xlabel("temporal coherence (mean cosine of codes at successive latent steps)")
     axes.set_ylabel("FVU on held-out videos")
     axes.legend(loc="best")
