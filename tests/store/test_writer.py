@@ -149,7 +149,7 @@ class TestAppend:
             values[0, 1, 2] = 65504
             shard.append(ClipOutcome(status="ok"), {"blocks.1": values})
             values[0, 1, 2] = -65505
-            with pytest.raises(TubeletError, match=r"Clip 1: .*activations/blocks.1 is 6.55e\+04.*dtype: bfloat16"):
+            with pytest.raises(TubeletError, match=r"Clip 1, activations/blocks.1: .*6.55e\+04.*dtype: bfloat16"):
                 shard.append(ClipOutcome(status="ok"), {"blocks.1": values})
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

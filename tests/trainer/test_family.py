@@ -578,13 +578,13 @@ def test_resampling_gives_dead_latents_bad_tokens_and_a_new_start():
     forward = see(sae_trainer, sparse_tokens(9), 9)
     take_step(sae_trainer, sparse_tokens(9), 9)
     state, x = sae_trainer.state(), sparse_tokens(9)
-    dead = (before["clock/silent_tokens"] + 256 > 600) & ~forward.codes.fired(F)
+    dead = (before["dead_latents/silent_tokens"] + 256 > 600) & ~forward.codes.fired(F)
     cosine = torch.nn.functional.normalize(x - before["sae/b_dec"], dim=1) @ state["sae/W_dec"][dead].T
     assert (cosine.max(dim=0).values > 0.95).all()
     for name in ("W_enc", "b_enc", "W_dec"):
         assert (state[f"adam/{name}/exp_avg_sq"][dead] == 0).all()
         assert (state[f"adam/{name}/exp_avg"][dead] == 0).all()
-    assert (state["clock/silent_tokens"][dead] == 0).all()
+    assert (state["dead_latents/silent_tokens"][dead] == 0).all()
     alive = ~dead
     assert (state["adam/W_dec/exp_avg_sq"][alive].sum(dim=1) > 0).any()
     ratio = state["sae/W_enc"][dead].norm(dim=1) / state["sae/W_enc"][alive].norm(dim=1).mean()

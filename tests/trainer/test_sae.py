@@ -14,7 +14,8 @@ from torch.autograd import gradcheck
 from tubelet.errors import TubeletError
 from tubelet_store.moments import Moments
 from tubelet_trainer.config import OptimizerConfig
-from tubelet_trainer.losses.objective import AuxK, DeadLatentTracker, Forward, Objective, Reconstruction
+from tubelet_trainer.losses.objective import AuxK, Forward, Objective, Reconstruction
+from tubelet_trainer.optim.dead_latents import DeadLatentTracker
 from tubelet_trainer.optim.sae_trainer import SAETrainer
 from tubelet_trainer.sae.config import BatchTopKConfig, SAEConfig, TopKConfig
 from tubelet_trainer.sae.model import SAE
@@ -321,8 +322,8 @@ def test_a_short_batch_moves_the_threshold_by_its_share_of_a_whole_one():
 
 def test_tokens_of_another_shape_are_refused_with_the_right_one():
     sae = make_sae(TopKConfig(latents=F, k=5)).eval()
-    for wrong in (torch.randn(2, 3, D), torch.randn(4, D + 1), torch.randn(D)):
-        with pytest.raises(TubeletError, match=rf"the SAE takes \[tokens, {D}\]"):
+    for wrong in (torch.randn(2, 3, D + 1), torch.randn(4, D - 1), torch.randn(())):
+        with pytest.raises(TubeletError, match=rf"the SAE takes \[\.\.\., {D}\]"):
             sae.encode(wrong)
 
 
