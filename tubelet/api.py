@@ -38,7 +38,7 @@ def extract(config: Source | ExtractConfig = None, /, **fields: Any) -> ExtractS
     An unfinished store with the same plan is continued.
 
     Raises:
-        TubeletError: a field is unknown or invalid; no disk space for the store; shards that fail again and again.
+        TubeletError: a field is unknown or invalid; no disk space for the store; shards that fail repeatedly.
     """
     require_extra("pipeline", "tubelet.extract")
     from tubelet_pipeline.driver import extract

@@ -109,7 +109,7 @@ class PerProcess(Generic[T]):
 
     @classmethod
     def after_fork(cls) -> None:
-        """In the child: whatever thread held a lock is not here."""
+        """In the child: a thread that held a lock does not exist here."""
         for each in cls._alive:
             each._lock = threading.Lock()
 

@@ -102,7 +102,7 @@ def configure(model: type[C], source: Any, fields: Mapping[str, Any]) -> C:
         tree = model.current_names(read_yaml_mapping(Path(origin)))
     else:
         raise TubeletError(
-            f"A configuration cannot be made of a {type(source).__name__}",
+            f"A configuration cannot be read from type '{type(source).__name__}'",
             f"Give keywords, the path of a YAML file, or a {model.__name__}",
         )
     for name, value in fields.items():
@@ -261,7 +261,7 @@ def _walk(model: type[BaseModel], loc: tuple[int | str, ...], by_name: bool) -> 
     Args:
         model: Where the path begins.
         loc: With the tags of unions.
-        by_name: The last part is a field's name, be it a known one or not; otherwise it may be a tag: of a model whose
+        by_name: The last part is a field's name, known or not; otherwise it may be a tag: of a model whose
             fields do not go together.
     """
     path: list[str] = []

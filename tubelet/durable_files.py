@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the exclusive lock of the file `path`, made if need be. The lock ends with its process.
+    """Hold the exclusive lock of the file `path`, created if missing. The lock ends with its process.
 
     Args:
         path: A file for the lock alone.

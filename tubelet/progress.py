@@ -72,7 +72,7 @@ class Progress:
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
             )
-            # What is printed meanwhile goes above the bar, if both are on one terminal; never from a file to stderr.
+            # Output during the loop goes above the bar, if both are on one terminal; never from a file to stderr.
             one_terminal = sys.stdout.isatty()
             console = Console(stderr=True)
             self._bar = Bar(*columns, console=console, transient=True, expand=True, redirect_stdout=one_terminal)

@@ -103,7 +103,7 @@ def extract(
 
 @dataclass
 class _Job:
-    """One extraction in progress; it survives lost connections to the scheduler."""
+    """One extraction in progress; it continues after a lost connection to the scheduler."""
 
     config: ExtractConfig
     cluster: ClusterConfig

@@ -3,10 +3,10 @@
     pending ─▶ in flight (a few per worker) ─▶ committed
                   │  │  └▶ spooled: submitted again, to the machine that keeps it, until object storage answers
                   │  └▶ raised: submitted again, _ATTEMPTS times in total
-                  └▶ worker died: suspect; suspects run alone at the end
+                  └▶ worker ended: suspect; suspects run alone at the end
 
-Dask blames every task that was assigned to a dying worker, so blame proves nothing: a suspect fails for good only if
-workers die while it is the only shard in flight.
+Dask counts a worker's end against every task assigned to it, so the count proves nothing: a suspect fails only if
+workers end while it is the only shard in flight.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ShardScheduler:
         """Reasons of failed attempts by shard, in order; shards that were committed later are included."""
 
     def run(self, pending: Sequence[int]) -> None:
-        """Run `pending` until each shard is committed or has failed for good.
+        """Run `pending` until each shard is committed or has failed.
 
         Raises:
             SchedulerLost: the connection was lost.
@@ -146,13 +146,13 @@ class ShardScheduler:
         if isinstance(error, CancelledError):
             raise SchedulerLost(str(error))
         if isinstance(error, KilledWorker):
-            self._note_failure(shard, "its worker died again and again (out of memory, or a crash in native code?)")
+            self._note_failure(shard, "its worker ended repeatedly (out of memory, or a crash in native code?)")
             self._suspects.append(shard)
             return False
         if _is_fatal_for_all_shards(error):
             raise error
         self._note_failure(shard, f"{type(error).__name__}: {error}")
-        # Deaths of workers do not count here: another shard may have caused them.
+        # Ended workers do not count here: another shard may be the cause.
         self._errors[shard] += 1
         return self._errors[shard] < _ATTEMPTS
 

@@ -73,7 +73,7 @@ def choose_clips(
         splits: Their split is one of these.
         labels: Their class name, or number, is one of these.
         videos: Their video id is one of these.
-        first: Of what is left, the first so many.
+        first: The first clips that remain, at most this many.
 
     Raises:
         TubeletError: a value that no clip has, or no clip is left.
@@ -104,7 +104,7 @@ def choose_clips(
 
 
 class Composition:
-    """A new store at `url` made of `parts`, begun or continued.
+    """A new store at `url` from `parts`, begun or continued.
 
     Args:
         url: Where to write it.

@@ -55,7 +55,7 @@ class Grid(Config):
 class TokenSelection(Config):
     """Which of the backbone's tokens are stored, where not all are.
 
-    Whatever is kept is kept at every time step, so that temporal pairs are always complete.
+    The same patches are kept at every time step, so that temporal pairs are always complete.
     """
 
     kind: Literal["patches", "pooled"]

@@ -173,7 +173,7 @@ class StoreWriter:
                         f"full: {error.problem}",
                         "Fix the connection and run the same command again; upload.spool_mb makes more room",
                     ) from error
-            # Workers that failed together must not come back together.
+            # Workers that failed together must not retry together.
             time.sleep(_SPOOL_FULL_PAUSE_S * random.uniform(0.5, 1.0))
 
     def drain(self, spool: Spool) -> list[int]:

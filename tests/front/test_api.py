@@ -68,7 +68,7 @@ def test_a_fault_of_the_file_is_not_laid_on_the_arguments(tmp_path) -> None:
         tubelet.train(path, steps=1)
     with pytest.raises(TubeletError, match="No configuration file"):
         tubelet.train(tmp_path / "none.yaml")
-    with pytest.raises(TubeletError, match="cannot be made of a int"):
+    with pytest.raises(TubeletError, match="A configuration cannot be read from type 'int'"):
         tubelet.train(3)
 
 

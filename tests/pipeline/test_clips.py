@@ -254,7 +254,7 @@ def _absent_kinetics_split(tmp_path):
     ("make", "says"),
     [
         (_wrong_root, "nowhere is not a folder"),
-        (_empty_folder, r"No video files under .*extensions looked for: .*\.webm"),
+        (_empty_folder, r"No video files under .*recognized extensions: .*\.webm"),
         (_unknown_split, "no split 'validaton'. Did you mean 'validation'"),
         (_no_annotations, r"looked for something-something-v2-validation.json, validation.json, labels/"),
         (_unknown_template, r"entry 1 \(id 3\) has the template 'Dropping something'"),

@@ -91,7 +91,7 @@ def _refuse_names(saes: list[Spec]) -> None:
         if name.startswith(".") or Path(name).name != name or name == "checkpoints":
             raise TubeletError(f"'{name}' cannot name an SAE's folder", "Give it another `name` in saes")
         if names.count(name) > 1:
-            raise TubeletError(f"Two SAEs of the run are called '{name}'", "Give each a `name` of its own in saes")
+            raise TubeletError(f"Two SAEs of the run are called '{name}'", "Give each a different `name` in saes")
 
 
 def _short(dotted: str, grid: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The fields of a configuration as a flat list: what `--help` prints and the documentation's tables are made of.
+"""The fields of a configuration as a flat list: the source of `--help` and of the documentation's tables.
 
 Config model ──▶ fields_of ──▶ Field("sampling.frames", default, values, meaning, kinds), ...
 """

@@ -85,7 +85,7 @@ class Series:
     def by_feature(self) -> FeatureProducts:
         """Sums over patches."""
         values_TM, of_M = self.values_TM, self.feature_M
-        # Where nothing fires, bincount counts in integers whatever its weights are.
+        # Where nothing fires, bincount counts in integers whatever the dtype of its weights.
         return FeatureProducts(
             torch.stack([of_M.bincount(values_M, self.features).double() for values_M in values_TM]),
             _products(values_TM, of_M, self.features),

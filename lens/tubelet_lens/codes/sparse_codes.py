@@ -19,7 +19,7 @@ from tubelet_trainer.sae.sparse_ops import is_dense
 
 
 class Encoder(Protocol):
-    """From raw activations to codes. It normalizes by itself."""
+    """From raw activations to codes, normalization included."""
 
     def encode(self, x_ND: Tensor, /) -> Tensor:
         """Dense codes [N, F] of raw activations [N, D]; a latent that does not fire is exactly 0."""

@@ -1,4 +1,4 @@
-"""Which clips are evaluated: those that hold activations, of one side of the trainer's split, at most so many."""
+"""Which clips are evaluated: those that hold activations, of one side of the trainer's split, up to a limit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def choose_clips(
 def some_of(numbers: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
     """At most `limit` of `numbers`, drawn at random and in their order; the same ones each time.
 
-    Neither the first ones nor evenly spaced ones will do: data sets list their classes one after the other, or in turn.
+    Neither the first ones nor evenly spaced ones are used: data sets list their classes in blocks or alternating.
     """
     if limit is None or limit >= len(numbers):
         return numbers
@@ -56,7 +56,7 @@ def some_of(numbers: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
 def stratified_sample(class_N: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """int64, ascending: at most `most` places, first one of each class, then a second one, ...
 
-    Evenly spaced ones would miss classes wherever these follow each other in turn.
+    Evenly spaced ones would miss classes where these alternate.
     """
     _, number_N = np.unique(class_N, return_inverse=True)
     order = np.argsort(number_N, kind="stable")

@@ -27,7 +27,7 @@ from tubelet_trainer.sae.model import SAE, Codes
 from tubelet_trainer.sae.normalization import Normalization
 from tubelet_trainer.sae.sparse_ops import largest
 
-# As many as a start from data looks at by default.
+# The default number of tokens of an initialization from data.
 _TOKENS = 16_384
 
 

@@ -133,7 +133,7 @@ def measure_information_scope(clips: ClipSetting) -> ClipResult | None:
     section = Section(
         name="scope",
         title="Information scope",
-        lead="When the view shifts, does a latent go with the content (low: local), or does what else is in view "
+        lead="When the view shifts, does a latent follow the content (low: local), or does what else is in view "
         "decide "
         "where it fires (high: global)?",
         figures=tuple(figures),

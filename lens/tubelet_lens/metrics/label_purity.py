@@ -3,7 +3,7 @@
     purity@16 of a latent = share of the commonest label among the 16 videos on which it fires most strongly
 
 [RECON] saev has the name and the 16, scores a latent against a class that is given, and does not treat videos. Chosen
-here: the class is whichever label is commonest; a video's value is the largest over its clips and their tokens; latents
+here: the class is the most common label; a video's value is the largest over its clips and their tokens; latents
 that fire in fewer than 16 videos have none; the null permutes the labels of the videos. The share of the top label over
 all clips (`top_label_share`) is not in saev.
 """

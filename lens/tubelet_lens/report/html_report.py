@@ -117,7 +117,7 @@ def comparisons(evaluation: Evaluation, headline: Figure) -> list[Figure]:
 
 @dataclass(frozen=True)
 class _Definition:
-    """What figures of one title mean: once what holds for all of them, then what each has of its own."""
+    """What figures of one title mean: the shared sentences once, then those of each figure."""
 
     title: str
     shared: str
@@ -208,5 +208,5 @@ def _named(dataset: dict[str, Any]) -> str:
 
 def _sampling(sampling: dict[str, Any]) -> str:
     frames, stride = sampling.get("frames"), sampling.get("stride")
-    every = f", every {stride}th" if stride and stride > 1 else ", one after the other" if stride == 1 else ""
+    every = "" if not stride else ", consecutive" if stride == 1 else f", stride {stride}"
     return f"{frames} frames per clip ({sampling.get('kind', 'unknown')}{every})"

@@ -68,7 +68,7 @@ class StudyConfig(Config):
     cluster: ClusterConfig = ClusterConfig()
     """Where cells run; one per worker at a time."""
     retries: int = Field(default=1, ge=0)
-    """Retries of a cell whose worker died."""
+    """Retries of a cell whose worker process ended."""
 
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:

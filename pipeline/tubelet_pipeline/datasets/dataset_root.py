@@ -96,7 +96,7 @@ class Root:
         if not self.videos:
             raise TubeletError(
                 f"No video files under {self.url}",
-                f"Check dataset.root; extensions looked for: {', '.join(VIDEO_SUFFIXES)}",
+                f"Check dataset.root; recognized extensions: {', '.join(VIDEO_SUFFIXES)}",
             )
         return self.videos
 

@@ -2,7 +2,7 @@
 
 auto        PyAV: it takes less time than decord on every file in `benchmarks/results/decode.txt`, and than torchcodec
             on all but a few; it alone reports damaged frames, and it alone is exact on every file.
-pyav        PyAV, whatever a later benchmark says.
+pyav        PyAV, independent of later benchmarks.
 decord      decord on the files that it numbers correctly (`VideoIndex.hazard is None`); PyAV on the others, and where
             decord fails.
 torchcodec  torchcodec, likewise (`VideoIndex.torchcodec_hazard`).
@@ -43,7 +43,7 @@ def decode(path: str, backend: str, choose: Choose, allocate: Allocate, announce
         backend: As in `DecodeConfig`.
         choose: Frames of the clip, given the number of frames of the video.
         allocate: Returns the uint8 array of shape [T, H, W, 3] to decode into.
-        announce: Called with the decoder's name before it starts: if this process dies, the parent knows the decoder.
+        announce: Called with the decoder's name before it starts: after a crash the parent knows the decoder.
 
     Raises:
         DecodeFailure: any code but `missing`, `fetch_failed`, `timeout`, `crash`.

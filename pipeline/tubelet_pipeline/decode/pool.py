@@ -174,7 +174,7 @@ class DecodePool:
             return child.decode(line)
         except DecodeFailure as failure:
             if self._closed.is_set():
-                # The pool killed the process: the video is not to blame.
+                # The pool killed the process: this is no fault of the video.
                 raise _closed_error() from failure
             if child.using in ("", "pyav"):
                 return failure

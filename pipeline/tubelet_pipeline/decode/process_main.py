@@ -4,7 +4,7 @@
     stdout  JSON lines: {"status": "ready"}, then per clip {"status": "using", …} and one of "ok", "failed"
     memfd   the frames of the last "ok", from byte 0
 
-The process dies with its parent, stays below its memory and file-size limits, and sends the output of libraries to
+The process ends with its parent, stays below its memory and file-size limits, and sends the output of libraries to
 stderr.
 """
 
@@ -99,7 +99,7 @@ def main() -> None:
     """Serve requests until stdin closes."""
     memfd, parent_pid, memory_mb = map(int, sys.argv[1:])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # the parent died before the line above
+    if os.getppid() != parent_pid:  # the parent ended before the line above
         return
     limit_bytes = memory_mb << 20
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))

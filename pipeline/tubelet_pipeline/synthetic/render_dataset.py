@@ -83,7 +83,7 @@ def make_dataset(config: VideosConfig, on_video: Callable[[bool], None] = lambda
         The entries, in the order of their index.
 
     Raises:
-        TubeletError: the folder has other content, or videos with other settings; a rendering process died.
+        TubeletError: the folder has other content, or videos with other settings; a rendering process ended.
     """
     _claim(config)
     workers = min(config.workers or os.cpu_count() or 1, config.videos)
@@ -105,7 +105,7 @@ def _make_all(config: VideosConfig, workers: int) -> Iterator[tuple[Entry, bool]
             yield from pool.map(task, range(config.videos), chunksize=4)
         except BrokenProcessPool as error:
             raise TubeletError(
-                "A process that rendered videos died (out of memory, or killed)",
+                "A rendering process ended (out of memory, or killed)",
                 "Run the same command again: finished videos are kept; fewer --workers need less memory",
             ) from error
         finally:

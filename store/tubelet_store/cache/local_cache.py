@@ -49,7 +49,7 @@ class LocalCache:
         return self._client()
 
     def open(self, wanted: ShardObject) -> BinaryIO:
-        """The object as a local file, complete and checked, fetched if need be.
+        """The object as a local file, complete and checked, fetched if missing.
 
         The file is locked against eviction while it, or a memory map of it, is open.
 

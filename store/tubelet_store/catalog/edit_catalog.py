@@ -159,7 +159,7 @@ def remove(catalog: str, name: str) -> None:
     """Take the store or nested catalog `name` out of `catalog`; the store itself stays.
 
     Raises:
-        TubeletError: it is not listed in this very file, or the file cannot be edited.
+        TubeletError: it is not listed in this file itself, or the file cannot be edited.
     """
     with _editing(catalog) as text:
         stores, links = read_entries(text.document, catalog, text.root.url)

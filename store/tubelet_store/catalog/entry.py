@@ -1,6 +1,6 @@
 """What an entry of a catalog may say, and how several of them describe one store.
 
-An entry is Intake's: a reader over a `data` item, one per store and hook, so that Intake opens the array by itself. Our
+An entry is Intake's: a reader over a `data` item, one per store and hook, so that Intake can open the array. The
 block is `metadata.tubelet`. The author of a catalog is not trusted: only one reader is allowed for a store and one for
 a nested catalog, and no text may hold code that Intake would run.
 """
@@ -209,7 +209,7 @@ def _data_of(items: dict[str, _Data], tree: dict[str, Any], entry: _Entry, where
         raise TubeletError(f"{where}: kwargs must be `data: '{{data(TOKEN)}}'` and nothing else", "Fix or remove it")
     data = items.get(reference[1])
     if data is None or reference[1] in tree["entries"]:
-        raise TubeletError(f"{where}: there is no data item '{reference[1]}' of its own", "Fix or remove it")
+        raise TubeletError(f"{where}: it has no data item '{reference[1]}'", "Fix or remove it")
     if data.kwargs.get("storage_options") not in (None, {}, ANONYMOUSLY):
         raise TubeletError(
             f"{where}: storage_options may hold secrets",

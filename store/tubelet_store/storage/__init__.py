@@ -11,7 +11,7 @@ names the key.
 `FsspecClient` works for every fsspec URL. `ObstoreClient` reads `s3://` where obstore is installed, at twice the
 speed of s3fs and half its processor time (benchmarks/results/remote.txt; plain sockets signed by botocore were not
 faster). Clients are built where they are first used, one per process, and neither they nor any credentials are ever
-pickled: what travels is the URL. After a fork a process builds its own; obstore's runtime does not survive a fork, so a
+pickled: only the URL is. After a fork a process builds its own; obstore's runtime does not survive a fork, so a
 forked child of a process that used it reads through fsspec.
 """
 

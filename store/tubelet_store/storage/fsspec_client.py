@@ -1,4 +1,4 @@
-"""The client that always works: fsspec, whatever the URL.
+"""The client for every URL: fsspec.
 
 NumPy is imported where a range is read: a verb that reads a catalog needs none, and it takes a third of its start.
 """

@@ -4,7 +4,7 @@
 
 A Feistel network over a grid of mixed radix (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", method 3)
 is a bijection for any a and b. With a = ceil(sqrt(n)) and b = ceil(n / a) the grid holds fewer than n + a points, so
-walking on from the few points outside [0, n) hardly ever happens. Integers only: the order is the same on every
+walking on from the few points outside [0, n) is rare. Integers only: the order is the same on every
 machine and device, and position i costs the same for any i.
 
 The blocks of an epoch are shuffled all together, or, where not all shards fit on local disk, in groups of shards that
@@ -50,7 +50,7 @@ class Permutation:
 
     Args:
         size: Length n of the permutation, below 2^62.
-        key: Whatever names the permutation, e.g. `("blocks", seed, epoch)`. Only its text form counts.
+        key: Identifies the permutation, e.g. `("blocks", seed, epoch)`. Only its text form counts.
     """
 
     def __init__(self, size: int, key: tuple[str | int, ...]) -> None:

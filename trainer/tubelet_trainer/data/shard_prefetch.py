@@ -73,7 +73,7 @@ def shard_prefetch(cache: LocalCache) -> ShardPrefetch:
 
 
 def refuse_small_cache(needs: Sequence[tuple[Source, int]]) -> None:
-    """Refuse a cache that cannot hold what one stream shuffles together: it would fetch shards again and again.
+    """Refuse a cache that cannot hold what one stream shuffles together: it would fetch shards repeatedly.
 
     Args:
         needs: Sources read in turns, each with the number of its shards whose blocks are shuffled together.

@@ -24,7 +24,7 @@ from tubelet_store.reader import Store
 # Clips with no more tokens than this are one block: batches then still mix many clips.
 _WHOLE_CLIP_TOKENS = 256
 
-# Maps kept open per source. A map costs an open file (Python's mmap keeps one), of which a process may have so many.
+# Maps kept open per source. A map costs an open file (Python's mmap keeps one), whose number per process is limited.
 _OPEN_MAPS = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 # Values looked at together when searching for non-finite ones: small enough for the cache.

@@ -159,7 +159,7 @@ class AuxK:
     The k largest pre-activations among dead latents, through ReLU, are decoded without b_dec and compared with the
     detached residual e = x - x^:  coef ||e - e^||^2 / ||e - mean(e)||^2, and 0 where that is not a number.
 
-    How many are looked for is decided by the host, which knows how many latents were dead some steps ago: the next
+    Their number per token is decided on the host, from the number of dead latents some steps ago: the next
     power of 2, at most k. Fewer dead ones leave the rest empty; more have to wait their turn for those few steps.
 
     Args:
@@ -188,7 +188,7 @@ class AuxK:
         return self.term(ratio, dead_share, forward.dead_F.any())
 
     def width(self, forward: Forward, latents: int) -> int:
-        """Dead latents looked for per token, of `latents`."""
+        """Dead latents chosen per token, of `latents`."""
         return min(self.k, latents, latents if forward.dead_bound is None else forward.dead_bound)
 
     def term(self, ratio: Tensor, dead_share: Tensor, any_dead: Tensor) -> Term:

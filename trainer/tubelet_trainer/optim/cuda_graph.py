@@ -7,7 +7,7 @@ read from `DeviceScalar`s. One graph is recorded per batch shape and per choice 
 AuxK looks for), after a few ordinary steps that initialize the libraries. Recording computes nothing, so no step is
 done twice.
 
-[RECON] Written without a GPU at hand. The CPU tests check that a step is the same sequence of operations each time,
+[RECON] Written without access to a GPU. The CPU tests check that a step is the same sequence of operations each time,
 which a recording relies on; the recording itself is tested only where there is CUDA.
 """
 
@@ -23,7 +23,7 @@ from tubelet_trainer.data.batch import Batch, Pairs
 from tubelet_trainer.losses.objective import Forward
 from tubelet_trainer.optim.stacked import StackedSAEs
 
-# As many as PyTorch's own wrapper (`make_graphed_callables`) runs.
+# As in PyTorch's wrapper (`make_graphed_callables`).
 _WARM_UP_STEPS = 3
 
 
@@ -89,7 +89,7 @@ def inputs_of(batch: Batch, x_BD: Tensor) -> list[Tensor]:
 
 
 def held_batch(batch: Batch) -> Batch:
-    """A copy of `batch` with memory of its own, without the raw tokens."""
+    """A copy of `batch` in separate memory, without the raw tokens."""
     temporal, spatial = (None if part is None else _held(part) for part in (batch.temporal, batch.spatial))
     return replace(batch, hooks={}, positions=batch.positions.clone(), temporal=temporal, spatial=spatial)
 

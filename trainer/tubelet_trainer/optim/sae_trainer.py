@@ -2,7 +2,7 @@
 
     begin(step)                what the step number decides: k, learning rate, weights of the terms
     update(forward, total)     gradients: sum over ranks, project, clip, Adam; unit norm; count; average the weights
-    finish(forward)            what happens every so many steps: resample, sort, read the number of dead latents
+    finish(forward)            periodic actions: resample, sort, read the number of dead latents
 
 All state is either in `state` or a function of the step number, so a resumed run repeats the uninterrupted one. Between
 `begin` and `finish` a step is the same sequence of device operations every time, so it can be recorded as a CUDA graph;
@@ -29,7 +29,7 @@ from tubelet_trainer.sae.model import SAE
 from tubelet_trainer.sae.sharded import RankedBatchTopK, ShardedSAE
 from tubelet_trainer.sae.sparsifiers import JumpReLU
 
-# Norm of a resampled encoder row, relative to the mean of the living ones: a short row disturbs little (Bricken et al.
+# Norm of a resampled encoder row, relative to the mean of the alive ones: a short row disturbs little (Bricken et al.
 # 2023, appendix).
 _RESAMPLED_ENCODER_NORM = 0.2
 
@@ -142,7 +142,7 @@ class SAETrainer:
         return {**total.metrics, "grad_norm": norm}
 
     def finish(self, forward: Forward) -> None:
-        """What happens every so many steps; after each step."""
+        """Periodic actions; called after each step."""
         step, every = forward.step, self.config.resample_every
         if every is not None and (step + 1) % every == 0 and step < _RESAMPLE_UNTIL * self.steps:
             self._resample(forward)
@@ -175,7 +175,7 @@ class SAETrainer:
         """Give dead latents the directions of badly reconstructed tokens (Bricken et al. 2023, appendix).
 
         Tokens are drawn with probability proportional to their squared loss. The decoder row becomes the token's
-        direction, the encoder row the same at 0.2 of the mean norm of the living ones; biases and optimizer moments of
+        direction, the encoder row the same at 0.2 of the mean norm of the alive ones; biases and optimizer moments of
         these latents are reset.
         """
         sae, dead_F = self.sae, self.dead_latents.dead_F

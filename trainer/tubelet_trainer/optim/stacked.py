@@ -82,7 +82,7 @@ class StackedSAEs:
             return forwards, [sae_trainer.objective(forward) for sae_trainer, forward in pairs]
 
     def finish(self, forwards: Sequence[Forward]) -> None:
-        """What happens every so many steps; after each step."""
+        """Periodic actions; called after each step."""
         for sae_trainer, forward in zip(self.sae_trainers, forwards, strict=True):
             sae_trainer.finish(forward)
 

@@ -68,7 +68,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
 def latest_name(folder: Path) -> str | None:
     """Name of the newest complete checkpoint below `folder`; None if there is none."""
     pointer = folder / _LATEST
-    # Only a name below this folder is followed, whatever the file says.
+    # Only a name below this folder is accepted.
     return Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 

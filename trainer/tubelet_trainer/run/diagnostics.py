@@ -1,6 +1,6 @@
 """Signs that a training has failed or will: divergence, dead dictionaries, an L0 controller at its limit.
 
-An SAE that has diverged is set aside before its weights are exported; the others of the run go on.
+A diverged SAE is excluded before its weights are exported; the others of the run continue.
 """
 
 from __future__ import annotations

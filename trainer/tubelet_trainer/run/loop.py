@@ -13,8 +13,8 @@ With several SAEs `checkpoints` and the whole configuration are there, and the r
 saes.md and saes.png compare them.
 
 A run that is killed at any point and started again ends with the same weights: bit for bit on the CPU with the same
-number of threads. Told to stop (Ctrl-C, SIGTERM) it writes a checkpoint first. Of several SAEs one that diverges is set
-aside, and the others go on.
+number of threads. Told to stop (Ctrl-C, SIGTERM) it writes a checkpoint first. Of several SAEs one that diverges is
+excluded, and the others continue.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tubelet_trainer.run.training_run import Run
 from tubelet_trainer.sae.init import Offset
 from tubelet_trainer.sae.sae_files import save_sae
 
-# With fewer steps hardly anything is learned.
+# With fewer steps an SAE learns little.
 _FEW_STEPS = 100
 
 
@@ -172,13 +172,13 @@ def _save(run: Run, step: int, folder: Path) -> None:
 def _read(
     run: Run, metrics: Sequence[Mapping[str, Tensor]], full: bool, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """The metrics of a step of each sound SAE as numbers; one that has diverged is set aside.
+    """The metrics of a step of each sound SAE as numbers; one that has diverged is excluded.
 
     Args:
         run: After the step.
         metrics: The step's metrics of each SAE.
         full: The batch is full; the run's last one may be too small to judge by.
-        progress: Where an SAE that is set aside is reported.
+        progress: Where an excluded SAE is reported.
 
     Raises:
         TubeletError: no SAE is left.
@@ -200,7 +200,7 @@ def _read(
     if not run.sound:
         raise_diverged(run)
     for fault in new:
-        progress.note(f"{fault} It is set aside; the others go on.")
+        progress.note(f"{fault} It is excluded; the others continue.")
     return latest
 
 

@@ -38,7 +38,7 @@ def writing(run: Run, resumed_from: str | None) -> Iterator[Logs]:
         if run.ranks.first:
             stack.enter_context(exclusive(run.config.out))
             if latest_name(run.config.out / "checkpoints") != resumed_from:
-                raise TubeletError(f"Another process has trained into {run.config.out} meanwhile", "Run it again")
+                raise TubeletError(f"Another process trained into {run.config.out} at the same time", "Run it again")
             _write_configs(run)
         logs = Logs(run, run.loader.step)
         stack.callback(logs.close)
@@ -47,7 +47,7 @@ def writing(run: Run, resumed_from: str | None) -> Iterator[Logs]:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the run folder, made if need be, for this process alone.
+    """Lock the run folder, created if missing, for this process.
 
     Raises:
         TubeletError: another process holds it.

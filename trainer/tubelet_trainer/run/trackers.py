@@ -104,7 +104,7 @@ class Prefixed:
         self._tracker.write(f"{self._name}/{kind}" if self._name else kind, step, values)
 
     def close(self) -> None:
-        """Nothing of its own to close."""
+        """Nothing to close."""
 
 
 class _Nowhere:

@@ -84,7 +84,7 @@ class TrainResult(Tabular):
     """The SAEs of a run, in the order of their names.
 
     Attributes:
-        out: The run's folder; the result itself may be given wherever a run's path is asked for.
+        out: The run's folder; the result itself may be given in place of a run's path.
         saes: At least one on the first process of a run, none on the others.
     """
 

@@ -112,7 +112,7 @@ class Run:
         self.sae_runs = [self._begin(spec) for spec in saes]
         hooks = [sae_run.hook for sae_run in self.sae_runs]
         self.diverged: dict[str, TubeletError] = {}
-        """Why SAEs that have diverged cannot recover, by name. They are set aside: not logged, not exported."""
+        """Why SAEs that have diverged cannot recover, by name. They are excluded: not logged, not exported."""
         self.sae_group = SAEGroup(
             [sae_run.sae_trainer for sae_run in self.sae_runs],
             hooks,

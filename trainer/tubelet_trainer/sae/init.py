@@ -1,6 +1,6 @@
 """Initial weights that look at the data, and what the data's offset predicts for a start that does not.
 
-The encoder is always a copy of the decoder's transpose: the same numbers, storage of its own.
+The encoder is always a copy of the decoder's transpose: the same numbers, separate storage.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def is_dense(indices: Tensor) -> bool:
 
 
 def pays_dense(entries: int, tokens: int, latents: int) -> bool:
-    """Whether so many entries are multiplied faster as a dense code."""
+    """Whether this number of entries is multiplied faster as a dense code."""
     return _DENSE_FROM * entries > tokens * latents
 
 
@@ -126,7 +126,7 @@ def decode_sparse(values: Tensor, indices: Tensor, weight_FD: Tensor, bags: Bags
 
 
 def decode(values: Tensor, indices: Tensor, weight_FD: Tensor, bags: Bags | None = None) -> Tensor:
-    """sum_k values_nk W[indices_nk], [N, D], by whichever way is faster.
+    """sum_k values_nk W[indices_nk], [N, D], by the faster method.
 
     Args:
         values: [N, K]; with `bags` [E].
@@ -155,7 +155,7 @@ def decode_groups(
     """
     bags = bags or Bags.rows(indices)
     tokens = len(bags.starts_N)
-    # The entries beyond the last group are a bag of their own, which is dropped.
+    # The entries beyond the last group are a separate bag, which is dropped.
     of_E = bags.of_E * (groups + 1) + group.flatten().clamp_max(groups)
     parts = Bags.sorted(of_E, tokens * (groups + 1))
     sums = decode_sparse(values.flatten(), indices.flatten(), weight_FD, parts)
