@@ -68,7 +68,7 @@ def bomb() -> str:
         ("? [a]\n: 1\n", "not a string"),
         ("1: 2\n", "not a string"),
         ("a: " + "[" * MAX_DEPTH + "]" * MAX_DEPTH, "nested deeper"),
-        ("[" * 100_000, "nested deeper|no text"),
+        ("[" * 100_000, "nested deeper|not a string"),
         ("- 1\n", "no mapping"),
         ("", "no mapping"),
         ("a: 1\n---\nb: 2\n", "second document"),

@@ -143,7 +143,7 @@ class _Builder:
                 if len(opened) == MAX_DEPTH:
                     self._refuse(event, f"it is nested deeper than {MAX_DEPTH} levels")
                 if keys and keys[-1] is _NO_KEY:
-                    self._refuse(event, "a key is no text")
+                    self._refuse(event, "a key is not a string")
                 is_mapping = kind is yaml.MappingStartEvent
                 opened.append({} if is_mapping else [])
                 keys.append(_NO_KEY if is_mapping else _IN_LIST)
