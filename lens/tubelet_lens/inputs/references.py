@@ -152,8 +152,8 @@ def _from_parquet(path: Path, side: PooledSplit) -> NDArray[np.float64]:
     else:
         by_video = dict(zip(videos, rows, strict=True))
         rows_of_clips = [by_video.get(video) for video in side.videos.tolist()]
-    missing = np.full(rows.shape[1], np.nan)
-    return np.stack([missing if row is None else row for row in rows_of_clips])
+    undefined_D = np.full(rows.shape[1], np.nan)
+    return np.stack([undefined_D if row is None else row for row in rows_of_clips])
 
 
 def _rows(path: Path, lists: Sequence[Sequence[float] | None]) -> NDArray[np.float64]:
