@@ -232,7 +232,7 @@ def test_what_saelens_has_not_folded_is_refused_without_its_numbers(kind, tmp_pa
     )
     for path in (tmp_path / "in").glob("activation_*"):
         path.unlink()
-    with pytest.raises(TubeletError, match=f"'{kind}', which SAELens has not folded.*; there is no activation_"):
+    with pytest.raises(TubeletError, match=f"'{kind}', which SAELens has not folded.*activation_.* is missing"):
         import_sae(config)
     if kind == "expected_average_only_in":
         for text, words in (
