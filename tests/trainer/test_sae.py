@@ -202,15 +202,15 @@ def test_terms_add_up_and_each_reports():
 
 def test_a_latent_is_dead_when_it_was_silent_for_long_and_alive_once_it_fires():
     sae = make_sae(TopKConfig(latents=F, k=5))
-    clock = DeadLatentTracker(F, dead_after_tokens=2 * N, device=torch.device("cpu"))
+    tracker = DeadLatentTracker(F, dead_after_tokens=2 * N, device=torch.device("cpu"))
     codes = sae.encode_sparse(tokens())
     fired = torch.zeros(F, dtype=torch.bool)
     fired[codes.indices[codes.values > 0]] = True
     assert 0 < fired.sum() < F
     for _ in range(3):
-        assert not clock.dead_F.any()
-        clock.update(codes)
-    assert torch.equal(clock.dead_F, ~fired)
+        assert not tracker.dead_F.any()
+        tracker.update(codes)
+    assert torch.equal(tracker.dead_F, ~fired)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda c: c.kind)
