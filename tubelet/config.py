@@ -202,6 +202,8 @@ def validate(
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
             message = "expected a section, `field: value`"
+            if not in_python:
+                message += f"; on the command line --{field}.NAME VALUE"
         raise TubeletError(
             # A fault between fields has no path of its own.
             f"Field '{field}' in {origin} is invalid: {message}{value}"

@@ -53,10 +53,15 @@ def _info(config: InfoConfig) -> int:
         return 0
     for name, text in _lines(summary):
         print(f"{name:<14}{text}")
-    for failure in failures[:_FAILURES_SHOWN]:
-        print(f"  failed      clip {failure['clip']}  {failure['uri']}  {failure['error']}")
-    if len(failures) > _FAILURES_SHOWN:
-        print(f"  ... and {len(failures) - _FAILURES_SHOWN} more: --format json lists them all")
+    # A video whose clips all failed for one reason takes one line.
+    clips_by_cause: dict[tuple[str, str], list[int]] = {}
+    for failure in failures:
+        clips_by_cause.setdefault((failure["uri"], failure["error"]), []).append(failure["clip"])
+    for (uri, error), clips in list(clips_by_cause.items())[:_FAILURES_SHOWN]:
+        more = f" and {len(clips) - 1} more" if len(clips) > 1 else ""
+        print(f"  failed      clip {clips[0]}{more}  {uri}  {error}")
+    if len(clips_by_cause) > _FAILURES_SHOWN:
+        print(f"  ... and {len(clips_by_cause) - _FAILURES_SHOWN} more: --format json lists them all")
     return 0
 
 

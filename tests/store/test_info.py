@@ -41,3 +41,12 @@ def test_the_selection_of_tokens_and_the_views(tmp_path, capsys, grid, tokens, w
     found = json.loads(capsys.readouterr().out)
     assert record.items() <= found["tokens"].items()
     assert found["views"] == {"number": 3, "clips": {"0": 3, "1": 3, "2": 3}}
+
+
+def test_a_broken_video_is_listed_once(tmp_path, capsys):
+    store = make_store(tmp_path / "s.zarr", make_plan(clips=9), clips_per_video=3, failed=(1, 3, 4, 5))
+    assert main(["info", store.url]) == 0
+    failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  failed ")]
+    assert len(failures) == 2
+    assert "clip 1 " in failures[0]
+    assert "clip 3 and 2 more " in failures[1]

@@ -216,18 +216,24 @@ def _evaluate(run: Run, step: int, logs: Logs, progress: Progress) -> dict[str, 
     return figures
 
 
+def _counted_steps(steps: int) -> str:
+    return "1 step" if steps == 1 else f"{steps} steps"
+
+
 def _announce(run: Run, checkpoint: Checkpoint | None, progress: Progress) -> None:
     loader = run.loader
     heldout_clips = 0 if run.heldout is None else len(run.heldout.clips)
     progress.note(
         f"{', '.join(run.streams.hooks)}: {len(loader.clips)} clips to train on, {heldout_clips} held out, "
-        f"{run.streams.failed} failed; {loader.total_tokens:,} tokens in {loader.steps} steps"
+        f"{run.streams.failed} failed; {loader.total_tokens:,} tokens in {_counted_steps(loader.steps)}"
     )
     progress.note(f"{run.mixing}; shuffle windows take {loader.memory_bytes / 2**20:,.0f} MiB")
     if not heldout_clips:
         progress.note("no video is held out: nothing will be evaluated (see holdout.fraction)")
     if loader.steps < _FEW_STEPS:
-        progress.note(f"only {loader.steps} steps: lower batch_tokens, or raise epochs, tokens or steps, to learn more")
+        progress.note(
+            f"only {_counted_steps(loader.steps)}: lower batch_tokens, or raise epochs, tokens or steps, to learn more"
+        )
     for sae_run in run.sae_runs:
         channels = sae_run.sae_trainer.sae.channels
         latents = sae_run.spec.config.sae.latents_for(channels)
