@@ -49,19 +49,9 @@ _BATCH = 8
 class EstimateConfig(ExtractConfig):
     """The job to estimate, and the effort of measuring."""
 
+    # The extraction's, less where it runs.
     COMMON: ClassVar[tuple[str, ...]] = (
-        "dataset.kind",
-        "dataset.root",
-        "dataset.split",
-        "sampling.kind",
-        "sampling.frames",
-        "sampling.stride",
-        "backbone.id",
-        "hooks",
-        "store",
-        "dtype",
-        "tokens.kind",
-        "batch_size",
+        *(field for field in ExtractConfig.COMMON if not field.startswith("cluster.")),
         "calibration_clips",
         "format",
     )

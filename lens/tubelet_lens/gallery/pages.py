@@ -13,7 +13,6 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from tubelet.formats import number
@@ -23,6 +22,7 @@ from tubelet_lens.gallery.latent_statistics import Statistic
 from tubelet_lens.gallery.sheets import sheet_columns
 from tubelet_lens.gallery.site import page_key, sheet_key
 from tubelet_lens.gallery.survey import HISTOGRAM_EDGES, Exemplar, SurveyResult
+from tubelet_lens.report.page_templates import page_environment
 from tubelet_store.plan import Grid
 
 STATIC = ("gallery.css", "overview.js", "latent.js")
@@ -132,13 +132,7 @@ class Pages:
             each.name: np.sort(each.values_F[np.asarray(shown)][~np.isnan(each.values_F[np.asarray(shown)])])
             for each in figures
         }
-        environment = Environment(
-            loader=PackageLoader("tubelet_lens.gallery"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        environment = page_environment("tubelet_lens.gallery")
         environment.globals |= {"about": about, "page_key": page_key, "sheet_key": sheet_key, "with_page": set(shown)}
         environment.filters["number"] = number
         self._latent_page = environment.get_template("latent.html")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tubelet.formats import styled
+from tubelet_lens.report.page_templates import page_environment
 from tubelet_lens.report.svg_plots import svg
 from tubelet_lens.results.evaluation import FEWEST_VIDEOS, Evaluation
 from tubelet_lens.results.section import Figure, Section
@@ -30,13 +30,7 @@ SUBJECTS = {
 
 def render_report(evaluation: Evaluation) -> str:
     """The page, as HTML."""
-    environment = Environment(
-        loader=PackageLoader("tubelet_lens.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("tubelet_lens.report")
     environment.filters |= {"show": _show, "anchor": anchor, "range": range_of, "why": why_undefined, "count": count}
     return environment.get_template("report.html").render(
         evaluation=evaluation,

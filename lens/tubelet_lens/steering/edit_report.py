@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import JsonValue
 
 from tubelet.config import Config
 from tubelet.formats import MINUS, UNDEFINED, number
 from tubelet.tables import Table, Tabular
+from tubelet_lens.report.page_templates import page_environment
 from tubelet_lens.steering.config import ChangeConfig
 from tubelet_lens.steering.operations import Amplify, Region, SetTo, Suppress
 
@@ -163,13 +163,7 @@ class EditReport(Tabular, Config):
 
 
 def _page(report: EditReport) -> str:
-    environment = Environment(
-        loader=PackageLoader("tubelet_lens.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("tubelet_lens.report")
     environment.filters |= {
         "number": number,
         "mean": _mean,

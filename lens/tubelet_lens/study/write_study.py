@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tubelet_lens.report.page_templates import page_environment
 from tubelet_lens.results.evaluation import Evaluation
 from tubelet_lens.study.cells import Cell
 from tubelet_lens.study.config import StudyConfig
@@ -66,13 +66,7 @@ def write_results(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(table.csv())
     (config.out / "study.md").write_text(_markdown(tables, plots, failures))
-    environment = Environment(
-        loader=PackageLoader("tubelet_lens.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("tubelet_lens.report")
     page = config.out / "study.html"
     page.write_text(
         environment.get_template("study.html").render(
