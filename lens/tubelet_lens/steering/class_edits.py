@@ -166,9 +166,17 @@ def edit_classes(
 
 
 def edit_table(section: str, units: str, *extra: FigureSpec) -> FigureTable:
-    """Rows of the change rates of class edits, after the rows `extra`; `units` is what is predicted: clips, patches."""
+    """After the rows `extra`: how well latents tell the classes, and change rates of `units` (clips, patches)."""
 
     def specs() -> Iterator[FigureSpec]:
+        yield FigureSpec(
+            "f1",
+            "F1 of the class's latent",
+            "On the fit side, mean over the classes, with the lowest and highest of them. {how}",
+            n_of="classes",
+            better="high",
+            interval="lowest and highest over the classes",
+        )
         kinds: tuple[tuple[str, str, Literal["high", "low"]], ...] = (
             ("target", "c", "high"),
             ("other", "another class", "low"),

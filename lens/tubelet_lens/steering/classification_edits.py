@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tubelet_lens.metrics.metric import ClipResult, ClipSetting
-from tubelet_lens.results.figure_table import FigureSpec, spread
+from tubelet_lens.results.figure_table import spread
 from tubelet_lens.results.section import Section
 from tubelet_lens.steering.backbone_session import BackboneSession
 from tubelet_lens.steering.class_edits import class_edit_section, edit_classes, edit_table
@@ -25,18 +25,7 @@ QUANTILES = (0.5, 0.75, 0.9, 0.95)
 
 _NAME = "classification_edits"
 
-FIGURES = edit_table(
-    _NAME,
-    "clips",
-    FigureSpec(
-        "f1",
-        "F1 of the class's latent",
-        "On the fit side, mean over the classes, with the lowest and highest of them. {how}",
-        n_of="classes",
-        better="high",
-        interval="lowest and highest over the classes",
-    ),
-)
+FIGURES = edit_table(_NAME, "clips")
 
 _TITLE = "Classification edits"
 _LEAD = "Does suppressing the latent of a class in the backbone change the predictions of that class, and only these?"

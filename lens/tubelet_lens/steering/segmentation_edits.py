@@ -62,14 +62,6 @@ FIGURES = edit_table(
         n_of="classes",
         better="high",
     ),
-    FigureSpec(
-        "f1",
-        "F1 of the class's latent",
-        "On the fit side, mean over the classes, with the lowest and highest of them. {how}",
-        n_of="classes",
-        better="high",
-        interval="lowest and highest over the classes",
-    ),
 )
 
 
